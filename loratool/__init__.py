@@ -1,0 +1,73 @@
+"""loratool keeps LoRA adapters the way git keeps source: named, hashed, tied to their base, merged and taken out exactly.
+
+Every command of the command line is one function here, with the same name and the same words:
+
+    import loratool
+
+    loratool.base_add("smollm2", "models/smollm2")
+    loratool.add("pirate/", base="smollm2")
+    result = loratool.merge(["pirate"], into="smollm2")
+    loratool.verify(result.out)
+    loratool.unmerge(result.out)
+
+Functions are imported when they are first used, so ``import loratool`` is quick and imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.errors import LoratoolError
+
+if TYPE_CHECKING:
+    from loratool.library.adapters import add, export, remove, show, tag
+    from loratool.library.adapters import list_adapters as list  # noqa: A004
+    from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
+    from loratool.library.doctor import doctor
+    from loratool.library.merge import merge
+    from loratool.library.unmerge import unmerge, verify
+
+__all__ = [
+    "LoratoolError",
+    "add",
+    "base_add",
+    "base_list",
+    "base_remove",
+    "base_show",
+    "base_verify",
+    "doctor",
+    "export",
+    "list",
+    "merge",
+    "remove",
+    "show",
+    "tag",
+    "unmerge",
+    "verify",
+]
+
+_FUNCTIONS: Final = {
+    "add": ("adapters", "add"),
+    "base_add": ("bases", "base_add"),
+    "base_list": ("bases", "base_list"),
+    "base_remove": ("bases", "base_remove"),
+    "base_show": ("bases", "base_show"),
+    "base_verify": ("bases", "base_verify"),
+    "doctor": ("doctor", "doctor"),
+    "export": ("adapters", "export"),
+    "list": ("adapters", "list_adapters"),
+    "merge": ("merge", "merge"),
+    "remove": ("adapters", "remove"),
+    "show": ("adapters", "show"),
+    "tag": ("adapters", "tag"),
+    "unmerge": ("unmerge", "unmerge"),
+    "verify": ("unmerge", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module 'loratool' has no attribute {name!r}")
+    module, function = _FUNCTIONS[name]
+    return getattr(import_module(f"loratool.library.{module}"), function)

@@ -1,0 +1,52 @@
+"""Row blocks: the unit in which a matrix is read, changed and written, so that memory does not grow with the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Final
+
+from loratool.errors import CheckpointError, OutputError
+
+BLOCK_ROWS: Final = 64
+"""Every block begins at a multiple of this many rows and none is smaller, unless the matrix is.
+
+A BLAS sums the products of a sliver of rows (a vector, a few rows left over) in another order than those of a whole
+matrix. With blocks of at least 64 rows the product of a block equals those rows of the whole product bit for bit,
+for MKL at every rank and shape tried (tests/test_merge_equals_peft.py).
+"""
+
+BLOCK_BYTES: Final = 1 << 20
+"""About how many bytes of fp32 a block holds: small enough for a core's own cache, large enough to hide Python."""
+
+
+def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[range]:
+    """Cut ``range(rows)`` into blocks of about `block_bytes`; what is left over joins the last block."""
+    step = max(BLOCK_ROWS, block_bytes // max(row_bytes, 1) // BLOCK_ROWS * BLOCK_ROWS)
+    start = 0
+    while rows - start >= step + BLOCK_ROWS:
+        yield range(start, start + step)
+        start += step
+    if start < rows:
+        yield range(start, rows)
+
+
+def read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
+    """Fill `buffer` from byte `offset` of the open file `fd`; CheckpointError if the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError("a file of the model became shorter while it was read; run the command again")
+        done += count
+
+
+def write_exactly(fd: int, buffer: memoryview | bytes, offset: int) -> None:
+    """Write all of `buffer` at byte `offset` of the open file `fd`; OutputError if the disk takes no more."""
+    view = memoryview(buffer)
+    done = 0
+    while done < len(view):
+        try:
+            done += os.pwrite(fd, view[done:], offset + done)
+        except OSError as error:
+            raise OutputError(f"cannot write the output: {error.strerror}; free some space and run again") from None

@@ -1,0 +1,91 @@
+"""Copying bytes between files inside the kernel: shared extents where the file system can, else copied there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from loratool.errors import CheckpointError
+
+FICLONERANGE: Final = 0x4020940D
+"""ioctl(2) that makes two files share a range of blocks (Linux, <linux/fs.h>)."""
+
+CHUNK_BYTES: Final = 1 << 24
+_UNSUPPORTED: Final = {
+    errno.EXDEV,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTTY,
+    errno.EBADF,
+    errno.EPERM,
+}
+
+
+def copy_range(source: int, target: int, start: int, stop: int, *, at: int | None = None,
+               progress: Callable[[int], None] = lambda count: None) -> None:  # fmt: skip
+    """Copy bytes ``start:stop`` of the open file `source` to the open file `target`, to offset `at` (default `start`).
+
+    Tries a reflink of the whole blocks inside the range, then ``copy_file_range``, then read and write. `progress` is
+    called with the number of bytes done since its last call.
+
+    Raises:
+        CheckpointError: `source` ends before `stop`.
+        OSError: the target cannot be written.
+    """
+    shift = (start if at is None else at) - start
+    for begin, end in _share_blocks(source, target, start, stop, shift):
+        _copy_in_kernel(source, target, begin, end, shift, progress)
+
+
+def _share_blocks(source: int, target: int, start: int, stop: int, shift: int) -> list[tuple[int, int]]:
+    """Reflink the aligned middle of the range; return the parts that are still to be copied."""
+    block = os.fstat(target).st_blksize
+    begin, end = -(-start // block) * block, stop // block * block
+    if shift % block or end <= begin:
+        return [(start, stop)]
+    try:
+        fcntl.ioctl(target, FICLONERANGE, struct.pack("qQQQ", source, begin, end - begin, begin + shift))
+    except OSError:
+        return [(start, stop)]
+    return [(start, begin), (end, stop)]
+
+
+def _copy_in_kernel(source: int, target: int, start: int, stop: int, shift: int,
+                    progress: Callable[[int], None]) -> None:  # fmt: skip
+    step = _copy_file_range
+    while start < stop:
+        try:
+            count = step(source, target, min(CHUNK_BYTES, stop - start), start, start + shift)
+        except OSError as error:
+            if step is _copy_plainly or error.errno not in _UNSUPPORTED:
+                raise
+            step = _copy_plainly
+            continue
+        if count == 0:
+            raise CheckpointError("a file of the model became shorter while it was copied; run the command again")
+        start += count
+        progress(count)
+
+
+def _copy_file_range(source: int, target: int, count: int, start: int, at: int) -> int:
+    return os.copy_file_range(source, target, count, start, at)
+
+
+def _copy_plainly(source: int, target: int, count: int, start: int, at: int) -> int:
+    return os.pwrite(target, os.pread(source, min(count, 1 << 20), start), at)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the names in `folder` durable (fsync of the directory), where the file system can."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,139 @@
+"""The fingerprint of a base model: what its tensors are, whatever files they lie in.
+
+It is BLAKE3 over one line of JSON for each tensor, ``["name","BF16",[2048,2048],"<BLAKE3 of its bytes>"]``, in the
+order of the names. Sharding, file names and metadata do not enter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from blake3 import blake3
+
+from loratool.checkpoint.blocks import read_exactly
+from loratool.checkpoint.header import Header, TensorInfo
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import CheckpointError
+
+READ_BYTES: Final = 1 << 20
+RACE_SECONDS: Final = 0.05
+"""A file changed this recently could change again within one tick of its time stamp: it is not cached yet."""
+
+
+def fingerprint(tensors: Mapping[str, TensorInfo], digests: Mapping[str, str]) -> str:
+    """The fingerprint, 64 hexadecimal digits, of `tensors` whose bytes have the BLAKE3 `digests`."""
+    hasher = blake3()
+    for name in sorted(tensors):
+        line = [name, tensors[name].dtype, list(tensors[name].shape), digests[name]]
+        hasher.update(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+    return str(hasher.hexdigest())
+
+
+def file_digest(file: Path) -> str:
+    """BLAKE3 of a whole file, 64 hexadecimal digits."""
+    hasher = blake3()
+    hasher.update_mmap(file)
+    return str(hasher.hexdigest())
+
+
+class DigestCache:
+    """BLAKE3 digests of the tensors of files seen before, one small JSON file for each, in `folder`.
+
+    An entry counts only while the file's path, size, modification time and inode are the same. A cache that cannot be
+    read or written is no error: digests are then computed again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, header: Header) -> dict[str, str] | None:
+        """The digests of every tensor in the file of `header`, or None where they are not known."""
+        try:
+            entry = json.loads(self._entry(header.file).read_text())
+            if entry["file"] == file_identity(header.file) and set(entry["digests"]) == set(header.tensors):
+                return dict(entry["digests"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def put(self, header: Header, digests: Mapping[str, str], identity: FileIdentity) -> None:
+        """Remember the digests of the tensors of the file that was `identity` before its bytes were read."""
+        if time.time() - identity[2] / 1e9 < RACE_SECONDS or identity != file_identity(header.file):
+            return
+        entry = self._entry(header.file)
+        temporary = entry.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps({"file": identity, "digests": dict(digests)}))
+            temporary.replace(entry)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+
+    def _entry(self, file: Path) -> Path:
+        return self.folder / f"{blake3(os.fsencode(file.resolve())).hexdigest()[:32]}.json"
+
+
+FileIdentity = list[Any]
+
+
+def file_identity(file: Path) -> FileIdentity:
+    """What tells whether a file is still the same: its path, size in bytes, modification time in ns, and inode."""
+    status = file.stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def tensor_digests(checkpoint: Checkpoint, cache: DigestCache | None = None, *,
+                   progress: Callable[[int], None] = lambda count: None) -> dict[str, str]:  # fmt: skip
+    """BLAKE3 of the bytes of every tensor of `checkpoint`, by name; one thread a core, files in `cache` are not read.
+
+    `progress` is called with the number of bytes hashed since its last call.
+    """
+    known: dict[str, str] = {}
+    unknown: list[tuple[Header, FileIdentity]] = []
+    for header in checkpoint.headers:
+        digests = cache.get(header) if cache else None
+        if digests is None:
+            unknown.append((header, file_identity(header.file)))
+        else:
+            known |= digests
+            progress(sum(info.nbytes for info in header.tensors.values()))
+    known |= _hash(_largest_first(header for header, _ in unknown), progress)
+    for header, identity in unknown:
+        if cache:
+            cache.put(header, {name: known[name] for name in header.tensors}, identity)
+    return known
+
+
+def _largest_first(headers: Iterable[Header]) -> list[TensorInfo]:
+    return sorted((info for header in headers for info in header.tensors.values()), key=lambda info: -info.nbytes)
+
+
+def _hash(tensors: list[TensorInfo], progress: Callable[[int], None]) -> dict[str, str]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(lambda info: hash_tensor(info, progress), tensors)
+        return {info.name: digest for info, digest in zip(tensors, digests, strict=True)}
+
+
+def hash_tensor(info: TensorInfo, progress: Callable[[int], None] = lambda count: None) -> str:
+    """BLAKE3 of the bytes of one tensor, 64 hexadecimal digits."""
+    hasher = blake3()
+    buffer = memoryview(bytearray(min(READ_BYTES, info.nbytes)))
+    try:
+        fd = os.open(info.file, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {info.file}: {error.strerror}") from None
+    try:
+        for start in range(info.start, info.stop, READ_BYTES):
+            part = buffer[: min(READ_BYTES, info.stop - start)]
+            read_exactly(fd, part, start)
+            hasher.update(part)
+            progress(len(part))
+    finally:
+        os.close(fd)
+    return str(hasher.hexdigest())

@@ -1,0 +1,193 @@
+"""safetensors headers, read and checked by the rules of the format.
+
+The format (https://github.com/huggingface/safetensors#format): eight bytes of little-endian header length, that many
+bytes of JSON, then the tensors' bytes without holes or overlaps. Nothing here reads tensor data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from loratool.errors import CheckpointError, quoted
+
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The format's own limit on the length of the JSON header."""
+
+DTYPE_BITS: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+        "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+        "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+        "U32": 32, "I32": 32, "F32": 32,
+        "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    }
+)  # fmt: skip
+"""Size of one element, in bits, of every dtype that the format knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: its bytes are ``file[start:stop]``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The checked header of one safetensors file of `size` bytes whose tensor data begin at `data_start`."""
+
+    file: Path
+    size: int
+    data_start: int
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of the safetensors file `file`.
+
+    Raises:
+        CheckpointError: the file is missing, is no regular file, or breaks a rule of the format: length, JSON,
+            duplicate keys, dtype, shape, offsets, overlaps, holes, or a file shorter or longer than its header says.
+    """
+    try:
+        with open(file, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{quoted(file)} is not a regular file")
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, status.st_size - 8):
+                raise _broken(file, f"its header claims {length} bytes and the file has {status.st_size}")
+            text = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
+    return parse_header(text, file, status.st_size)
+
+
+def parse_header(text: bytes, file: Path, size: int) -> Header:
+    """Check the JSON `text` of a header against the format's rules and the file's `size` in bytes.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    entries = _parse_json(text, file)
+    metadata = _parse_metadata(entries.pop("__metadata__", None), file)
+    data_start = 8 + len(text)
+    tensors = {name: _parse_tensor(name, entry, file, data_start) for name, entry in entries.items()}
+    _check_layout(tensors, file, data_start, size)
+    return Header(file, size, data_start, MappingProxyType(tensors), MappingProxyType(metadata))
+
+
+def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """The first bytes of a safetensors file that holds `tensors` (name to dtype and shape) in the order given.
+
+    Metadata keys are sorted, so equal content gives equal bytes; the header is padded to a multiple of eight bytes.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + nbytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes that a tensor of `dtype` and `shape` takes."""
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+
+
+def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
+    """The JSON object in `text`, without duplicate keys, NaN or infinity; CheckpointError names `file` otherwise."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise _broken(file, f"the key {quoted(twice)} occurs twice")
+        return found
+
+    def constant(literal: str) -> None:
+        raise _broken(file, f"{literal} is not JSON")
+
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise _broken(file, f"not valid JSON ({type(error).__name__})") from None
+    if not isinstance(value, dict):
+        raise _broken(file, "its JSON is not an object")
+    return value
+
+
+def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise _broken(file, "its header does not begin with '{'")
+    return parse_json_object(text, file)
+
+
+def _parse_metadata(entry: object, file: Path) -> dict[str, str]:
+    if entry is None:
+        return {}
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise _broken(file, "__metadata__ must map strings to strings")
+    return entry
+
+
+def _parse_tensor(name: str, entry: object, file: Path, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        raise _broken(file, f"tensor {quoted(name)} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _broken(file, f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
+    if not _are_sizes(shape):
+        raise _broken(file, f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _broken(file, f"tensor {quoted(name)} has the impossible data_offsets {quoted(offsets)}")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise _broken(
+            file,
+            f"tensor {quoted(name)} of dtype {dtype} and shape {shape} cannot take {offsets[1] - offsets[0]} bytes",
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
+
+
+def _are_sizes(value: object) -> bool:
+    # The format stores sizes in 64 bits; an isinstance check alone would let True and 10**400 pass.
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _check_layout(tensors: Mapping[str, TensorInfo], file: Path, data_start: int, size: int) -> None:
+    end = data_start
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
+        if info.start != end:
+            kind = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
+            raise _broken(file, f"tensor {quoted(info.name)} {kind}")
+        end = info.stop
+    if end != size:
+        raise _broken(file, f"its tensors end at byte {end} and the file has {size}")
+
+
+def _broken(file: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{quoted(file)} is not a valid safetensors file: {reason}; download or save it again")

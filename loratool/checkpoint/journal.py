@@ -1,0 +1,232 @@
+"""Changing a model folder in place so that a kill, a full disk or a power cut loses nothing: a redo log.
+
+New bytes are first written to ``.loratool-journal/redo`` in the folder, with a list of where they belong, and fsynced.
+Renaming that list to ``commit.json`` is the commit: before it nothing in the folder has changed, and after it the
+change can be finished by copying, as often as it takes. Whoever opens the folder next finishes or discards it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from loratool.checkpoint.copying import copy_range, sync_folder
+from loratool.checkpoint.header import parse_json_object
+from loratool.checkpoint.staging import sync_tree
+from loratool.errors import CheckpointError, OutputError, quoted
+
+JOURNAL: Final = ".loratool-journal"
+COMMIT: Final = "commit.json"
+REDO: Final = "redo"
+NEW: Final = "new"
+_OWN: Final = re.compile(r"loratool\.json|loratool-undo(/[0-9a-f]{12})?")
+"""What, beside ranges of weight files, an in-place change may add, replace or remove."""
+
+
+@contextmanager
+def locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
+    """Hold the folder against other loratool processes: several may read, one alone may change it.
+
+    An interrupted change that is found is finished (or discarded, if it was not committed) first.
+
+    Raises:
+        OutputError: another process is changing the folder, or reading it while this one wants to change it.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if (folder / JOURNAL).exists():
+            _lock(fd, folder, exclusive=True)
+            recover(folder)
+        _lock(fd, folder, exclusive=exclusive)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, folder: Path, *, exclusive: bool) -> None:
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"another run of loratool is using {quoted(folder)}; wait for it to end") from None
+    except OSError as error:
+        # Some network file systems have no locks; a change in place needs one, reading goes on without.
+        if exclusive:
+            raise OutputError(f"cannot lock {quoted(folder)}: {error.strerror}; merge with --out instead") from None
+
+
+def refuse_links(folder: Path, files: list[Path]) -> None:
+    """Raise OutputError if the folder or one of its weight `files` is a link or shared with another name."""
+    if folder.is_symlink():
+        raise OutputError(f"{quoted(folder)} is a link, which loratool never writes through; merge with --out instead")
+    for file in files:
+        if file.is_symlink() or file.stat().st_nlink > 1:
+            raise OutputError(
+                f"{quoted(file)} is a link or has a second name (as in the Hub's cache), so a change in place would "
+                "reach further than this folder; merge with --out instead"
+            )
+
+
+class Journal:
+    """A change of the files in `folder` that is being prepared; the folder must be `locked` exclusively.
+
+    `reserve` gives room in the redo log for a range of a file; the caller writes the new bytes there, to `fd`. Files
+    that the change adds are written below `new`. `commit` makes it happen; leaving the block without it discards all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / JOURNAL
+        self.new = self.path / NEW
+        self.fd = -1
+        self._size = 0
+        self._ranges: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        try:
+            self.new.mkdir(parents=True)
+            self.fd = os.open(self.path / REDO, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            self.__exit__(None, None, None)
+            raise _unwritable(self.folder, error) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        if not (self.path / COMMIT).exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _unwritable(self.folder, error) from None
+
+    def reserve(self, file: Path, start: int, stop: int) -> int:
+        """Room in the redo log for bytes ``start:stop`` of `file`; returns the offset in `fd` to write them at."""
+        at = self._size
+        self._ranges.append({"file": file.name, "start": start, "stop": stop, "at": at})
+        self._size += stop - start
+        return at
+
+    def preallocate(self) -> None:
+        """Claim the disk space for everything reserved, so that a full disk is noticed before work is done."""
+        if self._size:
+            try:
+                os.posix_fallocate(self.fd, 0, self._size)
+            except OSError as error:
+                if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+                    raise _unwritable(self.folder, error) from None
+
+    def commit(self, *, remove: tuple[str, ...] = ()) -> None:
+        """Make the change durable and carry it out; `remove` names files or folders of loratool's own to take away.
+
+        Raises:
+            OutputError: the disk is full; nothing has changed then.
+        """
+        try:
+            os.fsync(self.fd)
+            sync_tree(self.new)
+            # A repetition after a kill must not remove what the first try installed.
+            record = {"ranges": self._ranges, "remove": [name for name in remove if not (self.new / name).exists()]}
+            draft = self.path / (COMMIT + ".partial")
+            draft.write_text(json.dumps(record))
+            sync_tree(self.path)
+            os.rename(draft, self.path / COMMIT)
+            sync_folder(self.path)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+        recover(self.folder)
+
+
+def recover(folder: Path) -> None:
+    """Finish a committed change of `folder`, or discard one that was not; the folder must be `locked` exclusively.
+
+    Raises:
+        CheckpointError: the journal is not one that loratool could have written for this folder.
+    """
+    journal = folder / JOURNAL
+    if journal.is_symlink():
+        raise CheckpointError(f"{quoted(journal)} is a link, which loratool never makes; remove it")
+    if (journal / COMMIT).is_file():
+        record = parse_json_object((journal / COMMIT).read_bytes(), journal / COMMIT)
+        try:
+            ranges, remove = _checked(folder, record)
+        except (KeyError, TypeError, ValueError, OSError):
+            raise CheckpointError(
+                f"{quoted(journal)} is not a change that loratool prepared for this folder; remove it and check the model"
+            ) from None
+        try:
+            _redo(folder, ranges, remove)
+        except OSError as error:
+            raise OutputError(
+                f"a change of {quoted(folder)} is prepared but could not be finished: {error.strerror}; "
+                "mend that and run any loratool command on the folder again"
+            ) from None
+    shutil.rmtree(journal)
+    sync_folder(folder)
+
+
+def _redo(folder: Path, ranges: list[dict[str, Any]], remove: list[str]) -> None:
+    journal = folder / JOURNAL
+    with open(journal / REDO, "rb") as redo:
+        for name in sorted({entry["file"] for entry in ranges}):
+            fd = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                for entry in ranges:
+                    if entry["file"] == name:
+                        length = entry["stop"] - entry["start"]
+                        copy_range(redo.fileno(), fd, entry["at"], entry["at"] + length, at=entry["start"])
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    for name in remove:
+        with suppress(FileNotFoundError):
+            target = folder / name
+            shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
+    for source in sorted((journal / NEW).rglob("*")):
+        target = folder / source.relative_to(journal / NEW)
+        if source.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            os.replace(source, target)
+            sync_folder(target.parent)
+    sync_folder(folder)
+    # From here on a repetition would find nothing to install; the commit goes first, then what it spoke of.
+    os.unlink(journal / COMMIT)
+
+
+def _checked(folder: Path, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The record's ranges and removals, none of which reaches outside the folder or what loratool owns in it."""
+    redo = (folder / JOURNAL / REDO).stat().st_size
+    for entry in record["ranges"]:
+        file, start, stop, at = (entry[key] for key in ("file", "start", "stop", "at"))
+        size = (folder / file).lstat().st_size
+        inside = 0 <= start <= stop <= size and 0 <= at <= at + stop - start <= redo
+        if "/" in file or not file.endswith(".safetensors") or (folder / file).is_symlink() or not inside:
+            raise ValueError(file)
+    new = folder / JOURNAL / NEW
+    added = [path for path in new.rglob("*") if path.is_file()]
+    if any(path.is_symlink() for path in new.rglob("*")) or (folder / "loratool-undo").is_symlink():
+        raise ValueError("link")
+    names = [str(path.relative_to(new)) for path in added]
+    if not all(_OWN.fullmatch(name) or _OWN.fullmatch(str(Path(name).parent)) for name in names):
+        raise ValueError("new")
+    if not all(isinstance(name, str) and _OWN.fullmatch(name) for name in record["remove"]):
+        raise ValueError("remove")
+    return record["ranges"], record["remove"]
+
+
+def _unwritable(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"cannot change {quoted(folder)} in place: {error.strerror or error}; nothing was changed; "
+        "it takes as much free space as the tensors that change"
+    )

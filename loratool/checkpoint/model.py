@@ -1,0 +1,181 @@
+"""A model on disk: its safetensors files, its index, its configuration and everything else in its folder."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from loratool.checkpoint.header import Header, TensorInfo, parse_json_object, read_header
+from loratool.errors import CheckpointError, NotFoundError, quoted
+
+WEIGHTS_NAME: Final = "model.safetensors"
+INDEX_SUFFIX: Final = ".safetensors.index.json"
+
+BOOKKEEPING: Final = frozenset({".git", ".cache"})
+"""Folders in which download tools keep their own state; they are no part of a model."""
+
+PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of one model and the folder they lie in.
+
+    Attributes:
+        path: the model folder, or the one safetensors file that is the whole model.
+        headers: the checked headers of its safetensors files, in name order.
+        tensors: every tensor of the model by name.
+        index: the index file that lists the shards, if there is one.
+    """
+
+    path: Path
+    headers: tuple[Header, ...]
+    tensors: Mapping[str, TensorInfo]
+    index: Path | None
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read the headers of the model at `path`: a folder, or a single safetensors file.
+
+        Raises:
+            NotFoundError: there is nothing at `path`.
+            CheckpointError: it holds no safetensors model, or one that is damaged or incomplete.
+        """
+        if path.is_file():
+            if path.suffix in PICKLE_SUFFIXES:
+                raise CheckpointError(_pickle_advice(path))
+            return cls._of_files(path, (read_header(path),), None)
+        if not path.is_dir():
+            raise NotFoundError(
+                f"there is no model at {quoted(path)}; give a folder, a safetensors file or a known name"
+            )
+        index = _choose_weights(path)
+        if not index.name.endswith(INDEX_SUFFIX):
+            return cls._of_files(path, (read_header(index),), None)
+        shards = _read_index(index)
+        headers = tuple(read_header(path / name) for name in sorted(set(shards.values())))
+        checkpoint = cls._of_files(path, headers, index)
+        for tensor, shard in shards.items():
+            found = checkpoint.tensors.get(tensor)
+            if found is None or found.file.name != shard:
+                raise CheckpointError(
+                    f"{quoted(index)} says that {quoted(tensor)} is in {quoted(shard)}, but it is not there; "
+                    "download the model again"
+                )
+        return checkpoint
+
+    @classmethod
+    def _of_files(cls, path: Path, headers: tuple[Header, ...], index: Path | None) -> Checkpoint:
+        tensors: dict[str, TensorInfo] = {}
+        for header in headers:
+            for name, info in header.tensors.items():
+                if name in tensors:
+                    raise CheckpointError(
+                        f"the tensor {quoted(name)} is in both {quoted(tensors[name].file.name)} and "
+                        f"{quoted(info.file.name)} of {quoted(path)}; keep one of them"
+                    )
+                tensors[name] = info
+        return cls(path, headers, MappingProxyType(tensors), index)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the weights (for a single-file model, the file's own folder)."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data in the model."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The model's ``config.json``, or an empty mapping where there is none."""
+        file = self.path / "config.json"
+        if not self.path.is_dir() or not file.exists():
+            return {}
+        return parse_json_object(file.read_bytes(), file)
+
+    def other_files(self) -> Iterator[Path]:
+        """Paths, relative to the folder, of everything in it that is not a weight file of the model, sorted.
+
+        Raises:
+            CheckpointError: the folder holds something that cannot be copied safely: a link to a folder, a socket.
+        """
+        if not self.path.is_dir():
+            return
+        weights = {header.file.name for header in self.headers}
+        for file in sorted(_walk(self.path)):
+            relative = file.relative_to(self.path)
+            if str(relative) not in weights:
+                yield relative
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            if entry.name in BOOKKEEPING:
+                continue
+            if entry.is_symlink():
+                raise CheckpointError(f"{quoted(entry.path)} is a link to a folder; replace it by the folder itself")
+            yield from _walk(Path(entry.path))
+        elif stat.S_ISREG(entry.stat().st_mode):
+            yield Path(entry.path)
+        else:
+            raise CheckpointError(f"{quoted(entry.path)} is neither a file nor a folder; remove it from the model")
+
+
+def _choose_weights(folder: Path) -> Path:
+    """The file that says where a folder's weights are, chosen as transformers chooses: one file first, then an index."""
+    for name in (WEIGHTS_NAME, "model" + INDEX_SUFFIX):
+        if (folder / name).exists():
+            return folder / name
+    indexes = sorted(folder.glob("*" + INDEX_SUFFIX))
+    files = sorted(folder.glob("*.safetensors"))
+    if len(indexes) == 1:
+        return indexes[0]
+    if len(files) == 1 and not indexes:
+        return files[0]
+    if files:
+        names = ", ".join(quoted(file.name, 40) for file in (indexes or files)[:4])
+        raise CheckpointError(f"{quoted(folder)} holds several models ({names}); name one file")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in PICKLE_SUFFIXES:
+            raise CheckpointError(_pickle_advice(file))
+    raise CheckpointError(f"{quoted(folder)} holds no safetensors weights; give the folder of a saved model")
+
+
+def _pickle_advice(file: Path) -> str:
+    return (
+        f"{quoted(file)} is a pickle, which can run code when it is opened, so loratool never does; "
+        "load the model where you trust it and save it with model.save_pretrained(folder)"
+    )
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """The index's map from tensor name to shard name; a shard is a plain file name in the index's own folder."""
+    try:
+        content = parse_json_object(file.read_bytes(), file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{quoted(file)} has no weight_map; download the model again")
+    for tensor, shard in shards.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise CheckpointError(
+                f"{quoted(file)} puts {quoted(tensor)} into {quoted(shard)}, which is not a safetensors file in its own "
+                "folder; do not use this model"
+            )
+        if not (file.parent / shard).is_file():
+            raise CheckpointError(f"{quoted(file)} names {quoted(shard)}, which is not there; download the model again")
+    return shards
+
+
+def _is_plain_name(name: str) -> bool:
+    return name.endswith(".safetensors") and not any(c in name for c in "/\\\0") and name not in {".", ".."}

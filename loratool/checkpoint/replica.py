@@ -1,0 +1,76 @@
+"""A new folder that gets a model's files: what does not change is copied by the kernel, room is left for the rest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from loratool.checkpoint.copying import copy_range
+from loratool.checkpoint.header import Header
+from loratool.checkpoint.model import Checkpoint
+
+PIECE_BYTES: Final = 1 << 26
+"""Ranges are copied in pieces of this many bytes, so that several workers share them evenly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """The new weight files, open for writing, by the path of their original; and the jobs that copy the rest."""
+
+    files: dict[Path, int]
+    copies: list[Callable[[], None]]
+
+
+@contextmanager
+def replica(checkpoint: Checkpoint, folder: Path, changing: Collection[str], others: Collection[Path],
+            progress: Callable[[int], None]) -> Iterator[Replica]:  # fmt: skip
+    """Make the weight files of `checkpoint` in the empty `folder`, with the bytes of `changing` tensors left open.
+
+    `others` are the paths, relative to the model's folder, of the other files to copy.
+    """
+    with ExitStack() as stack:
+        files: dict[Path, int] = {}
+        copies: list[Callable[[], None]] = []
+        for header in checkpoint.headers:
+            source = os.open(header.file, os.O_RDONLY)
+            stack.callback(os.close, source)
+            target = os.open(folder / header.file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            stack.callback(os.close, target)
+            os.truncate(target, header.size)
+            files[header.file] = target
+            copies += [
+                partial(copy_range, source, target, start, stop, progress=progress)
+                for start, stop in _kept_pieces(header, changing)
+            ]
+        copies += [partial(_copy_file, checkpoint.folder / name, folder / name) for name in sorted(others)]
+        yield Replica(files, copies)
+
+
+def _kept_pieces(header: Header, changing: Collection[str]) -> Iterator[tuple[int, int]]:
+    """The ranges of a file, header included, that hold no changing tensor, in pieces."""
+    start = 0
+    for info in sorted(header.tensors.values(), key=lambda info: info.start):
+        if info.name in changing:
+            yield from _pieces(start, info.start)
+            start = info.stop
+    yield from _pieces(start, header.size)
+
+
+def _pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    while start < stop:
+        end = min(stop, (start // PIECE_BYTES + 1) * PIECE_BYTES)
+        yield start, end
+        start = end
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        status = os.fstat(reader.fileno())
+        copy_range(reader.fileno(), writer.fileno(), 0, status.st_size)
+        os.fchmod(writer.fileno(), status.st_mode & 0o777 | 0o200)

@@ -1,0 +1,87 @@
+"""An adapter as loratool knows it, whatever file it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.updates.low_rank import LowRank
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One adapter: an update for each module that it changes, and what is recorded about it.
+
+    Attributes:
+        name: what to call it where nothing better is known: its folder's or file's name.
+        file: the safetensors file with its tensors.
+        sha256: of that file; the adapter's fingerprint.
+        kind: ``lora``.
+        updates: module name, as the adapter spells it, to what happens to that module's weight.
+        config: its PEFT configuration, as JSON.
+        facts: what loratool recorded beside it (kind, base fingerprint, lineage, recipe); may be empty.
+        fan_in_fan_out: the configuration says that weights are stored as (in_features, out_features).
+        notes: what a user should know about how it was read.
+    """
+
+    name: str
+    file: Path
+    sha256: str
+    kind: str
+    updates: Mapping[str, LowRank]
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any module."""
+        return max(update.rank for update in self.updates.values())
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each module."""
+        return {module: update.rank for module, update in sorted(self.updates.items())}
+
+    @property
+    def alpha(self) -> float:
+        """``lora_alpha`` of the configuration."""
+        return float(self.config["lora_alpha"])
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The last component of each module's name, once each, sorted: ``("q_proj", "v_proj")``."""
+        return tuple(sorted({module.rsplit(".", 1)[-1] for module in self.updates}))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of its factors as safetensors spells it, or ``mixed``."""
+        dtypes = {info.dtype for update in self.updates.values() for info in (update.a, update.b)}
+        return dtypes.pop() if len(dtypes) == 1 else "mixed"
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers in all its factors."""
+        return sum(sum(update.shape) * update.rank for update in self.updates.values())
+
+    @property
+    def base_model(self) -> str | None:
+        """The base's Hub id or path as the configuration records it, or None."""
+        recorded = self.config.get("base_model_name_or_path")
+        return recorded if isinstance(recorded, str) and recorded else None
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The fingerprint of the base that it was trained on, where it is recorded."""
+        recorded = self.facts.get("base_fingerprint")
+        return recorded if isinstance(recorded, str) and recorded else None
+
+
+def sha256_of(file: Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits: an adapter's fingerprint, and the Hub's LFS id."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

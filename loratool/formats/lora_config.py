@@ -1,0 +1,219 @@
+"""The part of a PEFT LoRA configuration that changes numbers, checked, with the rules by which PEFT applies it.
+
+The keys and their meaning are those of ``peft.LoraConfig`` (PEFT 0.21). What loratool cannot compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import regex
+
+from loratool.errors import AdapterError, UnsupportedError, quoted
+
+ALL_LINEAR: Final = "all-linear"
+MATCH_SECONDS: Final = 1.0
+"""Patterns come from outside; one that takes longer than this for a module name is refused."""
+
+REFUSED: Final[Mapping[str, str]] = {
+    "use_dora": "DoRA",
+    "modules_to_save": "modules_to_save",
+    "target_parameters": "MoE parameters (target_parameters)",
+    "lora_bias": "lora_bias",
+    "trainable_token_indices": "trainable tokens (trainable_token_indices)",
+    "layer_replication": "layer_replication",
+    "use_qalora": "QALoRA (use_qalora)",
+    "use_bdlora": "BD-LoRA (use_bdlora)",
+    "alora_invocation_tokens": "aLoRA (alora_invocation_tokens)",
+    "arrow_config": "Arrow (arrow_config)",
+    "kasa_config": "KaSA (kasa_config)",
+    "monteclora_config": "MonteCLoRA (monteclora_config)",
+    "megatron_config": "Megatron layers (megatron_config)",
+}
+"""Configuration keys whose feature changes the numbers in a way that is not supported, and what to call it."""
+
+HARMLESS_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that only fill the factors. With others (pissa, olora, corda, loftq, lora_ga) PEFT changes
+the base itself, or (mica) rounds the update differently."""
+
+KNOWN: Final = frozenset(REFUSED) | {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying", "task_type", "peft_type", "auto_mapping",
+    "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """Ranks, scalings and targets of a LoRA. `source` is the file it came from, for messages."""
+
+    source: str
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    fan_in_fan_out: bool
+    unknown: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any], source: str) -> LoraConfig:
+        """Check a configuration.
+
+        Raises:
+            UnsupportedError: it asks for a feature that loratool does not compute.
+            AdapterError: a value is missing or impossible.
+        """
+        _refuse_unsupported(config, source)
+        read = _Reader(config, source)
+        return cls(
+            source=source,
+            r=read.positive_int("r"),
+            lora_alpha=read.number("lora_alpha"),
+            use_rslora=read.flag("use_rslora"),
+            rank_pattern={key: read.positive_int(key, value) for key, value in read.mapping("rank_pattern")},
+            alpha_pattern={key: read.number(key, value) for key, value in read.mapping("alpha_pattern")},
+            target_modules=read.names("target_modules", None),
+            exclude_modules=read.names("exclude_modules", ()) or (),
+            layers_to_transform=read.layers("layers_to_transform"),
+            layers_pattern=read.strings("layers_pattern"),
+            fan_in_fan_out=read.flag("fan_in_fan_out"),
+            unknown=tuple(sorted(str(key) for key in config if key not in KNOWN)),
+        )
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the configuration gives `module`."""
+        return self.rank_pattern.get(self._pattern_key(self.rank_pattern, module), self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), of `module`."""
+        alpha = self.alpha_pattern.get(self._pattern_key(self.alpha_pattern, module), self.lora_alpha)
+        rank = self.rank_of(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT would put a LoRA on `module` (``peft.tuners.tuners_utils.check_target_module_exists``)."""
+        if self._is_excluded(module):
+            return False
+        if self.target_modules is None or self.target_modules == ALL_LINEAR:
+            return True
+        if isinstance(self.target_modules, str):
+            return self._matches(self.target_modules, module, whole=True) is not None
+        if module in self.target_modules:
+            return True
+        return any(module.endswith(f".{name}") for name in self.target_modules) and self._is_chosen_layer(module)
+
+    def _is_excluded(self, module: str) -> bool:
+        if isinstance(self.exclude_modules, str):
+            return self._matches(self.exclude_modules, module, whole=True) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.exclude_modules)
+
+    def _is_chosen_layer(self, module: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        patterns = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in self.layers_pattern]
+        for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
+            found = self._matches(pattern, module, whole=False)
+            if found is not None:
+                return int(found["idx"]) in self.layers_to_transform
+        return False
+
+    def _pattern_key(self, patterns: Mapping[str, object], module: str) -> str:
+        """The first pattern that `module` ends with, as ``peft.utils.get_pattern_key`` finds it."""
+        for key in patterns:
+            if self._matches(rf"(.*\.)?({key})$", module, whole=False) is not None:
+                return key
+        return module
+
+    def _matches(self, pattern: str, module: str, *, whole: bool) -> regex.Match[str] | None:
+        match = regex.fullmatch if whole else regex.match
+        try:
+            return match(pattern, module, timeout=MATCH_SECONDS)
+        except TimeoutError:
+            raise AdapterError(
+                f"the pattern {quoted(pattern)} in {quoted(self.source)} takes too long to match"
+            ) from None
+        except regex.error as error:
+            raise AdapterError(f"{quoted(pattern)} in {quoted(self.source)} is not a valid pattern: {error}") from None
+
+
+def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
+    peft_type = config.get("peft_type", "LORA")
+    if peft_type != "LORA":
+        raise UnsupportedError(f"{quoted(source)} is a {quoted(peft_type)} adapter; loratool merges LORA adapters only")
+    for key, feature in REFUSED.items():
+        if config.get(key):
+            raise UnsupportedError(f"{quoted(source)} uses {feature}, which loratool does not support yet")
+    if config.get("bias", "none") != "none":
+        raise UnsupportedError(
+            f"{quoted(source)} trains biases (bias={quoted(config['bias'])}), which loratool does not support yet"
+        )
+    init = config.get("init_lora_weights", True)
+    if init not in HARMLESS_INITS:
+        raise UnsupportedError(
+            f"{quoted(source)} was initialised with {quoted(init)}, so it is no update of the original base; save it with "
+            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) to make it one"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Typed access to a configuration's values; each method raises AdapterError for a value of another type."""
+
+    config: Mapping[str, Any]
+    source: str
+
+    def positive_int(self, key: str, value: object = None) -> int:
+        value = self.config.get(key) if value is None else value
+        if type(value) is not int or value < 1:
+            raise self._wrong(key, value, "a whole number of at least 1")
+        return value
+
+    def number(self, key: str, value: object = None) -> float:
+        value = self.config.get(key) if value is None else value
+        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+            raise self._wrong(key, value, "a number")
+        return value  # type: ignore[return-value]
+
+    def flag(self, key: str) -> bool:
+        value = self.config.get(key) or False
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def mapping(self, key: str) -> list[tuple[str, Any]]:
+        value = self.config.get(key) or {}
+        if not isinstance(value, dict):
+            raise self._wrong(key, value, "an object")
+        return list(value.items())
+
+    def names(self, key: str, default: tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        value = self.config.get(key)
+        if value is None:
+            return default
+        return value if isinstance(value, str) else self.strings(key)
+
+    def strings(self, key: str) -> tuple[str, ...]:
+        value = self.config.get(key) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(key, value, "a list of names")
+        return tuple(value)
+
+    def layers(self, key: str) -> tuple[int, ...]:
+        value = self.config.get(key)
+        value = [] if value is None else [value] if type(value) is int else value
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self._wrong(key, value, "a list of layer numbers")
+        return tuple(value)
+
+    def _wrong(self, key: str, value: object, expected: str) -> AdapterError:
+        return AdapterError(f"{quoted(key)} in {quoted(self.source)} is {quoted(value, 40)} and must be {expected}")

@@ -1,0 +1,153 @@
+"""Which tensor of a checkpoint each module of an adapter lands on.
+
+The rules, in order:
+
+1. A module lands on ``<module>.weight`` where the checkpoint has that tensor.
+2. Modules that do not are named by a program that saw the model under another prefix (``transformer.h.0`` for the
+   Hub's GPT-2, whose tensors begin with ``h.0``; ``encoder.layer.0`` for a BERT with its head, ``bert.encoder.layer.0``;
+   ``model.layers.0`` for ``model.language_model.layers.0``). One exchange of one leading prefix for another must land all
+   of them. What is exchanged never reaches the component before the first number (``layers`` in ``model.layers.0``),
+   so a module never moves to another layer or another kind of layer. The exchange that keeps most of the module's own
+   name is taken.
+3. Where several exchanges keep equally much, the one under which every shape fits is taken, if it is the only one.
+
+Anything else is an error that lists what did not land and the nearest names; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from loratool.checkpoint.header import TensorInfo
+from loratool.errors import PlacementError, nearest, quoted
+
+SUFFIX: Final = ".weight"
+SHOWN: Final = 5
+OUTPUT_HEADS: Final = frozenset({"lm_head", "embed_out", "output_projection"})
+"""Modules that a checkpoint lacks where the model ties them to its input embedding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Replace the leading `old` of a module's name by `new`; both end in a dot or are empty."""
+
+    old: str
+    new: str
+
+    def apply(self, module: str) -> str | None:
+        """The name of the tensor that `module` lands on, or None where it does not begin with `old`."""
+        return self.new + module[len(self.old) :] + SUFFIX if module.startswith(self.old) else None
+
+    def reverse(self, tensor: str) -> str | None:
+        """The module that would land on `tensor`, or None where there is none."""
+        if not (tensor.startswith(self.new) and tensor.endswith(SUFFIX)):
+            return None
+        return self.old + tensor[len(self.new) : -len(SUFFIX)]
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Where every module lands: module to tensor name, and the exchange of prefixes that did it."""
+
+    tensors: Mapping[str, str]
+    exchange: Exchange
+
+
+def land(modules: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo], source: str) -> Landing:
+    """Find the tensor for each of `modules` (name to (out_features, in_features)) by the rules above.
+
+    Raises:
+        PlacementError: a module lands on no tensor, on one of several, or on the same tensor as another.
+    """
+    landed = {module: module + SUFFIX for module in modules if module + SUFFIX in tensors}
+    rest = {module: shape for module, shape in modules.items() if module not in landed}
+    exchange = _find_exchange(rest, tensors, source) if rest else Exchange("", "")
+    for module in rest:
+        landed[module] = exchange.apply(module) or module
+    _refuse_collisions(landed, source)
+    return Landing(landed, exchange)
+
+
+def _find_exchange(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo], source: str) -> Exchange:
+    best: tuple[int, Exchange | None] = (0, None)
+    example = next((module for module in rest if _has_number(module)), next(iter(rest)))
+    for old in _prefixes(list(rest)):
+        candidates = sorted(_exchanges(old, example, tensors), key=lambda exchange: exchange.new)
+        counted = [(sum(exchange.apply(module) in tensors for module in rest), exchange) for exchange in candidates]
+        complete = [exchange for count, exchange in counted if count == len(rest)]
+        if complete:
+            return _only_one(complete, rest, tensors, source)
+        best = max([best, *counted], key=lambda pair: pair[0])
+    raise _not_landed(rest, best[1] or Exchange("", ""), tensors, source)
+
+
+def _prefixes(modules: list[str]) -> Iterator[str]:
+    """The leading prefixes that all `modules` share and that may be exchanged, shortest first."""
+    yield ""
+    components = modules[0].split(".")
+    for count in range(1, len(components)):
+        prefix = ".".join(components[:count]) + "."
+        if _has_number(".".join(components[: count + 1])) or not all(module.startswith(prefix) for module in modules):
+            return
+        yield prefix
+
+
+def _exchanges(old: str, module: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Exchange]:
+    """Every exchange of `old` under which `module` lands on some tensor."""
+    tail = module[len(old) :] + SUFFIX
+    for name in tensors:
+        new = name[: -len(tail)] if name.endswith(tail) else None
+        if new is not None and (not new or new.endswith(".")) and not _has_number(new):
+            yield Exchange(old, new)
+
+
+def _has_number(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _only_one(complete: list[Exchange], rest: Mapping[str, tuple[int, int]],
+              tensors: Mapping[str, TensorInfo], source: str) -> Exchange:  # fmt: skip
+    fitting = [
+        exchange
+        for exchange in complete
+        if all(sorted(tensors[str(exchange.apply(module))].shape) == sorted(shape) for module, shape in rest.items())
+    ]
+    if len(complete) == 1:
+        return complete[0]
+    if len(fitting) == 1:
+        return fitting[0]
+    module = next(iter(rest))
+    places = " or ".join(quoted(exchange.apply(module)) for exchange in complete[:SHOWN])
+    raise PlacementError(
+        f"{quoted(module)} of {quoted(source)} could land on {places}; rename its modules to the base's own names"
+    )
+
+
+def _not_landed(rest: Mapping[str, tuple[int, int]], exchange: Exchange,
+                tensors: Mapping[str, TensorInfo], source: str) -> PlacementError:  # fmt: skip
+    missing = [module for module in rest if exchange.apply(module) not in tensors]
+    lines = []
+    for module in missing[:SHOWN]:
+        near = nearest(exchange.apply(module) or module, tensors)
+        lines.append(f"  {quoted(module)}" + (f"  nearest: {', '.join(quoted(name) for name in near)}" if near else ""))
+    if len(missing) > SHOWN:
+        lines.append(f"  and {len(missing) - SHOWN} more")
+    tied = all(module.rsplit(".", 1)[-1] in OUTPUT_HEADS for module in missing)
+    advice = "the base seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
+    return PlacementError(
+        f"{len(missing)} of the modules of {quoted(source)} land on no tensor of the base, so nothing was merged; "
+        f"{advice}\n" + "\n".join(lines)
+    )
+
+
+def _refuse_collisions(landed: Mapping[str, str], source: str) -> None:
+    seen: dict[str, str] = {}
+    for module, tensor in landed.items():
+        if tensor in seen:
+            raise PlacementError(
+                f"{quoted(module)} and {quoted(seen[tensor])} of {quoted(source)} both land on {quoted(tensor)}; "
+                "keep one of them"
+            )
+        seen[tensor] = module

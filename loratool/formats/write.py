@@ -1,0 +1,83 @@
+"""Writing an adapter: a PEFT directory, or a single file. The factors' bytes are copied as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratool.checkpoint.copying import copy_range
+from loratool.checkpoint.header import TensorInfo, header_bytes
+from loratool.checkpoint.staging import staged_file, staged_folder
+from loratool.formats.adapter import Adapter
+from loratool.formats.read import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
+from loratool.formats.tensor_keys import peft_key
+
+
+def write_peft(adapter: Adapter, out: Path, *, force: bool = False) -> None:
+    """Write the PEFT directory `out`: configuration, weights, and ``loratool.json`` where facts are known.
+
+    A file whose tensors have PEFT's names already is copied byte for byte, so its sha256 stays.
+
+    Raises:
+        OutputError: `out` exists (without `force`) or cannot be written.
+    """
+    with staged_folder(out, force=force) as folder:
+        tensors = _tensors(adapter)
+        target = folder / WEIGHTS_NAME
+        if all(name == info.name for name, info in tensors.items()):
+            _copy_file(adapter.file, target)
+        else:
+            _write_tensors(target, tensors, {"format": "pt"})
+        (folder / CONFIG_NAME).write_text(_pretty(adapter.config))
+        if adapter.facts:
+            (folder / FACTS_NAME).write_text(_pretty(adapter.facts))
+
+
+def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> None:
+    """Write the safetensors file `out`, with the configuration and loratool's facts in its metadata.
+
+    Raises:
+        OutputError: `out` exists (without `force`) or cannot be written.
+    """
+    metadata = {"format": "pt", CONFIG_KEY: _compact(adapter.config)}
+    if adapter.facts:
+        metadata[FACTS_KEY] = _compact(adapter.facts)
+    with staged_file(out, force=force) as file:
+        _write_tensors(file, _tensors(adapter), metadata)
+
+
+def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
+    pairs = sorted(adapter.updates.items())
+    return {
+        peft_key(module, factor): info
+        for module, update in pairs
+        for factor, info in (("A", update.a), ("B", update.b))
+    }
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
+    head = header_bytes({name: (info.dtype, info.shape) for name, info in tensors.items()}, metadata)
+    with open(file, "wb") as target:
+        target.write(head)
+        target.flush()
+        offset = len(head)
+        for info in tensors.values():
+            with open(info.file, "rb") as source:
+                copy_range(source.fileno(), target.fileno(), info.start, info.stop, at=offset)
+            offset += info.nbytes
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        copy_range(reader.fileno(), writer.fileno(), 0, os.fstat(reader.fileno()).st_size)
+
+
+def _compact(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _pretty(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,272 @@
+"""The catalogue of adapters: `loratool.add`, `list`, `show`, `tag`, `remove` and `export`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from registry import (
+    AdapterFacts,
+    AdapterRecord,
+    AdapterSummary,
+    BaseRecord,
+    LineageRecord,
+    MergeRecord,
+    Registry,
+    SortKey,
+    home,
+    is_name,
+    registry_url,
+)
+from registry import (
+    list_adapters as list_catalogued,
+)
+
+DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
+
+
+@dataclass(frozen=True, slots=True)
+class AddResult:
+    """An adapter's entry in the catalogue, whether it is `new`, and notes on how it was read and tied to its base."""
+
+    record: AdapterRecord
+    new: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShowResult:
+    """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies."""
+
+    record: AdapterRecord
+    base: BaseRecord | None
+    versions: tuple[AdapterRecord, ...]
+    ancestors: tuple[LineageRecord, ...]
+    descendants: tuple[LineageRecord, ...]
+    merges: tuple[MergeRecord, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            **adapter_json(self.record),
+            "versions": [record.version for record in self.versions],
+            "ancestors": [_edge_json(edge) for edge in self.ancestors],
+            "descendants": [_edge_json(edge) for edge in self.descendants],
+            "merges": [
+                {"output": str(m.output), "base": m.base, "state": m.state, "created_at": m.created_at.isoformat()}
+                for m in self.merges
+            ],
+        }
+
+
+def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | None = None, alpha: float | None = None,
+        tags: Sequence[str] = (), registry: str | None = None) -> AddResult:  # fmt: skip
+    """Catalogue the adapter at `path`: its files are copied into the content store, under their sha256.
+
+    Args:
+        path: a PEFT folder or a single safetensors file.
+        name: letters, digits, ``.``, ``_`` and ``-``; by default the folder's or file's name. The same name with other
+            content becomes its next version.
+        base: the catalogued base that it belongs to. By default the one whose fingerprint it records, else the one that
+            was catalogued from the Hub id that it records.
+        alpha: for a bare file that does not say its own.
+        tags: words to find it by.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
+    Raises:
+        LoratoolError, registry.RegistryError: it cannot be read, does not fit `base`, or the name is taken wrongly.
+    """
+    from loratool.errors import NotFoundError, quoted
+    from loratool.formats.finite import refuse_not_finite
+    from loratool.formats.read import read_adapter
+    from loratool.library.resolve import exists, open_registry
+
+    source = Path(path).expanduser()
+    if not exists(source):
+        raise NotFoundError(f"there is no adapter at {quoted(source)}; give a PEFT folder or a safetensors file")
+    adapter = read_adapter(source, alpha)
+    refuse_not_finite(adapter)
+    chosen = name or _name_from(adapter.name, source)
+    with open_registry(registry) as catalogue:
+        owner, notes = _owner(adapter, base, catalogue)
+        files: dict[str, Path | bytes] = {
+            "adapter_model.safetensors": adapter.file,
+            "adapter_config.json": _json_bytes(adapter.config),
+        }
+        if adapter.facts:
+            files["loratool.json"] = _json_bytes(adapter.facts)
+        with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
+            record, new = catalogue.adapters.add(
+                chosen, _facts(adapter, owner), base=owner.name if owner else None, tags=tags, staged=staged
+            )
+    return AddResult(record, new, (*adapter.notes, *notes))
+
+
+def list_adapters(*, base: str | None = None, kind: str | None = None, tag: str | None = None, sort: SortKey = "name",
+                  registry: str | None = None) -> tuple[AdapterSummary, ...]:  # fmt: skip
+    """The catalogued adapters that pass every filter; `base` takes those of its variants too.
+
+    Raises:
+        registry.RegistryError: the catalogue cannot be read, or `base` is not in it.
+    """
+    return list_catalogued(home(), registry or registry_url(), base=base, kind=kind, tag=tag, sort=sort)
+
+
+def show(adapter: str, *, registry: str | None = None) -> ShowResult:
+    """Everything the catalogue knows of one adapter, ``name`` or ``name@version``.
+
+    Raises:
+        registry.RegistryError: there is no such adapter; the nearest names are listed.
+    """
+    from loratool.library.resolve import open_registry
+
+    with open_registry(registry, read_only=True) as catalogue:
+        record = catalogue.adapters.find(adapter)
+        return ShowResult(
+            record=record,
+            base=catalogue.bases.get(record.base) if record.base else None,
+            versions=catalogue.adapters.versions(record.name),
+            ancestors=catalogue.lineage.ancestors(record),
+            descendants=catalogue.lineage.descendants(record),
+            merges=catalogue.merges.of_adapter(record.sha256),
+        )
+
+
+def tag(adapter: str, tags: Sequence[str], *, remove: bool = False, registry: str | None = None) -> AdapterRecord:
+    """Put tags on an adapter, or with `remove` take them off.
+
+    Raises:
+        registry.RegistryError: there is no such adapter, or a tag is not a name.
+    """
+    from loratool.library.resolve import open_registry
+
+    with open_registry(registry) as catalogue:
+        change = catalogue.adapters.untag if remove else catalogue.adapters.tag
+        return change(adapter, *tags)
+
+
+def remove(adapter: str, *, all_versions: bool = False, registry: str | None = None) -> tuple[AdapterRecord, ...]:
+    """Forget an adapter and free its files in the content store; files elsewhere stay.
+
+    Raises:
+        registry.RegistryError: there is no such adapter, or it has several versions and none was chosen.
+    """
+    from loratool.library.resolve import open_registry
+
+    with open_registry(registry) as catalogue:
+        return catalogue.adapters.remove(adapter, all_versions=all_versions)
+
+
+def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: float | None = None,
+           force: bool = False, registry: str | None = None) -> Path:  # fmt: skip
+    """Write an adapter as the PEFT directory `out`, or as a single file where `out` ends in .safetensors or .st.
+
+    Raises:
+        LoratoolError, registry.RegistryError: there is no such adapter, or `out` exists.
+    """
+    from dataclasses import replace
+
+    from loratool.formats.read import SINGLE_FILE_SUFFIXES
+    from loratool.formats.write import write_peft, write_single_file
+    from loratool.library.resolve import open_registry, resolve_adapter
+
+    target = Path(out).expanduser()
+    with open_registry(registry, read_only=True) as catalogue:
+        found = resolve_adapter(adapter, catalogue, alpha)
+        facts = dict(found.adapter.facts) | {"schema": 1, "kind": found.adapter.kind}
+        if found.base_fingerprint:
+            facts["base_fingerprint"] = found.base_fingerprint
+        write = write_single_file if target.suffix in SINGLE_FILE_SUFFIXES else write_peft
+        write(replace(found.adapter, facts=facts), target, force=force)
+    return target
+
+
+def adapter_json(record: AdapterSummary) -> dict[str, Any]:
+    """An adapter's entry in the words of ``--json``: the catalogue's columns."""
+    value = {key: item for key, item in asdict(record).items() if key not in {"id", "locations"}}
+    value["created_at"] = record.created_at.isoformat()
+    value["tags"] = list(record.tags)
+    return value
+
+
+def _edge_json(edge: LineageRecord) -> dict[str, Any]:
+    return {"child": edge.child, "parent": edge.parent, "operation": edge.operation, "details": edge.details}
+
+
+def _facts(adapter: Any, owner: BaseRecord | None) -> AdapterFacts:
+    scalings = {module: update.scaling for module, update in sorted(adapter.updates.items())}
+    same = len(set(scalings.values())) == 1
+    return AdapterFacts(
+        kind=adapter.kind,
+        sha256=adapter.sha256,
+        size_bytes=adapter.file.stat().st_size,
+        rank=adapter.rank,
+        ranks=adapter.ranks,
+        alpha=adapter.alpha,
+        scaling=next(iter(scalings.values())) if same else scalings,
+        target_modules=list(adapter.target_modules),
+        dtype=DTYPE_NAMES.get(adapter.dtype, adapter.dtype),
+        parameter_count=adapter.parameter_count,
+        base_fingerprint=owner.fingerprint if owner else adapter.base_fingerprint,
+        base_model=adapter.base_model,
+        recipe=adapter.facts.get("recipe"),
+        metrics=adapter.facts.get("metrics"),
+        config=dict(adapter.config),
+    )
+
+
+def _owner(adapter: Any, base: str | None, catalogue: Registry) -> tuple[BaseRecord | None, list[str]]:
+    """The catalogued base that the adapter belongs to, checked by names and shapes, and notes on how it was found."""
+    from loratool.errors import LoratoolError, WrongBaseError, quoted
+
+    recorded = adapter.base_fingerprint
+    if base is not None:
+        record = catalogue.bases.find(base)
+        if recorded and record.fingerprint and not catalogue.bases.same_family(recorded, record.fingerprint):
+            raise WrongBaseError(
+                f"{quoted(adapter.name)} records another base ({recorded[:12]}…) than {quoted(base)}; leave --base out"
+            )
+        _refuse_unfit(adapter, record)
+        return record, []
+    if recorded:
+        known = catalogue.bases.find_by_fingerprint(recorded)
+        return (known[0], []) if known else (None, ["its base is not catalogued yet; add it with 'loratool base add'"])
+    named = [record for record in catalogue.bases.list() if adapter.base_model and adapter.base_model == record.source]
+    for record in named[:1]:
+        try:
+            _refuse_unfit(adapter, record)
+        except LoratoolError:
+            break
+        return record, [f"it names {quoted(record.source)} as its base, which is catalogued as {quoted(record.name)}"]
+    return None, ["it is tied to no base yet; add it again with --base NAME to tie it to one"]
+
+
+def _refuse_unfit(adapter: Any, record: BaseRecord) -> None:
+    """Raise LoratoolError if the adapter does not land on the base; one whose files are away is taken at its word."""
+    from loratool.checkpoint.model import Checkpoint
+    from loratool.library.resolve import exists
+    from loratool.merging.plan import WeightedAdapter, plan_merge
+
+    if record.path is not None and exists(record.path):
+        plan_merge([WeightedAdapter(adapter)], Checkpoint.open(record.path))
+
+
+def _name_from(stem: str, source: Path) -> str:
+    """A name for the catalogue made from a file's or folder's name."""
+    from loratool.errors import AdapterError, quoted
+
+    if stem == "adapter_model":
+        stem = source.resolve().parent.name
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:96]
+    if not is_name(name):
+        raise AdapterError(f"no name can be made from {quoted(stem)}; give one with --name")
+    return name
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,209 @@
+"""The catalogue of base models: `loratool.base_add`, `base_list`, `base_show`, `base_verify` and `base_remove`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
+from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import VerificationError, WrongBaseError, quoted
+from loratool.library.merge import hold
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import HUB_ID, digest_cache, exists, open_registry
+from registry import AdapterSummary, BaseRecord, MergeRecord
+
+DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "U8": "uint8"}
+
+
+@dataclass(frozen=True, slots=True)
+class BaseShowResult:
+    """Everything known of one base: its entry, its adapters, and the merges into it."""
+
+    record: BaseRecord
+    adapters: tuple[AdapterSummary, ...]
+    merges: tuple[MergeRecord, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            **base_json(self.record),
+            "adapters": [adapter.reference for adapter in self.adapters],
+            "merges": [{"output": str(merge.output), "state": merge.state} for merge in self.merges],
+        }
+
+
+def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | None = None, registry: str | None = None,
+             progress: Progress | None = None) -> BaseRecord:  # fmt: skip
+    """Catalogue a base model under `name`, with the fingerprint of its content. Its files stay where they are.
+
+    Args:
+        name: letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit, 96 at most.
+        source: its folder or safetensors file, or a Hub id (``owner/name`` or ``owner/name@revision``).
+        variant_of: the catalogued base that this is the same model as, stored otherwise.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes are done.
+
+    Raises:
+        LoratoolError, registry.RegistryError: it is no model, the name is taken by another one, or it is no variant.
+    """
+    watcher = progress or Silent()
+    text = os.fspath(source)
+    path, revision = Path(text).expanduser(), None
+    with open_registry(registry) as catalogue:
+        _check_name(name)
+        if not exists(path) and HUB_ID.fullmatch(text):
+            from loratool.hub.bases import fetch_base
+
+            repo, _, wanted = text.partition("@")
+            path, text = fetch_base(repo, wanted or None), repo
+            revision = path.name
+        elif exists(path):
+            path = Path(os.path.abspath(path))
+            text = str(path)
+        with hold(path, exclusive=False):
+            checkpoint = Checkpoint.open(path)
+            if variant_of is not None:
+                _refuse_other_model(checkpoint, catalogue.bases.find(variant_of))
+            watcher.begin("fingerprinting", checkpoint.nbytes)
+            digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
+        architectures = checkpoint.config.get("architectures")
+        return catalogue.bases.add(
+            name,
+            text,
+            path=path,
+            revision=revision,
+            fingerprint=fingerprint(checkpoint.tensors, digests),
+            variant_of=variant_of,
+            architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+            model_type=str(checkpoint.config["model_type"]) if "model_type" in checkpoint.config else None,
+            parameter_count=sum(_elements(info) for info in checkpoint.tensors.values()),
+            size_bytes=checkpoint.nbytes,
+            dtype=_main_dtype(checkpoint),
+        )
+
+
+def base_list(*, registry: str | None = None) -> tuple[BaseRecord, ...]:
+    """The catalogued bases, by name.
+
+    Raises:
+        registry.RegistryError: the catalogue cannot be read.
+    """
+    with open_registry(registry, read_only=True) as catalogue:
+        return catalogue.bases.list()
+
+
+def base_show(name: str, *, registry: str | None = None) -> BaseShowResult:
+    """Everything the catalogue knows of one base.
+
+    Raises:
+        registry.RegistryError: there is no such base; the nearest names are listed.
+    """
+    with open_registry(registry, read_only=True) as catalogue:
+        record = catalogue.bases.find(name)
+        merges = catalogue.merges.of_base(record.fingerprint) if record.fingerprint else ()
+        return BaseShowResult(record, catalogue.adapters.list(base=name), merges)
+
+
+def base_verify(name: str, *, registry: str | None = None, progress: Progress | None = None) -> BaseRecord:
+    """Read every byte of a catalogued base again and compare its fingerprint.
+
+    Raises:
+        VerificationError: the files are no longer what was catalogued.
+        LoratoolError, registry.RegistryError: there is no such base, or it is damaged.
+    """
+    watcher = progress or Silent()
+    with open_registry(registry, read_only=True) as catalogue:
+        record = catalogue.bases.find(name)
+    if record.path is None or not exists(record.path):
+        raise VerificationError(
+            f"the files of base {quoted(name)} are not at {quoted(record.path)}; catalogue them again"
+        )
+    with hold(record.path, exclusive=False):
+        checkpoint = Checkpoint.open(record.path)
+        watcher.begin("fingerprinting", checkpoint.nbytes)
+        actual = fingerprint(checkpoint.tensors, tensor_digests(checkpoint, progress=watcher.advance))
+    if actual != record.fingerprint:
+        raise VerificationError(
+            f"base {quoted(name)} at {quoted(record.path)} has changed since it was catalogued: expected "
+            f"{str(record.fingerprint)[:12]}…, found {actual[:12]}…; restore it, or catalogue it under another name"
+        )
+    return record
+
+
+def base_remove(name: str, *, force: bool = False, registry: str | None = None) -> BaseRecord:
+    """Forget a base; its files stay. With `force` also while adapters belong to it.
+
+    Raises:
+        registry.RegistryError: there is no such base, or adapters belong to it.
+    """
+    with open_registry(registry) as catalogue:
+        return catalogue.bases.remove(name, force=force)
+
+
+def base_json(record: BaseRecord) -> dict[str, Any]:
+    """A base's entry in the words of ``--json``: the catalogue's columns."""
+    return {
+        "name": record.name,
+        "source": record.source,
+        "revision": record.revision,
+        "path": None if record.path is None else str(record.path),
+        "base_fingerprint": record.fingerprint,
+        "variant_of": record.variant_of,
+        "architecture": record.architecture,
+        "model_type": record.model_type,
+        "parameter_count": record.parameter_count,
+        "size_bytes": record.size_bytes,
+        "dtype": record.dtype,
+        "created_at": record.created_at.isoformat(),
+    }
+
+
+def _check_name(name: str) -> None:
+    """Refuse a bad name before minutes are spent on the base's fingerprint."""
+    from registry import check_name
+
+    check_name(name, "base")
+
+
+def _refuse_other_model(checkpoint: Checkpoint, original: BaseRecord) -> None:
+    """Raise WrongBaseError unless both have the same tensors: names and shapes, and bytes where both store them alike."""
+    if original.path is None or not exists(original.path):
+        raise WrongBaseError(f"the files of base {quoted(original.name)} are needed to compare, and are not there")
+    other = Checkpoint.open(original.path)
+    ours, theirs = _plain_tensors(checkpoint), _plain_tensors(other)
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        raise WrongBaseError(f"it is no variant of {quoted(original.name)}: only one of them has {quoted(name)}")
+    alike = {name for name, info in ours.items() if info.dtype == theirs[name].dtype}
+    for name in sorted(ours):
+        if name in alike and ours[name].shape != theirs[name].shape:
+            raise WrongBaseError(f"it is no variant of {quoted(original.name)}: {quoted(name)} has another shape")
+    digests, expected = tensor_digests(checkpoint, digest_cache()), tensor_digests(other, digest_cache())
+    for name in sorted(alike):
+        if digests[name] != expected[name]:
+            raise WrongBaseError(f"it is no variant of {quoted(original.name)}: {quoted(name)} has other values")
+
+
+def _plain_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The tensors that are weights themselves, not parts of a quantized one."""
+    names = checkpoint.tensors
+    return {name: info for name, info in names.items() if name.rpartition(".weight.")[0] + ".weight" not in names}
+
+
+def _elements(info: TensorInfo) -> int:
+    count = 1
+    for side in info.shape:
+        count *= side
+    return count
+
+
+def _main_dtype(checkpoint: Checkpoint) -> str | None:
+    """The dtype that most bytes of the model have."""
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        sizes[info.dtype] += info.nbytes
+    return DTYPE_NAMES.get(sizes.most_common(1)[0][0], sizes.most_common(1)[0][0]) if sizes else None

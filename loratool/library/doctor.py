@@ -1,0 +1,33 @@
+"""`loratool.doctor`: the catalogue against the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loratool.library.resolve import open_registry
+from registry import Counts, Finding, Freed
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorResult:
+    """What was found wrong, what the catalogue holds, and what a garbage collection freed."""
+
+    findings: tuple[Finding, ...]
+    counts: Counts
+    freed: Freed | None
+
+
+def doctor(*, gc: bool = False, deep: bool = False, registry: str | None = None) -> DoctorResult:
+    """Check that what the catalogue names is on the disk, and that nothing in the store is unnamed.
+
+    Args:
+        gc: free what nothing in the catalogue names.
+        deep: read every stored file and compare its sha256.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
+    Raises:
+        registry.RegistryError: the catalogue cannot be read, or with `gc` not written.
+    """
+    with open_registry(registry, read_only=not gc) as catalogue:
+        freed = catalogue.doctor.collect() if gc else None
+        return DoctorResult(catalogue.doctor.examine(deep=deep), catalogue.counts(), freed)

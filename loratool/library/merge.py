@@ -1,0 +1,299 @@
+"""`loratool.merge`: adapters into the weights of a base model."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.checkpoint.fingerprint import file_identity, fingerprint, tensor_digests
+from loratool.checkpoint.journal import locked, refuse_links
+from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.staging import refuse_existing
+from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
+from loratool.formats.read import SINGLE_FILE_SUFFIXES
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import (
+    ResolvedAdapter,
+    ResolvedBase,
+    digest_cache,
+    open_registry,
+    resolve_adapter,
+    resolve_base,
+)
+from loratool.merging.apply import BaseIdentity, MergeReport, apply_merge, merge_in_place
+from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
+from loratool.merging.undo import UNDO_NAME
+from registry import MergedAdapter, Registry
+
+AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+"""An adapter's name or path, alone or with its weight."""
+
+START_SECONDS: Final = 2.0
+USUAL_BYTES_PER_SECOND: Final = 5e8
+"""What a merge is expected to take where none was recorded: to start, and for each byte."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge did, or with ``dry_run`` would do. Sizes in bytes.
+
+    Attributes:
+        out: the merged model's folder.
+        base, base_fingerprint: the base's name, and its fingerprint (None in a dry run that did not need it).
+        adapters: each adapter's reference, sha256 and weight.
+        output_fingerprint: of the merged model.
+        undo_file: what takes the merge out again, where it was kept.
+        plan: the matrices that change.
+        seconds: the time taken, or expected.
+    """
+
+    out: Path
+    base: str
+    base_fingerprint: str | None
+    adapters: tuple[MergedAdapter, ...]
+    output_fingerprint: str | None
+    undo_file: Path | None
+    plan: MergePlan
+    notes: tuple[str, ...]
+    seconds: float
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "out": str(self.out),
+            "base": self.base,
+            "base_fingerprint": self.base_fingerprint,
+            "adapters": [{"adapter": a.adapter, "sha256": a.sha256, "weight": a.weight} for a in self.adapters],
+            "output_fingerprint": self.output_fingerprint,
+            "undo_file": None if self.undo_file is None else str(self.undo_file),
+            "tensors": [
+                {
+                    "name": target.name,
+                    "update": [planned.update.kind for planned in target.updates],
+                    "codec": target.weight.codec,
+                    "shape": list(target.weight.shape),
+                    "size_bytes": target.nbytes,
+                }
+                for target in self.plan.targets
+            ],
+            "touched_bytes": self.plan.touched_bytes,
+            "size_bytes": self.plan.base.nbytes,
+            "seconds": round(self.seconds, 3),
+            "dry_run": self.dry_run,
+            "notes": list(self.notes),
+        }
+
+
+def merge(adapters: Sequence[AdapterSpec], into: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None,
+          in_place: bool = False, dry_run: bool = False, undo: bool = False, force: bool = False, device: str = "auto",
+          alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
+    """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
+
+    Args:
+        adapters: catalogued names or paths, each alone or as (adapter, weight).
+        into: the base: a catalogued name, a folder, a safetensors file, or a Hub id.
+        out: the new folder; by default ``<base>-<adapter>`` beside the base.
+        in_place: change the base's own files instead; an undo file is always kept.
+        dry_run: plan and check only; write nothing.
+        undo: keep an undo file in the new folder, so that the merge can be taken out when the base is gone.
+        force: merge into another base than the adapter records, and replace an output that loratool wrote before.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        alpha: for a bare adapter file that does not say its own.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes are done.
+
+    Raises:
+        LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
+    """
+    if in_place and out is not None:
+        raise LoratoolError("a merge goes either in place or to --out; give one of them")
+    started = time.monotonic()
+    watcher = progress or Silent()
+    with open_registry(registry, read_only=dry_run) as catalogue:
+        base = resolve_base(into, catalogue)
+        resolved = [resolve_adapter(name, catalogue, alpha) for name, _ in map(_with_weight, adapters)]
+        weighted = [
+            WeightedAdapter(found.adapter, weight)
+            for found, (_, weight) in zip(resolved, map(_with_weight, adapters), strict=True)
+        ]
+        target = base.path if in_place else _output(out, base, resolved)
+        if not in_place:
+            _refuse_output(target, base.path, force=force)
+        with hold(base.path, exclusive=in_place and not dry_run):
+            checkpoint = Checkpoint.open(base.path)
+            if in_place:
+                _refuse_in_place(checkpoint)
+            plan = plan_merge(weighted, checkpoint)
+            digests, notes = _check_base(base, resolved, checkpoint, catalogue, watcher, force=force)
+            merged = tuple(_merged(found, each.weight) for found, each in zip(resolved, weighted, strict=True))
+            if dry_run:
+                known = fingerprint(checkpoint.tensors, digests) if digests else None
+                seconds = _expected_seconds(plan, catalogue, in_place=in_place)
+                return MergeResult(
+                    target, base.name, known, merged, None, None, plan, (*notes, *plan.notes), seconds, True
+                )
+            identity = BaseIdentity(base.name, digests)
+            watcher.begin("merging", plan.touched_bytes if in_place else sum(h.size for h in checkpoint.headers))
+            with _remembered(checkpoint, unless=in_place or bool(digests)) as remember:
+                if in_place:
+                    report = merge_in_place(plan, identity, device=device, progress=watcher.advance)
+                else:
+                    report = apply_merge(
+                        plan, target, identity, device=device, undo=undo, force=force, progress=watcher.advance
+                    )
+                remember(report.base_digests)
+        result = _result(target, base, merged, report, plan, (*notes, *plan.notes), time.monotonic() - started)
+        _record(result, catalogue, in_place=in_place)
+    return result
+
+
+def _with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
+    name, weight = spec if isinstance(spec, tuple) else (spec, 1.0)
+    if not math.isfinite(weight):
+        raise LoratoolError(f"the weight of {quoted(name)} is {weight} and must be a number")
+    return name, weight
+
+
+def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter]) -> Path:
+    """`out`, or ``<base>-<adapter>-...`` beside the base (in the working folder for a base in the Hub's cache)."""
+    if out is not None:
+        path = Path(out).expanduser()
+        if path.suffix in SINGLE_FILE_SUFFIXES:
+            raise OutputError(f"a merged model is a folder; give --out a folder's name instead of {quoted(path.name)}")
+        return path
+    names = [found.record.name if found.record else found.adapter.name for found in adapters]
+    name = "-".join([base.name, *names])
+    parent = Path.cwd() if "snapshots" in base.path.resolve().parts else base.path.resolve().parent
+    return parent / name
+
+
+def _refuse_output(out: Path, base: Path, *, force: bool) -> None:
+    real, source = Path(os.path.realpath(out)), Path(os.path.realpath(base))
+    if real == source or (source.is_dir() and (source in real.parents or real in source.parents)):
+        raise OutputError(
+            f"the output {quoted(out)} and the base {quoted(base)} lie in one another; choose another --out, or --in-place"
+        )
+    refuse_existing(out, force=force)
+
+
+def _refuse_in_place(checkpoint: Checkpoint) -> None:
+    if not checkpoint.path.is_dir():
+        raise OutputError(f"{quoted(checkpoint.path)} is a single file; only a model's own folder can change in place")
+    refuse_links(checkpoint.path, [header.file for header in checkpoint.headers])
+
+
+def hold(path: Path, *, exclusive: bool) -> AbstractContextManager[None]:
+    """Hold a model folder against other processes (see `checkpoint.journal.locked`); a single file is not held."""
+    return locked(path, exclusive=exclusive) if path.is_dir() else nullcontext()
+
+
+def _check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, catalogue: Registry,
+                watcher: Progress, *, force: bool) -> tuple[dict[str, str] | None, list[str]]:  # fmt: skip
+    """The digests of the base, where its fingerprint matters, and notes on how each adapter was matched to it.
+
+    Raises:
+        WrongBaseError: an adapter records another base, or the base is not what was catalogued under its name.
+    """
+    recorded = base.record.fingerprint if base.record else None
+    if recorded is None and not any(found.base_fingerprint for found in adapters):
+        return None, [_unrecorded(found) for found in adapters]
+    watcher.begin("fingerprinting the base", checkpoint.nbytes)
+    digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
+    actual = fingerprint(checkpoint.tensors, digests)
+    notes = []
+    if recorded is not None and recorded != actual:
+        problem = f"the files of base {quoted(base.name)} are not those that were catalogued"
+        if not force:
+            raise WrongBaseError(f"{problem}; see 'loratool base verify {base.name}', or give --force")
+        notes.append(f"{problem}; merged all the same, with --force")
+    for found in adapters:
+        if found.base_fingerprint is None:
+            notes.append(_unrecorded(found))
+        elif not catalogue.bases.same_family(found.base_fingerprint, actual):
+            problem = (
+                f"{quoted(found.adapter.name)} belongs to the base {_base_label(found.base_fingerprint, catalogue)}, "
+                f"and {quoted(base.name)} is another model ({actual[:12]}…)"
+            )
+            if not force:
+                raise WrongBaseError(f"{problem}; merge it into its own base, or give --force")
+            notes.append(f"{problem}; merged all the same, with --force")
+    return digests, notes
+
+
+def _unrecorded(found: ResolvedAdapter) -> str:
+    return f"{quoted(found.adapter.name)} records no base fingerprint: it was matched by names and shapes"
+
+
+def _base_label(wanted: str, catalogue: Registry) -> str:
+    known = catalogue.bases.find_by_fingerprint(wanted)
+    return f"{quoted(known[0].name)} ({wanted[:12]}…)" if known else f"{wanted[:12]}…"
+
+
+@contextmanager
+def _remembered(checkpoint: Checkpoint, *, unless: bool) -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """Give a function that caches the base's digests under what its files were before they were read."""
+    cache = digest_cache()
+    before = [] if unless else [(header, file_identity(header.file)) for header in checkpoint.headers]
+
+    def remember(digests: Mapping[str, str]) -> None:
+        for header, identity in before:
+            cache.put(header, {name: digests[name] for name in header.tensors}, identity)
+
+    yield remember
+
+
+def _merged(found: ResolvedAdapter, weight: float) -> MergedAdapter:
+    return MergedAdapter(adapter=found.reference, sha256=found.adapter.sha256, weight=weight)
+
+
+def _result(out: Path, base: ResolvedBase, merged: tuple[MergedAdapter, ...], report: MergeReport, plan: MergePlan,
+            notes: tuple[str, ...], seconds: float) -> MergeResult:  # fmt: skip
+    manifest = report.manifest
+    undo_file = None if manifest.undo is None else out / manifest.undo / UNDO_NAME
+    return MergeResult(
+        out=out,
+        base=base.name,
+        base_fingerprint=manifest.base_fingerprint,
+        adapters=merged,
+        output_fingerprint=manifest.fingerprint,
+        undo_file=undo_file,
+        plan=plan,
+        notes=notes,
+        seconds=seconds,
+        dry_run=False,
+    )
+
+
+def _record(result: MergeResult, catalogue: Registry, *, in_place: bool) -> None:
+    catalogue.merges.record(
+        result.out.absolute(),
+        base_fingerprint=str(result.base_fingerprint),
+        merged=result.adapters,
+        output_fingerprint=result.output_fingerprint,
+        undo_file=None if result.undo_file is None else result.undo_file.absolute(),
+        in_place=in_place,
+        options={
+            "seconds": result.seconds,
+            "size_bytes": result.plan.touched_bytes if in_place else result.plan.base.nbytes,
+        },
+    )
+
+
+def _expected_seconds(plan: MergePlan, catalogue: Registry, *, in_place: bool) -> float:
+    """What the merge will take, from the speed of merges recorded before."""
+    rates = []
+    for record in catalogue.merges.list()[:20]:
+        options = record.options or {}
+        seconds, size = options.get("seconds"), options.get("size_bytes")
+        if isinstance(seconds, float) and isinstance(size, int) and seconds > START_SECONDS and size > 1e8:
+            rates.append(size / (seconds - START_SECONDS))
+    rate = statistics.median(rates) if rates else USUAL_BYTES_PER_SECOND
+    return START_SECONDS + (plan.touched_bytes if in_place else plan.base.nbytes) / rate

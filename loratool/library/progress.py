@@ -1,0 +1,25 @@
+"""How long work tells how far it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives the progress of long work; `advance` is called from any thread."""
+
+    def begin(self, label: str, total: int) -> None:
+        """A step of `total` bytes begins; it ends when the next begins."""
+
+    def advance(self, count: int) -> None:
+        """`count` more bytes are done."""
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def begin(self, label: str, total: int) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        pass

@@ -1,0 +1,130 @@
+"""What a name on the command line means: a catalogued name, a path, or a Hub id, tried in that order.
+
+Anything that begins like a path (``./``, ``/``, ``~``) or ends in ``.safetensors`` or ``.st`` is a path and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loratool.checkpoint.fingerprint import DigestCache
+from loratool.errors import NotFoundError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
+from registry import AdapterRecord, BaseRecord, Registry, home, is_name, is_reference, registry_url
+
+HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedAdapter:
+    """An adapter's files, and its entry in the catalogue where it has one."""
+
+    adapter: Adapter
+    record: AdapterRecord | None
+
+    @property
+    def reference(self) -> str:
+        """``name@version``, or the path of an adapter that is not catalogued."""
+        return self.record.reference if self.record else str(self.adapter.file)
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """The fingerprint of its base, as the catalogue or else the file records it."""
+        recorded = self.record.base_fingerprint if self.record else None
+        return recorded or self.adapter.base_fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedBase:
+    """A base's folder or file, and its entry in the catalogue where it has one."""
+
+    path: Path
+    name: str
+    record: BaseRecord | None
+
+
+def open_registry(url: str | None = None, *, read_only: bool = False) -> Registry:
+    """The catalogue: at `url`, at LORATOOL_REGISTRY, or in the home folder."""
+    return Registry.open(home(), url or registry_url(), read_only=read_only)
+
+
+def digest_cache() -> DigestCache:
+    """The cache of tensors' digests, in the home folder."""
+    return DigestCache(home() / "digests")
+
+
+def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: float | None = None) -> ResolvedAdapter:
+    """Find and read an adapter.
+
+    Raises:
+        NotFoundError, AdapterError: nothing is called `name`, or it cannot be read.
+        RegistryError: a version that is not catalogued is asked for.
+    """
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if not _is_plainly_a_path(text) and is_reference(text):
+        if "@" in text or registry.adapters.versions(text):
+            record = registry.adapters.find(text)
+            return ResolvedAdapter(read_adapter(registry.adapters.files(record)), record)
+        if not exists(path):
+            registry.adapters.find(text)  # raises, with the nearest names
+    if not exists(path):
+        raise NotFoundError(f"there is no adapter {quoted(text)}: neither a catalogued name nor a path")
+    adapter = read_adapter(path, alpha)
+    known = registry.adapters.find_by_sha256(adapter.sha256)
+    return ResolvedAdapter(adapter, next((record for record in known if record.alpha == adapter.alpha), None))
+
+
+def resolve_base(name: str | os.PathLike[str], registry: Registry) -> ResolvedBase:
+    """Find the folder or file of a base model.
+
+    Raises:
+        NotFoundError: nothing is called `name`, or the files of the catalogued base are gone.
+    """
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if not _is_plainly_a_path(text) and is_name(text):
+        record = registry.bases.get(text)
+        if record is not None:
+            return _catalogued(record)
+        if not exists(path):
+            registry.bases.find(text)  # raises, with the nearest names
+    if exists(path):
+        return ResolvedBase(path, path.resolve().stem if path.is_file() else path.resolve().name, _at(path, registry))
+    if not _is_plainly_a_path(text) and HUB_ID.fullmatch(text):
+        from loratool.hub.bases import fetch_base
+
+        repo, _, revision = text.partition("@")
+        return ResolvedBase(fetch_base(repo, revision or None), repo.rsplit("/", 1)[-1], None)
+    raise NotFoundError(f"there is no base {quoted(text)}: neither a catalogued name, nor a folder, nor a Hub id")
+
+
+def exists(path: Path) -> bool:
+    """Whether something is at `path`; a name that no file can have (too long, a zero byte) has nothing."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _catalogued(record: BaseRecord) -> ResolvedBase:
+    if record.path is None or not exists(record.path):
+        raise NotFoundError(
+            f"the files of base {quoted(record.name)} are no longer at {quoted(record.path)}; "
+            f"say where they are with 'loratool base add {record.name} FOLDER'"
+        )
+    return ResolvedBase(record.path, record.name, record)
+
+
+def _at(path: Path, registry: Registry) -> BaseRecord | None:
+    real = path.resolve()
+    return next((base for base in registry.bases.list() if base.path is not None and base.path.resolve() == real), None)
+
+
+def _is_plainly_a_path(text: str) -> bool:
+    return text.startswith((".", "/", "~")) or Path(text).suffix in SINGLE_FILE_SUFFIXES

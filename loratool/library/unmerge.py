@@ -1,0 +1,246 @@
+"""`loratool.unmerge` and `loratool.verify`: a merge taken out again, and checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
+from loratool.checkpoint.journal import refuse_links
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import LoratoolError, NotFoundError, RestoreError, VerificationError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.read import read_adapter
+from loratool.library.merge import hold
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import digest_cache, exists, open_registry, resolve_base
+from loratool.merging.manifest import Manifest, MergedAdapter, read_manifest
+from loratool.merging.undo import adapter_file
+from loratool.merging.unmerge import (
+    Restoration,
+    restore_approximately,
+    restore_by_undo,
+    restore_from_base,
+    unmerge_in_place,
+    unmerge_to,
+)
+from loratool.merging.verify import replay, replay_undo, verify_content
+from registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class UnmergeResult:
+    """How a merge was taken out.
+
+    Attributes:
+        out: the restored model's folder.
+        method: ``undo``, ``base`` or ``approximate``.
+        fingerprint: of the base that came out; None where it is only near it.
+        inexact: names of the tensors that are not the base's bit for bit (only with ``approximate``).
+        notes: what a user should know.
+    """
+
+    out: Path
+    method: str
+    fingerprint: str | None
+    inexact: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "out": str(self.out),
+            "method": self.method,
+            "base_fingerprint": self.fingerprint,
+            "inexact": list(self.inexact),
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What was verified of a merged model. `replayed` is ``base``, ``undo``, or "" where neither was at hand."""
+
+    path: Path
+    fingerprint: str
+    tensors: int
+    files: int
+    replayed: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "path": str(self.path),
+            "output_fingerprint": self.fingerprint,
+            "tensors": self.tensors,
+            "files": self.files,
+            "replayed": self.replayed,
+            "notes": list(self.notes),
+        }
+
+
+def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None, in_place: bool = False,
+            approximate: bool = False, force: bool = False, device: str = "auto", registry: str | None = None,
+            progress: Progress | None = None) -> UnmergeResult:  # fmt: skip
+    """Take the last merge out of a merged model: by its undo file, else from the base found by its fingerprint.
+
+    Args:
+        merged: the merged model's folder, or the catalogued name of one.
+        out: the new folder; by default ``<merged>-unmerged`` beside it.
+        in_place: restore the merged model's own files instead.
+        approximate: where neither undo file nor base is at hand, subtract the update; off by a rounding here and there.
+        force: replace an output that loratool wrote before.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes are done.
+
+    Raises:
+        RestoreError: the base cannot be restored bit for bit, and `approximate` was not given.
+        LoratoolError, registry.RegistryError: says what else is wrong; nothing was written then.
+    """
+    if in_place and out is not None:
+        raise LoratoolError("a merge is taken out either in place or to --out; give one of them")
+    watcher = progress or Silent()
+    with open_registry(registry) as catalogue:
+        path = resolve_base(merged, catalogue).path
+        if not path.is_dir():
+            raise NotFoundError(f"{quoted(path)} is not a folder; give the folder of a merged model")
+        target = (
+            path
+            if in_place
+            else Path(out).expanduser()
+            if out
+            else path.resolve().parent / f"{path.resolve().name}-unmerged"
+        )
+        with hold(path, exclusive=in_place):
+            manifest = read_manifest(path)
+            checkpoint = Checkpoint.open(path)
+            way, notes = _find_way(checkpoint, manifest, catalogue, device, watcher, approximate=approximate)
+            if in_place:
+                refuse_links(path, [header.file for header in checkpoint.headers])
+                watcher.begin("unmerging", sum(target.nbytes for target in way.targets))
+                report = unmerge_in_place(checkpoint, manifest, way, progress=watcher.advance)
+            else:
+                watcher.begin("unmerging", sum(header.size for header in checkpoint.headers))
+                report = unmerge_to(checkpoint, manifest, way, target, force=force, progress=watcher.advance)
+        if in_place:
+            for record in catalogue.merges.of_output(path.absolute()):
+                if record.output_fingerprint == manifest.fingerprint and record.state == "merged":
+                    catalogue.merges.set_state(record.id, "unmerged")
+    restored = None if report.inexact else manifest.base_fingerprint
+    return UnmergeResult(target, report.method, restored, report.inexact, (*notes, *report.notes))
+
+
+def verify(
+    merged: str | os.PathLike[str], *, registry: str | None = None, progress: Progress | None = None
+) -> VerifyResult:
+    """Check a merged model against its manifest, byte by byte, and replay the merge where base or undo is at hand.
+
+    Args:
+        merged: the merged model's folder, or the catalogued name of one.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes are done.
+
+    Raises:
+        VerificationError: names the first tensor or file that differs.
+        LoratoolError, registry.RegistryError: says what else is wrong.
+    """
+    watcher = progress or Silent()
+    with open_registry(registry, read_only=True) as catalogue:
+        path = resolve_base(merged, catalogue).path
+        with hold(path, exclusive=False):
+            manifest = read_manifest(path)
+            checkpoint = Checkpoint.open(path)
+            watcher.begin("comparing with the manifest", checkpoint.nbytes)
+            files = verify_content(checkpoint, manifest, progress=watcher.advance)
+            replayed, notes = _replay(checkpoint, manifest, catalogue, watcher)
+    return VerifyResult(path, manifest.fingerprint, len(manifest.tensors), files, replayed, notes)
+
+
+def _find_way(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: str, watcher: Progress, *,
+              approximate: bool) -> tuple[Restoration, list[str]]:  # fmt: skip
+    """The best way back to the base, and notes on those that failed."""
+    reasons = []
+    try:
+        return restore_by_undo(merged, manifest, device), []
+    except RestoreError as error:
+        reasons.append(str(error))
+    base = _find_base(manifest, catalogue, watcher)
+    if base is not None:
+        return restore_from_base(merged, manifest, base), reasons if manifest.undo else []
+    reasons.append(f"its base {quoted(manifest.base_name)} ({manifest.base_fingerprint[:12]}…) is not at hand")
+    if not approximate:
+        raise RestoreError(
+            f"{quoted(merged.path)} cannot be restored bit for bit: {'; '.join(reasons)}. Catalogue the base with "
+            "'loratool base add', or give --approximate to subtract the update, off by a rounding here and there"
+        )
+    adapters = _find_adapters(merged.folder, manifest, catalogue)
+    return restore_approximately(merged, manifest, adapters, device), reasons
+
+
+def _find_base(manifest: Manifest, catalogue: Registry, watcher: Progress) -> Checkpoint | None:
+    """The base by its fingerprint: where the catalogue knows it, else where it was when it was merged."""
+    known = [record.path for record in catalogue.bases.find_by_fingerprint(manifest.base_fingerprint)]
+    for path in [*known, Path(manifest.base_path)]:
+        if path is None or not exists(path):
+            continue
+        try:
+            checkpoint = Checkpoint.open(path)
+            watcher.begin("fingerprinting the base", checkpoint.nbytes)
+            digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
+        except LoratoolError:
+            continue
+        if fingerprint(checkpoint.tensors, digests) == manifest.base_fingerprint:
+            return checkpoint
+    return None
+
+
+def _find_adapters(folder: Path, manifest: Manifest, catalogue: Registry) -> list[Adapter]:
+    return [_find_adapter(index, entry, folder, manifest, catalogue) for index, entry in enumerate(manifest.adapters)]
+
+
+def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Manifest, catalogue: Registry) -> Adapter:
+    """An adapter of the merge: beside the undo file, in the catalogue, or where it was, by its sha256."""
+    if manifest.undo is not None and exists(folder / manifest.undo / adapter_file(index)):
+        return read_adapter(folder / manifest.undo / adapter_file(index))
+    places = [catalogue.adapters.files(record) for record in catalogue.adapters.find_by_sha256(entry.sha256)]
+    for place in [*places, Path(entry.file)]:
+        if not exists(place):
+            continue
+        try:
+            adapter = read_adapter(place)
+        except LoratoolError:
+            continue
+        if adapter.sha256 == entry.sha256 and adapter.alpha == entry.alpha:
+            return adapter
+    raise NotFoundError(
+        f"the adapter {quoted(entry.name)} (sha256 {entry.sha256[:12]}…) is neither in the catalogue nor at "
+        f"{quoted(entry.file)}; catalogue it with 'loratool add'"
+    )
+
+
+def _replay(
+    merged: Checkpoint, manifest: Manifest, catalogue: Registry, watcher: Progress
+) -> tuple[str, tuple[str, ...]]:
+    """Replay the merge from the base, else take it out in memory by the undo file; what was done, and notes."""
+    base = _find_base(manifest, catalogue, watcher)
+    changing = sum(merged.tensors[name].nbytes for name in manifest.changed)
+    if base is not None:
+        try:
+            adapters = _find_adapters(merged.folder, manifest, catalogue)
+        except NotFoundError as error:
+            return "", (f"the merge was not replayed: {error}",)
+        watcher.begin("replaying the merge", changing)
+        try:
+            replay(base, manifest, adapters, progress=watcher.advance)
+        except VerificationError as error:
+            raise VerificationError(f"the merge, replayed, gives other bytes: {error}") from None
+        return "base", ()
+    if manifest.undo is None:
+        return "", ("the merge was not replayed: neither its base nor an undo file is at hand",)
+    watcher.begin("taking the merge out in memory", changing)
+    replay_undo(manifest, restore_by_undo(merged, manifest), progress=watcher.advance)
+    return "undo", ()

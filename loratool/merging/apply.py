@@ -1,0 +1,164 @@
+"""Carrying out a merge plan: a new model folder, or a change of the base in place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from blake3 import blake3
+
+from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tensor
+from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.journal import Journal
+from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.replica import replica
+from loratool.checkpoint.staging import staged_folder
+from loratool.formats.write import write_single_file
+from loratool.merging.arithmetic import Merge, choose_device
+from loratool.merging.manifest import MANIFEST_NAME, Manifest, MergedAdapter
+from loratool.merging.plan import MergePlan, Target, WeightedAdapter
+from loratool.merging.rewrite import Job, Place, Progress, rewrite
+from loratool.merging.undo import UNDO_FOLDER, UNDO_NAME, UndoWriter, adapter_file
+from loratool.merging.workers import cpu_workers
+
+
+@dataclass(frozen=True, slots=True)
+class BaseIdentity:
+    """What is known of the base: its name, and the digests of its tensors where they were made before."""
+
+    name: str
+    digests: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge left: its manifest, and the digests of the base's tensors, for a cache."""
+
+    manifest: Manifest
+    base_digests: Mapping[str, str]
+
+
+def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str = "auto", undo: bool = False,
+                force: bool = False, progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
+    """Write the merged model to the new folder `out`; with `undo`, keep there what takes the merge out again.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written.
+        CheckpointError, AdapterError: a file changed or is damaged; nothing is written then.
+    """
+    others = [name for name in plan.base.other_files() if str(name) != MANIFEST_NAME]
+    with staged_folder(out, force=force) as stage:
+        with replica(plan.base, stage, plan.touched, others, progress) as copy:
+            places = {name: Place(copy.files[plan.base.tensors[name].file]) for name in plan.touched}
+            report = _merge(plan, places, stage, base, device, undo, progress, copy.copies)
+        (stage / MANIFEST_NAME).write_text(report.manifest.to_json())
+    return report
+
+
+def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
+                   progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
+    """Change the base's own files; its folder is locked exclusively and free of links. An undo is always kept.
+
+    Raises:
+        OutputError: there is no room for the change; nothing has changed then.
+    """
+    with Journal(plan.base.folder) as journal:
+        places = reserve(journal, plan.targets)
+        report = _merge(plan, places, journal.new, base, device, True, progress, [])
+        (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json())
+        journal.commit()
+    return report
+
+
+def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:
+    """Room in the journal, claimed on the disk, for every tensor of the targets."""
+    places = {}
+    for info in sorted((info for target in targets for info in target.weight.tensors), key=lambda info: info.name):
+        places[info.name] = Place(journal.fd, journal.reserve(info.file, info.start, info.stop) - info.start)
+    journal.preallocate()
+    return places
+
+
+def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: BaseIdentity, device: str, undo: bool,
+           progress: Progress, copies: list[Job]) -> MergeReport:  # fmt: skip
+    """Stream the targets to their places; put the undo, if asked for, into `folder`; describe all in a manifest."""
+    known = base.digests or {}
+    digests = {name: digest for name, digest in known.items() if name not in plan.touched}
+    unknown = [info for name, info in plan.base.tensors.items() if name not in plan.touched and name not in digests]
+    previous = _previous_manifest(plan.base)
+    undo_folder = f"{UNDO_FOLDER}/{_undo_id(plan, previous)}" if undo else None
+    with _undo_writer(plan, folder, undo_folder) as writer:
+        changed = rewrite(
+            plan.targets,
+            lambda target: Merge(target, choose_device(device), writer.keeper(target.name) if writer else None),
+            places,
+            workers=cpu_workers(),
+            progress=progress,
+            beside=[*copies, *(partial(_hash_into, digests, info) for info in unknown)],
+        )
+    before = digests | {name: pair.before for name, pair in changed.items()}
+    after = digests | {name: pair.after for name, pair in changed.items()}
+    manifest = Manifest(
+        base_name=base.name,
+        base_path=str(plan.base.path.absolute()),
+        base_fingerprint=fingerprint(plan.base.tensors, before),
+        fingerprint=fingerprint(plan.base.tensors, after),
+        adapters=tuple(_merged_adapter(weighted) for weighted in plan.adapters),
+        options={"device": "cuda" if choose_device(device).startswith("cuda") else "cpu"},
+        versions={name: version(name) for name in ("loratool", "torch", "safetensors")},
+        changed=changed,
+        tensors=after,
+        files=_file_digests(plan.base),
+        undo=undo_folder,
+        previous=previous,
+    )
+    return MergeReport(manifest, before)
+
+
+def _undo_writer(plan: MergePlan, folder: Path, undo_folder: str | None) -> AbstractContextManager[UndoWriter | None]:
+    """The undo folder with its adapters, and a writer for its undo file; or nothing."""
+    if undo_folder is None:
+        return nullcontext()
+    target = folder / undo_folder
+    target.mkdir(parents=True)
+    for index, weighted in enumerate(plan.adapters):
+        write_single_file(weighted.adapter, target / adapter_file(index))
+    return UndoWriter(target / UNDO_NAME)
+
+
+def _undo_id(plan: MergePlan, previous: str | None) -> str:
+    """Twelve hexadecimal digits that tell this merge from every other one stacked on the same base."""
+    merged = [[weighted.adapter.sha256, weighted.weight] for weighted in plan.adapters]
+    return str(blake3(json.dumps([merged, previous]).encode()).hexdigest()[:12])
+
+
+def _merged_adapter(weighted: WeightedAdapter) -> MergedAdapter:
+    adapter = weighted.adapter
+    return MergedAdapter(
+        name=adapter.name,
+        sha256=adapter.sha256,
+        weight=weighted.weight,
+        kind=adapter.kind,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        file=str(adapter.file.absolute()),
+    )
+
+
+def _previous_manifest(base: Checkpoint) -> str | None:
+    file = base.folder / MANIFEST_NAME
+    return file.read_text() if base.path.is_dir() and file.is_file() else None
+
+
+def _file_digests(base: Checkpoint) -> dict[str, str]:
+    """BLAKE3 of the model's other files; the base's own manifest is kept whole instead."""
+    return {str(name): file_digest(base.folder / name) for name in base.other_files() if str(name) != MANIFEST_NAME}
+
+
+def _hash_into(digests: dict[str, str], info: TensorInfo) -> None:
+    digests[info.name] = hash_tensor(info)

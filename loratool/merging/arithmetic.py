@@ -1,0 +1,157 @@
+"""What a merge and its inverse do to a block: decode, update in fp32, round once, encode; on a CPU or on CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Final
+
+from loratool.checkpoint.blocks import BLOCK_BYTES, row_blocks
+from loratool.errors import LoratoolError, RestoreError, quoted
+from loratool.merging.plan import Target
+from loratool.merging.residual import add_residual, residual
+
+if TYPE_CHECKING:
+    import torch
+
+CUDA_BLOCK_BYTES: Final = 1 << 25
+"""fp32 bytes of a block on CUDA, where a launch costs more and memory is plenty."""
+
+Keep = Callable[[range, bytes], None]
+"""Takes the residual of a block of rows for the undo file."""
+
+
+def choose_device(device: str) -> str:
+    """``cpu`` or ``cuda:N`` for one of ``auto``, ``cpu``, ``cuda``, ``cuda:N``; auto takes CUDA where there is one.
+
+    Raises:
+        LoratoolError: the device is not one of these, or not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    kind, _, number = device.partition(":")
+    if device == "cpu":
+        return device
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise LoratoolError(f"{quoted(device)} is not a device; use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if int(number or 0) >= count:
+        raise LoratoolError(f"there is no device {quoted(device)}: torch sees {count} CUDA devices; use --device cpu")
+    return f"cuda:{int(number or 0)}"
+
+
+class BlockArithmetic:
+    """One matrix's updates, loaded onto `device`, and room for its blocks. Each worker makes its own."""
+
+    def __init__(self, target: Target, device: str) -> None:
+        import torch
+
+        self.weight = target.weight
+        self._cuda = device.startswith("cuda")
+        self._device = torch.device(device)
+        self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
+        rows, columns = self.weight.shape
+        self._blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES if self._cuda else BLOCK_BYTES))
+        self._room = torch.empty((2, 0, columns), device=self._device)
+        with self._on_stream():
+            self._updates = [
+                planned.update.load(transposed=target.transposed, weight=planned.weight, device=device)
+                for planned in target.updates
+            ]
+
+    def blocks(self) -> Iterator[range]:
+        """The blocks of rows that suit the device."""
+        return iter(self._blocks)
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._cuda)
+
+    def apply(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        """Add the updates to the matrix whose bytes are `parts`, in place."""
+        with self._on_stream():
+            on_device, block, scratch = self._load(rows, parts)
+            for update in self._updates:
+                update.apply(block, rows, scratch)
+            self._store(block, on_device, parts)
+
+    def revert(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        """Subtract the updates, last one first; the same bits on every machine, but off by a rounding here and there."""
+        with self._on_stream():
+            on_device, block, scratch = self._load(rows, parts)
+            for update in reversed(self._updates):
+                update.revert(block, rows, scratch)
+            self._store(block, on_device, parts)
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        import torch
+
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _load(
+        self, rows: range, parts: tuple[torch.Tensor, ...]
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+        if self._room.shape[1] < len(rows):
+            self._room = self._room.new_empty((2, len(rows), self._room.shape[2]))
+        block, scratch = self._room[0, : len(rows)], self._room[1, : len(rows)]
+        on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
+        self.weight.decode(on_device, block)
+        return on_device, block, scratch
+
+    def _store(self, block: torch.Tensor, on_device: tuple[torch.Tensor, ...], parts: tuple[torch.Tensor, ...]) -> None:
+        self.weight.encode(block, on_device)
+        if self._stream is not None:
+            for part, changed in zip(parts, on_device, strict=True):
+                part.copy_(changed, non_blocking=True)
+            self._stream.synchronize()
+
+
+class Merge(BlockArithmetic):
+    """W -> W + updates; with `keep`, what arithmetic cannot take back of each block is given to it."""
+
+    def __init__(self, target: Target, device: str, keep: Keep | None = None) -> None:
+        super().__init__(target, device)
+        self._keep = keep
+
+    def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        originals = tuple(part.clone() for part in parts) if self._keep else ()
+        self.apply(rows, parts)
+        if self._keep:
+            predicted = tuple(part.clone() for part in parts)
+            self.revert(rows, predicted)
+            width = self.weight.tensors[0].nbytes // max(self.weight.shape[0] * self.weight.shape[1], 1)
+            pairs = zip(originals, predicted, strict=True)
+            self._keep(rows, b"".join(residual(o.numpy(), p.numpy(), width) for o, p in pairs))
+
+
+class ApproximateUnmerge(BlockArithmetic):
+    """W' -> W' - updates, rounded: off by one unit in the last place for about one element in a hundred."""
+
+    def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        self.revert(rows, parts)
+
+
+class ExactUnmerge(BlockArithmetic):
+    """W' -> W, from the residuals that the merge kept: `frames` yields blocks of rows and their residual, in order."""
+
+    def __init__(self, target: Target, device: str, frames: Iterator[tuple[range, bytes]]) -> None:
+        super().__init__(target, device)
+        self._frames = frames
+        self._residual = b""
+
+    def blocks(self) -> Iterator[range]:
+        for rows, packed in self._frames:
+            self._residual = packed
+            yield rows
+
+    def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        self.revert(rows, parts)
+        rest = memoryview(self._residual)
+        width = self.weight.tensors[0].nbytes // max(self.weight.shape[0] * self.weight.shape[1], 1)
+        for part in parts:
+            rest = add_residual(part.numpy(), rest, width)
+        if len(rest):
+            raise RestoreError("the undo file is damaged: a block holds more than it should; use the base instead")

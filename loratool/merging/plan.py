@@ -1,0 +1,231 @@
+"""The plan of a merge: which update lands on which stored matrix. Made from headers alone and checked whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
+from loratool.formats.names import SUFFIX, Landing, land
+from loratool.merging.ties import refuse_tied
+from loratool.updates import Update
+from loratool.weights import StoredWeight, stored_weight
+
+EMBEDDING_LEAVES: Final = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
+"""Last components of modules that are embeddings, whose tensors are matrices but no linear layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """An adapter, and the number that multiplies its whole update."""
+
+    adapter: Adapter
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedUpdate:
+    """One update on its way to a matrix: the `adapter` it comes from (its place in the plan), and the module."""
+
+    adapter: int
+    module: str
+    update: Update
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One stored matrix that changes. `transposed`: it is stored as (in_features, out_features)."""
+
+    weight: StoredWeight
+    updates: tuple[PlannedUpdate, ...]
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the matrix takes in the checkpoint."""
+        return sum(info.nbytes for info in self.weight.tensors)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything that a merge does.
+
+    Attributes:
+        base: the checkpoint that is merged into.
+        adapters: the adapters, in the order in which their updates are added.
+        targets: the matrices that change, by name.
+        notes: what a user should know before it happens.
+    """
+
+    base: Checkpoint
+    adapters: tuple[WeightedAdapter, ...]
+    targets: tuple[Target, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of the tensors that change."""
+        return sum(target.nbytes for target in self.targets)
+
+    @cached_property
+    def touched(self) -> frozenset[str]:
+        """The names of all tensors that change."""
+        return frozenset(info.name for target in self.targets for info in target.weight.tensors)
+
+
+def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint) -> MergePlan:
+    """Find where every tensor of every adapter lands in `base`.
+
+    Raises:
+        PlacementError: a module lands nowhere, on a matrix of another shape, or on one that cannot be changed alone.
+        UnsupportedError: it lands on a matrix whose storage loratool cannot write.
+        LoratoolError: there is no adapter, or one of them is given twice.
+    """
+    _refuse_repeats(adapters)
+    landings = [
+        land(
+            {module: update.shape for module, update in weighted.adapter.updates.items()},
+            base.tensors,
+            weighted.adapter.name,
+        )
+        for weighted in adapters
+    ]
+    arriving: dict[str, list[PlannedUpdate]] = {}
+    for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
+        for module, update in weighted.adapter.updates.items():
+            planned = PlannedUpdate(index, module, update, weighted.weight)
+            arriving.setdefault(landing.tensors[module], []).append(planned)
+    evidence = _orientation_evidence(arriving, base.tensors)
+    targets = tuple(
+        _target(name, tuple(updates), adapters, base, evidence) for name, updates in sorted(arriving.items())
+    )
+    refuse_tied([target.name for target in targets], base)
+    notes = [note for weighted in adapters for note in weighted.adapter.notes]
+    for weighted, landing in zip(adapters, landings, strict=True):
+        notes += _landing_notes(weighted.adapter, landing, base.tensors)
+    return MergePlan(base, tuple(adapters), targets, tuple(notes))
+
+
+def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
+    if not adapters:
+        raise LoratoolError("there is nothing to merge; name at least one adapter")
+    seen: set[str] = set()
+    for weighted in adapters:
+        if weighted.adapter.sha256 in seen:
+            raise LoratoolError(
+                f"{quoted(weighted.adapter.name)} is given twice; give it once, with the sum of the weights"
+            )
+        seen.add(weighted.adapter.sha256)
+
+
+def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[WeightedAdapter],
+            base: Checkpoint, evidence: Mapping[str, bool]) -> Target:  # fmt: skip
+    weight = stored_weight(base.tensors, name)
+    source = adapters[updates[0].adapter].adapter
+    if weight is None:
+        info = base.tensors[name]
+        raise UnsupportedError(
+            f"{quoted(updates[0].module)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
+            f"{info.dtype} {list(info.shape)}; loratool changes fp32, fp16 and bf16 matrices"
+        )
+    if _leaf(name) in EMBEDDING_LEAVES:
+        raise UnsupportedError(
+            f"{quoted(updates[0].module)} of {quoted(source.name)} lands on the embedding {quoted(name)}; "
+            "LoRA on embeddings is not supported yet"
+        )
+    transposed = _is_transposed(name, updates[0], source, evidence, base.tensors)
+    fitting = weight.shape[::-1] if transposed else weight.shape
+    for planned in updates:
+        if planned.update.shape != fitting:
+            raise PlacementError(
+                f"{quoted(planned.module)} of {quoted(adapters[planned.adapter].adapter.name)} fits a matrix of shape "
+                f"{list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; is it the right base?"
+            )
+    return Target(weight, updates, transposed)
+
+
+def _is_transposed(name: str, planned: PlannedUpdate, adapter: Adapter, evidence: Mapping[str, bool],
+                   tensors: Mapping[str, TensorInfo]) -> bool:  # fmt: skip
+    """Whether `name` is stored as (in_features, out_features), as GPT-2's Conv1D stores it.
+
+    A Conv1D always has a bias, with as many numbers as the matrix has outputs; a matrix without one is never
+    transposed, and one that is not square is told by its bias. A square one is stored as its neighbours in the same
+    layer are, then as the other matrices of the model; where nothing tells, the adapter's fan_in_fan_out does.
+    """
+    shape = tensors[name].shape
+    bias = tensors.get(name.removesuffix(SUFFIX) + ".bias")
+    if bias is None:
+        return False
+    if shape[0] != shape[1]:
+        return shape == planned.update.shape[::-1] and bias.shape == planned.update.shape[:1]
+    return evidence.get(_layer(name), evidence.get("", adapter.fan_in_fan_out))
+
+
+def _orientation_evidence(arriving: Mapping[str, Iterable[PlannedUpdate]],
+                          tensors: Mapping[str, TensorInfo]) -> dict[str, bool]:  # fmt: skip
+    """For each layer (and ``""``, the model) whose matrices agree: whether they are stored transposed.
+
+    Two things tell how a matrix that is not square is stored: the update that lands on it, and its bias, which has as
+    many numbers as the matrix has outputs.
+    """
+    votes: dict[str, set[bool]] = {}
+    for name, info in tensors.items():
+        if len(info.shape) != 2 or info.shape[0] == info.shape[1] or not name.endswith(SUFFIX):
+            continue
+        bias = tensors.get(name.removesuffix(SUFFIX) + ".bias")
+        outputs = {planned.update.shape[0] for planned in arriving.get(name, ())}
+        if bias is not None and len(bias.shape) == 1:
+            outputs.add(bias.shape[0])
+        layer = _layer(name)
+        if len(outputs) == 1 and layer and outputs <= set(info.shape):
+            transposed = outputs == {info.shape[1]}
+            votes.setdefault(layer, set()).add(transposed)
+            votes.setdefault("", set()).add(transposed)
+    return {layer: found == {True} for layer, found in votes.items() if len(found) == 1}
+
+
+def _layer(name: str) -> str:
+    """The part of a tensor's name up to its first number, ``model.layers.3``, or ``""`` where there is none."""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: index + 1])
+    return ""
+
+
+def _leaf(name: str) -> str:
+    return name.removesuffix(SUFFIX).rsplit(".", 1)[-1]
+
+
+def _landing_notes(adapter: Adapter, landing: Landing, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    notes = []
+    exchange = landing.exchange
+    if exchange.old != exchange.new:
+        notes.append(
+            f"{quoted(adapter.name)} names its modules {quoted(exchange.old + '…')} and the base "
+            f"{quoted(exchange.new + '…')}: matched by that exchange of prefixes"
+        )
+    config = LoraConfig.parse(adapter.config, str(adapter.file))
+    if config.target_modules not in (None, ALL_LINEAR):
+        matrices = (
+            name for name, info in tensors.items() if len(info.shape) == 2 and _leaf(name) not in EMBEDDING_LEAVES
+        )
+        modules = {exchange.reverse(name) for name in matrices} - {None, *adapter.updates}
+        without = sorted(module for module in modules if module is not None and config.targets(module))
+        if without:
+            notes.append(
+                f"{quoted(adapter.name)} targets {len(without)} more modules of the base without holding tensors for them "
+                f"({quoted(without[0])}, ...): they stay as they are, as in PEFT"
+            )
+    return notes

@@ -1,0 +1,149 @@
+"""Streaming matrices through a change: read a block of rows, change its bytes, write it; many matrices at once.
+
+Each worker takes one matrix at a time and its blocks in order, so that digests are made on the way. Parallelism is over
+matrices; inside a block everything runs on one thread, because threads that meet at barriers starve each other on a
+shared machine. While one worker computes, the others read, compute and write.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from blake3 import blake3
+
+from loratool.checkpoint.blocks import read_exactly, write_exactly
+from loratool.errors import CheckpointError, quoted
+from loratool.merging.plan import Target
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int], None]
+"""Called, from any thread, with the number of bytes of the model done since the last call."""
+
+Job = Callable[[], None]
+
+
+class Change(Protocol):
+    """What happens to the blocks of one matrix."""
+
+    def blocks(self) -> Iterator[range]:
+        """The blocks of rows, in order, together all rows."""
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        """A new CPU buffer for the bytes of a block, uint8, (nbytes,), pinned where a device wants it."""
+
+    def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        """Change the bytes of a block in place: one uint8 CPU tensor for each extent of the stored matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor's new bytes go: the open file `fd`, at their offset in the source plus `shift`."""
+
+    fd: int
+    shift: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """BLAKE3 of one tensor's bytes before and after a change."""
+
+    before: str
+    after: str
+
+
+def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], places: Mapping[str, Place], *,
+            workers: int, progress: Progress, beside: Iterable[Job] = ()) -> dict[str, Digests]:  # fmt: skip
+    """Stream every target through its change and write each of its tensors to its place; those without are digested.
+
+    `beside` are other jobs (copies) that the same workers do, first: they can begin before torch is imported.
+    The first error stops everything and is raised. Returns the digests of the targets' tensors, by name.
+    """
+    stop = threading.Event()
+    digests: dict[str, Digests] = {}
+
+    def one(target: Target) -> None:
+        if not stop.is_set():
+            digests.update(_stream(target, change(target), places, progress, stop))
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures: list[Future[None]] = [pool.submit(job) for job in beside]
+        try:
+            with _one_thread_a_block():
+                futures += [pool.submit(one, target) for target in sorted(targets, key=lambda target: -target.nbytes)]
+                wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
+        for future in futures:
+            if not future.cancelled():
+                future.result()
+    return digests
+
+
+@contextmanager
+def _one_thread_a_block() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stream(target: Target, change: Change, places: Mapping[str, Place], progress: Progress,
+            stop: threading.Event) -> dict[str, Digests]:  # fmt: skip
+    weight = target.weight
+    hashers = {info.name: (blake3(), blake3()) for info in weight.tensors}
+    buffers: list[torch.Tensor] = []
+    with opened({info.file for info in weight.tensors}) as sources:
+        for rows in change.blocks():
+            if stop.is_set():
+                break
+            extents = weight.extents(rows)
+            if not buffers or any(len(b) < end - start for b, (_, start, end) in zip(buffers, extents, strict=True)):
+                buffers = [change.buffer(end - start) for _, start, end in extents]
+            parts = tuple(b[: end - start] for b, (_, start, end) in zip(buffers, extents, strict=True))
+            views = [bytes_of(part) for part in parts]
+            for (info, start, _), view in zip(extents, views, strict=True):
+                read_exactly(sources[info.file], view, start)
+                hashers[info.name][0].update(view)
+            change.change(rows, parts)
+            for (info, start, _), view in zip(extents, views, strict=True):
+                hashers[info.name][1].update(view)
+                place = places.get(info.name)
+                if place is not None:
+                    write_exactly(place.fd, view, start + place.shift)
+                progress(len(view))
+    return {name: Digests(before.hexdigest(), after.hexdigest()) for name, (before, after) in hashers.items()}
+
+
+def bytes_of(part: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 CPU tensor, shared with it."""
+    array: Any = part.numpy()
+    return memoryview(array)
+
+
+@contextmanager
+def opened(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
+    """File descriptors for reading each of `files`."""
+    with ExitStack() as stack:
+        descriptors = {}
+        for file in files:
+            try:
+                descriptors[file] = os.open(file, os.O_RDONLY)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
+            stack.callback(os.close, descriptors[file])
+        yield descriptors

@@ -1,0 +1,220 @@
+"""Taking a merge out again: by its undo file, from the base, or approximately by arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loratool.checkpoint.blocks import read_exactly, row_blocks
+from loratool.checkpoint.fingerprint import file_digest
+from loratool.checkpoint.journal import Journal
+from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.replica import replica
+from loratool.checkpoint.staging import staged_folder
+from loratool.errors import LoratoolError, RestoreError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.read import read_adapter
+from loratool.merging.apply import reserve
+from loratool.merging.arithmetic import ApproximateUnmerge, ExactUnmerge, choose_device
+from loratool.merging.manifest import MANIFEST_NAME, Manifest
+from loratool.merging.plan import Target, WeightedAdapter, plan_merge
+from loratool.merging.rewrite import Change, Digests, Place, Progress, bytes_of, opened, rewrite
+from loratool.merging.undo import UNDO_NAME, UndoFile, adapter_file
+from loratool.merging.workers import cpu_workers
+from loratool.weights import stored_weight
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """A way back to the base: what happens to each changed matrix.
+
+    `method` is ``undo``, ``base`` or ``approximate``; the first two give the base's bytes, which is checked.
+    """
+
+    method: str
+    targets: tuple[Target, ...]
+    change: Callable[[Target], Change]
+
+    @property
+    def exact(self) -> bool:
+        return self.method != "approximate"
+
+
+@dataclass(frozen=True, slots=True)
+class UnmergeReport:
+    """How a merge was taken out: the method, and of an approximate one the names of the tensors that are not exact."""
+
+    method: str
+    inexact: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto") -> Restoration:
+    """The way back through the undo file, with nothing but the merged model's own folder.
+
+    Raises:
+        RestoreError: the manifest names no undo file, or it is missing, damaged or another merge's.
+    """
+    if manifest.undo is None:
+        raise RestoreError(f"{quoted(merged.path)} was merged without --undo")
+    folder = merged.folder / manifest.undo
+    if folder.is_symlink() or not (folder / UNDO_NAME).is_file():
+        raise RestoreError(f"the undo file {quoted(folder / UNDO_NAME)} is not there")
+    try:
+        adapters = [read_adapter(folder / adapter_file(index)) for index in range(len(manifest.adapters))]
+    except LoratoolError as error:
+        raise RestoreError(f"an adapter beside the undo file cannot be read: {error}") from None
+    targets = _targets_of(adapters, merged, manifest)
+    undo = UndoFile(folder / UNDO_NAME, targets)
+    return Restoration("undo", targets, lambda target: ExactUnmerge(target, choose_device(device), undo.frames(target)))
+
+
+def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) -> Restoration:
+    """The way back by copying the changed tensors from `base`, whose fingerprint is the manifest's.
+
+    Raises:
+        RestoreError: `base` does not have the changed tensors.
+    """
+    targets = []
+    for name in manifest.changed:
+        info, original = merged.tensors.get(name), base.tensors.get(name)
+        weight = stored_weight(merged.tensors, name)
+        if (
+            info is None
+            or original is None
+            or weight is None
+            or (info.dtype, info.shape) != (original.dtype, original.shape)
+        ):
+            raise RestoreError(f"{quoted(name)} is not alike in {quoted(merged.path)} and {quoted(base.path)}")
+        targets.append(Target(weight, (), transposed=False))
+    return Restoration("base", tuple(targets), lambda target: _CopyFrom(base, target))
+
+
+def restore_approximately(merged: Checkpoint, manifest: Manifest, adapters: list[Adapter],
+                          device: str = "auto") -> Restoration:  # fmt: skip
+    """The way back by arithmetic alone, ``round(W' - delta)``: about one element in a hundred is off by a rounding."""
+    targets = _targets_of(adapters, merged, manifest)
+    return Restoration("approximate", targets, lambda target: ApproximateUnmerge(target, choose_device(device)))
+
+
+def _targets_of(adapters: list[Adapter], merged: Checkpoint, manifest: Manifest) -> tuple[Target, ...]:
+    weighted = [WeightedAdapter(a, entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)]
+    plan = plan_merge(weighted, merged)
+    if plan.touched != set(manifest.changed):
+        raise RestoreError(f"the adapters at hand are not those that were merged into {quoted(merged.path)}")
+    return plan.targets
+
+
+class _CopyFrom:
+    """Replaces blocks of a matrix by the bytes that another checkpoint has for it."""
+
+    def __init__(self, base: Checkpoint, target: Target) -> None:
+        original = stored_weight(base.tensors, target.name)
+        assert original is not None  # restore_from_base saw that both are stored alike
+        self._original = original
+
+    def blocks(self) -> Iterator[range]:
+        rows, columns = self._original.shape
+        return row_blocks(rows, columns * 4)
+
+    def buffer(self, nbytes: int) -> torch.Tensor:
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        with opened({info.file for info in self._original.tensors}) as files:
+            for (info, start, _), part in zip(self._original.extents(rows), parts, strict=True):
+                read_exactly(files[info.file], bytes_of(part), start)
+
+
+def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Path, *, force: bool = False,
+               progress: Progress = lambda count: None) -> UnmergeReport:  # fmt: skip
+    """Write the restored model to the new folder `out`.
+
+    Raises:
+        RestoreError: the bytes that came out are not the base's; nothing is written then.
+        OutputError: `out` exists, or cannot be written.
+    """
+    own = {MANIFEST_NAME} | ({manifest.undo} if manifest.undo else set())
+    others = [name for name in merged.other_files() if str(name) not in own and str(name.parent) not in own]
+    touched = frozenset(manifest.changed)
+    with staged_folder(out, force=force) as stage:
+        with replica(merged, stage, touched, others, progress) as copy:
+            places = {name: Place(copy.files[merged.tensors[name].file]) for name in touched}
+            digests = rewrite(
+                way.targets, way.change, places, workers=cpu_workers(), progress=progress, beside=copy.copies
+            )
+        inexact = check_restored(digests, manifest, way)
+        if manifest.previous is not None:
+            (stage / MANIFEST_NAME).write_text(manifest.previous)
+    return UnmergeReport(way.method, inexact, _changed_files(merged, manifest))
+
+
+def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *,
+                     progress: Progress = lambda count: None) -> UnmergeReport:  # fmt: skip
+    """Restore the model's own files; its folder is locked exclusively and free of links. The undo file goes with it.
+
+    Raises:
+        RestoreError: the bytes that came out are not the base's; nothing has changed then.
+        OutputError: there is no room for the change; nothing has changed then.
+    """
+    with Journal(merged.folder) as journal:
+        places = reserve(journal, way.targets)
+        digests = rewrite(way.targets, way.change, places, workers=cpu_workers(), progress=progress)
+        inexact = check_restored(digests, manifest, way)
+        if manifest.previous is not None:
+            (journal.new / MANIFEST_NAME).write_text(manifest.previous)
+        journal.commit(remove=_own_files(merged, manifest))
+    return UnmergeReport(way.method, inexact, _changed_files(merged, manifest))
+
+
+def check_restored(digests: Mapping[str, Digests], manifest: Manifest, way: Restoration) -> tuple[str, ...]:
+    """The tensors that did not come out as the base's; an exact way must leave none.
+
+    Raises:
+        RestoreError: a tensor is not what the merge wrote, or an exact way did not give the base's bytes.
+    """
+    for name, recorded in sorted(manifest.changed.items()):
+        if digests[name].before != recorded.after:
+            raise RestoreError(
+                f"{quoted(name)} has changed since the merge, so it cannot be taken out; "
+                "restore the merged model, or copy the base again"
+            )
+    inexact = tuple(
+        sorted(name for name, recorded in manifest.changed.items() if digests[name].after != recorded.before)
+    )
+    if way.exact and inexact:
+        raise RestoreError(
+            f"{quoted(inexact[0])} did not come out as the base's bytes ({way.method}), so nothing was written; "
+            "the undo file or the base is damaged"
+        )
+    return inexact
+
+
+def _own_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
+    """What loratool put into the folder for this merge alone; the undo folder goes when it holds no other merge."""
+    if manifest.undo is None:
+        return (MANIFEST_NAME,)
+    parent = merged.folder / Path(manifest.undo).parent
+    alone = [entry.name for entry in parent.iterdir()] == [Path(manifest.undo).name]
+    return (MANIFEST_NAME, parent.name if alone else manifest.undo)
+
+
+def _changed_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
+    """Notes on files beside the weights that are not what they were when the model was merged."""
+    notes = []
+    for name, digest in sorted(manifest.files.items()):
+        file = merged.folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            continue
+        if not file.is_file():
+            notes.append(f"{quoted(name)} was removed after the merge")
+        elif file_digest(file) != digest:
+            notes.append(f"{quoted(name)} was changed after the merge and is kept as it is now")
+    return tuple(notes)

@@ -1,0 +1,87 @@
+"""Verifying a merged model: its bytes against its manifest, and the merge replayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import VerificationError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.merging.arithmetic import Merge, choose_device
+from loratool.merging.manifest import Manifest
+from loratool.merging.plan import WeightedAdapter, plan_merge
+from loratool.merging.rewrite import Progress, rewrite
+from loratool.merging.unmerge import Restoration, check_restored
+from loratool.merging.workers import cpu_workers
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was verified. `replayed` is ``base`` or ``undo``, or "" where neither was at hand."""
+
+    tensors: int
+    files: int
+    replayed: str
+    notes: tuple[str, ...]
+
+
+def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = lambda count: None) -> int:
+    """Compare every tensor and every other file with its recorded digest; returns how many files there are.
+
+    Raises:
+        VerificationError: names the first tensor, or else the first file, that differs, is missing or is extra.
+    """
+    for name in sorted(manifest.tensors.keys() ^ merged.tensors.keys()):
+        what = "is missing from" if name in manifest.tensors else "is in no record of"
+        raise VerificationError(f"{quoted(name)} {what} {quoted(merged.path)}")
+    digests = tensor_digests(merged, progress=progress)
+    for name in sorted(digests):
+        _compare(name, digests[name], manifest.tensors[name], merged.path)
+    if fingerprint(merged.tensors, digests) != manifest.fingerprint:
+        raise VerificationError(f"the dtypes or shapes of {quoted(merged.path)} are not those of its manifest")
+    for name, recorded in sorted(manifest.files.items()):
+        file = merged.folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
+            raise VerificationError(f"the file {quoted(name)} is missing from {quoted(merged.path)}")
+        _compare(name, file_digest(file), recorded, merged.path)
+    return len(manifest.files)
+
+
+def replay(
+    base: Checkpoint, manifest: Manifest, adapters: list[Adapter], progress: Progress = lambda count: None
+) -> None:
+    """Compute the merge again from `base` and compare every changed tensor.
+
+    Raises:
+        VerificationError: names the first tensor that comes out otherwise.
+    """
+    weighted = [WeightedAdapter(a, entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)]
+    plan = plan_merge(weighted, base)
+    device = manifest.options.get("device", "cpu")
+    digests = rewrite(
+        plan.targets, lambda target: Merge(target, choose_device(device)), {}, workers=cpu_workers(), progress=progress
+    )
+    for name in sorted(digests.keys() | manifest.changed.keys()):
+        found = digests[name].after if name in digests else "not merged"
+        recorded = manifest.changed[name].after if name in manifest.changed else "not merged"
+        _compare(name, found, recorded, base.path)
+
+
+def replay_undo(manifest: Manifest, way: Restoration, progress: Progress = lambda count: None) -> None:
+    """Take the merge out, in memory only, and compare what comes out with the base's recorded digests.
+
+    Raises:
+        RestoreError: names the first tensor that comes out otherwise.
+    """
+    digests = rewrite(way.targets, way.change, {}, workers=cpu_workers(), progress=progress)
+    check_restored(digests, manifest, way)
+
+
+def _compare(name: str, found: str, recorded: str, where: Path) -> None:
+    if found != recorded:
+        raise VerificationError(
+            f"{quoted(name)} of {quoted(where)} differs from what the manifest says: "
+            f"expected {recorded[:12]}…, found {found[:12]}…"
+        )

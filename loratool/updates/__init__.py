@@ -1,0 +1,50 @@
+"""Updates: what an adapter does to one weight matrix W, (out_features, in_features).
+
+An update comes in two forms. The form that a plan holds is made from headers alone: it knows the shape of the matrix
+that it fits and where its numbers lie, and `load` reads them. The loaded form changes blocks of rows of W in place, in
+fp32, and takes the change out again as well as arithmetic can. Neither knows of files' names or of how W is stored.
+A new kind of adapter is one new module here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Update(Protocol):
+    """An update before its numbers are read."""
+
+    @property
+    def kind(self) -> str:
+        """The field's word for it, with its size: ``lora r=8``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the matrix that it fits."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the adapter file that it takes."""
+
+    def load(self, *, transposed: bool, weight: float, device: str) -> LoadedUpdate:
+        """Read the numbers, fp32, onto `device`.
+
+        With `transposed`, W is stored as (in_features, out_features), as GPT-2's Conv1D does, and the blocks are of
+        rows of that. `weight` multiplies the whole update.
+
+        Raises:
+            AdapterError: a number is NaN or infinite.
+        """
+
+
+class LoadedUpdate(Protocol):
+    """An update whose numbers are in memory."""
+
+    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+        """Change `block`, fp32, the `rows` of W, in place. `scratch` has the shape of `block` and may be overwritten."""
+
+    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+        """Take the change out of `block` in place, as well as fp32 arithmetic can."""

@@ -1,0 +1,59 @@
+"""Codecs: how one weight matrix is stored, and how its rows become fp32 and go back.
+
+A codec is one module with two parts. `claim` looks at the tensors of a checkpoint by name (no torch, no data) and
+returns a `StoredWeight` for a matrix that it knows how to read. The `StoredWeight` then says which bytes hold a block
+of rows, and decodes and encodes those bytes. A codec knows nothing of adapters. A new one is one new module here and
+one line in `CODECS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, Protocol
+
+from loratool.checkpoint.header import TensorInfo
+from loratool.weights import dense
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StoredWeight(Protocol):
+    """One weight matrix as a checkpoint stores it."""
+
+    @property
+    def name(self) -> str:
+        """The name of the matrix: that of its module, then ``.weight``."""
+
+    @property
+    def codec(self) -> str:
+        """The field's name for the storage: ``bf16``, ``fp16``, ``fp32``, ``nf4``, ..."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the decoded matrix."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Every tensor of the checkpoint that the matrix takes."""
+
+    def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
+        """The bytes that hold `rows`: a tensor, and where in its file they start and stop, for each part."""
+
+    def decode(self, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        """Decode the bytes of a block (uint8, one tensor for each extent) into `out`, fp32, (rows, columns)."""
+
+    def encode(self, block: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
+        """Round `block`, fp32, (rows, columns), once to the stored type and put its bytes into `parts`."""
+
+
+CODECS: Final[tuple[Callable[[Mapping[str, TensorInfo], str], StoredWeight | None], ...]] = (dense.claim,)
+
+
+def stored_weight(tensors: Mapping[str, TensorInfo], name: str) -> StoredWeight | None:
+    """The matrix called `name` among the `tensors` of a checkpoint, or None where no codec can read it."""
+    for claim in CODECS:
+        weight = claim(tensors, name)
+        if weight is not None:
+            return weight
+    return None

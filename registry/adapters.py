@@ -1,0 +1,373 @@
+"""Adapters in the catalogue: names and versions, tags, and where their files lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Executable, Row, delete, func, insert, select, text, update
+
+from registry.bases import find_base_id
+from registry.database import Database, inserted_id
+from registry.errors import AlreadyExistsError, InUseError, NotFoundError, RegistryError
+from registry.listing import STATEMENTS, SortKey, select_adapters
+from registry.names import Reference, check_name, nearest_names, not_found_message, parse_reference, printable
+from registry.records import AdapterFacts, AdapterRecord, AdapterSummary, Location
+from registry.store import Staged, Store
+from registry.tables import adapters, bases, locations, path_text, tags
+
+_columns = (
+    *(column for column in adapters.c if column is not adapters.c.base_id),
+    bases.c.name.label("base"),
+)
+_adapters = select(*_columns).select_from(adapters.outerjoin(bases, adapters.c.base_id == bases.c.id))
+_listing: tuple[Executable, ...] = (
+    text(STATEMENTS[0]).columns(target_modules=adapters.c.target_modules.type, created_at=adapters.c.created_at.type),
+    *map(text, STATEMENTS[1:]),
+)
+_NUMBERS = ("sha256", "kind", "rank", "ranks", "alpha", "scaling", "target_modules")
+
+
+class Adapters:
+    """The adapters of one catalogue, and their files in its store."""
+
+    def __init__(self, database: Database, store: Store) -> None:
+        self._database = database
+        self._store = store
+
+    def add(
+        self,
+        name: str,
+        facts: AdapterFacts,
+        *,
+        base: str | None = None,
+        tags: Iterable[str] = (),
+        locations: Iterable[Location] = (),
+        staged: Staged | None = None,
+    ) -> tuple[AdapterRecord, bool]:
+        """Catalogues an adapter; the record, and whether it is new.
+
+        A version with the same weights and the same numbers (kind, rank, alpha, scaling, targets) is not catalogued
+        again: it is returned, with the tags and locations added to it. Anything else becomes the next version of
+        `name`, from 1.
+        `base` names a catalogued base; else one with `facts.base_fingerprint` is taken, if there is one. `staged` files
+        (`store.stage`) are published in the same transaction, so that they and the row appear together.
+
+        Raises InvalidNameError, NotFoundError (`base`), and RegistryError where `base` is another model than
+        `facts.base_fingerprint`.
+        """
+        check_name(name)
+        wanted_tags = _checked_tags(tags)
+        values = _values(facts)
+        with self._database.writing() as connection:
+            base_id, values["base_fingerprint"] = find_base_id(connection, base, facts.base_fingerprint)
+            known = _same_version(connection, name, values)
+            if known is None:
+                adapter_id = _insert(connection, name, base_id, values)
+            else:
+                adapter_id = known
+                if base_id is not None:
+                    link = {"base_id": base_id, "base_fingerprint": values["base_fingerprint"]}
+                    connection.execute(update(adapters).where(adapters.c.id == adapter_id).values(link))
+            _add_tags(connection, adapter_id, wanted_tags)
+            for location in locations:
+                _add_location(connection, adapter_id, location)
+            if staged is not None:
+                self._keep_files(connection, adapter_id, staged)
+            return _by_id(connection, adapter_id), known is None
+
+    def find(self, reference: str) -> AdapterRecord:
+        """`name`, its newest version, or `name@version`.
+
+        Raises InvalidNameError, and NotFoundError with the nearest names or the versions there are.
+        """
+        wanted = parse_reference(reference)
+        with self._database.reading() as connection:
+            query = _adapters.where(adapters.c.name == wanted.name).order_by(adapters.c.version.desc()).limit(1)
+            if wanted.version is not None:
+                query = query.where(adapters.c.version == wanted.version)
+            row = connection.execute(query).one_or_none()
+            if row is None:
+                raise _not_found(connection, wanted)
+            return _record(connection, row)
+
+    def get(self, adapter_id: int) -> AdapterRecord | None:
+        """The adapter with this row id, or None."""
+        with self._database.reading() as connection:
+            row = connection.execute(_adapters.where(adapters.c.id == adapter_id)).one_or_none()
+            return None if row is None else _record(connection, row)
+
+    def find_by_sha256(self, sha256: str) -> tuple[AdapterRecord, ...]:
+        """All versions, of whatever name, with these weights; the newest first."""
+        with self._database.reading() as connection:
+            query = _adapters.where(adapters.c.sha256 == sha256).order_by(adapters.c.id.desc())
+            return tuple(_record(connection, row) for row in connection.execute(query).all())
+
+    def versions(self, name: str) -> tuple[AdapterRecord, ...]:
+        """All versions of one name, the oldest first; none where the name is unknown."""
+        with self._database.reading() as connection:
+            query = _adapters.where(adapters.c.name == name).order_by(adapters.c.version)
+            return tuple(_record(connection, row) for row in connection.execute(query).all())
+
+    def list(
+        self,
+        *,
+        base: str | None = None,
+        kind: str | None = None,
+        tag: str | None = None,
+        sort: SortKey = "name",
+    ) -> tuple[AdapterSummary, ...]:
+        """The adapters that pass every filter given; `registry.list_adapters` does the same without SQLAlchemy.
+
+        `base` takes the adapters of that base and of its variants. Sorted by name (then version), or by the largest
+        rank, alpha or size, or the newest, first; unknown values come last.
+
+        Raises NotFoundError (`base`), RegistryError (`sort`).
+        """
+        with self._database.reading() as connection:
+            return select_adapters(
+                [connection.execute(statement).all() for statement in _listing],
+                base=base,
+                kind=kind,
+                tag=tag,
+                sort=sort,
+            )
+
+    def tag(self, reference: str, *names: str) -> AdapterRecord:
+        """Adds tags to one version; those it has already are left. Raises InvalidNameError, NotFoundError."""
+        wanted = _checked_tags(names)
+        with self._database.writing() as connection:
+            record = self.find(reference)
+            _add_tags(connection, record.id, wanted)
+            return _by_id(connection, record.id)
+
+    def untag(self, reference: str, *names: str) -> AdapterRecord:
+        """Takes tags from one version. Raises NotFoundError, also for a tag that it does not have."""
+        with self._database.writing() as connection:
+            record = self.find(reference)
+            for name in names:
+                if name not in record.tags:
+                    has = "its tags are " + ", ".join(record.tags) if record.tags else "it has no tags"
+                    raise NotFoundError(f"{record.reference} has no tag '{printable(name)}'; {has}")
+            connection.execute(delete(tags).where(tags.c.adapter_id == record.id, tags.c.tag.in_(names)))
+            return _by_id(connection, record.id)
+
+    def add_location(self, reference: str, location: Location) -> AdapterRecord:
+        """Records one more place where the files of one version lie. Raises NotFoundError."""
+        with self._database.writing() as connection:
+            record = self.find(reference)
+            _add_location(connection, record.id, location)
+            return _by_id(connection, record.id)
+
+    def update(
+        self,
+        reference: str,
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        base: str | None = None,
+    ) -> AdapterRecord:
+        """Replaces the recipe, the metrics or the base of one version, those that are given.
+
+        Raises NotFoundError, RegistryError (`base` is another model than the fingerprint it records).
+        """
+        changes: dict[str, Any] = {"recipe": _plain(recipe), "metrics": _plain(metrics)}
+        changes = {key: value for key, value in changes.items() if value is not None}
+        with self._database.writing() as connection:
+            record = self.find(reference)
+            if base is not None:
+                changes["base_id"], changes["base_fingerprint"] = find_base_id(
+                    connection, base, record.base_fingerprint
+                )
+            if changes:
+                connection.execute(update(adapters).where(adapters.c.id == record.id).values(changes))
+            return _by_id(connection, record.id)
+
+    def rename(self, name: str, new_name: str) -> tuple[AdapterRecord, ...]:
+        """Gives all versions of `name` another name. Raises InvalidNameError, NotFoundError, AlreadyExistsError."""
+        check_name(new_name)
+        with self._database.writing() as connection:
+            record = self.find(name)
+            if self.versions(new_name):
+                raise AlreadyExistsError(f"an adapter '{new_name}' is already in the catalogue; choose another name")
+            connection.execute(update(adapters).where(adapters.c.name == record.name).values(name=new_name))
+            return self.versions(new_name)
+
+    def remove(self, reference: str, *, all_versions: bool = False) -> tuple[AdapterRecord, ...]:
+        """Forgets one version, or all of them; what was removed. Files in the store that nothing names any more go too.
+
+        What came from it keeps its label in its lineage. Files outside the store are never touched.
+
+        Raises NotFoundError, and InUseError where `name` without a version has several and `all_versions` is not given.
+        """
+        wanted = parse_reference(reference)
+        with self._database.writing() as connection:
+            newest = self.find(reference)
+            doomed = (newest,) if wanted.version is not None else self.versions(newest.name)
+            if len(doomed) > 1 and not all_versions:
+                raise InUseError(
+                    f"'{newest.name}' has {len(doomed)} versions; name one of them, as in '{newest.reference}', "
+                    "or remove them all with --all"
+                )
+            connection.execute(delete(adapters).where(adapters.c.id.in_([record.id for record in doomed])))
+            keys = {place.store_key for record in doomed for place in record.locations if place.store_key is not None}
+            if keys:
+                self._database.after_commit(lambda: self._free(keys))
+            return doomed
+
+    def files(self, record: AdapterRecord) -> Path:
+        """The folder or file on this disk that holds the adapter: its entry in the store, else where it was added from.
+
+        Raises NotFoundError, saying where else the files may be got.
+        """
+        for location in record.locations:
+            if location.store_key is not None and (folder := self._store.path(location.store_key)).is_dir():
+                return folder
+        for location in record.locations:
+            if location.path is not None and location.path.exists():
+                return location.path
+        hub = [location.repo for location in record.locations if location.repo]
+        if hub:
+            raise NotFoundError(
+                f"the files of {record.reference} are only on the Hub; get them with 'loratool pull {hub[0]}'"
+            )
+        raise NotFoundError(
+            f"the files of {record.reference} are gone from the store and from where they were added; "
+            "add them again with 'loratool add', or see 'loratool doctor'"
+        )
+
+    def store_keys(self) -> set[str]:
+        """The keys of all entries of the store that a row names."""
+        with self._database.reading() as connection:
+            return _store_keys(connection)
+
+    def _keep_files(self, connection: Connection, adapter_id: int, staged: Staged) -> None:
+        """Publishes the staged files, unless the adapter already has whole ones in the store."""
+        at_store = (
+            locations.c.adapter_id == adapter_id,
+            locations.c.kind == "store",
+            locations.c.store_key != staged.key,
+        )
+        others = connection.execute(select(locations.c.store_key).where(*at_store)).scalars()
+        if any(key is not None and self._store.path(key).is_dir() for key in others):
+            return
+        self._store.publish(staged)
+        connection.execute(delete(locations).where(*at_store))
+        _add_location(connection, adapter_id, Location(kind="store", store_key=staged.key))
+
+    def _free(self, keys: set[str]) -> None:
+        with self._database.writing() as connection:
+            self._store.collect(_store_keys(connection), among=keys)
+
+
+def _values(facts: AdapterFacts) -> dict[str, Any]:
+    if facts.alpha is not None and not math.isfinite(facts.alpha):
+        raise RegistryError(f"the adapter's alpha is {facts.alpha}; give a finite one with --alpha")
+    return {name: _plain(getattr(facts, name)) for name in AdapterFacts.__dataclass_fields__}
+
+
+def _plain(value: Any) -> Any:
+    """`value` as every database's JSON can hold it: NaN and infinity become their names."""
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case str() | bytes():
+            return value
+        case set() | frozenset():
+            return sorted(_plain(item) for item in value)
+        case Sequence():
+            return [_plain(item) for item in value]
+        case _:
+            return value
+
+
+def _insert(connection: Connection, name: str, base_id: int | None, values: Mapping[str, Any]) -> int:
+    """Adds the next version of `name`; its id."""
+    newest = connection.execute(select(func.max(adapters.c.version)).where(adapters.c.name == name)).scalar()
+    row = insert(adapters).values(
+        name=name, version=(newest or 0) + 1, base_id=base_id, created_at=datetime.now(UTC), **values
+    )
+    return inserted_id(connection.execute(row))
+
+
+def _same_version(connection: Connection, name: str, values: Mapping[str, Any]) -> int | None:
+    """The newest version of `name` with these weights and numbers."""
+    rows = connection.execute(
+        select(adapters.c.id, *(adapters.c[column] for column in _NUMBERS))
+        .where(adapters.c.name == name, adapters.c.sha256 == values["sha256"])
+        .order_by(adapters.c.version.desc())
+    )
+    for row in rows:
+        if all(row._mapping[column] == values[column] for column in _NUMBERS):
+            return int(row.id)
+    return None
+
+
+def _checked_tags(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(check_name(name, "tag") for name in names))
+
+
+def _add_tags(connection: Connection, adapter_id: int, names: Iterable[str]) -> None:
+    present = set(connection.execute(select(tags.c.tag).where(tags.c.adapter_id == adapter_id)).scalars())
+    missing = [{"adapter_id": adapter_id, "tag": name} for name in names if name not in present]
+    if missing:
+        connection.execute(insert(tags), missing)
+
+
+def _add_location(connection: Connection, adapter_id: int, location: Location) -> None:
+    if location.path is not None:
+        location = Location(kind="path", path=Path(path_text(location.path)))
+    if location in _locations(connection, adapter_id):
+        return
+    connection.execute(
+        insert(locations).values(
+            adapter_id=adapter_id,
+            kind=location.kind,
+            store_key=location.store_key,
+            path=location.path,
+            repo=location.repo,
+            revision=location.revision,
+            created_at=datetime.now(UTC),
+        )
+    )
+
+
+def _locations(connection: Connection, adapter_id: int) -> tuple[Location, ...]:
+    rows = connection.execute(
+        select(locations.c.kind, locations.c.store_key, locations.c.path, locations.c.repo, locations.c.revision)
+        .where(locations.c.adapter_id == adapter_id)
+        .order_by(locations.c.id)
+    )
+    return tuple(Location(**row._mapping) for row in rows)
+
+
+def _store_keys(connection: Connection) -> set[str]:
+    keys = connection.execute(select(locations.c.store_key).where(locations.c.store_key.is_not(None))).scalars()
+    return {key for key in keys if key is not None}
+
+
+def _by_id(connection: Connection, adapter_id: int) -> AdapterRecord:
+    return _record(connection, connection.execute(_adapters.where(adapters.c.id == adapter_id)).one())
+
+
+def _record(connection: Connection, row: Row[Any]) -> AdapterRecord:
+    names = connection.execute(select(tags.c.tag).where(tags.c.adapter_id == row.id).order_by(tags.c.tag)).scalars()
+    facts = dict(row._mapping)
+    if isinstance(facts["scaling"], int):  # SQLite's JSON columns drop the fraction of 2.0
+        facts["scaling"] = float(facts["scaling"])
+    return AdapterRecord(**facts, tags=tuple(names), locations=_locations(connection, row.id))
+
+
+def _not_found(connection: Connection, wanted: Reference) -> NotFoundError:
+    of_name = select(adapters.c.version).where(adapters.c.name == wanted.name).order_by(adapters.c.version)
+    present = connection.execute(of_name).scalars().all()
+    if present:
+        nearest = tuple(f"{wanted.name}@{version}" for version in reversed(present[-3:]))
+        return NotFoundError(not_found_message("adapter", str(wanted), nearest, "loratool list"), nearest)
+    nearest = nearest_names(wanted.name, connection.execute(select(adapters.c.name).distinct()).scalars())
+    return NotFoundError(not_found_message("adapter", str(wanted), nearest, "loratool list"), nearest)

@@ -1,0 +1,115 @@
+"""Checks the catalogue against the disk, and frees what nothing names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from registry.adapters import Adapters
+from registry.bases import Bases
+from registry.database import Database
+from registry.merges import Merges
+from registry.records import AdapterRecord, Finding, Freed
+from registry.store import Store
+
+
+class Doctor:
+    """Compares one catalogue with what is really there."""
+
+    def __init__(self, database: Database, store: Store) -> None:
+        self._database = database
+        self._store = store
+        self._adapters, self._bases, self._merges = (
+            Adapters(database, store),
+            Bases(database),
+            Merges(database),
+        )
+
+    def examine(self, *, deep: bool = False) -> tuple[Finding, ...]:
+        """Everything wrong: adapters, bases, merge outputs and undo files that are gone, store entries nothing names.
+
+        `deep` also reads every file in the store again and compares its hash.
+        """
+        with self._database.reading():
+            found = [*self._missing_bases(), *self._missing_adapters(), *self._missing_merges()]
+        found += self._orphans()
+        return tuple([*found, *self._damaged()] if deep else found)
+
+    def collect(self) -> Freed:
+        """Removes from the store what no row names, and what killed processes left there a day ago or longer."""
+        with self._database.writing():
+            entries, size_bytes = self._store.collect(self._adapters.store_keys())
+        return Freed(entries=entries, size_bytes=size_bytes)
+
+    def _missing_bases(self) -> Iterator[Finding]:
+        for base in self._bases.list():
+            if base.path is not None and not base.path.exists():
+                yield Finding(
+                    kind="base-missing",
+                    subject=base.name,
+                    path=base.path,
+                    message=f"the files of base '{base.name}' are gone; add it again from where they are, or remove "
+                    f"it with 'loratool base remove {base.name}'",
+                )
+
+    def _missing_adapters(self) -> Iterator[Finding]:
+        for summary in self._adapters.list():
+            record = self._adapters.get(summary.id)
+            if record is not None:
+                yield from self._missing_files(record)
+
+    def _missing_files(self, record: AdapterRecord) -> Iterator[Finding]:
+        """One finding where no place holds the files any more, or the store lost what another place still has."""
+        in_store = [self._store.path(place.store_key) for place in record.locations if place.store_key is not None]
+        elsewhere = [place.path for place in record.locations if place.path is not None]
+        lost = [path for path in (*in_store, *elsewhere) if not path.exists()]
+        gone = len(lost) == len(in_store) + len(elsewhere) and not any(place.repo for place in record.locations)
+        if gone or any(path in in_store for path in lost):
+            yield Finding(
+                kind="adapter-files-missing",
+                subject=record.reference,
+                path=lost[0] if lost else None,
+                message=f"the files of {record.reference} are gone {'from everywhere' if gone else 'from the store'}; "
+                "add them again with 'loratool add', or remove it with 'loratool remove'",
+            )
+
+    def _missing_merges(self) -> Iterator[Finding]:
+        for merge in self._merges.list(state="merged"):
+            adapters = " + ".join(member.adapter for member in merge.adapters)
+            if not merge.output.exists():
+                yield Finding(
+                    kind="merge-output-missing",
+                    subject=adapters,
+                    path=merge.output,
+                    message=f"the model merged from {adapters} is gone; merge again if you need it",
+                )
+            elif merge.undo_file is not None and not merge.undo_file.exists():
+                yield Finding(
+                    kind="undo-file-missing",
+                    subject=adapters,
+                    path=merge.undo_file,
+                    message=f"the undo file of the merge of {adapters} is gone; 'loratool unmerge' needs the base "
+                    "instead",
+                )
+
+    def _orphans(self) -> Iterator[Finding]:
+        named = self._adapters.store_keys()
+        entries = [(key, self._store.path(key)) for key in self._store.entries() if key not in named]
+        for subject, path in [*entries, *((path.name, path) for path in self._store.abandoned())]:
+            yield Finding(
+                kind="store-orphan",
+                subject=subject,
+                path=path,
+                message="nothing in the catalogue names this entry of the store; 'loratool doctor --gc' frees it",
+                size_bytes=self._store.size_bytes(path),
+            )
+
+    def _damaged(self) -> Iterator[Finding]:
+        for key in sorted(self._adapters.store_keys()):
+            if self._store.path(key).exists() and not self._store.is_whole(key):
+                yield Finding(
+                    kind="store-damaged",
+                    subject=key,
+                    path=self._store.path(key),
+                    message="the files of this entry of the store have changed; remove the folder, then add the "
+                    "adapter again",
+                )

@@ -1,0 +1,41 @@
+"""What the catalogue raises: each error is one sentence that says what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class RegistryError(Exception):
+    """The catalogue or its content store cannot do what was asked."""
+
+
+class InvalidNameError(RegistryError):
+    """A name, tag or version that the catalogue does not accept."""
+
+
+class AlreadyExistsError(RegistryError):
+    """The name is taken by something else."""
+
+
+class InUseError(RegistryError):
+    """Something in the catalogue still depends on what should be removed."""
+
+
+class NotFoundError(RegistryError):
+    """No such entry. `nearest` holds the names most like the one asked for, best first."""
+
+    def __init__(self, message: str, nearest: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.nearest = tuple(nearest)
+
+
+class RegistryBusyError(RegistryError):
+    """Another process held the database for longer than the busy timeout."""
+
+
+class RegistryReadOnlyError(RegistryError):
+    """The database or its folder cannot be written."""
+
+
+class SchemaTooNewError(RegistryError):
+    """The database was written by a newer version of this software."""

@@ -1,0 +1,31 @@
+"""Which bases are one model: equal fingerprints, and declared variants, taken together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Family(NamedTuple):
+    """The ids and fingerprints of bases that are one model, stored in one way or several."""
+
+    ids: frozenset[int]
+    fingerprints: frozenset[str]
+
+
+def relatives(
+    rows: Sequence[tuple[int, int | None, str | None]],
+    *,
+    base_id: int | None = None,
+    fingerprint: str | None = None,
+) -> Family:
+    """The family of the base `base_id`, or of what has `fingerprint`, among `rows` of (id, variant_of, fingerprint)."""
+    ids = set() if base_id is None else {base_id}
+    fingerprints = set() if fingerprint is None else {fingerprint}
+    while True:
+        roots = {variant_of or own for own, variant_of, found in rows if own in ids or found in fingerprints}
+        wider = {own for own, variant_of, _ in rows if (variant_of or own) in roots}
+        if wider <= ids:
+            return Family(frozenset(ids), frozenset(fingerprints))
+        ids |= wider
+        fingerprints |= {found for own, _, found in rows if own in ids and found}

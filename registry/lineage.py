@@ -1,0 +1,119 @@
+"""Which adapter came from which, and by what operation: the family tree."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, insert, select
+
+from registry.database import Database
+from registry.errors import RegistryError
+from registry.names import printable
+from registry.records import AdapterRecord, LineageRecord
+from registry.tables import adapters, lineage
+
+_child = adapters.alias("child")
+_parent = adapters.alias("parent_adapter")
+_edges = (
+    select(
+        lineage,
+        _child.c.name.label("child_name"),
+        _child.c.version.label("child_version"),
+        _parent.c.name.label("parent_name"),
+        _parent.c.version.label("parent_version"),
+    )
+    .join(_child, lineage.c.child_id == _child.c.id)
+    .outerjoin(_parent, lineage.c.parent_id == _parent.c.id)
+)
+
+
+class Lineage:
+    """The family tree of one catalogue's adapters."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def record(
+        self,
+        child: AdapterRecord,
+        parent: AdapterRecord | str,
+        operation: str,
+        *,
+        parent_sha256: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> LineageRecord:
+        """Records that `child` came from `parent` by `operation` (`truncate`, `combine`, ...). Twice is once.
+
+        A parent that is not in the catalogue is given as a label, a file's name say, with its sha256.
+
+        Raises RegistryError where the parent came from the child.
+        """
+        known = isinstance(parent, AdapterRecord)
+        values: dict[str, Any] = {
+            "child_id": child.id,
+            "parent_id": parent.id if isinstance(parent, AdapterRecord) else None,
+            "parent": parent.reference if isinstance(parent, AdapterRecord) else printable(parent),
+            "parent_sha256": parent.sha256 if isinstance(parent, AdapterRecord) else parent_sha256,
+            "operation": operation,
+        }
+        with self._database.writing() as connection:
+            ancestors = _walk(connection, values["parent_id"], up=True) if known else ()
+            if values["parent_id"] == child.id or any(edge.parent_id == child.id for edge in ancestors):
+                raise RegistryError(
+                    f"{values['parent']} itself came from {child.reference}; give the result another name with --name"
+                )
+            same = [lineage.c[name].is_not_distinct_from(value) for name, value in values.items()]
+            row = connection.execute(_edges.where(*same)).first()
+            if row is None:
+                plain = None if details is None else dict(details)
+                connection.execute(insert(lineage).values(**values, details=plain, created_at=datetime.now(UTC)))
+                row = connection.execute(_edges.where(*same)).one()
+            return _record(row)
+
+    def parents(self, adapter: AdapterRecord) -> tuple[LineageRecord, ...]:
+        """What the adapter directly came from."""
+        with self._database.reading() as connection:
+            return _next(connection, {adapter.id}, up=True)
+
+    def ancestors(self, adapter: AdapterRecord) -> tuple[LineageRecord, ...]:
+        """Everything the adapter came from, nearest first, one record an edge of the tree."""
+        with self._database.reading() as connection:
+            return _walk(connection, adapter.id, up=True)
+
+    def descendants(self, adapter: AdapterRecord) -> tuple[LineageRecord, ...]:
+        """Everything that came from the adapter, nearest first, one record an edge of the tree."""
+        with self._database.reading() as connection:
+            return _walk(connection, adapter.id, up=False)
+
+
+def _walk(connection: Connection, adapter_id: int, *, up: bool) -> tuple[LineageRecord, ...]:
+    """The edges reached from an adapter, a generation at a time: one query each."""
+    edges: list[LineageRecord] = []
+    seen, generation = {adapter_id}, {adapter_id}
+    while generation:
+        found = _next(connection, generation, up=up)
+        edges.extend(found)
+        reached = {edge.parent_id if up else edge.child_id for edge in found}
+        generation = {other for other in reached if other is not None} - seen
+        seen |= generation
+    return tuple(edges)
+
+
+def _next(connection: Connection, ids: Collection[int], *, up: bool) -> tuple[LineageRecord, ...]:
+    column = lineage.c.child_id if up else lineage.c.parent_id
+    return tuple(_record(row) for row in connection.execute(_edges.where(column.in_(ids)).order_by(lineage.c.id)))
+
+
+def _record(row: Row[Any]) -> LineageRecord:
+    return LineageRecord(
+        child_id=row.child_id,
+        child=f"{row.child_name}@{row.child_version}",
+        parent_id=row.parent_id,
+        parent=row.parent if row.parent_name is None else f"{row.parent_name}@{row.parent_version}",
+        parent_sha256=row.parent_sha256,
+        operation=row.operation,
+        details=row.details,
+        created_at=row.created_at,
+    )

@@ -1,0 +1,141 @@
+"""The merges that were made: which adapters went into which base, with what weights, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from sqlalchemy import Connection, Row, Select, insert, or_, select, update
+
+from registry.bases import find_base_id
+from registry.database import Database, inserted_id
+from registry.errors import NotFoundError, RegistryError
+from registry.names import is_reference, parse_reference, printable
+from registry.records import MergedAdapter, MergeRecord, MergeState
+from registry.tables import adapters, bases, merged_adapters, merges
+
+_columns = (*(column for column in merges.c if column is not merges.c.base_id), bases.c.name.label("base"))
+_merges = select(*_columns).select_from(merges.outerjoin(bases, merges.c.base_id == bases.c.id))
+
+
+class Merges:
+    """The merges of one catalogue."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def record(
+        self,
+        output: Path,
+        *,
+        base_fingerprint: str,
+        merged: Sequence[MergedAdapter],
+        base: str | None = None,
+        output_fingerprint: str | None = None,
+        undo_file: Path | None = None,
+        in_place: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> MergeRecord:
+        """Records a merge. One into a new folder replaces what was recorded of an earlier output at the same path.
+
+        `base` names a catalogued base; else one with `base_fingerprint` is taken, if there is one.
+
+        Raises NotFoundError (`base`).
+        """
+        with self._database.writing() as connection:
+            base_id, _ = find_base_id(connection, base, base_fingerprint)
+            if not in_place:
+                earlier = (merges.c.output.in_([output]), merges.c.state == "merged")
+                connection.execute(update(merges).where(*earlier).values(state="replaced"))
+            row = insert(merges).values(
+                base_id=base_id,
+                base_fingerprint=base_fingerprint,
+                output=output,
+                output_fingerprint=output_fingerprint,
+                undo_file=undo_file,
+                in_place=in_place,
+                options=None if options is None else dict(options),
+                state="merged",
+                created_at=datetime.now(UTC),
+            )
+            merge_id = inserted_id(connection.execute(row))
+            for position, adapter in enumerate(merged):
+                _add_adapter(connection, merge_id, position, adapter)
+            return _all(connection, _merges.where(merges.c.id == merge_id))[0]
+
+    def list(self, *, state: MergeState | None = None) -> tuple[MergeRecord, ...]:
+        """All merges, or those in one state, the newest first."""
+        with self._database.reading() as connection:
+            return _all(connection, _merges if state is None else _merges.where(merges.c.state == state))
+
+    def of_output(self, output: Path) -> tuple[MergeRecord, ...]:
+        """The merges that wrote to this folder, the newest first: several where they were in place."""
+        with self._database.reading() as connection:
+            return _all(connection, _merges.where(merges.c.output.in_([output])))
+
+    def of_adapter(self, sha256: str) -> tuple[MergeRecord, ...]:
+        """The merges that took in the adapter with these weights, the newest first."""
+        ids = select(merged_adapters.c.merge_id).where(merged_adapters.c.sha256 == sha256)
+        with self._database.reading() as connection:
+            return _all(connection, _merges.where(merges.c.id.in_(ids)))
+
+    def of_base(self, fingerprint: str) -> tuple[MergeRecord, ...]:
+        """The merges into the base with this content, or that gave a model with it, the newest first."""
+        with self._database.reading() as connection:
+            either = or_(merges.c.base_fingerprint == fingerprint, merges.c.output_fingerprint == fingerprint)
+            return _all(connection, _merges.where(either))
+
+    def set_state(self, merge_id: int, state: MergeState) -> MergeRecord:
+        """Says that a merge was taken out again (`unmerged`), or its output replaced.
+
+        Raises NotFoundError, RegistryError (no such state).
+        """
+        if state not in get_args(MergeState):
+            raise RegistryError(f"a merge is not '{printable(state)}'; it is one of {', '.join(get_args(MergeState))}")
+        with self._database.writing() as connection:
+            connection.execute(update(merges).where(merges.c.id == merge_id).values(state=state))
+            found = _all(connection, _merges.where(merges.c.id == merge_id))
+            if not found:
+                raise NotFoundError(
+                    f"the catalogue has no merge {merge_id}; see 'loratool show' of its adapter for those there are"
+                )
+            return found[0]
+
+
+def _add_adapter(connection: Connection, merge_id: int, position: int, adapter: MergedAdapter) -> None:
+    adapter_id = None
+    if is_reference(adapter.adapter):
+        wanted = parse_reference(adapter.adapter)
+        named = (adapters.c.name == wanted.name, adapters.c.version == wanted.version)
+        adapter_id = connection.execute(select(adapters.c.id).where(*named)).scalar()
+    connection.execute(
+        insert(merged_adapters).values(
+            merge_id=merge_id,
+            position=position,
+            adapter_id=adapter_id,
+            adapter=adapter.adapter,
+            sha256=adapter.sha256,
+            weight=adapter.weight,
+        )
+    )
+
+
+def _all(connection: Connection, query: Select[Any]) -> tuple[MergeRecord, ...]:
+    rows = connection.execute(query.order_by(merges.c.id.desc())).all()
+    members: dict[int, list[MergedAdapter]] = {row.id: [] for row in rows}
+    found = connection.execute(
+        select(merged_adapters, adapters.c.name, adapters.c.version)
+        .select_from(merged_adapters.outerjoin(adapters, merged_adapters.c.adapter_id == adapters.c.id))
+        .where(merged_adapters.c.merge_id.in_(members))
+        .order_by(merged_adapters.c.position)
+    )
+    for row in found:
+        label = row.adapter if row.name is None else f"{row.name}@{row.version}"
+        members[row.merge_id].append(MergedAdapter(adapter=label, sha256=row.sha256, weight=row.weight))
+    return tuple(_record(row, members[row.id]) for row in rows)
+
+
+def _record(row: Row[Any], members: Sequence[MergedAdapter]) -> MergeRecord:
+    return MergeRecord(**row._mapping, adapters=tuple(members))

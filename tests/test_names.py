@@ -1,0 +1,242 @@
+"""Which base tensor an adapter's module lands on: exact names, known prefixes, never a guess."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import transformers
+from tiny_adapters import copy_with, merge_by_peft, merged_once_rounded, save_plain_adapter
+from tiny_models import (
+    Layout,
+    as_torch,
+    assert_same_tensors,
+    digest,
+    load,
+    rewrite_tensors,
+    save_plain_model,
+    stored_tensors,
+)
+
+import loratool
+from loratool.errors import LoratoolError
+
+if TYPE_CHECKING:
+    from tiny_adapters import TinyAdapters
+    from tiny_models import TinyModels
+
+
+def with_names(base: Path, copy: Path, rename: Callable[[str], str]) -> Path:
+    """Copy a model under other tensor names."""
+    shutil.copytree(base, copy)
+    rewrite_tensors(copy, rename)
+    return copy
+
+
+def plain_base(folder: Path, modules: Iterable[str], shape: tuple[int, int] = (24, 16)) -> Path:
+    """A model that has a weight for each module."""
+    generator = torch.Generator().manual_seed(9)
+    return save_plain_model(
+        folder, {f"{module}.weight": torch.randn(shape, generator=generator).bfloat16() for module in modules}
+    )
+
+
+def expect_landing(adapter: Path, base: Path, out: Path, rename: Callable[[str], str] = lambda name: name) -> None:
+    """Merge; exactly the tensors that `rename` makes of the adapter's names change, by the right amount."""
+    loratool.merge([adapter], into=base, out=out)
+    expected = merged_once_rounded(stored_tensors(base), [(adapter, 1.0)], rename=rename)
+    assert_same_tensors(stored_tensors(out), expected)
+
+
+def refusal(adapter: Path, base: Path, folder: Path) -> str:
+    """Return the message with which the merge is refused; nothing may be written or changed."""
+    before = digest(base)
+    folder.mkdir()
+    with pytest.raises(LoratoolError) as raised:
+        loratool.merge([adapter], into=base, out=folder / "out")
+    assert list(folder.iterdir()) == []
+    assert digest(base) == before
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+def test_bert_adapter_trained_without_head_lands_below_the_prefix_bert(
+    layout: Layout, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("bert", "bf16", layout)
+    adapter = tiny_adapters.folder("bert", r=5, lora_alpha=7, auto=transformers.AutoModel)
+    loratool.merge([adapter], into=base, out=tmp_path / "out")
+    headless = tiny_adapters.merged_by_peft("bert", "bf16", adapter, auto=transformers.AutoModel)
+    theirs = {f"bert.{name}": tensor for name, tensor in headless.items()}
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(base) | theirs)
+
+
+def test_bert_adapter_trained_with_head_lands_in_a_checkpoint_without_prefix(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    adapter = tiny_adapters.folder("bert", target_modules=["query", "attention.output.dense"])
+    base = tiny_models.folder("bert-headless", "bf16")
+    expect_landing(adapter, base, tmp_path / "out", lambda name: name.removeprefix("bert."))
+
+
+def test_gpt2_adapter_trained_without_head_lands_below_the_prefix_transformer(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("gpt2", "bf16")
+    adapter = tiny_adapters.folder("gpt2", r=5, lora_alpha=7, auto=transformers.AutoModel)
+    loratool.merge([adapter], into=base, out=tmp_path / "out")
+    headless = tiny_adapters.merged_by_peft("gpt2", "bf16", adapter, auto=transformers.AutoModel)
+    theirs = {f"transformer.{name}": tensor for name, tensor in headless.items()}
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(base) | theirs)
+
+
+def test_patterns_match_the_adapters_own_names_and_not_the_checkpoints(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("gpt2-without-prefix", "fp32")
+    adapter = tiny_adapters.folder(
+        "gpt2-without-prefix",
+        r=4,
+        alpha_pattern={"^transformer.h.0.attn.c_attn": 3, "^h.1.attn.c_attn": 5},
+        rank_pattern={"^transformer.h.1.mlp.c_fc": 7},
+    )
+    loratool.merge([adapter], into=base, out=tmp_path / "out")
+    peft = tiny_adapters.merged_by_peft("gpt2-without-prefix", "fp32", adapter)
+    theirs = {name.removeprefix("transformer."): tensor for name, tensor in peft.items()}
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(base) | theirs)
+
+
+def test_old_opt_checkpoint_without_the_prefix_model(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = with_names(
+        tiny_models.folder("opt", "bf16", "sharded"),
+        tmp_path / "base",
+        lambda name: name.removeprefix("model."),
+    )
+    expect_landing(tiny_adapters.folder("opt"), base, tmp_path / "out", lambda name: name.removeprefix("model."))
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_adapter_of_the_language_model_lands_in_the_checkpoint_around_it(
+    prefix: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    def around(name: str) -> str:
+        return re.sub(r"^model\.", prefix, name)
+
+    base = with_names(tiny_models.folder("llama", "bf16", "sharded"), tmp_path / "base", around)
+    expect_landing(tiny_adapters.folder("llama"), base, tmp_path / "out", around)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_adapter_of_the_whole_lands_in_the_language_model_alone(
+    prefix: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    adapter = copy_with(
+        tiny_adapters.folder("llama"),
+        tmp_path / "adapter",
+        lambda key: key.replace(".model.model.", f".model.{prefix}"),
+    )
+    expect_landing(adapter, tiny_models.folder("llama"), tmp_path / "out", lambda name: name.replace(prefix, "model."))
+
+
+def test_a_name_that_fits_exactly_is_taken_although_a_prefixed_one_exists(tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", ["layers.0.q_proj", "model.layers.0.q_proj", "other.layers.0.q_proj"])
+    expect_landing(save_plain_adapter(tmp_path / "adapter", {"layers.0.q_proj": (24, 16)}), base, tmp_path / "out")
+
+
+def test_two_places_that_fit_alike_are_refused_and_both_named(tmp_path: Path) -> None:
+    towers = [f"{tower}.encoder.layers.0.q_proj" for tower in ("text_model", "vision_model")]
+    base = plain_base(tmp_path / "base", towers)
+    adapter = save_plain_adapter(tmp_path / "adapter", {"encoder.layers.0.q_proj": (24, 16)})
+    message = refusal(adapter, base, tmp_path / "work")
+    assert "text_model" in message
+    assert "vision_model" in message
+
+
+def test_an_adapter_that_lands_nowhere_is_refused_with_the_nearest_names(tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", [f"model.layers.{n}.self_attn.{p}_proj" for n in range(3) for p in "qkvo"])
+    adapter = save_plain_adapter(tmp_path / "adapter", {"model.layers.1.self_attn.query_proj": (24, 16)})
+    message = refusal(adapter, base, tmp_path / "work")
+    assert "model.layers.1.self_attn.query_proj" in message
+    assert "model.layers.1.self_attn.q_proj" in message
+
+
+def test_an_adapter_for_another_architecture_is_refused(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    assert "c_attn" in refusal(tiny_adapters.folder("gpt2"), tiny_models.folder("llama"), tmp_path / "work")
+
+
+def test_one_module_that_lands_nowhere_is_enough_to_refuse(tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", ["model.layers.0.q_proj", "model.layers.1.q_proj"])
+    adapter = save_plain_adapter(tmp_path / "adapter", {f"model.layers.{n}.q_proj": (24, 16) for n in range(3)})
+    assert "model.layers.2.q_proj" in refusal(adapter, base, tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted"),
+    [
+        ("model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.proj"),
+        ("model.layers.11.self_attn.q_proj", "1.self_attn.q_proj"),
+        ("model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj"),
+        ("model.layers.0.q_proj", "model.layers.0.Q_proj"),
+        ("model.layers.0.q_proj", "model.layers.0.q_proj_"),
+    ],
+)
+def test_names_are_matched_by_whole_parts(there: str, wanted: str, tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", [there])
+    assert wanted in refusal(save_plain_adapter(tmp_path / "adapter", {wanted: (24, 16)}), base, tmp_path / "work")
+
+
+@pytest.mark.parametrize("shape", [(16, 24), (24, 15), (48, 16)])
+def test_a_shape_that_does_not_fit_is_refused_with_both_shapes(shape: tuple[int, int], tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", ["model.layers.0.q_proj"])
+    adapter = save_plain_adapter(tmp_path / "adapter", {"model.layers.0.q_proj": shape})
+    message = refusal(adapter, base, tmp_path / "work")
+    assert "model.layers.0.q_proj" in message
+    assert all(str(side) in message for side in (24, 16))
+
+
+def test_a_module_whose_tensor_is_a_vector_is_refused(tmp_path: Path) -> None:
+    base = save_plain_model(
+        tmp_path / "base", {"model.norm.weight": torch.ones(16), "model.x.weight": torch.ones(4, 4)}
+    )
+    adapter = save_plain_adapter(tmp_path / "adapter", {"model.norm": (16, 16)})
+    assert "model.norm" in refusal(adapter, base, tmp_path / "work")
+
+
+def test_a_head_that_is_tied_and_not_stored_is_refused(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    """PEFT would add the update to the shared tensor and so change the input embeddings too."""
+    base = tiny_models.folder("llama-tied", "bf16")
+    adapter = tiny_adapters.folder("llama-tied", target_modules=["lm_head", "q_proj"])
+    shared = merge_by_peft(load(base, "llama-tied"), adapter)["model.embed_tokens.weight"]
+    assert shared != stored_tensors(base)["model.embed_tokens.weight"]
+    assert "lm_head" in refusal(adapter, base, tmp_path / "work")
+
+
+def test_a_head_that_is_tied_and_stored_again_is_refused(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    """A change of one copy alone would untie the two, or be lost when the model is loaded."""
+    base = with_names(tiny_models.folder("llama-tied", "bf16"), tmp_path / "base", lambda name: name)
+    embeddings = as_torch(stored_tensors(base)["model.embed_tokens.weight"])
+    rewrite_tensors(base, extra={"lm_head.weight": embeddings})
+    adapter = tiny_adapters.folder("llama-tied", target_modules=["lm_head", "q_proj"])
+    assert "lm_head" in refusal(adapter, base, tmp_path / "work")
+
+
+def test_names_from_a_file_are_printed_without_control_characters(tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", ["model.layers.0.q_proj"])
+    adapter = save_plain_adapter(tmp_path / "adapter", {"model.layers.0.\x1b[31mred\x07\u202e_proj": (24, 16)})
+    message = refusal(adapter, base, tmp_path / "work")
+    assert "red" in message
+    assert not any(ord(character) < 32 and character != "\n" for character in message)
+    assert "\u202e" not in message
