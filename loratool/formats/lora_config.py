@@ -39,12 +39,14 @@ HARMLESS_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that only fill the factors. With others (pissa, olora, corda, loftq, lora_ga) PEFT changes
 the base itself, or (mica) rounds the update differently."""
 
-KNOWN: Final = frozenset(REFUSED) | {
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora",
-    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config",
-    "qalora_group_size", "runtime_config", "ensure_weight_tying", "task_type", "peft_type", "auto_mapping",
-    "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-}  # fmt: skip
+_OTHER_KEYS: Final = """
+    r lora_alpha lora_dropout target_modules exclude_modules fan_in_fan_out bias use_rslora init_lora_weights
+    layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core loftq_config eva_config corda_config
+    lora_ga_config velora_config qalora_group_size runtime_config ensure_weight_tying task_type peft_type auto_mapping
+    peft_version base_model_name_or_path revision inference_mode
+"""
+KNOWN: Final = frozenset(REFUSED).union(_OTHER_KEYS.split())
+"""The keys of ``peft.LoraConfig``; those not spoken of elsewhere here concern training, or record where it came from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,14 +117,17 @@ class Merge(BlockArithmetic):
         self._keep = keep
 
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
-        originals = tuple(part.clone() for part in parts) if self._keep else ()
+        if self._keep is None:
+            self.apply(rows, parts)
+            return
+        originals = tuple(part.clone() for part in parts)
         self.apply(rows, parts)
-        if self._keep:
-            predicted = tuple(part.clone() for part in parts)
-            self.revert(rows, predicted)
-            width = self.weight.tensors[0].nbytes // max(self.weight.shape[0] * self.weight.shape[1], 1)
-            pairs = zip(originals, predicted, strict=True)
-            self._keep(rows, b"".join(residual(o.numpy(), p.numpy(), width) for o, p in pairs))
+        predicted = tuple(part.clone() for part in parts)
+        self.revert(rows, predicted)
+        doubts = self.weight.doubt(parts, predicted)
+        each = zip(originals, predicted, doubts, strict=True)
+        width = self.weight.element_bytes
+        self._keep(rows, b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width) for o, p, d in each))
 
 
 class ApproximateUnmerge(BlockArithmetic):
@@ -148,10 +151,10 @@ class ExactUnmerge(BlockArithmetic):
             yield rows
 
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        merged = tuple(part.clone() for part in parts)
         self.revert(rows, parts)
         rest = memoryview(self._residual)
-        width = self.weight.tensors[0].nbytes // max(self.weight.shape[0] * self.weight.shape[1], 1)
-        for part in parts:
-            rest = add_residual(part.numpy(), rest, width)
+        for part, doubt in zip(parts, self.weight.doubt(merged, parts), strict=True):
+            rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
         if len(rest):
             raise RestoreError("the undo file is damaged: a block holds more than it should; use the base instead")

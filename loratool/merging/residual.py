@@ -1,11 +1,15 @@
-"""What arithmetic cannot take back of a merge: the few elements that ``round(W' - delta)`` misses, compressed.
+"""What arithmetic cannot take back of a merge: where ``round(W' - delta)`` misses W, compressed.
 
-About one element in a hundred differs, nearly all by one unit in the last place. So a block's residual is a sparse
-list: the distances between the elements that differ, one byte each (255 means "255 and more to come"), and the
-differences of their bit patterns as integers, zigzag coded (0, -1, 1, -2, ... become 0, 1, 2, 3, ...) and split into
-planes of bytes. Both are compressed by Zstandard, whose entropy coder brings them to about 10 bits an element.
+Nearly every miss lies where W' was stored more coarsely than W: where the update carried an element into a higher
+binade, W' lost bits of it that no arithmetic brings back. The unmerging side sees that as well, so it is told nothing of
+places: elements are sorted by their doubt, the number of bits lost (`StoredWeight.doubt`), and for each doubt from 1 to
+`MOST_DOUBT` the differences of all its elements are stored in a row. Of the elements without doubt the few that differ
+are listed: the distances between them, one byte each (255 means "255 and more to come"), and their differences.
 
-Layout: two little-endian uint32, the lengths of the two compressed streams, then the streams.
+A difference is that of two bit patterns as integers, zigzag coded (0, -1, 1, -2, ... become 0, 1, 2, 3, ...) and split
+into planes of bytes. Every stream is compressed by Zstandard, whose entropy coder brings the differences of doubt 1 to
+about 1.5 bits each. Layout: the lengths of the streams, little-endian uint32 (distances, their differences, then one for
+each doubt), then the streams; an empty stream has length 0.
 """
 
 from __future__ import annotations
@@ -21,28 +25,31 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    Bytes = npt.NDArray[np.uint8]
+
 LEVEL: Final = 3
-_LENGTHS: Final = struct.Struct("<II")
+MOST_DOUBT: Final = 3
+_LENGTHS: Final = struct.Struct(f"<{2 + MOST_DOUBT}I")
 _ESCAPE: Final = 255
 
 
-def residual(original: npt.NDArray[np.uint8], predicted: npt.NDArray[np.uint8], width: int) -> bytes:
-    """The residual that turns `predicted` into `original`, both the bytes of elements of `width` 1, 2 or 4 bytes."""
+def residual(original: Bytes, predicted: Bytes, doubt: Bytes, width: int) -> bytes:
+    """The residual that turns `predicted` into `original`, the bytes of elements of `width` 1, 2 or 4 bytes.
+
+    `doubt` has a number from 0 to `MOST_DOUBT` for each element.
+    """
     import numpy as np
 
-    difference = original.view(_unsigned(width)) - predicted.view(_unsigned(width))
-    (places,) = np.nonzero(difference)
-    if not len(places):
-        return _LENGTHS.pack(0, 0)
-    signed = difference[places].view(_signed(width))
-    zigzag = ((signed << 1) ^ (signed >> (8 * width - 1))).view(np.uint8)
-    planes = np.ascontiguousarray(zigzag.reshape(-1, width).T)
+    difference = (original.view(_unsigned(width)) - predicted.view(_unsigned(width))).view(_signed(width))
+    (listed,) = np.nonzero((difference != 0) & (doubt == 0))
+    streams = [_pack_places(listed), _pack(difference[listed], width)]
+    streams += [_pack(difference[doubt == degree], width) for degree in range(1, MOST_DOUBT + 1)]
     compressor = zstandard.ZstdCompressor(level=LEVEL)
-    streams = [compressor.compress(_pack_places(places)), compressor.compress(planes.tobytes())]
-    return _LENGTHS.pack(*map(len, streams)) + b"".join(streams)
+    packed = [compressor.compress(stream) if stream else b"" for stream in streams]
+    return _LENGTHS.pack(*map(len, packed)) + b"".join(packed)
 
 
-def add_residual(predicted: npt.NDArray[np.uint8], packed: memoryview, width: int) -> memoryview:
+def add_residual(predicted: Bytes, doubt: Bytes, packed: memoryview, width: int) -> memoryview:
     """Turn `predicted` into the original in place; returns what follows the residual in `packed`.
 
     Raises:
@@ -52,21 +59,35 @@ def add_residual(predicted: npt.NDArray[np.uint8], packed: memoryview, width: in
 
     elements = predicted.view(_unsigned(width))
     try:
-        lengths = _LENGTHS.unpack_from(packed)
-        first, second = _LENGTHS.size + lengths[0], _LENGTHS.size + sum(lengths)
-        if second > len(packed):
-            raise ValueError("truncated")
-        if lengths == (0, 0):
-            return packed[second:]
-        places = _unpack_places(_decompress(packed[_LENGTHS.size : first], 2 * len(elements) + 1))
-        planes = _decompress(packed[first:second], len(elements) * width).reshape(width, -1)
-        if planes.shape[1] != len(places) or places[-1] >= len(elements):
-            raise ValueError("counts")
+        lengths, at, streams = _LENGTHS.unpack_from(packed), _LENGTHS.size, []
+        for length in lengths:
+            streams.append(_decompress(packed[at : at + length], length, (width + 1) * len(elements)))
+            at += length
+        listed = _unpack_places(streams[0])
+        elements[listed] += _unpack(streams[1], width, len(listed))
+        for degree, stream in enumerate(streams[2:], start=1):
+            mask = doubt == degree
+            elements[mask] += _unpack(stream, width, int(np.count_nonzero(mask)))
     except (ValueError, IndexError, struct.error, zstandard.ZstdError):
         raise RestoreError("the undo file is damaged: a block of it cannot be read; unmerge from the base") from None
-    zigzag = np.ascontiguousarray(planes.T).view(_unsigned(width)).reshape(-1)
-    elements[places] += (zigzag >> 1) ^ (0 - (zigzag & 1))
-    return packed[second:]
+    return packed[at:]
+
+
+def _pack(difference: npt.NDArray[Any], width: int) -> bytes:
+    """Signed differences, zigzag coded, as planes of bytes."""
+    import numpy as np
+
+    zigzag = ((difference << 1) ^ (difference >> (8 * width - 1))).view(np.uint8)
+    return np.ascontiguousarray(zigzag.reshape(-1, width).T).tobytes()
+
+
+def _unpack(planes: Bytes, width: int, count: int) -> npt.NDArray[Any]:
+    """The `count` differences in `planes`, as unsigned numbers that wrap around."""
+    import numpy as np
+
+    zigzag = np.ascontiguousarray(planes.reshape(width, count).T).view(_unsigned(width)).reshape(count)
+    restored: npt.NDArray[Any] = (zigzag >> 1) ^ (0 - (zigzag & 1))
+    return restored
 
 
 def _pack_places(places: npt.NDArray[np.int64]) -> bytes:
@@ -79,18 +100,22 @@ def _pack_places(places: npt.NDArray[np.int64]) -> bytes:
     return packed.tobytes()
 
 
-def _unpack_places(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+def _unpack_places(packed: Bytes) -> npt.NDArray[np.int64]:
     import numpy as np
 
     (ends,) = np.nonzero(packed != _ESCAPE)
     return np.cumsum(packed, dtype=np.int64)[ends] + np.arange(len(ends))
 
 
-def _decompress(stream: memoryview, limit: int) -> npt.NDArray[np.uint8]:
+def _decompress(stream: memoryview, length: int, limit: int) -> Bytes:
+    """A stream of `length` compressed bytes, at most `limit` when decompressed."""
     import numpy as np
 
-    parameters = zstandard.get_frame_parameters(stream)
-    if parameters.content_size > limit:
+    if len(stream) != length:
+        raise ValueError("truncated")
+    if not length:
+        return np.empty(0, np.uint8)
+    if zstandard.get_frame_parameters(stream).content_size > limit:
         raise ValueError("too large")
     return np.frombuffer(zstandard.ZstdDecompressor().decompress(stream, max_output_size=limit), np.uint8)
 

@@ -34,6 +34,10 @@ class StoredWeight(Protocol):
         """Rows and columns of the decoded matrix."""
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of one stored element: 1, 2 or 4."""
+
+    @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Every tensor of the checkpoint that the matrix takes."""
 
@@ -45,6 +49,12 @@ class StoredWeight(Protocol):
 
     def encode(self, block: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
         """Round `block`, fp32, (rows, columns), once to the stored type and put its bytes into `parts`."""
+
+    def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """How many bits coarser than `predicted` each element of `stored` is, 0 to 3: uint8, one tensor a part.
+
+        It tells where ``round(W' - delta)`` can miss W; `loratool.merging.residual` says how it is used.
+        """
 
 
 CODECS: Final[tuple[Callable[[Mapping[str, TensorInfo], str], StoredWeight | None], ...]] = (dense.claim,)

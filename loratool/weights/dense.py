@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.header import DTYPE_BITS, TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
 CODEC_OF: Final[Mapping[str, str]] = MappingProxyType({"F32": "fp32", "F16": "fp16", "BF16": "bf16"})
 """The field's name for each dense dtype of safetensors."""
+
+EXPONENTS: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
+    {"F32": (23, 0xFF), "F16": (10, 0x1F), "BF16": (7, 0xFF)}
+)
+"""Where the exponent of each dtype lies: bits below it, and its mask (IEEE 754; bfloat16 is the upper half of fp32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,10 @@ class DenseWeight:
         return rows, columns
 
     @property
+    def element_bytes(self) -> int:
+        return DTYPE_BITS[self.tensor.dtype] // 8
+
+    @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         return (self.tensor,)
 
@@ -50,6 +59,15 @@ class DenseWeight:
     def encode(self, block: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
         """Rounds to nearest, ties to even."""
         self._elements(parts).view(block.shape).copy_(block)
+
+    def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The difference of the exponents, where that of the stored element is larger."""
+        import torch
+
+        integer = {2: torch.int16, 4: torch.int32}[self.element_bytes]
+        mantissa, mask = EXPONENTS[self.tensor.dtype]
+        exponents = [(part[0].view(integer) >> mantissa) & mask for part in (stored, predicted)]
+        return ((exponents[0] - exponents[1]).clamp_(0, 3).to(torch.uint8),)
 
     def _elements(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         import torch

@@ -1,0 +1,56 @@
+"""``loratool add``."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import alpha_option, example, json_option
+from loratool.cli.rendering import print_facts, print_json, print_notes, size, targets
+
+
+@click.command("add", **example("loratool add pirate.safetensors --base smollm2 --tag speech"))
+@click.argument("path", type=click.Path())
+@click.option("--name", metavar="N", help="Its name in the catalogue; by default the folder's or file's name.")
+@click.option(
+    "--base", metavar="BASE", help="The catalogued base that it belongs to; its names and shapes are checked."
+)
+@alpha_option
+@click.option("--tag", "tags", multiple=True, metavar="T", help="A word to find it by; may be given several times.")
+@json_option
+@click.pass_obj
+def command(
+    registry: str | None,
+    path: str,
+    name: str | None,
+    base: str | None,
+    alpha: float | None,
+    tags: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Catalogue an adapter that exists: a PEFT folder or a single safetensors file.
+
+    Its files are copied into the content store. The same name with other content becomes its next version.
+    """
+    from loratool.library.adapters import adapter_json, add
+
+    result = add(path, name=name, base=base, alpha=alpha, tags=tags, registry=registry)
+    record = result.record
+    if as_json:
+        print_json({**adapter_json(record), "new": result.new, "notes": list(result.notes)})
+        return
+    click.echo(f"{'Added' if result.new else 'Already there:'} {click.style(record.reference, bold=True)}")
+    print_facts(
+        [
+            (
+                "kind",
+                f"{record.kind}, rank {record.rank}, alpha {record.alpha:g}"
+                if record.alpha is not None
+                else record.kind,
+            ),
+            ("targets", targets(record.target_modules)),
+            ("base", record.base or ""),
+            ("size", f"{size(record.size_bytes)} {record.dtype}"),
+            ("sha256", record.sha256[:16] + "…"),
+        ]
+    )
+    print_notes(result.notes)

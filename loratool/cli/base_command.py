@@ -1,0 +1,136 @@
+"""``loratool base``."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import epilog, example, json_option
+from loratool.cli.rendering import ProgressBar, age, count, print_facts, print_json, print_table, shown_path, size
+
+
+@click.group("base", epilog=epilog("loratool base add smollm2 models/smollm2\nloratool base list"))
+def base() -> None:
+    """Name and fingerprint base models."""
+
+
+command = base
+
+
+@base.command("add", **example("loratool base add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct"))
+@click.argument("name")
+@click.argument("source", type=click.Path())
+@click.option(
+    "--variant-of", metavar="BASE", help="The catalogued base that this is the same model as, stored otherwise."
+)
+@json_option
+@click.pass_obj
+def add_base(registry: str | None, name: str, source: str, variant_of: str | None, as_json: bool) -> None:
+    """Catalogue the model in a folder or at a Hub id under NAME, with the fingerprint of its content."""
+    from loratool.library.bases import base_add, base_json
+
+    with ProgressBar() as progress:
+        record = base_add(name, source, variant_of=variant_of, registry=registry, progress=progress)
+    if as_json:
+        print_json(base_json(record))
+        return
+    click.echo(f"Added base {click.style(record.name, bold=True)}")
+    print_facts(
+        [
+            ("model", " ".join(filter(None, [record.architecture, count(record.parameter_count), record.dtype]))),
+            ("size", size(record.size_bytes or 0)),
+            ("fingerprint", f"{(record.fingerprint or '')[:16]}…"),
+            ("at", shown_path(record.path) if record.path else ""),
+        ]
+    )
+
+
+@base.command("list", **example("loratool base list"))
+@json_option
+@click.pass_obj
+def list_bases(registry: str | None, as_json: bool) -> None:
+    """The catalogued bases."""
+    from loratool.library.bases import base_json, base_list
+
+    found = base_list(registry=registry)
+    if as_json:
+        print_json([base_json(record) for record in found])
+        return
+    if not found:
+        click.echo("No base is catalogued. Add one with 'loratool base add NAME FOLDER'.")
+        return
+    rows = [
+        [
+            record.name,
+            record.model_type or "-",
+            count(record.parameter_count),
+            record.dtype or "-",
+            size(record.size_bytes or 0),
+            (record.fingerprint or "-")[:12],
+            record.variant_of or "-",
+            age(record.created_at),
+        ]
+        for record in found
+    ]
+    columns = ["NAME", "TYPE", "PARAMS", "DTYPE", "SIZE", "FINGERPRINT", "VARIANT OF", "AGE"]
+    print_table(columns, rows, right=("PARAMS", "SIZE", "AGE"), wide="NAME")
+
+
+@base.command("show", **example("loratool base show smollm2"))
+@click.argument("name")
+@json_option
+@click.pass_obj
+def show_base(registry: str | None, name: str, as_json: bool) -> None:
+    """One base: everything known of it, its adapters and the merges into it."""
+    from loratool.library.bases import base_show
+
+    result = base_show(name, registry=registry)
+    if as_json:
+        print_json(result.to_json())
+        return
+    record = result.record
+    click.echo(click.style(record.name, bold=True))
+    print_facts(
+        [
+            ("model", " ".join(filter(None, [record.architecture, count(record.parameter_count), record.dtype]))),
+            ("size", size(record.size_bytes or 0)),
+            ("fingerprint", record.fingerprint or ""),
+            ("source", record.source),
+            ("revision", record.revision or ""),
+            ("at", shown_path(record.path) if record.path else ""),
+            ("variant of", record.variant_of or ""),
+            ("adapters", " ".join(adapter.reference for adapter in result.adapters)),
+            ("merges", ", ".join(f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges[:8])),
+        ]
+    )
+
+
+@base.command("verify", **example("loratool base verify smollm2"))
+@click.argument("name")
+@json_option
+@click.pass_obj
+def verify_base(registry: str | None, name: str, as_json: bool) -> None:
+    """Read every byte of a base again and compare its fingerprint."""
+    from loratool.library.bases import base_json, base_verify
+
+    with ProgressBar() as progress:
+        record = base_verify(name, registry=registry, progress=progress)
+    if as_json:
+        print_json(base_json(record))
+        return
+    click.echo(f"{click.style('Verified', fg='green')} {record.name}: every byte is what was catalogued")
+
+
+@base.command("remove", **example("loratool base remove smollm2"))
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Also while adapters belong to it; they keep its fingerprint.")
+@json_option
+@click.pass_obj
+def remove_base(registry: str | None, name: str, force: bool, as_json: bool) -> None:
+    """Forget a base. Its files stay."""
+    from loratool.library.bases import base_json, base_remove
+
+    record = base_remove(name, force=force, registry=registry)
+    if as_json:
+        print_json(base_json(record))
+        return
+    click.echo(f"Forgot base {record.name}; its files stay")

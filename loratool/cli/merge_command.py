@@ -1,0 +1,145 @@
+"""``loratool merge``."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loratool.cli.options import alpha_option, device_option, example, json_option
+from loratool.cli.rendering import (
+    ProgressBar,
+    duration,
+    print_facts,
+    print_json,
+    print_notes,
+    print_table,
+    shown_path,
+    size,
+)
+
+if TYPE_CHECKING:
+    from loratool.library.merge import MergeResult
+
+
+@click.command(
+    "merge",
+    **example(
+        "loratool merge pirate.safetensors --into llama3-8b\nloratool merge pirate=0.7 terse=0.3 --into smollm2 --undo"
+    ),
+)
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
+@click.option("--into", required=True, metavar="BASE", help="A catalogued name, a folder, or a Hub id.")
+@click.option(
+    "--out", type=click.Path(), metavar="DIR", help="The new folder; by default BASE-ADAPTER beside the base."
+)
+@click.option("--in-place", is_flag=True, help="Change the base's own files; an undo file is always kept.")
+@click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
+@click.option("--force", is_flag=True, help="Merge into another base than recorded; replace an earlier output.")
+@device_option
+@alpha_option
+@json_option
+@click.pass_obj
+def command(
+    registry: str | None,
+    adapters: tuple[str, ...],
+    into: str,
+    out: str | None,
+    in_place: bool,
+    undo: bool,
+    dry_run: bool,
+    force: bool,
+    device: str,
+    alpha: float | None,
+    as_json: bool,
+) -> None:
+    """Merge adapters into the weights of a base model: computed in fp32, rounded once, streamed.
+
+    An ADAPTER is a catalogued name (pirate or pirate@2), a PEFT folder or a safetensors file; WEIGHT multiplies it.
+    """
+    from loratool.library.merge import merge
+
+    if in_place and out:
+        raise click.UsageError("give --out or --in-place, not both")
+    specs = [_parse_spec(word) for word in adapters]
+    with ProgressBar() as progress:
+        result = merge(
+            specs,
+            into,
+            out=out,
+            in_place=in_place,
+            dry_run=dry_run,
+            undo=undo,
+            force=force,
+            device=device,
+            alpha=alpha,
+            registry=registry,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_json())
+        return
+    if dry_run:
+        _print_plan(result)
+    else:
+        _print_result(result, in_place=in_place)
+    print_notes(result.notes)
+
+
+def _parse_spec(word: str) -> tuple[str, float]:
+    """``name``, ``name=0.5`` or a path; a file whose own name has an equals sign is taken as it is."""
+    name, separator, weight = word.rpartition("=")
+    if not separator or Path(word).exists():
+        return word, 1.0
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise click.UsageError(f"{word!r} must be ADAPTER or ADAPTER=WEIGHT with a number for WEIGHT")
+    return name, value
+
+
+def _print_plan(result: MergeResult) -> None:
+    rows = [
+        [
+            target.name,
+            " + ".join(planned.update.kind for planned in target.updates),
+            target.weight.codec,
+            size(target.nbytes),
+        ]
+        for target in result.plan.targets
+    ]
+    print_table(["TENSOR", "UPDATE", "CODEC", "SIZE"], rows, right=("SIZE",), wide="TENSOR")
+    click.echo()
+    print_facts(
+        [
+            ("changes", f"{len(rows)} tensors, {size(result.plan.touched_bytes)} of {size(result.plan.base.nbytes)}"),
+            ("would write", shown_path(result.out)),
+            ("takes about", duration(result.seconds)),
+        ]
+    )
+
+
+def _print_result(result: MergeResult, *, in_place: bool) -> None:
+    names = " + ".join(
+        merged.adapter if merged.weight == 1 else f"{merged.weight:g} x {merged.adapter}" for merged in result.adapters
+    )
+    out = shown_path(result.out)
+    click.echo(f"Merged {click.style(names, bold=True)} into {click.style(result.base, bold=True)}")
+    print_facts(
+        [
+            ("changed in place" if in_place else "written to", out),
+            (
+                "changed",
+                f"{len(result.plan.targets)} tensors, {size(result.plan.touched_bytes)} of {size(result.plan.base.nbytes)}",
+            ),
+            ("time", duration(result.seconds)),
+            ("undo file", size(result.undo_file.stat().st_size) if result.undo_file else ""),
+            ("check it", f"loratool verify {out}"),
+            ("take it out", f"loratool unmerge {out}{' --in-place' if in_place else ''}"),
+        ]
+    )

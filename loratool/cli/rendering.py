@@ -1,0 +1,184 @@
+"""How facts look in a terminal: sizes, ages, tables of 80 columns, cards, JSON and progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout and nothing else."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def console() -> Console:
+    """A console on stdout; where that is no terminal, as wide as it needs, so that nothing is cut off."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 200
+    return Console(width=width, highlight=False, soft_wrap=False)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: ``512 B``, ``1.2 MB``, ``2.20 GB`` (powers of 1,000)."""
+    value, unit = float(nbytes), "B"
+    for bigger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, bigger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+
+
+def count(number: int | None) -> str:
+    """Parameters for people: ``135 M``, ``1.1 B``."""
+    if number is None:
+        return "-"
+    value, unit = float(number), ""
+    for bigger in (" K", " M", " B", " T"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, bigger
+    return f"{value:.3g}{unit}"
+
+
+def age(moment: datetime) -> str:
+    """How long ago, in one unit: ``now``, ``5 min``, ``3 h``, ``12 d``, ``2 y``."""
+    seconds = (datetime.now(UTC) - moment).total_seconds()
+    for unit, length in (("y", 31_557_600), ("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return "now"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``0.8 s``, ``12 s``, ``3 min 20 s``."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+
+
+def shown_path(path: Path | str) -> str:
+    """A path as a person would type it from here: relative where it lies below the working folder."""
+    from loratool.errors import printable
+
+    absolute = os.path.abspath(path)
+    relative = os.path.relpath(absolute)
+    return printable(absolute if relative.startswith("..") else relative)
+
+
+def targets(modules: Sequence[str] | str | None) -> str:
+    """Target modules, short: ``q k v o gate up down``."""
+    if modules is None:
+        return "-"
+    names = [modules] if isinstance(modules, str) else modules
+    order = {name: place for place, name in enumerate(("q", "k", "v", "o", "gate", "up", "down"))}
+    short = [name.removesuffix("_proj") for name in names]
+    return " ".join(sorted(short, key=lambda name: (order.get(name, len(order)), name)))
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), wide: str = ""
+) -> None:
+    """A table: on a terminal no wider than it, the column `wide` shortened first; else plain, two spaces between columns."""
+    cells = [[*row] for row in rows]
+    widths = [max(len(column), *(len(row[place]) for row in cells)) for place, column in enumerate(columns)]
+    terminal = sys.stdout.isatty()
+    if terminal:
+        room = shutil.get_terminal_size().columns - 2 * (len(columns) - 1)
+        order = [columns.index(wide)] if wide else []
+        order += sorted(
+            (place for place in range(len(columns)) if place not in order), key=lambda place: -widths[place]
+        )
+        for place in order:
+            excess = sum(widths) - room
+            if excess > 0:
+                widths[place] = max(min(widths[place], 12), widths[place] - excess)
+    aligned = [column in right for column in columns]
+    click.echo(click.style(_row(columns, widths, aligned), bold=True) if terminal else _row(columns, widths, aligned))
+    for row in cells:
+        click.echo(_row(row, widths, aligned))
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    fitted = [
+        cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(cells, widths, strict=True)
+    ]
+    padded = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(fitted, widths, right, strict=True)]
+    return "  ".join(padded).rstrip()
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Pairs of a word and what it says, aligned, two spaces in."""
+    pairs = [(key, value) for key, value in facts if value]
+    width = max((len(key) for key, _ in pairs), default=0)
+    for key, value in pairs:
+        click.echo(f"  {click.style(key.ljust(width), dim=True)}  {value}")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Notes, on stderr, so that what is printed on stdout stays what was asked for."""
+    for note in notes:
+        click.echo(click.style("note: ", fg="yellow") + note, err=True)
+
+
+class ProgressBar(AbstractContextManager["ProgressBar"]):
+    """Progress on stderr, with bytes per second and time left; silent where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def begin(self, label: str, total: int) -> None:
+        if self._bars is not None:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+            self._task = self._bars.add_task(label, total=total)
+
+    def advance(self, count: int) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task, count)

@@ -1,0 +1,73 @@
+"""``loratool show``."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import click
+
+from loratool.cli.options import example, json_option
+from loratool.cli.rendering import age, console, count, print_json, shown_path, size, targets
+
+
+@click.command("show", **example("loratool show pirate@1"))
+@click.argument("adapter")
+@json_option
+@click.pass_obj
+def command(registry: str | None, adapter: str, as_json: bool) -> None:
+    """One adapter: everything the catalogue knows of it, its family and the merges it went into."""
+    from loratool.library.adapters import ShowResult, show
+
+    result: ShowResult = show(adapter, registry=registry)
+    if as_json:
+        print_json(result.to_json())
+        return
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    record = result.record
+    card = Table.grid(padding=(0, 2))
+    card.add_column(style="dim", no_wrap=True)
+    card.add_column(overflow="fold")
+    newest = max(each.version for each in result.versions)
+    facts = [
+        ("kind", record.kind),
+        ("rank", _ranks(record.ranks, record.rank)),
+        ("alpha", "" if record.alpha is None else f"{record.alpha:g}"),
+        ("scaling", _scaling(record.scaling)),
+        ("targets", f"{targets(record.target_modules)}  ({len(record.ranks or {})} modules)"),
+        ("parameters", f"{count(record.parameter_count)}, {record.dtype}, {size(record.size_bytes)}"),
+        ("sha256", record.sha256),
+        ("base", _base(record.base, record.base_fingerprint, record.base_model)),
+        ("tags", " ".join(record.tags)),
+        ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
+        ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),
+        ("came from", ", ".join(f"{edge.parent} by {edge.operation}" for edge in result.ancestors)),
+        ("gave", ", ".join(f"{edge.child} by {edge.operation}" for edge in result.descendants)),
+        ("merged into", "\n".join(f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges)),
+    ]
+    for key, value in facts:
+        if value:
+            card.add_row(key, Text(value))
+    console().print(Panel(card, title=Text(record.reference, style="bold"), title_align="left", expand=False))
+
+
+def _ranks(ranks: dict[str, int] | None, largest: int | None) -> str:
+    """``8``, or where modules differ ``4 to 16 (4: 12 modules, 16: 3 modules)``."""
+    if not ranks or len(set(ranks.values())) == 1:
+        return str(largest)
+    counted = sorted(Counter(ranks.values()).items())
+    listed = ", ".join(f"{rank}: {number} modules" for rank, number in counted[:6])
+    return f"{counted[0][0]} to {counted[-1][0]} ({listed})"
+
+
+def _scaling(scaling: float | dict[str, float] | None) -> str:
+    if isinstance(scaling, dict):
+        return f"{min(scaling.values()):g} to {max(scaling.values()):g}, by module"
+    return "" if scaling is None else f"{scaling:g}"
+
+
+def _base(name: str | None, fingerprint: str | None, recorded: str | None) -> str:
+    exact = f"{name or 'not catalogued'} ({fingerprint[:16]}…)" if fingerprint else name or "tied to none"
+    return f"{exact}\nrecorded as {recorded}" if recorded else exact

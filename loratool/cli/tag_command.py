@@ -1,0 +1,25 @@
+"""``loratool tag``."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import example, json_option
+from loratool.cli.rendering import print_json
+
+
+@click.command("tag", **example("loratool tag pirate speech demo"))
+@click.argument("adapter")
+@click.argument("tags", nargs=-1, required=True, metavar="TAG...")
+@click.option("--remove", is_flag=True, help="Take the tags off instead.")
+@json_option
+@click.pass_obj
+def command(registry: str | None, adapter: str, tags: tuple[str, ...], remove: bool, as_json: bool) -> None:
+    """Put tags on an adapter, or take them off."""
+    from loratool.library.adapters import adapter_json, tag
+
+    record = tag(adapter, tags, remove=remove, registry=registry)
+    if as_json:
+        print_json(adapter_json(record))
+        return
+    click.echo(f"{record.reference} has {'the tags ' + ' '.join(record.tags) if record.tags else 'no tags'}")

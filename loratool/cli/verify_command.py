@@ -1,0 +1,37 @@
+"""``loratool verify``."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import example, json_option
+from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_notes, shown_path
+
+WORDS = {
+    "base": "the merge, replayed from the base, gives the same bytes",
+    "undo": "taking the merge out gives the base's bytes",
+}
+
+
+@click.command("verify", **example("loratool verify smollm2-pirate"))
+@click.argument("merged")
+@json_option
+@click.pass_obj
+def command(registry: str | None, merged: str, as_json: bool) -> None:
+    """Check a merged model against its manifest, byte by byte, and replay the merge."""
+    from loratool.library.unmerge import verify
+
+    with ProgressBar() as progress:
+        result = verify(merged, registry=registry, progress=progress)
+    if as_json:
+        print_json(result.to_json())
+        return
+    click.echo(f"{click.style('Verified', fg='green')} {click.style(shown_path(result.path), bold=True)}")
+    print_facts(
+        [
+            ("content", f"{result.tensors} tensors and {result.files} files are what the manifest says"),
+            ("replay", WORDS.get(result.replayed, "")),
+            ("fingerprint", result.fingerprint[:16] + "…"),
+        ]
+    )
+    print_notes(result.notes)
