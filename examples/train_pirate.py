@@ -66,9 +66,7 @@ def held_out_loss(model: torch.nn.Module, examples: list[Example]) -> float:
 def answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """The model's greedy answer, 48 tokens at most."""
     chat = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
     return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -103,9 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a small LoRA that talks like a pirate.")
     parser.add_argument("base", type=Path, help="the folder that get_smollm2.py made")
     parser.add_argument("--out", type=Path, required=True, help="the PEFT folder to write")
-    parser.add_argument(
-        "--data", type=Path, default=HERE / "pirate.jsonl", help="lines of prompt and completion"
-    )
+    parser.add_argument("--data", type=Path, default=HERE / "pirate.jsonl", help="lines of prompt and completion")
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--alpha", type=float, default=16)
     parser.add_argument("--epochs", type=int, default=6)
@@ -135,9 +131,7 @@ def main() -> int:
     for question in QUESTIONS:
         with model.disable_adapter():
             before = answer(model, tokenizer, question)
-        print(
-            f"\n{question}\n  base:    {before}\n  adapter: {answer(model, tokenizer, question)}", flush=True
-        )
+        print(f"\n{question}\n  base:    {before}\n  adapter: {answer(model, tokenizer, question)}", flush=True)
     model.peft_config["default"].base_model_name_or_path = REPO
     model.save_pretrained(arguments.out, save_embedding_layers=False)
     print(f"\n{arguments.out} written, {time.monotonic() - began:.0f} s in all")

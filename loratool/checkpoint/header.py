@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_header(file: Path) -> Header:
             duplicate keys, dtype, shape, offsets, overlaps, holes, or a file shorter or longer than its header says.
     """
     try:
-        with open(file, "rb") as stream:
+        with open(file, "rb", opener=_open_without_waiting) as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{quoted(file)} is not a regular file")
@@ -80,6 +81,11 @@ def read_header(file: Path) -> Header:
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
     return parse_header(text, file, status.st_size)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a file for reading; a FIFO, which nobody may ever write to, is opened at once too, to be refused."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_header(text: bytes, file: Path, size: int) -> Header:
@@ -123,8 +129,7 @@ def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
             raise _broken(file, f"the key {quoted(twice)} occurs twice")
         return found
 
@@ -133,6 +138,8 @@ def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no character
     except (ValueError, RecursionError) as error:
         raise _broken(file, f"not valid JSON ({type(error).__name__})") from None
     if not isinstance(value, dict):
@@ -164,11 +171,11 @@ def _parse_tensor(name: str, entry: object, file: Path, data_start: int) -> Tens
         raise _broken(file, f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _broken(file, f"tensor {quoted(name)} has the impossible data_offsets {quoted(offsets)}")
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    bits = _elements(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        taken = f"{offsets[1] - offsets[0]} bytes"
         raise _broken(
-            file,
-            f"tensor {quoted(name)} of dtype {dtype} and shape {shape} cannot take {offsets[1] - offsets[0]} bytes",
+            file, f"tensor {quoted(name)} of dtype {dtype} and shape {quoted(shape)} cannot take {taken}"
         )
     return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 
@@ -176,6 +183,16 @@ def _parse_tensor(name: str, entry: object, file: Path, data_start: int) -> Tens
 def _are_sizes(value: object) -> bool:
     # The format stores sizes in 64 bits; an isinstance check alone would let True and 10**400 pass.
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+
+
+def _elements(shape: list[int]) -> int:
+    """How many elements `shape` has, or some number beyond 64 bits: the product of a hostile shape takes hours."""
+    count = 1
+    for side in shape:
+        count *= side
+        if count >= 1 << 64:
+            break
+    return count
 
 
 def _check_layout(tensors: Mapping[str, TensorInfo], file: Path, data_start: int, size: int) -> None:
@@ -190,4 +207,5 @@ def _check_layout(tensors: Mapping[str, TensorInfo], file: Path, data_start: int
 
 
 def _broken(file: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{quoted(file)} is not a valid safetensors file: {reason}; download or save it again")
+    kind = "JSON" if file.suffix == ".json" else "safetensors"
+    return CheckpointError(f"{quoted(file)} is not a valid {kind} file: {reason}; download or save it again")

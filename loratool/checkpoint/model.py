@@ -12,13 +12,14 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.checkpoint.header import Header, TensorInfo, parse_json_object, read_header
+from loratool.checkpoint.journal import JOURNAL
 from loratool.errors import CheckpointError, NotFoundError, quoted
 
 WEIGHTS_NAME: Final = "model.safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 
-BOOKKEEPING: Final = frozenset({".git", ".cache"})
-"""Folders in which download tools keep their own state; they are no part of a model."""
+BOOKKEEPING: Final = frozenset({".git", ".cache", JOURNAL})
+"""Folders in which download tools, and loratool, keep their own state; they are no part of a model."""
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
@@ -97,7 +98,7 @@ class Checkpoint:
     def config(self) -> Mapping[str, Any]:
         """The model's ``config.json``, or an empty mapping where there is none."""
         file = self.path / "config.json"
-        if not self.path.is_dir() or not file.exists():
+        if not self.path.is_dir() or not file.is_file():
             return {}
         return parse_json_object(file.read_bytes(), file)
 
@@ -118,13 +119,19 @@ class Checkpoint:
 
 def _walk(folder: Path) -> Iterator[Path]:
     for entry in os.scandir(folder):
-        if entry.is_dir():
+        try:
+            mode = entry.stat().st_mode
+        except OSError as error:
+            raise CheckpointError(
+                f"{quoted(entry.path)} cannot be read ({error.strerror}); remove it from the model"
+            ) from None
+        if stat.S_ISDIR(mode):
             if entry.name in BOOKKEEPING:
                 continue
             if entry.is_symlink():
                 raise CheckpointError(f"{quoted(entry.path)} is a link to a folder; replace it by the folder itself")
             yield from _walk(Path(entry.path))
-        elif stat.S_ISREG(entry.stat().st_mode):
+        elif stat.S_ISREG(mode):
             yield Path(entry.path)
         else:
             raise CheckpointError(f"{quoted(entry.path)} is neither a file nor a folder; remove it from the model")
@@ -159,6 +166,8 @@ def _pickle_advice(file: Path) -> str:
 
 def _read_index(file: Path) -> dict[str, str]:
     """The index's map from tensor name to shard name; a shard is a plain file name in the index's own folder."""
+    if not file.is_file():
+        raise CheckpointError(f"{quoted(file)} is not a regular file; download the model again")
     try:
         content = parse_json_object(file.read_bytes(), file)
     except OSError as error:
@@ -172,7 +181,7 @@ def _read_index(file: Path) -> dict[str, str]:
                 f"{quoted(file)} puts {quoted(tensor)} into {quoted(shard)}, which is not a safetensors file in its own "
                 "folder; do not use this model"
             )
-        if not (file.parent / shard).is_file():
+        if not os.path.isfile(file.parent / shard):
             raise CheckpointError(f"{quoted(file)} names {quoted(shard)}, which is not there; download the model again")
     return shards
 

@@ -6,6 +6,7 @@ The keys and their meaning are those of ``peft.LoraConfig`` (PEFT 0.21). What lo
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,6 +18,15 @@ from loratool.errors import AdapterError, UnsupportedError, quoted
 ALL_LINEAR: Final = "all-linear"
 MATCH_SECONDS: Final = 1.0
 """Patterns come from outside; one that takes longer than this for a module name is refused."""
+
+MOST_PATTERN_LETTERS: Final = 2_000
+MOST_REPEATS: Final = 10_000
+"""The product of the counts in a pattern, as in ``(a{100}){100}``: its compilation takes as much memory, and no timeout."""
+
+_REPEATS: Final = regex.compile(r"(?<=\{[^{}]*)\d{1,9}")
+
+MOST_DIGITS: Final = 9
+"""No layer's number is longer."""
 
 REFUSED: Final[Mapping[str, str]] = {
     "use_dora": "DoRA",
@@ -125,7 +135,13 @@ class LoraConfig:
         for pattern in patterns or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
             found = self._matches(pattern, module, whole=False)
             if found is not None:
-                return int(found["idx"]) in self.layers_to_transform
+                index = found["idx"] or ""
+                if not index.isdecimal() or len(index) > MOST_DIGITS:
+                    raise AdapterError(
+                        f"{quoted(pattern)} in {quoted(self.source)} finds no layer's number in {quoted(module)}; "
+                        "mend layers_pattern"
+                    )
+                return int(index) in self.layers_to_transform
         return False
 
     def _pattern_key(self, patterns: Mapping[str, object], module: str) -> str:
@@ -137,13 +153,16 @@ class LoraConfig:
 
     def _matches(self, pattern: str, module: str, *, whole: bool) -> regex.Match[str] | None:
         match = regex.fullmatch if whole else regex.match
+        repeats = math.prod(max(1, int(count)) for count in _REPEATS.findall(pattern)[:MOST_PATTERN_LETTERS])
+        if len(pattern) > MOST_PATTERN_LETTERS or repeats > MOST_REPEATS:
+            raise AdapterError(f"the pattern {quoted(pattern)} in {quoted(self.source)} is too large to match")
         try:
             return match(pattern, module, timeout=MATCH_SECONDS)
         except TimeoutError:
             raise AdapterError(
                 f"the pattern {quoted(pattern)} in {quoted(self.source)} takes too long to match"
             ) from None
-        except regex.error as error:
+        except (regex.error, RecursionError) as error:
             raise AdapterError(f"{quoted(pattern)} in {quoted(self.source)} is not a valid pattern: {error}") from None
 
 
@@ -181,7 +200,7 @@ class _Reader:
 
     def number(self, key: str, value: object = None) -> float:
         value = self.config.get(key) if value is None else value
-        if type(value) not in (int, float) or not math.isfinite(value):  # type: ignore[arg-type]
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
             raise self._wrong(key, value, "a number")
         return value  # type: ignore[return-value]
 

@@ -18,6 +18,7 @@ from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.replica import replica
 from loratool.checkpoint.staging import staged_folder
+from loratool.errors import CheckpointError, quoted
 from loratool.formats.write import write_single_file
 from loratool.merging.arithmetic import Merge, choose_device
 from loratool.merging.manifest import MANIFEST_NAME, Manifest, MergedAdapter
@@ -152,7 +153,12 @@ def _merged_adapter(weighted: WeightedAdapter) -> MergedAdapter:
 
 def _previous_manifest(base: Checkpoint) -> str | None:
     file = base.folder / MANIFEST_NAME
-    return file.read_text() if base.path.is_dir() and file.is_file() else None
+    if not base.path.is_dir() or not file.is_file():
+        return None
+    try:
+        return file.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{quoted(file)} is not a text file; remove it, or move it out of the model") from None
 
 
 def _file_digests(base: Checkpoint) -> dict[str, str]:

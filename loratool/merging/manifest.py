@@ -108,12 +108,14 @@ def parse_manifest(text: bytes, file: Path) -> Manifest:
         raise CheckpointError(f"{quoted(file)} was written by another version of loratool; use that one")
     try:
         return _from_json(value)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise CheckpointError(f"{quoted(file)} is damaged; merge again, or restore the file") from None
 
 
 def _from_json(value: Mapping[str, Any]) -> Manifest:
     base = value["base"]
+    if not value["changed"].keys() <= value["tensors"].keys():
+        raise ValueError("changed")
     return Manifest(
         base_name=_text(base["name"]),
         base_path=_text(base["path"]),

@@ -108,7 +108,8 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint) -> MergePl
             arriving.setdefault(landing.tensors[module], []).append(planned)
     evidence = _orientation_evidence(arriving, base.tensors)
     targets = tuple(
-        _target(name, tuple(updates), adapters, base, evidence) for name, updates in sorted(arriving.items())
+        _target(name, tuple(updates), adapters, base, evidence)
+        for name, updates in sorted(arriving.items(), key=lambda item: _natural(item[0]))
     )
     refuse_tied([target.name for target in targets], base)
     notes = [note for weighted in adapters for note in weighted.adapter.notes]
@@ -193,6 +194,11 @@ def _orientation_evidence(arriving: Mapping[str, Iterable[PlannedUpdate]],
             votes.setdefault(layer, set()).add(transposed)
             votes.setdefault("", set()).add(transposed)
     return {layer: found == {True} for layer, found in votes.items() if len(found) == 1}
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """Sorts ``layers.2`` before ``layers.10``."""
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in name.split("."))
 
 
 def _layer(name: str) -> str:

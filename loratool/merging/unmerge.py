@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +214,7 @@ def _changed_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
         file = merged.folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             continue
-        if not file.is_file():
+        if not os.path.isfile(file):
             notes.append(f"{quoted(name)} was removed after the merge")
         elif file_digest(file) != digest:
             notes.append(f"{quoted(name)} was changed after the merge and is kept as it is now")

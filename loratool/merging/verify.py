@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = 
         raise VerificationError(f"the dtypes or shapes of {quoted(merged.path)} are not those of its manifest")
     for name, recorded in sorted(manifest.files.items()):
         file = merged.folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not file.is_file():
+        if ".." in Path(name).parts or Path(name).is_absolute() or not os.path.isfile(file):
             raise VerificationError(f"the file {quoted(name)} is missing from {quoted(merged.path)}")
         _compare(name, file_digest(file), recorded, merged.path)
     return len(manifest.files)
