@@ -18,8 +18,9 @@ def printable(text: str) -> str:
 
 def quoted(name: object, limit: int = 120) -> str:
     """A name from outside, safe to print: quoted, printable, and at most `limit` characters long."""
-    text = printable(str(name))
-    return f"'{text}'" if len(text) <= limit else f"'{text[: limit - 1]}…'"
+    text = str(name)
+    text = printable(text if len(text) <= limit else text[: limit - 1] + "…")
+    return f"'{text}'"
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> Sequence[str]:

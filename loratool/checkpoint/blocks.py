@@ -16,8 +16,11 @@ matrix. With blocks of at least 64 rows the product of a block equals those rows
 for MKL at every rank and shape tried (tests/test_merge_equals_peft.py).
 """
 
-BLOCK_BYTES: Final = 1 << 20
-"""About how many bytes of fp32 a block holds: small enough for a core's own cache, large enough to hide Python."""
+BLOCK_BYTES: Final = 1 << 22
+"""About how many bytes of fp32 a block holds: few enough to stay in a cache, enough to hide what a block costs Python."""
+
+WRITE_BYTES: Final = 1 << 19
+"""No write is larger. A kernel looks for a stretch of free memory as large as the write, and is long about a large one."""
 
 
 def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[range]:
@@ -47,6 +50,6 @@ def write_exactly(fd: int, buffer: memoryview | bytes, offset: int) -> None:
     done = 0
     while done < len(view):
         try:
-            done += os.pwrite(fd, view[done:], offset + done)
+            done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
         except OSError as error:
             raise OutputError(f"cannot write the output: {error.strerror}; free some space and run again") from None

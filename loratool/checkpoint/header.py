@@ -174,9 +174,7 @@ def _parse_tensor(name: str, entry: object, file: Path, data_start: int) -> Tens
     bits = _elements(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         taken = f"{offsets[1] - offsets[0]} bytes"
-        raise _broken(
-            file, f"tensor {quoted(name)} of dtype {dtype} and shape {quoted(shape)} cannot take {taken}"
-        )
+        raise _broken(file, f"tensor {quoted(name)} of dtype {dtype} and shape {quoted(shape)} cannot take {taken}")
     return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 
 

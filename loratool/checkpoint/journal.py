@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,12 +42,16 @@ def locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
     Raises:
         OutputError: another process is changing the folder, or reading it while this one wants to change it.
     """
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if (folder / JOURNAL).exists():
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(folder)}: {error.strerror}") from None
+    try:
+        _lock(fd, folder, exclusive=exclusive)
+        while os.path.lexists(folder / JOURNAL):
             _lock(fd, folder, exclusive=True)
             recover(folder)
-        _lock(fd, folder, exclusive=exclusive)
+            _lock(fd, folder, exclusive=exclusive)
         yield
     finally:
         os.close(fd)
@@ -111,6 +116,8 @@ class Journal:
 
     def reserve(self, file: Path, start: int, stop: int) -> int:
         """Room in the redo log for bytes ``start:stop`` of `file`; returns the offset in `fd` to write them at."""
+        if not os.access(file, os.W_OK):
+            raise OutputError(f"{quoted(file)} is read-only; make it writable, or write to --out instead")
         at = self._size
         self._ranges.append({"file": file.name, "start": start, "stop": stop, "at": at})
         self._size += stop - start
@@ -131,17 +138,22 @@ class Journal:
         Raises:
             OutputError: the disk is full; nothing has changed then.
         """
+        # A repetition after a kill must not remove what the first try installed.
+        record = {"ranges": self._ranges, "remove": [name for name in remove if not (self.new / name).exists()]}
         try:
+            _checked(self.folder, record)
             os.fsync(self.fd)
             sync_tree(self.new)
-            # A repetition after a kill must not remove what the first try installed.
-            record = {"ranges": self._ranges, "remove": [name for name in remove if not (self.new / name).exists()]}
             draft = self.path / (COMMIT + ".partial")
             draft.write_text(json.dumps(record))
             sync_tree(self.path)
             os.rename(draft, self.path / COMMIT)
             sync_folder(self.path)
             sync_folder(self.folder)
+        except ValueError as error:
+            raise OutputError(
+                f"{quoted(self.folder)} cannot be changed in place: {error} is in the way; write to --out instead"
+            ) from None
         except OSError as error:
             raise _unwritable(self.folder, error) from None
         recover(self.folder)
@@ -154,13 +166,15 @@ def recover(folder: Path) -> None:
         CheckpointError: the journal is not one that loratool could have written for this folder.
     """
     journal = folder / JOURNAL
-    if journal.is_symlink():
-        raise CheckpointError(f"{quoted(journal)} is a link, which loratool never makes; remove it")
+    if not os.path.lexists(journal):
+        return  # another process was quicker
+    if journal.is_symlink() or not journal.is_dir():
+        raise CheckpointError(f"{quoted(journal)} is a link or a file, which loratool never makes; remove it")
     if (journal / COMMIT).is_file():
-        record = parse_json_object((journal / COMMIT).read_bytes(), journal / COMMIT)
         try:
+            record = parse_json_object((journal / COMMIT).read_bytes(), journal / COMMIT)
             ranges, remove = _checked(folder, record)
-        except (KeyError, TypeError, ValueError, OSError):
+        except (KeyError, TypeError, ValueError, OSError, CheckpointError):
             raise CheckpointError(
                 f"{quoted(journal)} is not a change that loratool prepared for this folder; remove it and check the model"
             ) from None
@@ -171,7 +185,10 @@ def recover(folder: Path) -> None:
                 f"a change of {quoted(folder)} is prepared but could not be finished: {error.strerror}; "
                 "mend that and run any loratool command on the folder again"
             ) from None
-    shutil.rmtree(journal)
+    try:
+        shutil.rmtree(journal)
+    except OSError as error:
+        raise OutputError(f"cannot remove {quoted(journal)}: {error.strerror}; remove it yourself") from None
     sync_folder(folder)
 
 
@@ -202,27 +219,44 @@ def _redo(folder: Path, ranges: list[dict[str, Any]], remove: list[str]) -> None
     sync_folder(folder)
     # From here on a repetition would find nothing to install; the commit goes first, then what it spoke of.
     os.unlink(journal / COMMIT)
+    sync_folder(journal)
 
 
 def _checked(folder: Path, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The record's ranges and removals, none of which reaches outside the folder or what loratool owns in it."""
-    redo = (folder / JOURNAL / REDO).stat().st_size
+    """The record's ranges and removals, none of which reaches outside the folder or what loratool owns in it.
+
+    Raises:
+        ValueError: names what does.
+    """
+    journal = folder / JOURNAL
+    for path in journal.rglob("*"):
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            raise ValueError(quoted(path))
+    redo = (journal / REDO).stat().st_size
     for entry in record["ranges"]:
-        file, start, stop, at = (entry[key] for key in ("file", "start", "stop", "at"))
+        file, *numbers = (entry[key] for key in ("file", "start", "stop", "at"))
+        if not all(type(number) is int for number in numbers):
+            raise ValueError(quoted(file))
+        start, stop, at = numbers
         size = (folder / file).lstat().st_size
         inside = 0 <= start <= stop <= size and 0 <= at <= at + stop - start <= redo
-        if "/" in file or not file.endswith(".safetensors") or (folder / file).is_symlink() or not inside:
-            raise ValueError(file)
-    new = folder / JOURNAL / NEW
-    added = [path for path in new.rglob("*") if path.is_file()]
-    if any(path.is_symlink() for path in new.rglob("*")) or (folder / "loratool-undo").is_symlink():
-        raise ValueError("link")
-    names = [str(path.relative_to(new)) for path in added]
-    if not all(_OWN.fullmatch(name) or _OWN.fullmatch(str(Path(name).parent)) for name in names):
-        raise ValueError("new")
-    if not all(isinstance(name, str) and _OWN.fullmatch(name) for name in record["remove"]):
-        raise ValueError("remove")
+        if "/" in file or not file.endswith(".safetensors") or not inside or not _is_own_file(folder / file):
+            raise ValueError(quoted(file))
+    for path in (journal / NEW).rglob("*"):
+        name = path.relative_to(journal / NEW)
+        if not (_OWN.fullmatch(str(name)) or _OWN.fullmatch(str(name.parent))):
+            raise ValueError(quoted(name))
+        if any((folder / part).is_symlink() for part in (name, *name.parents[:-1])):
+            raise ValueError(quoted(name))
+    for name in record["remove"]:
+        if not _OWN.fullmatch(name) or (folder / name).parent.is_symlink():
+            raise ValueError(quoted(name))
     return record["ranges"], record["remove"]
+
+
+def _is_own_file(file: Path) -> bool:
+    """Whether `file` is a regular file that nothing else leads to or shares."""
+    return stat.S_ISREG(file.lstat().st_mode) and file.lstat().st_nlink == 1
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:

@@ -117,6 +117,14 @@ class Checkpoint:
                 yield relative
 
 
+def has_file(path: Path) -> bool:
+    """Whether a file is at `path`; a name that no file can have (too long, a zero byte) has none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for entry in os.scandir(folder):
         try:
@@ -181,7 +189,7 @@ def _read_index(file: Path) -> dict[str, str]:
                 f"{quoted(file)} puts {quoted(tensor)} into {quoted(shard)}, which is not a safetensors file in its own "
                 "folder; do not use this model"
             )
-        if not os.path.isfile(file.parent / shard):
+        if not has_file(file.parent / shard):
             raise CheckpointError(f"{quoted(file)} names {quoted(shard)}, which is not there; download the model again")
     return shards
 

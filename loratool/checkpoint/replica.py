@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from loratool.checkpoint.copying import copy_range
+from loratool.checkpoint.copying import copy_range, flushing
 from loratool.checkpoint.header import Header
 from loratool.checkpoint.model import Checkpoint
 
@@ -42,13 +42,28 @@ def replica(checkpoint: Checkpoint, folder: Path, changing: Collection[str], oth
             target = os.open(folder / header.file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             stack.callback(os.close, target)
             os.truncate(target, header.size)
+            for start, stop in _changing_ranges(header, changing):
+                os.posix_fallocate(target, start, stop - start)
             files[header.file] = target
             copies += [
                 partial(copy_range, source, target, start, stop, progress=progress)
                 for start, stop in _kept_pieces(header, changing)
             ]
         copies += [partial(_copy_file, checkpoint.folder / name, folder / name) for name in sorted(others)]
-        yield Replica(files, copies)
+        with flushing(files.values()):
+            yield Replica(files, copies)
+
+
+def _changing_ranges(header: Header, changing: Collection[str]) -> Iterator[tuple[int, int]]:
+    """The ranges of a file that hold changing tensors alone, neighbours joined."""
+    ranges = sorted(
+        (info.start, info.stop) for info in header.tensors.values() if info.name in changing and info.nbytes
+    )
+    while ranges:
+        start, stop = ranges.pop(0)
+        while ranges and ranges[0][0] == stop:
+            _, stop = ranges.pop(0)
+        yield start, stop
 
 
 def _kept_pieces(header: Header, changing: Collection[str]) -> Iterator[tuple[int, int]]:

@@ -37,6 +37,8 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     with _explained(out):
         refuse_existing(out, force=force)
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{quoted(out)} is a file and the output is a folder; choose another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = _beside(out, "partial")
         _put_back_replaced(out)
@@ -61,21 +63,23 @@ def staged_file(out: Path, *, force: bool = False) -> Iterator[Path]:
     with _explained(out):
         refuse_existing(out, force=force)
         out.parent.mkdir(parents=True, exist_ok=True)
-        stage = _beside(out, f"partial-{os.getpid()}")
-        try:
-            yield stage
-            _sync_file(stage)
-            if force:
+        stage = _beside(out, "partial")
+        with _locked(stage, out, os.O_RDWR | os.O_CREAT):
+            try:
+                yield stage
+                _sync_file(stage)
+                if not force and os.path.lexists(out):
+                    raise OutputError(f"{quoted(out)} appeared while it was being written; choose another --out")
                 os.replace(stage, out)
-            else:
-                os.link(stage, out)
-            sync_folder(out.parent)
-        finally:
-            stage.unlink(missing_ok=True)
+                sync_folder(out.parent)
+            except BaseException:
+                stage.unlink(missing_ok=True)
+                raise
 
 
 def refuse_existing(out: Path, *, force: bool) -> None:
     """Raise OutputError if `out` must not be written: it is there, and `force` is off or it is somebody else's."""
+    refuse_impossible(out)
     if not os.path.lexists(out):
         return
     if not force:
@@ -87,6 +91,16 @@ def refuse_existing(out: Path, *, force: bool) -> None:
             f"{quoted(out)} is a folder that loratool did not write, so --force does not replace it; "
             "remove it yourself or choose another --out"
         )
+
+
+def refuse_impossible(out: Path) -> None:
+    """Raise OutputError if no file can have the name of `out`: it holds a zero byte, or what is no character."""
+    try:
+        possible = b"\0" not in os.fsencode(out)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise OutputError(f"{quoted(out)} is no name for a file or folder; choose another --out")
 
 
 def sync_tree(folder: Path) -> None:
@@ -122,14 +136,26 @@ def _explained(out: Path) -> Iterator[None]:
 def _claimed(stage: Path, out: Path) -> Iterator[None]:
     """Hold the lock on an empty `stage`, taking over what a killed run left."""
     stage.mkdir(exist_ok=True)
-    fd = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    with _locked(stage, out, os.O_RDONLY | os.O_DIRECTORY):
+        for entry in os.scandir(stage):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        yield
+
+
+@contextmanager
+def _locked(stage: Path, out: Path, flags: int) -> Iterator[None]:
+    """Hold the lock on `stage`, unless another run does, or published or removed it while this one waited."""
+    fd = os.open(stage, flags | os.O_NOFOLLOW, 0o644)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another run is writing {quoted(out)}; wait for it, or choose another --out") from None
-        for entry in os.scandir(stage):
-            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+            ours = os.path.samestat(os.fstat(fd), os.lstat(stage))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        except OSError:
+            ours = True  # some network file systems have no locks
+        if not ours:
+            raise OutputError(f"another run is using {quoted(out)}; wait for it, or choose another --out") from None
         yield
     finally:
         os.close(fd)
@@ -140,7 +166,15 @@ def _publish_folder(stage: Path, out: Path, *, force: bool) -> None:
         os.rename(stage, out)
     elif not force:
         raise OutputError(f"{quoted(out)} appeared while it was being written; choose another --out")
-    elif _exchange(stage, out):
+    else:
+        with _locked(out, out, os.O_RDONLY | os.O_DIRECTORY):
+            _replace_folder(stage, out)
+    sync_folder(out.parent)
+
+
+def _replace_folder(stage: Path, out: Path) -> None:
+    if _exchange(stage, out):
+        sync_folder(out.parent)
         shutil.rmtree(stage)
     else:
         replaced = _beside(out, "replaced")
@@ -148,7 +182,6 @@ def _publish_folder(stage: Path, out: Path, *, force: bool) -> None:
         os.rename(stage, out)
         sync_folder(out.parent)
         shutil.rmtree(replaced)
-    sync_folder(out.parent)
 
 
 def _put_back_replaced(out: Path) -> None:

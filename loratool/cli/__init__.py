@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
-from typing import Final
+from itertools import islice
+from typing import Any, Final
 
 import click
+
+from loratool.cli.options import ExampleGroup
 
 COMMANDS: Final = {
     "add": "Catalogue an adapter that exists.",
@@ -24,18 +29,19 @@ COMMANDS: Final = {
 }
 """Each command and what it does, in the words of ``loratool --help``; its module and function have its name."""
 
-EXAMPLES: Final = """\b
-Examples:
-  loratool base add smollm2 models/smollm2
-  loratool add pirate.safetensors --base smollm2
-  loratool list
-  loratool merge pirate --into smollm2 --undo
-  loratool unmerge smollm2-pirate
-"""
+EXAMPLES: Final = """\
+loratool base add smollm2 models/smollm2
+loratool add pirate.safetensors --base smollm2
+loratool list
+loratool merge pirate --into smollm2 --undo
+loratool unmerge models/smollm2-pirate"""
 
 
-class LazyGroup(click.Group):
+class LazyGroup(ExampleGroup):
     """A group whose commands are imported when they are run, so that ``--help`` costs nothing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _own_options_first(args))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -54,13 +60,21 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0] if args else ""
-        if name and not name.startswith("-") and name not in COMMANDS:
+        if name not in COMMANDS and not name.startswith("-"):
             from loratool.errors import nearest, quoted
 
             near = nearest(name, COMMANDS)
-            hint = f"; did you mean '{near[0]}'?" if near else "; see 'loratool --help'"
-            raise click.UsageError(f"there is no command {quoted(name)}{hint}", ctx)
+            hint = f"did you mean '{near[0]}'?" if near else "see 'loratool --help'"
+            raise click.UsageError(f"there is no command {quoted(name)}; {hint}", ctx)
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            # Whoever read the output has gone (``loratool list | head``): no more can be said, and nothing is wrong.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
 
 
 @click.group(
@@ -75,40 +89,92 @@ class LazyGroup(click.Group):
 def cli(ctx: click.Context, registry: str | None, debug: bool) -> None:
     """Keep LoRA adapters the way git keeps source: named, hashed, tied to the exact base model they belong to, and put
     into and taken out of its weights without guessing."""
+    if registry == "":
+        raise click.BadParameter("the URL is empty", ctx, param_hint="'--registry'")
     ctx.obj = registry
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
 
 
 def main() -> None:
     """Run the command line; exit with 0, with 1 for an error, 2 for wrong usage, 130 when interrupted."""
-    if "--debug" in sys.argv[1:]:
-        # Wherever it stands on the line.
-        sys.argv = [sys.argv[0], "--debug", *(word for word in sys.argv[1:] if word != "--debug")]
-    debug = "--debug" in sys.argv[1:2]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the terminal's encoding lacks is spelled out instead of being an error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except click.ClickException as error:
-        error.show()
+        usage = io.StringIO()
+        error.show(usage)
+        click.echo(_printable(usage.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; nothing was changed.", err=True)
+        click.echo(
+            "Interrupted: nothing half done is left; a change in place is finished or taken back by the next command "
+            "on that model.",
+            err=True,
+        )
         sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read the output has gone (``loratool list | head``): no more can be said, and nothing is wrong.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
-        if debug:
+        if "--debug" in _own_options_first(sys.argv[1:])[:3]:
             raise
-        click.echo(f"Error: {_explained(error)}", err=True)
+        click.echo(click.style("Error:", fg="red") + f" {_explained(error)}", err=True)
         sys.exit(1)
 
 
+def run() -> None:
+    """What the installed command calls: `main`, and an end without delay.
+
+    Tearing torch down takes the interpreter a third of a second, in which it only gives back memory.
+    """
+    try:
+        main()
+    except SystemExit as leaving:
+        if "torch" not in sys.modules or not isinstance(leaving.code, int):
+            raise
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(leaving.code)
+
+
+def _own_options_first(words: list[str]) -> list[str]:
+    """The words with ``--debug`` and ``--registry URL`` in front, since they may stand anywhere on the line."""
+    debug: list[str] = []
+    registry: list[str] = []
+    others: list[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--":
+            others += [word, *left]
+        elif word == "--debug":
+            debug = [word]
+        elif word == "--registry":
+            registry = [word, *islice(left, 1)]
+        elif word.startswith("--registry="):
+            registry = [word]
+        else:
+            others.append(word)
+    return [*debug, *registry, *others]
+
+
 def _explained(error: Exception) -> str:
-    from loratool.errors import LoratoolError, printable
+    from loratool.errors import LoratoolError, quoted
 
     registry = sys.modules.get("registry.errors")
     if isinstance(error, LoratoolError) or (registry and isinstance(error, registry.RegistryError)):
-        return str(error)
-    if isinstance(error, OSError):
-        return printable(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
-    return printable(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints")
+        return _printable(str(error))
+    if isinstance(error, OSError) and error.filename is not None:
+        return (
+            f"{quoted(error.filename)} cannot be used ({error.strerror}); check that it is there, that you may read and "
+            "write it, and that the disk is not full"
+        )
+    if isinstance(error, UnicodeEncodeError):
+        return f"{quoted(error.object)} is no valid text; write the name in UTF-8"
+    return _printable(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints")
+
+
+def _printable(text: str) -> str:
+    from loratool.errors import printable
+
+    return "\n".join(map(printable, text.split("\n")))

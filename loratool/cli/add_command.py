@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import alpha_option, example, json_option
+from loratool.cli.options import PathType, alpha_option, example, json_option
 from loratool.cli.rendering import print_facts, print_json, print_notes, size, targets
 
 
 @click.command("add", **example("loratool add pirate.safetensors --base smollm2 --tag speech"))
-@click.argument("path", type=click.Path())
+@click.argument("path", type=PathType())
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the folder's or file's name.")
 @click.option(
     "--base", metavar="BASE", help="The catalogued base that it belongs to; its names and shapes are checked."
@@ -41,16 +41,16 @@ def command(
     click.echo(f"{'Added' if result.new else 'Already there:'} {click.style(record.reference, bold=True)}")
     print_facts(
         [
-            (
-                "kind",
-                f"{record.kind}, rank {record.rank}, alpha {record.alpha:g}"
-                if record.alpha is not None
-                else record.kind,
-            ),
+            ("kind", ", ".join([record.kind, *_numbers(record.rank, record.alpha)])),
             ("targets", targets(record.target_modules)),
             ("base", record.base or ""),
             ("size", f"{size(record.size_bytes)} {record.dtype}"),
             ("sha256", record.sha256[:16] + "…"),
+            ("next", f"loratool merge {record.name} --into {record.base}" if record.base and result.new else ""),
         ]
     )
     print_notes(result.notes)
+
+
+def _numbers(rank: int | None, alpha: float | None) -> list[str]:
+    return [*([] if rank is None else [f"rank {rank}"]), *([] if alpha is None else [f"alpha {alpha:g}"])]

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import epilog, example, json_option
-from loratool.cli.rendering import ProgressBar, age, count, print_facts, print_json, print_table, shown_path, size
+from loratool.cli.options import ExampleGroup, PathType, example, json_option
+from loratool.cli.rendering import (
+    ProgressBar,
+    age,
+    count,
+    listed,
+    print_facts,
+    print_json,
+    print_table,
+    shown_path,
+    size,
+)
 
 
-@click.group("base", epilog=epilog("loratool base add smollm2 models/smollm2\nloratool base list"))
+@click.group("base", cls=ExampleGroup, epilog="loratool base add smollm2 models/smollm2\nloratool base list")
 def base() -> None:
     """Name and fingerprint base models."""
 
@@ -18,7 +28,7 @@ command = base
 
 @base.command("add", **example("loratool base add smollm2 HuggingFaceTB/SmolLM2-135M-Instruct"))
 @click.argument("name")
-@click.argument("source", type=click.Path())
+@click.argument("source", type=PathType())
 @click.option(
     "--variant-of", metavar="BASE", help="The catalogued base that this is the same model as, stored otherwise."
 )
@@ -40,6 +50,8 @@ def add_base(registry: str | None, name: str, source: str, variant_of: str | Non
             ("size", size(record.size_bytes or 0)),
             ("fingerprint", f"{(record.fingerprint or '')[:16]}…"),
             ("at", shown_path(record.path) if record.path else ""),
+            ("variant of", record.variant_of or ""),
+            ("next", f"loratool add ADAPTER --base {record.name}"),
         ]
     )
 
@@ -56,7 +68,7 @@ def list_bases(registry: str | None, as_json: bool) -> None:
         print_json([base_json(record) for record in found])
         return
     if not found:
-        click.echo("No base is catalogued. Add one with 'loratool base add NAME FOLDER'.")
+        click.echo("No base is catalogued. Add one with 'loratool base add NAME SOURCE'.")
         return
     rows = [
         [
@@ -94,12 +106,13 @@ def show_base(registry: str | None, name: str, as_json: bool) -> None:
             ("model", " ".join(filter(None, [record.architecture, count(record.parameter_count), record.dtype]))),
             ("size", size(record.size_bytes or 0)),
             ("fingerprint", record.fingerprint or ""),
-            ("source", record.source),
+            ("from", "" if record.source == str(record.path) else record.source),
             ("revision", record.revision or ""),
             ("at", shown_path(record.path) if record.path else ""),
             ("variant of", record.variant_of or ""),
-            ("adapters", " ".join(adapter.reference for adapter in result.adapters)),
-            ("merges", ", ".join(f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges[:8])),
+            ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
+            ("adapters", listed([adapter.reference for adapter in result.adapters])),
+            ("merges", listed([f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges])),
         ]
     )
 

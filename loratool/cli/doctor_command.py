@@ -7,7 +7,7 @@ import sys
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import print_json, size
+from loratool.cli.rendering import counted, print_json, shown, size
 
 
 @click.command("doctor", **example("loratool doctor --gc"))
@@ -37,12 +37,13 @@ def command(registry: str | None, gc: bool, deep: bool, as_json: bool) -> None:
         )
     else:
         click.echo(
-            f"{counts.adapters} adapters ({counts.versions} versions), {counts.bases} bases, {counts.merges} merges"
+            f"{counted(counts.adapters, 'adapter')} ({counted(counts.versions, 'version')}), "
+            f"{counted(counts.bases, 'base')}, {counted(counts.merges, 'merge')}"
         )
         if result.freed is not None:
-            click.echo(f"Freed {size(result.freed.size_bytes)} in {result.freed.entries} entries")
+            click.echo(f"Freed {size(result.freed.size_bytes)} in {counted(result.freed.entries, 'unnamed folder')}")
         for finding in result.findings:
-            click.echo(click.style("problem: ", fg="red") + finding.message)
+            click.echo(click.style("problem: ", fg="red") + shown(finding.message))
         if not result.findings:
             click.echo(click.style("All is well.", fg="green"))
     sys.exit(1 if result.findings else 0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import alpha_option, example, force_option, json_option
+from loratool.cli.options import PathType, alpha_option, example, force_option, json_option
 from loratool.cli.rendering import print_json, shown_path
 
 
 @click.command("export", **example("loratool export pirate --out pirate-peft"))
 @click.argument("adapter")
-@click.option("--out", required=True, type=click.Path(), help="A folder, or a file ending in .safetensors or .st.")
+@click.option("--out", required=True, type=PathType(), help="A folder, or a file ending in .safetensors or .st.")
 @alpha_option
 @force_option
 @json_option

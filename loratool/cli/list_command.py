@@ -14,7 +14,13 @@ SORTS = ["name", "kind", "rank", "alpha", "base", "size_bytes", "created_at"]
 @click.option("--base", metavar="BASE", help="Only adapters of this base and its variants.")
 @click.option("--kind", metavar="K", help="Only adapters of this kind: lora, ...")
 @click.option("--tag", metavar="T", help="Only adapters with this tag.")
-@click.option("--sort", type=click.Choice(SORTS), default="name", show_default=True, help="What to sort by.")
+@click.option(
+    "--sort",
+    type=click.Choice(SORTS),
+    default="name",
+    show_default=True,
+    help="Numbers and times: largest or newest first.",
+)
 @json_option
 @click.pass_obj
 def command(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import alpha_option, device_option, example, json_option
+from loratool.cli.options import PathType, alpha_option, device_option, example, json_option
 from loratool.cli.rendering import (
     ProgressBar,
+    counted,
     duration,
     print_facts,
     print_json,
     print_notes,
     print_table,
+    shown,
     shown_path,
     size,
 )
@@ -32,9 +35,7 @@ if TYPE_CHECKING:
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
 @click.option("--into", required=True, metavar="BASE", help="A catalogued name, a folder, or a Hub id.")
-@click.option(
-    "--out", type=click.Path(), metavar="DIR", help="The new folder; by default BASE-ADAPTER beside the base."
-)
+@click.option("--out", type=PathType(), metavar="DIR", help="The new folder; by default BASE-ADAPTER beside the base.")
 @click.option("--in-place", is_flag=True, help="Change the base's own files; an undo file is always kept.")
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
@@ -83,7 +84,7 @@ def command(
         print_json(result.to_json())
         return
     if dry_run:
-        _print_plan(result)
+        _print_plan(result, in_place=in_place)
     else:
         _print_result(result, in_place=in_place)
     print_notes(result.notes)
@@ -103,7 +104,7 @@ def _parse_spec(word: str) -> tuple[str, float]:
     return name, value
 
 
-def _print_plan(result: MergeResult) -> None:
+def _print_plan(result: MergeResult, *, in_place: bool) -> None:
     rows = [
         [
             target.name,
@@ -117,29 +118,36 @@ def _print_plan(result: MergeResult) -> None:
     click.echo()
     print_facts(
         [
-            ("changes", f"{len(rows)} tensors, {size(result.plan.touched_bytes)} of {size(result.plan.base.nbytes)}"),
-            ("would write", shown_path(result.out)),
+            ("changes", _changed(result)),
+            ("in place" if in_place else "would write", shown_path(result.out)),
             ("takes about", duration(result.seconds)),
         ]
     )
 
 
 def _print_result(result: MergeResult, *, in_place: bool) -> None:
-    names = " + ".join(
-        merged.adapter if merged.weight == 1 else f"{merged.weight:g} x {merged.adapter}" for merged in result.adapters
+    names = [shown_path(name) if Path(name).is_absolute() else name for name in (m.adapter for m in result.adapters)]
+    terms = [
+        name if merged.weight == 1 else f"{merged.weight:g} x {name}"
+        for name, merged in zip(names, result.adapters, strict=True)
+    ]
+    click.echo(
+        f"Merged {click.style(shown(' + '.join(terms)), bold=True)} into {click.style(shown(result.base), bold=True)}"
     )
     out = shown_path(result.out)
-    click.echo(f"Merged {click.style(names, bold=True)} into {click.style(result.base, bold=True)}")
+    word = shlex.quote(out)
     print_facts(
         [
-            ("changed in place" if in_place else "written to", out),
-            (
-                "changed",
-                f"{len(result.plan.targets)} tensors, {size(result.plan.touched_bytes)} of {size(result.plan.base.nbytes)}",
-            ),
+            ("in place" if in_place else "written to", out),
+            ("changed", _changed(result)),
             ("time", duration(result.seconds)),
             ("undo file", size(result.undo_file.stat().st_size) if result.undo_file else ""),
-            ("check it", f"loratool verify {out}"),
-            ("take it out", f"loratool unmerge {out}{' --in-place' if in_place else ''}"),
+            ("check it", f"loratool verify {word}"),
+            ("take it out", f"loratool unmerge {word}{' --in-place' if in_place else ''}"),
         ]
     )
+
+
+def _changed(result: MergeResult) -> str:
+    plan = result.plan
+    return f"{counted(len(plan.targets), 'tensor')}, {size(plan.touched_bytes)} of {size(plan.base.nbytes)}"

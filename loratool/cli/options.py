@@ -1,7 +1,8 @@
-"""Options that several commands share, documented once."""
+"""Options that several commands share, documented once, and how a command's help ends."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,21 +10,50 @@ import click
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+
+class PathType(click.Path):
+    """A path as it was typed; an empty one, as an unset shell variable gives it, would mean the working folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value) is None:
+        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N", ctx, param)
+    return value
+
+
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 force_option: Decorator = click.option("--force", is_flag=True, help="Replace an output that loratool wrote before.")
 device_option: Decorator = click.option(
-    "--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:N]", help="Where to compute."
+    "--device",
+    callback=_check_device,
+    default="auto",
+    show_default=True,
+    metavar="auto|cpu|cuda[:N]",
+    help="Where to compute.",
 )
 alpha_option: Decorator = click.option(
     "--alpha", type=float, metavar="X", help="lora_alpha of a bare file that does not say its own."
 )
 
 
-def epilog(text: str) -> str:
-    """What a command's help ends with: an example, its lines kept as they are."""
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in text.split("\n"))
+class ExampleCommand(click.Command):
+    """A command whose help ends with a section of examples, one a line of its epilog."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        lines = (self.epilog or "").split("\n")
+        with formatter.section("Example" if len(lines) == 1 else "Examples"):
+            formatter.write("".join(f"{'':{formatter.current_indent}}{line}\n" for line in lines))
+
+
+class ExampleGroup(ExampleCommand, click.Group):
+    """The same for a group of commands."""
 
 
 def example(text: str) -> dict[str, Any]:
-    """Settings of a command whose help ends with an example."""
-    return {"epilog": epilog(text)}
+    """Settings of a command whose help ends with these examples."""
+    return {"cls": ExampleCommand, "epilog": text}

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout and nothing else."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON value on stdout and nothing else. In ASCII: no name can drive a terminal or break an encoding."""
+    click.echo(json.dumps(value, indent=2))
 
 
 def console() -> Console:
@@ -72,13 +72,31 @@ def duration(seconds: float) -> str:
     return f"{round(seconds) // 60} min {round(seconds) % 60} s"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 base``, ``2 bases``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(items: Sequence[str], most: int = 8) -> str:
+    """The first of `items`, one a line, and how many more there are."""
+    more = len(items) - most
+    return "\n".join([*items[:most], *([f"and {more:,} more"] if more > 0 else [])])
+
+
 def shown_path(path: Path | str) -> str:
     """A path as a person would type it from here: relative where it lies below the working folder."""
-    from loratool.errors import printable
-
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
-    return printable(absolute if relative.startswith("..") else relative)
+    return shown(absolute if relative == ".." or relative.startswith("../") else relative)
+
+
+def shown(text: str) -> str:
+    """`text` without what could drive a terminal."""
+    if text.isprintable():
+        return text
+    from loratool.errors import printable
+
+    return printable(text)
 
 
 def targets(modules: Sequence[str] | str | None) -> str:
@@ -94,46 +112,73 @@ def targets(modules: Sequence[str] | str | None) -> str:
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), wide: str = ""
 ) -> None:
-    """A table: on a terminal no wider than it, the column `wide` shortened first; else plain, two spaces between columns."""
-    cells = [[*row] for row in rows]
-    widths = [max(len(column), *(len(row[place]) for row in cells)) for place, column in enumerate(columns)]
-    terminal = sys.stdout.isatty()
-    if terminal:
+    """A table: on a terminal no wider than it, the column `wide` cut first; else whole, two spaces between columns.
+
+    Columns that stand to the `right` hold numbers and are never cut.
+    """
+    cells = [[shown(cell) for cell in row] for row in rows]
+    widths = [max(map(_width, column)) for column in zip(columns, *cells, strict=True)]
+    if sys.stdout.isatty():
         room = shutil.get_terminal_size().columns - 2 * (len(columns) - 1)
-        order = [columns.index(wide)] if wide else []
-        order += sorted(
-            (place for place in range(len(columns)) if place not in order), key=lambda place: -widths[place]
-        )
-        for place in order:
-            excess = sum(widths) - room
-            if excess > 0:
-                widths[place] = max(min(widths[place], 12), widths[place] - excess)
+        elastic = [place for place, column in enumerate(columns) if column not in right]
+        _narrow(widths, room, elastic, first=columns.index(wide) if wide else None)
     aligned = [column in right for column in columns]
-    click.echo(click.style(_row(columns, widths, aligned), bold=True) if terminal else _row(columns, widths, aligned))
+    click.secho(_row(columns, widths, aligned), bold=True)
     for row in cells:
         click.echo(_row(row, widths, aligned))
 
 
+def _narrow(widths: list[int], room: int, elastic: Sequence[int], *, first: int | None) -> None:
+    """Take the excess over `room` from the column `first` down to 12 cells, then from whichever is the widest."""
+    excess = sum(widths) - room
+    if first is not None and excess > 0:
+        taken = min(excess, max(0, widths[first] - 12))
+        widths[first] -= taken
+        excess -= taken
+    for _ in range(excess):
+        widest = max(elastic, key=lambda place: widths[place])
+        widths[widest] = max(4, widths[widest] - 1)
+
+
 def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
-    fitted = [
-        cell if len(cell) <= width else cell[: width - 1] + "…" for cell, width in zip(cells, widths, strict=True)
-    ]
-    padded = [cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(fitted, widths, right, strict=True)]
-    return "  ".join(padded).rstrip()
+    fitted = [_fitted(cell, width, right=r) for cell, width, r in zip(cells, widths, right, strict=True)]
+    return "  ".join(fitted).rstrip()
+
+
+def _fitted(cell: str, width: int, *, right: bool) -> str:
+    """A cell cut or padded to `width`; a wide character takes two places."""
+    if _width(cell) > width:
+        if cell.isascii():
+            cell = cell[: width - 1] + "…"
+        else:
+            from rich.cells import set_cell_size
+
+            cell = set_cell_size(cell, width - 1) + "…"
+    gap = " " * (width - _width(cell))
+    return gap + cell if right else cell + gap
+
+
+def _width(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Pairs of a word and what it says, aligned, two spaces in."""
+    """Pairs of a word and what it says, aligned, two spaces in; a line of its own for each line. Empty ones are left out."""
     pairs = [(key, value) for key, value in facts if value]
     width = max((len(key) for key, _ in pairs), default=0)
     for key, value in pairs:
-        click.echo(f"  {click.style(key.ljust(width), dim=True)}  {value}")
+        for place, line in enumerate(value.split("\n")):
+            click.echo(f"  {click.style((key if place == 0 else '').ljust(width), dim=True)}  {shown(line)}")
 
 
 def print_notes(notes: Iterable[str]) -> None:
     """Notes, on stderr, so that what is printed on stdout stays what was asked for."""
     for note in notes:
-        click.echo(click.style("note: ", fg="yellow") + note, err=True)
+        click.echo(click.style("note: ", fg="yellow") + shown(note), err=True)
 
 
 class ProgressBar(AbstractContextManager["ProgressBar"]):

@@ -7,7 +7,18 @@ from collections import Counter
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import age, console, count, print_json, shown_path, size, targets
+from loratool.cli.rendering import (
+    age,
+    console,
+    count,
+    counted,
+    listed,
+    print_json,
+    shown,
+    shown_path,
+    size,
+    targets,
+)
 
 
 @click.command("show", **example("loratool show pirate@1"))
@@ -36,20 +47,20 @@ def command(registry: str | None, adapter: str, as_json: bool) -> None:
         ("rank", _ranks(record.ranks, record.rank)),
         ("alpha", "" if record.alpha is None else f"{record.alpha:g}"),
         ("scaling", _scaling(record.scaling)),
-        ("targets", f"{targets(record.target_modules)}  ({len(record.ranks or {})} modules)"),
+        ("targets", f"{targets(record.target_modules)}  ({counted(len(record.ranks or {}), 'module')})"),
         ("parameters", f"{count(record.parameter_count)}, {record.dtype}, {size(record.size_bytes)}"),
         ("sha256", record.sha256),
         ("base", _base(record.base, record.base_fingerprint, record.base_model)),
         ("tags", " ".join(record.tags)),
         ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
         ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),
-        ("came from", ", ".join(f"{edge.parent} by {edge.operation}" for edge in result.ancestors)),
-        ("gave", ", ".join(f"{edge.child} by {edge.operation}" for edge in result.descendants)),
-        ("merged into", "\n".join(f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges)),
+        ("came from", listed([f"{edge.parent} by {edge.operation}" for edge in result.ancestors])),
+        ("gave", listed([f"{edge.child} by {edge.operation}" for edge in result.descendants])),
+        ("merges", listed([f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges])),
     ]
     for key, value in facts:
         if value:
-            card.add_row(key, Text(value))
+            card.add_row(key, Text("\n".join(map(shown, value.split("\n")))))
     console().print(Panel(card, title=Text(record.reference, style="bold"), title_align="left", expand=False))
 
 
@@ -57,9 +68,9 @@ def _ranks(ranks: dict[str, int] | None, largest: int | None) -> str:
     """``8``, or where modules differ ``4 to 16 (4: 12 modules, 16: 3 modules)``."""
     if not ranks or len(set(ranks.values())) == 1:
         return str(largest)
-    counted = sorted(Counter(ranks.values()).items())
-    listed = ", ".join(f"{rank}: {number} modules" for rank, number in counted[:6])
-    return f"{counted[0][0]} to {counted[-1][0]} ({listed})"
+    modules = sorted(Counter(ranks.values()).items())
+    parts = ", ".join(f"{rank}: {counted(number, 'module')}" for rank, number in modules[:6])
+    return f"{modules[0][0]} to {modules[-1][0]} ({parts})"
 
 
 def _scaling(scaling: float | dict[str, float] | None) -> str:

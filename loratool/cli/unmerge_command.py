@@ -6,8 +6,8 @@ import time
 
 import click
 
-from loratool.cli.options import device_option, example, force_option, json_option
-from loratool.cli.rendering import ProgressBar, duration, print_facts, print_json, print_notes, shown_path
+from loratool.cli.options import PathType, device_option, example, force_option, json_option
+from loratool.cli.rendering import ProgressBar, counted, duration, print_facts, print_json, print_notes, shown_path
 
 WORDS = {
     "undo": "by its undo file, bit for bit",
@@ -18,7 +18,7 @@ WORDS = {
 
 @click.command("unmerge", **example("loratool unmerge smollm2-pirate --out smollm2-again"))
 @click.argument("merged")
-@click.option("--out", type=click.Path(), help="The new folder; by default MERGED-unmerged beside it.")
+@click.option("--out", type=PathType(), help="The new folder; by default MERGED-unmerged beside it.")
 @click.option("--in-place", is_flag=True, help="Restore the merged model's own files.")
 @click.option(
     "--approximate", is_flag=True, help="Without undo file and base: subtract, off by a rounding here and there."
@@ -62,7 +62,7 @@ def command(
         [
             ("how", WORDS[result.method]),
             ("fingerprint", f"{result.fingerprint[:16]}…, the base's own" if result.fingerprint else ""),
-            ("not exact", f"{len(result.inexact)} tensors" if result.inexact else ""),
+            ("not exact", counted(len(result.inexact), "tensor") if result.inexact else ""),
             ("time", duration(time.monotonic() - started)),
         ]
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_notes, shown_path
+from loratool.cli.rendering import ProgressBar, counted, print_facts, print_json, print_notes, shown_path
 
 WORDS = {
     "base": "the merge, replayed from the base, gives the same bytes",
@@ -29,7 +29,10 @@ def command(registry: str | None, merged: str, as_json: bool) -> None:
     click.echo(f"{click.style('Verified', fg='green')} {click.style(shown_path(result.path), bold=True)}")
     print_facts(
         [
-            ("content", f"{result.tensors} tensors and {result.files} files are what the manifest says"),
+            (
+                "content",
+                f"{counted(result.tensors, 'tensor')} and {counted(result.files, 'file')}, as the manifest says",
+            ),
             ("replay", WORDS.get(result.replayed, "")),
             ("fingerprint", result.fingerprint[:16] + "…"),
         ]

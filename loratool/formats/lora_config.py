@@ -6,6 +6,7 @@ The keys and their meaning are those of ``peft.LoraConfig`` (PEFT 0.21). What lo
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ ALL_LINEAR: Final = "all-linear"
 MATCH_SECONDS: Final = 1.0
 """Patterns come from outside; one that takes longer than this for a module name is refused."""
 
-MOST_PATTERN_LETTERS: Final = 2_000
+MOST_PATTERN_LETTERS: Final = 10_000
 MOST_REPEATS: Final = 10_000
 """The product of the counts in a pattern, as in ``(a{100}){100}``: its compilation takes as much memory, and no timeout."""
 
-_REPEATS: Final = regex.compile(r"(?<=\{[^{}]*)\d{1,9}")
+_COUNTS: Final = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 MOST_DIGITS: Final = 9
 """No layer's number is longer."""
@@ -153,17 +154,22 @@ class LoraConfig:
 
     def _matches(self, pattern: str, module: str, *, whole: bool) -> regex.Match[str] | None:
         match = regex.fullmatch if whole else regex.match
-        repeats = math.prod(max(1, int(count)) for count in _REPEATS.findall(pattern)[:MOST_PATTERN_LETTERS])
-        if len(pattern) > MOST_PATTERN_LETTERS or repeats > MOST_REPEATS:
+        if len(pattern) > MOST_PATTERN_LETTERS or _repeats(pattern) > MOST_REPEATS:
             raise AdapterError(f"the pattern {quoted(pattern)} in {quoted(self.source)} is too large to match")
         try:
+            re.compile(pattern)  # PEFT's dialect, which lacks the recursion that regex has and that no timeout bounds
             return match(pattern, module, timeout=MATCH_SECONDS)
         except TimeoutError:
             raise AdapterError(
                 f"the pattern {quoted(pattern)} in {quoted(self.source)} takes too long to match"
             ) from None
-        except (regex.error, RecursionError) as error:
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise AdapterError(f"{quoted(pattern)} in {quoted(self.source)} is not a valid pattern: {error}") from None
+
+
+def _repeats(pattern: str) -> int:
+    """The product of all counts in a pattern."""
+    return math.prod(max(1, int(count[:9] or 0)) for pair in _COUNTS.findall(pattern) for count in pair)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from registry import (
     AdapterFacts,
@@ -17,15 +17,19 @@ from registry import (
     BaseRecord,
     LineageRecord,
     MergeRecord,
-    Registry,
     SortKey,
+    check_name,
     home,
     is_name,
+    is_reference,
     registry_url,
 )
 from registry import (
     list_adapters as list_catalogued,
 )
+
+if TYPE_CHECKING:
+    from registry import Registry  # brings SQLAlchemy, which a list does without
 
 DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
 
@@ -54,6 +58,7 @@ class ShowResult:
         """The result in the words of ``--json``."""
         return {
             **adapter_json(self.record),
+            "parent": next((edge.parent for edge in self.ancestors if edge.child_id == self.record.id), None),
             "versions": [record.version for record in self.versions],
             "ancestors": [_edge_json(edge) for edge in self.ancestors],
             "descendants": [_edge_json(edge) for edge in self.descendants],
@@ -84,14 +89,14 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | No
     from loratool.errors import NotFoundError, quoted
     from loratool.formats.finite import refuse_not_finite
     from loratool.formats.read import read_adapter
-    from loratool.library.resolve import exists, open_registry
+    from loratool.library.resolve import exists, open_registry, user_path
 
-    source = Path(path).expanduser()
-    if not exists(source):
-        raise NotFoundError(f"there is no adapter at {quoted(source)}; give a PEFT folder or a safetensors file")
+    source = user_path(path)
+    if not os.fspath(path) or not exists(source):
+        raise NotFoundError(f"there is no adapter at {quoted(path)}; give a PEFT folder or a safetensors file")
     adapter = read_adapter(source, alpha)
     refuse_not_finite(adapter)
-    chosen = name or _name_from(adapter.name, source)
+    chosen = _name_from(adapter.name, source) if name is None else name
     with open_registry(registry) as catalogue:
         owner, notes = _owner(adapter, base, catalogue)
         files: dict[str, Path | bytes] = {
@@ -104,12 +109,21 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | No
             record, new = catalogue.adapters.add(
                 chosen, _facts(adapter, owner), base=owner.name if owner else None, tags=tags, staged=staged
             )
-    return AddResult(record, new, (*adapter.notes, *notes))
+    # One that was tied before stays so, whatever this file and this call say.
+    return AddResult(record, new, (*adapter.notes, *([] if owner is None and record.base else notes)))
 
 
 def list_adapters(*, base: str | None = None, kind: str | None = None, tag: str | None = None, sort: SortKey = "name",
                   registry: str | None = None) -> tuple[AdapterSummary, ...]:  # fmt: skip
-    """The catalogued adapters that pass every filter; `base` takes those of its variants too.
+    """The catalogued adapters that pass every filter.
+
+    Args:
+        base: only those of this catalogued base and of its variants.
+        kind: only those of this kind: ``lora``, ...
+        tag: only those with this tag.
+        sort: by ``name`` (then version), ``kind`` or ``base``; by ``rank``, ``alpha`` or ``size_bytes``, largest first;
+            or by ``created_at``, newest first.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
         registry.RegistryError: the catalogue cannot be read, or `base` is not in it.
@@ -117,16 +131,20 @@ def list_adapters(*, base: str | None = None, kind: str | None = None, tag: str 
     return list_catalogued(home(), registry or registry_url(), base=base, kind=kind, tag=tag, sort=sort)
 
 
-def show(adapter: str, *, registry: str | None = None) -> ShowResult:
-    """Everything the catalogue knows of one adapter, ``name`` or ``name@version``.
+def show(adapter: str | os.PathLike[str], *, registry: str | None = None) -> ShowResult:
+    """Everything the catalogue knows of one adapter.
+
+    Args:
+        adapter: ``name``, ``name@version``, or the path of a file or folder whose content is catalogued.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        registry.RegistryError: there is no such adapter; the nearest names are listed.
+        LoratoolError, registry.RegistryError: there is no such adapter; the nearest names are listed.
     """
     from loratool.library.resolve import open_registry
 
     with open_registry(registry, read_only=True) as catalogue:
-        record = catalogue.adapters.find(adapter)
+        record = _entry(os.fspath(adapter), catalogue)
         return ShowResult(
             record=record,
             base=catalogue.bases.get(record.base) if record.base else None,
@@ -138,10 +156,16 @@ def show(adapter: str, *, registry: str | None = None) -> ShowResult:
 
 
 def tag(adapter: str, tags: Sequence[str], *, remove: bool = False, registry: str | None = None) -> AdapterRecord:
-    """Put tags on an adapter, or with `remove` take them off.
+    """Put tags on an adapter, or take them off; its entry afterwards.
+
+    Args:
+        adapter: ``name`` (its newest version) or ``name@version``.
+        tags: names; those that it has already stay.
+        remove: take them off instead.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        registry.RegistryError: there is no such adapter, or a tag is not a name.
+        registry.RegistryError: there is no such adapter, a tag is not a name, or it has no such tag to take off.
     """
     from loratool.library.resolve import open_registry
 
@@ -151,7 +175,12 @@ def tag(adapter: str, tags: Sequence[str], *, remove: bool = False, registry: st
 
 
 def remove(adapter: str, *, all_versions: bool = False, registry: str | None = None) -> tuple[AdapterRecord, ...]:
-    """Forget an adapter and free its files in the content store; files elsewhere stay.
+    """Forget an adapter and free its files in the content store; files elsewhere stay. Returns what was removed.
+
+    Args:
+        adapter: ``name@version``, or ``name`` where it has one version only.
+        all_versions: remove every version of ``name``.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
         registry.RegistryError: there is no such adapter, or it has several versions and none was chosen.
@@ -164,18 +193,28 @@ def remove(adapter: str, *, all_versions: bool = False, registry: str | None = N
 
 def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: float | None = None,
            force: bool = False, registry: str | None = None) -> Path:  # fmt: skip
-    """Write an adapter as the PEFT directory `out`, or as a single file where `out` ends in .safetensors or .st.
+    """Write an adapter as a PEFT directory or as a single file; the path of what was written.
+
+    Args:
+        adapter: a catalogued name or a path.
+        out: a folder, or a file where it ends in ``.safetensors`` or ``.st``.
+        alpha: for a bare adapter file that does not say its own.
+        force: replace an output that loratool wrote before.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
         LoratoolError, registry.RegistryError: there is no such adapter, or `out` exists.
     """
     from dataclasses import replace
 
+    from loratool.errors import OutputError
     from loratool.formats.read import SINGLE_FILE_SUFFIXES
     from loratool.formats.write import write_peft, write_single_file
-    from loratool.library.resolve import open_registry, resolve_adapter
+    from loratool.library.resolve import open_registry, resolve_adapter, user_path
 
-    target = Path(out).expanduser()
+    if not os.fspath(out):
+        raise OutputError("the output's path is empty; give --out a folder or file")
+    target = user_path(out)
     with open_registry(registry, read_only=True) as catalogue:
         found = resolve_adapter(adapter, catalogue, alpha)
         facts = dict(found.adapter.facts) | {"schema": 1, "kind": found.adapter.kind}
@@ -192,6 +231,23 @@ def adapter_json(record: AdapterSummary) -> dict[str, Any]:
     value["created_at"] = record.created_at.isoformat()
     value["tags"] = list(record.tags)
     return value
+
+
+def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
+    """The entry that a name or a path means; a path by the sha256 of its weights."""
+    from loratool.checkpoint.model import has_file
+    from loratool.errors import NotFoundError, quoted
+    from loratool.formats.adapter import sha256_of
+    from loratool.formats.read import WEIGHTS_NAME
+    from loratool.library.resolve import exists, user_path
+
+    path = user_path(adapter)
+    file = path / WEIGHTS_NAME if exists(path) and path.is_dir() else path
+    if not adapter or not has_file(file) or (is_reference(adapter) and catalogue.adapters.versions(adapter)):
+        return catalogue.adapters.find(adapter)
+    for record in catalogue.adapters.find_by_sha256(sha256_of(file)):
+        return record
+    raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")
 
 
 def _edge_json(edge: LineageRecord) -> dict[str, Any]:
@@ -226,7 +282,7 @@ def _owner(adapter: Any, base: str | None, catalogue: Registry) -> tuple[BaseRec
 
     recorded = adapter.base_fingerprint
     if base is not None:
-        record = catalogue.bases.find(base)
+        record = catalogue.bases.find(check_name(base, "base"))
         if recorded and record.fingerprint and not catalogue.bases.same_family(recorded, record.fingerprint):
             raise WrongBaseError(
                 f"{quoted(adapter.name)} records another base ({recorded[:12]}…) than {quoted(base)}; leave --base out"
@@ -243,7 +299,8 @@ def _owner(adapter: Any, base: str | None, catalogue: Registry) -> tuple[BaseRec
         except LoratoolError:
             break
         return record, [f"it names {quoted(record.source)} as its base, which is catalogued as {quoted(record.name)}"]
-    return None, ["it is tied to no base yet; add it again with --base NAME to tie it to one"]
+    hint = f" (its configuration names {quoted(adapter.base_model)})" if adapter.base_model else ""
+    return None, [f"it is tied to no base yet{hint}; add it again with --base NAME to tie it to one"]
 
 
 def _refuse_unfit(adapter: Any, record: BaseRecord) -> None:

@@ -11,11 +11,11 @@ from typing import Any, Final
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import VerificationError, WrongBaseError, quoted
+from loratool.errors import CheckpointError, NotFoundError, VerificationError, WrongBaseError, quoted
 from loratool.library.merge import hold
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import HUB_ID, digest_cache, exists, open_registry
-from registry import AdapterSummary, BaseRecord, MergeRecord
+from loratool.library.resolve import HUB_ID, digest_cache, exists, fetch_from_hub, open_registry, user_path
+from registry import AdapterSummary, BaseRecord, MergeRecord, check_name
 
 DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "U8": "uint8"}
 
@@ -53,20 +53,24 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
     """
     watcher = progress or Silent()
     text = os.fspath(source)
-    path, revision = Path(text).expanduser(), None
+    path, revision = user_path(text), None
+    _check_name(name)
+    if variant_of is not None:
+        _check_name(variant_of)
     with open_registry(registry) as catalogue:
-        _check_name(name)
-        if not exists(path) and HUB_ID.fullmatch(text):
-            from loratool.hub.bases import fetch_base
-
-            repo, _, wanted = text.partition("@")
-            path, text = fetch_base(repo, wanted or None), repo
-            revision = path.name
-        elif exists(path):
+        if text and exists(path):
             path = Path(os.path.abspath(path))
             text = str(path)
+        elif HUB_ID.fullmatch(text):
+            text, path = fetch_from_hub(text)
+            revision = path.name
+        else:
+            raise NotFoundError(
+                f"there is no model at {quoted(text)}; give its folder, its safetensors file or a Hub id"
+            )
         with hold(path, exclusive=False):
             checkpoint = Checkpoint.open(path)
+            _refuse_adapter(checkpoint)
             if variant_of is not None:
                 _refuse_other_model(checkpoint, catalogue.bases.find(variant_of))
             watcher.begin("fingerprinting", checkpoint.nbytes)
@@ -90,6 +94,9 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
 def base_list(*, registry: str | None = None) -> tuple[BaseRecord, ...]:
     """The catalogued bases, by name.
 
+    Args:
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
     Raises:
         registry.RegistryError: the catalogue cannot be read.
     """
@@ -100,9 +107,14 @@ def base_list(*, registry: str | None = None) -> tuple[BaseRecord, ...]:
 def base_show(name: str, *, registry: str | None = None) -> BaseShowResult:
     """Everything the catalogue knows of one base.
 
+    Args:
+        name: of the catalogued base.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
     Raises:
         registry.RegistryError: there is no such base; the nearest names are listed.
     """
+    _check_name(name)
     with open_registry(registry, read_only=True) as catalogue:
         record = catalogue.bases.find(name)
         merges = catalogue.merges.of_base(record.fingerprint) if record.fingerprint else ()
@@ -110,18 +122,25 @@ def base_show(name: str, *, registry: str | None = None) -> BaseShowResult:
 
 
 def base_verify(name: str, *, registry: str | None = None, progress: Progress | None = None) -> BaseRecord:
-    """Read every byte of a catalogued base again and compare its fingerprint.
+    """Read every byte of a catalogued base again and compare its fingerprint; its entry.
+
+    Args:
+        name: of the catalogued base.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes are done.
 
     Raises:
         VerificationError: the files are no longer what was catalogued.
         LoratoolError, registry.RegistryError: there is no such base, or it is damaged.
     """
     watcher = progress or Silent()
+    _check_name(name)
     with open_registry(registry, read_only=True) as catalogue:
         record = catalogue.bases.find(name)
     if record.path is None or not exists(record.path):
         raise VerificationError(
-            f"the files of base {quoted(name)} are not at {quoted(record.path)}; catalogue them again"
+            f"the files of base {quoted(name)} are no longer at {quoted(record.path)}; say where they are with "
+            f"'loratool base add {name} FOLDER'"
         )
     with hold(record.path, exclusive=False):
         checkpoint = Checkpoint.open(record.path)
@@ -136,11 +155,17 @@ def base_verify(name: str, *, registry: str | None = None, progress: Progress | 
 
 
 def base_remove(name: str, *, force: bool = False, registry: str | None = None) -> BaseRecord:
-    """Forget a base; its files stay. With `force` also while adapters belong to it.
+    """Forget a base; its files stay. Returns the entry that it had.
+
+    Args:
+        name: of the catalogued base.
+        force: also while adapters belong to it; they then keep only its fingerprint.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
         registry.RegistryError: there is no such base, or adapters belong to it.
     """
+    _check_name(name)
     with open_registry(registry) as catalogue:
         return catalogue.bases.remove(name, force=force)
 
@@ -164,28 +189,42 @@ def base_json(record: BaseRecord) -> dict[str, Any]:
 
 
 def _check_name(name: str) -> None:
-    """Refuse a bad name before minutes are spent on the base's fingerprint."""
-    from registry import check_name
-
+    """Refuse a bad name before the catalogue is opened, and before minutes are spent on the base's fingerprint."""
     check_name(name, "base")
+
+
+def _refuse_adapter(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if all that is there is the factors of a LoRA."""
+    if all(".lora_" in name for name in checkpoint.tensors):
+        raise CheckpointError(
+            f"{quoted(checkpoint.path)} is an adapter and no base model; catalogue it with 'loratool add' instead"
+        )
 
 
 def _refuse_other_model(checkpoint: Checkpoint, original: BaseRecord) -> None:
     """Raise WrongBaseError unless both have the same tensors: names and shapes, and bytes where both store them alike."""
+    label = quoted(original.name)
     if original.path is None or not exists(original.path):
-        raise WrongBaseError(f"the files of base {quoted(original.name)} are needed to compare, and are not there")
+        raise WrongBaseError(f"the files of base {label} are needed to compare, and are not there; add it again first")
     other = Checkpoint.open(original.path)
     ours, theirs = _plain_tensors(checkpoint), _plain_tensors(other)
     for name in sorted(ours.keys() ^ theirs.keys()):
-        raise WrongBaseError(f"it is no variant of {quoted(original.name)}: only one of them has {quoted(name)}")
-    alike = {name for name, info in ours.items() if info.dtype == theirs[name].dtype}
-    for name in sorted(ours):
-        if name in alike and ours[name].shape != theirs[name].shape:
-            raise WrongBaseError(f"it is no variant of {quoted(original.name)}: {quoted(name)} has another shape")
+        raise WrongBaseError(
+            f"{quoted(checkpoint.path)} is no variant of {label}: only one of them has {quoted(name)}; leave --variant-of out"
+        )
+    packed = {name for name in ours if f"{name}.absmax" in checkpoint.tensors or f"{name}.absmax" in other.tensors}
+    for name in sorted(ours.keys() - packed):
+        if ours[name].shape != theirs[name].shape:
+            raise WrongBaseError(
+                f"{quoted(checkpoint.path)} is no variant of {label}: {quoted(name)} is {list(ours[name].shape)} here and "
+                f"{list(theirs[name].shape)} there; leave --variant-of out"
+            )
     digests, expected = tensor_digests(checkpoint, digest_cache()), tensor_digests(other, digest_cache())
-    for name in sorted(alike):
-        if digests[name] != expected[name]:
-            raise WrongBaseError(f"it is no variant of {quoted(original.name)}: {quoted(name)} has other values")
+    for name in sorted(ours):
+        if ours[name].dtype == theirs[name].dtype and name not in packed and digests[name] != expected[name]:
+            raise WrongBaseError(
+                f"{quoted(checkpoint.path)} is no variant of {label}: {quoted(name)} has other values; leave --variant-of out"
+            )
 
 
 def _plain_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:

@@ -6,7 +6,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Final
 from loratool.checkpoint.fingerprint import file_identity, fingerprint, tensor_digests
 from loratool.checkpoint.journal import locked, refuse_links
 from loratool.checkpoint.model import Checkpoint
-from loratool.checkpoint.staging import refuse_existing
+from loratool.checkpoint.staging import refuse_existing, refuse_impossible
 from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.library.progress import Progress, Silent
@@ -26,6 +26,7 @@ from loratool.library.resolve import (
     open_registry,
     resolve_adapter,
     resolve_base,
+    user_path,
 )
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_merge, merge_in_place
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
@@ -126,7 +127,8 @@ def merge(adapters: Sequence[AdapterSpec], into: str | os.PathLike[str], *, out:
         ]
         target = base.path if in_place else _output(out, base, resolved)
         if not in_place:
-            _refuse_output(target, base.path, force=force)
+            refuse_overlap(target, [base.path, *(found.adapter.file for found in resolved)])
+            refuse_existing(target, force=force)
         with hold(base.path, exclusive=in_place and not dry_run):
             checkpoint = Checkpoint.open(base.path)
             if in_place:
@@ -165,7 +167,7 @@ def _with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
 def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter]) -> Path:
     """`out`, or ``<base>-<adapter>-...`` beside the base (in the working folder for a base in the Hub's cache)."""
     if out is not None:
-        path = Path(out).expanduser()
+        path = user_path(out)
         if path.suffix in SINGLE_FILE_SUFFIXES:
             raise OutputError(f"a merged model is a folder; give --out a folder's name instead of {quoted(path.name)}")
         return path
@@ -175,13 +177,16 @@ def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Se
     return parent / name
 
 
-def _refuse_output(out: Path, base: Path, *, force: bool) -> None:
-    real, source = Path(os.path.realpath(out)), Path(os.path.realpath(base))
-    if real == source or (source.is_dir() and (source in real.parents or real in source.parents)):
-        raise OutputError(
-            f"the output {quoted(out)} and the base {quoted(base)} lie in one another; choose another --out, or --in-place"
-        )
-    refuse_existing(out, force=force)
+def refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
+    """Raise OutputError if the output is one of the `sources` that it is made from, holds it, or lies in it."""
+    refuse_impossible(out)
+    real = Path(os.path.realpath(out))
+    for path in sources:
+        source = Path(os.path.realpath(path))
+        if real == source or source in real.parents or real in source.parents:
+            raise OutputError(
+                f"the output {quoted(out)} and its input {quoted(path)} lie in one another; choose another --out"
+            )
 
 
 def _refuse_in_place(checkpoint: Checkpoint) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -66,15 +66,18 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
         RegistryError: a version that is not catalogued is asked for.
     """
     text = os.fspath(name)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if not _is_plainly_a_path(text) and is_reference(text):
         if "@" in text or registry.adapters.versions(text):
             record = registry.adapters.find(text)
-            return ResolvedAdapter(read_adapter(registry.adapters.files(record)), record)
+            # Its folder in the store has no name that a user would know.
+            return ResolvedAdapter(replace(read_adapter(registry.adapters.files(record)), name=record.name), record)
         if not exists(path):
             registry.adapters.find(text)  # raises, with the nearest names
-    if not exists(path):
-        raise NotFoundError(f"there is no adapter {quoted(text)}: neither a catalogued name nor a path")
+    if not text or not exists(path):
+        raise NotFoundError(
+            f"there is no adapter {quoted(text)}: neither a catalogued name nor a path; 'loratool list' shows the names"
+        )
     adapter = read_adapter(path, alpha)
     known = registry.adapters.find_by_sha256(adapter.sha256)
     return ResolvedAdapter(adapter, next((record for record in known if record.alpha == adapter.alpha), None))
@@ -87,21 +90,45 @@ def resolve_base(name: str | os.PathLike[str], registry: Registry) -> ResolvedBa
         NotFoundError: nothing is called `name`, or the files of the catalogued base are gone.
     """
     text = os.fspath(name)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if not _is_plainly_a_path(text) and is_name(text):
         record = registry.bases.get(text)
         if record is not None:
             return _catalogued(record)
         if not exists(path):
             registry.bases.find(text)  # raises, with the nearest names
-    if exists(path):
+    if text and exists(path):
         return ResolvedBase(path, path.resolve().stem if path.is_file() else path.resolve().name, _at(path, registry))
     if not _is_plainly_a_path(text) and HUB_ID.fullmatch(text):
-        from loratool.hub.bases import fetch_base
+        repo, path = fetch_from_hub(text)
+        return ResolvedBase(path, repo.rsplit("/", 1)[-1], None)
+    raise NotFoundError(
+        f"there is no model {quoted(text)}: neither a catalogued name, nor a folder, nor a Hub id; "
+        "'loratool base list' shows the names"
+    )
 
-        repo, _, revision = text.partition("@")
-        return ResolvedBase(fetch_base(repo, revision or None), repo.rsplit("/", 1)[-1], None)
-    raise NotFoundError(f"there is no base {quoted(text)}: neither a catalogued name, nor a folder, nor a Hub id")
+
+def fetch_from_hub(hub_id: str) -> tuple[str, Path]:
+    """The repository of ``owner/name`` or ``owner/name@revision``, and the folder of its files.
+
+    Raises:
+        NotFoundError: the Hub has no such repository or revision, or cannot be reached.
+    """
+    from loratool.hub.bases import fetch_base
+
+    repo, _, revision = hub_id.partition("@")
+    try:
+        return repo, fetch_base(repo, revision or None)
+    except NotFoundError as error:
+        raise NotFoundError(f"there is no folder {quoted(hub_id)}, and as a Hub id {error}") from None
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """The path that a user means, with a leading ``~`` or ``~name`` replaced where there is such a home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def exists(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ from typing import Any
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.journal import refuse_links
 from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, NotFoundError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
-from loratool.library.merge import hold
+from loratool.library.merge import hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import digest_cache, exists, open_registry, resolve_base
+from loratool.library.resolve import digest_cache, exists, open_registry, resolve_base, user_path
 from loratool.merging.manifest import Manifest, MergedAdapter, read_manifest
 from loratool.merging.undo import adapter_file
 from loratool.merging.unmerge import (
     Restoration,
+    UnmergeReport,
     restore_approximately,
     restore_by_undo,
     restore_from_base,
@@ -98,6 +101,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
         progress: told how many bytes are done.
 
     Raises:
+        VerificationError: a tensor is not what the merge wrote; it was changed since.
         RestoreError: the base cannot be restored bit for bit, and `approximate` was not given.
         LoratoolError, registry.RegistryError: says what else is wrong; nothing was written then.
     """
@@ -109,23 +113,26 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
         if not path.is_dir():
             raise NotFoundError(f"{quoted(path)} is not a folder; give the folder of a merged model")
         target = (
-            path
-            if in_place
-            else Path(out).expanduser()
-            if out
-            else path.resolve().parent / f"{path.resolve().name}-unmerged"
+            path if in_place else user_path(out) if out else path.resolve().parent / f"{path.resolve().name}-unmerged"
         )
         with hold(path, exclusive=in_place):
             manifest = read_manifest(path)
             checkpoint = Checkpoint.open(path)
-            way, notes = _find_way(checkpoint, manifest, catalogue, device, watcher, approximate=approximate)
             if in_place:
                 refuse_links(path, [header.file for header in checkpoint.headers])
-                watcher.begin("unmerging", sum(target.nbytes for target in way.targets))
-                report = unmerge_in_place(checkpoint, manifest, way, progress=watcher.advance)
             else:
+                refuse_overlap(target, [path])
+                refuse_existing(target, force=force)
+
+            def take_out(way: Restoration) -> UnmergeReport:
+                if in_place:
+                    watcher.begin("unmerging", sum(target.nbytes for target in way.targets))
+                    return unmerge_in_place(checkpoint, manifest, way, progress=watcher.advance)
                 watcher.begin("unmerging", sum(header.size for header in checkpoint.headers))
-                report = unmerge_to(checkpoint, manifest, way, target, force=force, progress=watcher.advance)
+                return unmerge_to(checkpoint, manifest, way, target, force=force, progress=watcher.advance)
+
+            ways = _ways(checkpoint, manifest, catalogue, device, watcher, approximate=approximate)
+            report, notes = _by_the_first_that_works(ways, take_out, checkpoint, manifest)
         if in_place:
             for record in catalogue.merges.of_output(path.absolute()):
                 if record.output_fingerprint == manifest.fingerprint and record.state == "merged":
@@ -160,25 +167,40 @@ def verify(
     return VerifyResult(path, manifest.fingerprint, len(manifest.tensors), files, replayed, notes)
 
 
-def _find_way(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: str, watcher: Progress, *,
-              approximate: bool) -> tuple[Restoration, list[str]]:  # fmt: skip
-    """The best way back to the base, and notes on those that failed."""
-    reasons = []
-    try:
-        return restore_by_undo(merged, manifest, device), []
-    except RestoreError as error:
-        reasons.append(str(error))
-    base = _find_base(manifest, catalogue, watcher)
-    if base is not None:
-        return restore_from_base(merged, manifest, base), reasons if manifest.undo else []
-    reasons.append(f"its base {quoted(manifest.base_name)} ({manifest.base_fingerprint[:12]}…) is not at hand")
-    if not approximate:
-        raise RestoreError(
-            f"{quoted(merged.path)} cannot be restored bit for bit: {'; '.join(reasons)}. Catalogue the base with "
-            "'loratool base add', or give --approximate to subtract the update, off by a rounding here and there"
-        )
-    adapters = _find_adapters(merged.folder, manifest, catalogue)
-    return restore_approximately(merged, manifest, adapters, device), reasons
+def _ways(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: str, watcher: Progress, *,
+          approximate: bool) -> list[Callable[[], Restoration]]:  # fmt: skip
+    """The ways back to the base, best first; each raises RestoreError where what it needs is not at hand."""
+
+    def from_base() -> Restoration:
+        base = _find_base(manifest, catalogue, watcher)
+        if base is None:
+            name = f"{quoted(manifest.base_name)} ({manifest.base_fingerprint[:12]}…)"
+            raise RestoreError(f"its base {name} is not at hand")
+        return restore_from_base(merged, manifest, base)
+
+    def approximately() -> Restoration:
+        adapters = _find_adapters(merged.folder, manifest, catalogue)
+        return restore_approximately(merged, manifest, adapters, device)
+
+    exact = [lambda: restore_by_undo(merged, manifest, device), from_base]
+    return [*exact, approximately] if approximate else exact
+
+
+def _by_the_first_that_works(ways: Sequence[Callable[[], Restoration]], take_out: Callable[[Restoration], UnmergeReport],
+                             merged: Checkpoint, manifest: Manifest) -> tuple[UnmergeReport, list[str]]:  # fmt: skip
+    """Take the merge out; what was done, and notes on the ways that failed before."""
+    reasons: list[str] = []
+    for way in ways:
+        try:
+            report = take_out(way())
+        except RestoreError as error:
+            reasons.append(str(error))
+        else:
+            return report, reasons if manifest.undo or report.inexact else []
+    raise RestoreError(
+        f"{quoted(merged.path)} cannot be restored bit for bit: {'; '.join(reasons)}. Catalogue the base with "
+        "'loratool base add', or give --approximate to subtract the update, off by a rounding here and there"
+    )
 
 
 def _find_base(manifest: Manifest, catalogue: Registry, watcher: Progress) -> Checkpoint | None:

@@ -101,6 +101,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
             workers=cpu_workers(),
             progress=progress,
             beside=[*copies, *(partial(_hash_into, digests, info) for info in unknown)],
+            known=known,
         )
     before = digests | {name: pair.before for name, pair in changed.items()}
     after = digests | {name: pair.after for name, pair in changed.items()}

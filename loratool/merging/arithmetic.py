@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
@@ -42,6 +43,25 @@ def choose_device(device: str) -> str:
     return f"cuda:{int(number or 0)}"
 
 
+class _Room(threading.local):
+    """A worker's memory for a block and its scratch, kept from matrix to matrix: a page of new memory is a page fault."""
+
+    def __init__(self) -> None:
+        self._numbers: torch.Tensor | None = None
+
+    def take(self, device: torch.device, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two fp32 tensors, (rows, columns), that are the worker's until it takes the next ones."""
+        import torch
+
+        numbers, count = self._numbers, rows * columns
+        if numbers is None or numbers.device != device or len(numbers) < 2 * count:
+            self._numbers = numbers = torch.empty(2 * count, device=device)
+        return numbers[:count].view(rows, columns), numbers[count : 2 * count].view(rows, columns)
+
+
+_room: Final = _Room()
+
+
 class BlockArithmetic:
     """One matrix's updates, loaded onto `device`, and room for its blocks. Each worker makes its own."""
 
@@ -54,7 +74,6 @@ class BlockArithmetic:
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         rows, columns = self.weight.shape
         self._blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES if self._cuda else BLOCK_BYTES))
-        self._room = torch.empty((2, 0, columns), device=self._device)
         with self._on_stream():
             self._updates = [
                 planned.update.load(transposed=target.transposed, weight=planned.weight, device=device)
@@ -94,9 +113,7 @@ class BlockArithmetic:
     def _load(
         self, rows: range, parts: tuple[torch.Tensor, ...]
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-        if self._room.shape[1] < len(rows):
-            self._room = self._room.new_empty((2, len(rows), self._room.shape[2]))
-        block, scratch = self._room[0, : len(rows)], self._room[1, : len(rows)]
+        block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
         on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
         self.weight.decode(on_device, block)
         return on_device, block, scratch
@@ -154,7 +171,13 @@ class ExactUnmerge(BlockArithmetic):
         merged = tuple(part.clone() for part in parts)
         self.revert(rows, parts)
         rest = memoryview(self._residual)
-        for part, doubt in zip(parts, self.weight.doubt(merged, parts), strict=True):
-            rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
-        if len(rest):
-            raise RestoreError("the undo file is damaged: a block holds more than it should; use the base instead")
+        try:
+            for part, doubt in zip(parts, self.weight.doubt(merged, parts), strict=True):
+                rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
+            if len(rest):
+                raise RestoreError("a block of the undo file holds more than it should")
+        except RestoreError as error:
+            raise RestoreError(
+                f"{quoted(self.weight.name)} cannot be restored: {error}; the undo file is damaged, or the merged model "
+                "was changed since; unmerge from the base instead"
+            ) from None

@@ -41,9 +41,12 @@ def residual(original: Bytes, predicted: Bytes, doubt: Bytes, width: int) -> byt
     import numpy as np
 
     difference = (original.view(_unsigned(width)) - predicted.view(_unsigned(width))).view(_signed(width))
-    (listed,) = np.nonzero((difference != 0) & (doubt == 0))
+    doubtful = np.flatnonzero(doubt != 0)
+    degrees, doubted = doubt[doubtful], difference[doubtful]
+    difference[doubtful] = 0
+    listed = np.flatnonzero(difference != 0)
     streams = [_pack_places(listed), _pack(difference[listed], width)]
-    streams += [_pack(difference[doubt == degree], width) for degree in range(1, MOST_DOUBT + 1)]
+    streams += [_pack(doubted[degrees == degree], width) for degree in range(1, MOST_DOUBT + 1)]
     compressor = zstandard.ZstdCompressor(level=LEVEL)
     packed = [compressor.compress(stream) if stream else b"" for stream in streams]
     return _LENGTHS.pack(*map(len, packed)) + b"".join(packed)
@@ -65,11 +68,13 @@ def add_residual(predicted: Bytes, doubt: Bytes, packed: memoryview, width: int)
             at += length
         listed = _unpack_places(streams[0])
         elements[listed] += _unpack(streams[1], width, len(listed))
+        doubtful = np.flatnonzero(doubt != 0)
+        degrees = doubt[doubtful]
         for degree, stream in enumerate(streams[2:], start=1):
-            mask = doubt == degree
-            elements[mask] += _unpack(stream, width, int(np.count_nonzero(mask)))
+            places = doubtful[degrees == degree]
+            elements[places] += _unpack(stream, width, len(places))
     except (ValueError, IndexError, struct.error, zstandard.ZstdError):
-        raise RestoreError("the undo file is damaged: a block of it cannot be read; unmerge from the base") from None
+        raise RestoreError("a block of the undo file is damaged") from None
     return packed[at:]
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
@@ -61,10 +62,12 @@ class Digests:
 
 
 def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], places: Mapping[str, Place], *,
-            workers: int, progress: Progress, beside: Iterable[Job] = ()) -> dict[str, Digests]:  # fmt: skip
+            workers: int, progress: Progress, beside: Iterable[Job] = (),
+            known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Digests]:  # fmt: skip
     """Stream every target through its change and write each of its tensors to its place; those without are digested.
 
     `beside` are other jobs (copies) that the same workers do, first: they can begin before torch is imported.
+    `known` are digests, by name, that tensors are known to have before the change; they are not made again.
     The first error stops everything and is raised. Returns the digests of the targets' tensors, by name.
     """
     stop = threading.Event()
@@ -72,7 +75,7 @@ def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], place
 
     def one(target: Target) -> None:
         if not stop.is_set():
-            digests.update(_stream(target, change(target), places, progress, stop))
+            digests.update(_stream(target, change(target), places, known, progress, stop))
 
     with ThreadPoolExecutor(workers) as pool:
         futures: list[Future[None]] = [pool.submit(job) for job in beside]
@@ -102,10 +105,11 @@ def _one_thread_a_block() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _stream(target: Target, change: Change, places: Mapping[str, Place], progress: Progress,
-            stop: threading.Event) -> dict[str, Digests]:  # fmt: skip
+def _stream(target: Target, change: Change, places: Mapping[str, Place], known: Mapping[str, str],
+            progress: Progress, stop: threading.Event) -> dict[str, Digests]:  # fmt: skip
     weight = target.weight
-    hashers = {info.name: (blake3(), blake3()) for info in weight.tensors}
+    before = {info.name: blake3() for info in weight.tensors if info.name not in known}
+    after = {info.name: blake3() for info in weight.tensors}
     buffers: list[torch.Tensor] = []
     with opened({info.file for info in weight.tensors}) as sources:
         for rows in change.blocks():
@@ -118,15 +122,17 @@ def _stream(target: Target, change: Change, places: Mapping[str, Place], progres
             views = [bytes_of(part) for part in parts]
             for (info, start, _), view in zip(extents, views, strict=True):
                 read_exactly(sources[info.file], view, start)
-                hashers[info.name][0].update(view)
+                if info.name in before:
+                    before[info.name].update(view)
             change.change(rows, parts)
             for (info, start, _), view in zip(extents, views, strict=True):
-                hashers[info.name][1].update(view)
+                after[info.name].update(view)
                 place = places.get(info.name)
                 if place is not None:
                     write_exactly(place.fd, view, start + place.shift)
                 progress(len(view))
-    return {name: Digests(before.hexdigest(), after.hexdigest()) for name, (before, after) in hashers.items()}
+    found = {name: hasher.hexdigest() for name, hasher in before.items()}
+    return {name: Digests(found.get(name) or known[name], hasher.hexdigest()) for name, hasher in after.items()}
 
 
 def bytes_of(part: torch.Tensor) -> memoryview:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import TYPE_CHECKING
 from loratool.checkpoint.blocks import read_exactly, row_blocks
 from loratool.checkpoint.fingerprint import file_digest
 from loratool.checkpoint.journal import Journal
-from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.checkpoint.replica import replica
 from loratool.checkpoint.staging import staged_folder
-from loratool.errors import LoratoolError, RestoreError, quoted
+from loratool.errors import LoratoolError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
 from loratool.merging.apply import reserve
@@ -68,9 +67,9 @@ def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto"
         raise RestoreError(f"the undo file {quoted(folder / UNDO_NAME)} is not there")
     try:
         adapters = [read_adapter(folder / adapter_file(index)) for index in range(len(manifest.adapters))]
+        targets = _targets_of(adapters, merged, manifest)
     except LoratoolError as error:
-        raise RestoreError(f"an adapter beside the undo file cannot be read: {error}") from None
-    targets = _targets_of(adapters, merged, manifest)
+        raise RestoreError(f"the adapters beside the undo file cannot be used: {error}") from None
     undo = UndoFile(folder / UNDO_NAME, targets)
     return Restoration("undo", targets, lambda target: ExactUnmerge(target, choose_device(device), undo.frames(target)))
 
@@ -179,11 +178,12 @@ def check_restored(digests: Mapping[str, Digests], manifest: Manifest, way: Rest
     """The tensors that did not come out as the base's; an exact way must leave none.
 
     Raises:
-        RestoreError: a tensor is not what the merge wrote, or an exact way did not give the base's bytes.
+        VerificationError: a tensor is not what the merge wrote.
+        RestoreError: an exact way did not give the base's bytes.
     """
     for name, recorded in sorted(manifest.changed.items()):
         if digests[name].before != recorded.after:
-            raise RestoreError(
+            raise VerificationError(
                 f"{quoted(name)} has changed since the merge, so it cannot be taken out; "
                 "restore the merged model, or copy the base again"
             )
@@ -214,7 +214,7 @@ def _changed_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
         file = merged.folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             continue
-        if not os.path.isfile(file):
+        if not has_file(file):
             notes.append(f"{quoted(name)} was removed after the merge")
         elif file_digest(file) != digest:
             notes.append(f"{quoted(name)} was changed after the merge and is kept as it is now")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
-from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.errors import VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.merging.arithmetic import Merge, choose_device
@@ -44,7 +43,7 @@ def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = 
         raise VerificationError(f"the dtypes or shapes of {quoted(merged.path)} are not those of its manifest")
     for name, recorded in sorted(manifest.files.items()):
         file = merged.folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not os.path.isfile(file):
+        if ".." in Path(name).parts or Path(name).is_absolute() or not has_file(file):
             raise VerificationError(f"the file {quoted(name)} is missing from {quoted(merged.path)}")
         _compare(name, file_digest(file), recorded, merged.path)
     return len(manifest.files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
@@ -66,7 +66,7 @@ class LoadedLowRank:
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Subtract the update, the same bits on every machine, whatever its BLAS and the cut into blocks."""
-        scratch.copy_(self._fixed.product(rows))
+        scratch.copy_(self._fixed.product(rows)).mul_(self.scaling)
         block.sub_(scratch)
 
     def _factors(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,33 +88,33 @@ class LoadedLowRank:
     @cached_property
     def _fixed(self) -> FixedPointProduct:
         left, right = (self.a.T, self.b.T) if self.transposed else (self.b, self.a)
-        return FixedPointProduct(left, right, self.scaling)
+        return FixedPointProduct(left, right)
 
 
 class FixedPointProduct:
-    """``scaling * left right`` in a form that every machine computes to the same bits.
+    """``left right`` in a form that every machine computes to the same bits: left (rows, r), right (r, columns).
 
     A BLAS may sum a product in any order, so its last bits are a machine's own. Here both factors are rounded to
-    integers, scaled by a power of two for each row of left and each column of right, so small that every sum of
-    products is an integer below 2**53: in fp64 all of them are exact, in any order. The result is within about
-    ``r * 2**(1 - bits)`` of the true one, relative to the largest factors; `bits` is 24 for r = 16.
+    multiples of a power of two, one for each row of left and each column of right, so coarse that every sum of products
+    is a whole multiple of their product below 2**53 of them: in fp64 all are exact, in any order. The result is within
+    about ``r * 2**(1 - bits)`` of the true one, relative to the largest factors; `bits` is 24 for r = 16.
     """
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
+    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        self.bits = (52 - max(left.shape[1] - 1, 1).bit_length()) // 2
+        self._left, self._right = self._rounded(left.double(), 1), self._rounded(right.double(), 0)
+
+    def _rounded(self, factor: torch.Tensor, dim: int) -> torch.Tensor:
         import torch
 
-        rank = left.shape[1]
-        self.bits = (52 - max(rank - 1, 1).bit_length()) // 2
-        left, right = left.double(), right.double()
-        row_steps = torch.exp2(torch.frexp(left.abs().amax(dim=1, keepdim=True)).exponent.double() - self.bits)
-        column_steps = torch.exp2(torch.frexp(right.abs().amax(dim=0, keepdim=True)).exponent.double() - self.bits)
-        self._left, self._right = (left / row_steps).round_(), (right / column_steps).round_()
-        self._row_steps, self._column_steps = row_steps, column_steps * scaling
+        exponent = torch.frexp(factor.abs().amax(dim, keepdim=True)).exponent.long() - self.bits
+        # 2**exponent by its bits (IEEE 754 binary64): an exp2 need not be exact on every machine.
+        step = ((exponent + 1023) << 52).view(torch.float64)
+        return (factor / step).round_().mul_(step)
 
     def product(self, rows: range) -> torch.Tensor:
         """The `rows` of the product, fp64, (rows, columns)."""
-        exact = self._left[rows.start : rows.stop] @ self._right
-        return exact.mul_(self._row_steps[rows.start : rows.stop]).mul_(self._column_steps)
+        return self._left[rows.start : rows.stop] @ self._right
 
 
 def read_factor(info: TensorInfo) -> torch.Tensor:
@@ -128,13 +128,13 @@ def read_factor(info: TensorInfo) -> torch.Tensor:
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if info.dtype not in dtypes:
         raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, which is no factor's")
+    factor = torch.empty(info.shape, dtype=dtypes[info.dtype])
     with open(info.file, "rb") as stream:
         stream.seek(info.start)
-        raw = bytearray(stream.read(info.nbytes))
-    if len(raw) != info.nbytes:
-        raise AdapterError(f"{quoted(info.file)} became shorter while it was read; run the command again")
-    factor = torch.frombuffer(raw, dtype=dtypes[info.dtype]) if raw else torch.empty(0, dtype=dtypes[info.dtype])
-    factor = factor.view(info.shape).float()
+        buffer: Any = factor.view(-1).view(torch.uint8).numpy()
+        if stream.readinto(buffer) != info.nbytes:
+            raise AdapterError(f"{quoted(info.file)} became shorter while it was read; run the command again")
+    factor = factor.float()
     if not torch.isfinite(factor).all():
         raise AdapterError(
             f"{quoted(info.name)} in {quoted(info.file)} holds NaN or infinity; the training of this adapter failed"

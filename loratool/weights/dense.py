@@ -16,9 +16,9 @@ CODEC_OF: Final[Mapping[str, str]] = MappingProxyType({"F32": "fp32", "F16": "fp
 """The field's name for each dense dtype of safetensors."""
 
 EXPONENTS: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
-    {"F32": (23, 0xFF), "F16": (10, 0x1F), "BF16": (7, 0xFF)}
+    {"F32": (23, 0xFF << 23), "F16": (10, 0x1F << 10), "BF16": (7, 0xFF << 7)}
 )
-"""Where the exponent of each dtype lies: bits below it, and its mask (IEEE 754; bfloat16 is the upper half of fp32)."""
+"""How many bits are below the exponent of each dtype, and its mask (IEEE 754; bfloat16 is the upper half of fp32)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,9 @@ class DenseWeight:
 
         integer = {2: torch.int16, 4: torch.int32}[self.element_bytes]
         mantissa, mask = EXPONENTS[self.tensor.dtype]
-        exponents = [(part[0].view(integer) >> mantissa) & mask for part in (stored, predicted)]
-        return ((exponents[0] - exponents[1]).clamp_(0, 3).to(torch.uint8),)
+        lost = stored[0].view(integer) & mask
+        lost.sub_(predicted[0].view(integer) & mask).bitwise_right_shift_(mantissa)
+        return (lost.clamp_(0, 3).to(torch.uint8),)
 
     def _elements(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
         import torch
