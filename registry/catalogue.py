@@ -61,6 +61,8 @@ class Registry:
         target = db.file_url(home / DATABASE_NAME) if url is None else db.parse_url(url)
         where = db.shown_url(target)
         path = db.database_file(target)
+        if path is not None:
+            _refuse_under_a_file(path.parent)
         if read_only and (db.is_in_memory(target) or (path is not None and not path.exists())):
             return cls(_empty(where), store)
         if url is None and not read_only:
@@ -164,6 +166,16 @@ def _empty(where: str) -> Database:
     engine = db.make_engine(URL.create("sqlite"), read_only=False, busy_timeout=0)
     metadata.create_all(engine)
     return Database(engine, where, read_only=True)
+
+
+def _refuse_under_a_file(folder: Path) -> None:
+    """Raises RegistryError where a file stands in the place of the registry's folder or of one above it."""
+    nearest = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if nearest.exists() and not nearest.is_dir():
+        raise RegistryError(
+            f"the registry's folder '{printable(str(folder), 400)}' cannot be: '{printable(str(nearest), 400)}' is a file; "
+            "set LORATOOL_HOME to a folder"
+        )
 
 
 def _make_home(home: Path) -> None:

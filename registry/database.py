@@ -39,13 +39,17 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection to read from: the open write transaction of this thread, else a transaction of its own."""
-        outer = self._connection
+        """A connection to read from: this thread's open write transaction, else its open read transaction, else a new one."""
+        outer = self._connection or getattr(self._thread, "reader", None)
         if outer is not None:
             yield outer
             return
         with translated(self.where), self.engine.connect() as connection, connection.begin():
-            yield connection
+            self._thread.reader = connection
+            try:
+                yield connection
+            finally:
+                self._thread.reader = None
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:

@@ -22,8 +22,8 @@ from loratool.errors import OutputError, quoted
 RENAME_EXCHANGE: Final = 2
 """renameat2(2): swap two names in one step (Linux)."""
 
-OWN_FILES: Final = ("loratool.json", "adapter_config.json")
-"""A folder that holds one of these was written as a model or an adapter, and `force` may replace it."""
+OWN_FILE: Final = "loratool.json"
+"""A folder that holds this was written by loratool, and `force` may replace it."""
 
 
 @contextmanager
@@ -86,7 +86,9 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         raise OutputError(f"{quoted(out)} exists already; choose another --out, or give --force to replace it")
     if out.is_symlink():
         raise OutputError(f"{quoted(out)} is a link, which loratool never writes through; choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in OWN_FILES):
+    if Path.cwd().is_relative_to(out):
+        raise OutputError(f"{quoted(out)} holds the folder that you work in; choose another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / OWN_FILE).exists():
         raise OutputError(
             f"{quoted(out)} is a folder that loratool did not write, so --force does not replace it; "
             "remove it yourself or choose another --out"

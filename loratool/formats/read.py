@@ -7,6 +7,7 @@ wrote it. A single file carries the same as JSON in its safetensors metadata, un
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -109,7 +110,7 @@ def _bare_config(header: Header, alpha: float | None) -> dict[str, Any]:
         "r": largest,
         "lora_alpha": alpha,
         "target_modules": sorted({module.rsplit(".", 1)[-1] for module in factors}),
-        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != largest},
+        "rank_pattern": {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != largest},
     }
 
 

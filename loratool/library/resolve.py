@@ -108,6 +108,22 @@ def resolve_base(name: str | os.PathLike[str], registry: Registry) -> ResolvedBa
     )
 
 
+def resolve_merged(name: str | os.PathLike[str], registry: Registry) -> Path:
+    """Find the folder of a merged model: a path, or a catalogued name.
+
+    Raises:
+        NotFoundError: nothing is called `name`, or it is no folder.
+    """
+    text = os.fspath(name)
+    path = user_path(text)
+    if not (text and exists(path)) and (_is_plainly_a_path(text) or not is_name(text)):
+        raise NotFoundError(f"there is no folder {quoted(text)}; give the folder of a merged model")
+    path = resolve_base(name, registry).path
+    if not path.is_dir():
+        raise NotFoundError(f"{quoted(path)} is not a folder; give the folder of a merged model")
+    return path
+
+
 def fetch_from_hub(hub_id: str) -> tuple[str, Path]:
     """The repository of ``owner/name`` or ``owner/name@revision``, and the folder of its files.
 

@@ -17,7 +17,7 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
 from loratool.library.merge import hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import digest_cache, exists, open_registry, resolve_base, user_path
+from loratool.library.resolve import digest_cache, exists, open_registry, resolve_merged, user_path
 from loratool.merging.manifest import Manifest, MergedAdapter, read_manifest
 from loratool.merging.undo import adapter_file
 from loratool.merging.unmerge import (
@@ -109,9 +109,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
         raise LoratoolError("a merge is taken out either in place or to --out; give one of them")
     watcher = progress or Silent()
     with open_registry(registry) as catalogue:
-        path = resolve_base(merged, catalogue).path
-        if not path.is_dir():
-            raise NotFoundError(f"{quoted(path)} is not a folder; give the folder of a merged model")
+        path = resolve_merged(merged, catalogue)
         target = (
             path if in_place else user_path(out) if out else path.resolve().parent / f"{path.resolve().name}-unmerged"
         )
@@ -157,7 +155,7 @@ def verify(
     """
     watcher = progress or Silent()
     with open_registry(registry, read_only=True) as catalogue:
-        path = resolve_base(merged, catalogue).path
+        path = resolve_merged(merged, catalogue)
         with hold(path, exclusive=False):
             manifest = read_manifest(path)
             checkpoint = Checkpoint.open(path)

@@ -95,7 +95,10 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_NAME
     if not file.is_file():
-        raise NotFoundError(f"{quoted(folder)} has no {MANIFEST_NAME}: it is not a model that loratool merged")
+        raise NotFoundError(
+            f"{quoted(folder)} has no {MANIFEST_NAME}: loratool did not merge it; "
+            "give a folder that 'loratool merge' wrote"
+        )
     return parse_manifest(file.read_bytes(), file)
 
 

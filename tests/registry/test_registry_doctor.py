@@ -42,6 +42,12 @@ def test_a_catalogue_that_is_well_has_no_findings(well: Registry) -> None:
     assert found(well, deep=True) == []
 
 
+def test_a_catalogue_that_was_never_made_is_well(home: Path) -> None:
+    with Registry.open(home, read_only=True) as nothing:
+        assert found(nothing, deep=True) == []
+    assert not home.exists()
+
+
 def test_a_base_whose_folder_is_gone_is_found(well: Registry, tmp_path: Path) -> None:
     (tmp_path / "base").rmdir()
     assert found(well) == [("base-missing", "llama")]

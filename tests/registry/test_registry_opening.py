@@ -339,3 +339,17 @@ def test_the_list_of_an_up_to_date_catalogue_imports_no_sqlalchemy(catalogue: Re
 def test_opening_an_up_to_date_catalogue_imports_neither_alembic_nor_the_orm(catalogue: Registry, home: Path) -> None:
     code = "import registry\nwith registry.Registry.open(home) as r: r.counts(), r.adapters.list(), r.doctor.examine()"
     assert not imported_by(code, home) & {"alembic", "sqlalchemy.orm", "torch", "loratool"}
+
+
+@pytest.mark.parametrize("place", ["", "below", "far/below"])
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_file_in_the_place_of_the_home_is_an_error_also_for_who_only_reads(
+    place: str, read_only: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    home = tmp_path / "file" / place
+    with pytest.raises(RegistryError, match="LORATOOL_HOME") as raised:
+        Registry.open(home, read_only=read_only)
+    assert one_sentence(raised.value)
+    with pytest.raises(RegistryError, match="LORATOOL_HOME"):
+        list_adapters(home)
