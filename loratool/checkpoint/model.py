@@ -21,6 +21,9 @@ INDEX_SUFFIX: Final = ".safetensors.index.json"
 BOOKKEEPING: Final = frozenset({".git", ".cache", JOURNAL})
 """Folders in which download tools, and loratool, keep their own state; they are no part of a model."""
 
+UNDO_FOLDER: Final = "loratool-undo"
+"""Folder, in a merged model, of the undo files and their adapters."""
+
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from loratool.checkpoint.journal import locked, refuse_links
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.staging import refuse_existing, refuse_impossible
 from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
+from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import (
@@ -29,11 +31,13 @@ from loratool.library.resolve import (
     user_path,
 )
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_merge, merge_in_place
+from loratool.merging.arithmetic import choose_device
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.undo import UNDO_NAME
-from registry import MergedAdapter, Registry
+from registry import MergedAdapter, Registry, RegistryError
 
-AdapterSpec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
+PathLike = str | os.PathLike[str]
+AdapterSpec = PathLike | tuple[PathLike, float]
 """An adapter's name or path, alone or with its weight."""
 
 START_SECONDS: Final = 2.0
@@ -93,13 +97,13 @@ class MergeResult:
         }
 
 
-def merge(adapters: Sequence[AdapterSpec], into: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None,
+def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: PathLike | None = None,
           in_place: bool = False, dry_run: bool = False, undo: bool = False, force: bool = False, device: str = "auto",
           alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
     Args:
-        adapters: catalogued names or paths, each alone or as (adapter, weight).
+        adapters: catalogued names or paths, each alone or as (adapter, weight); a single one may stand alone.
         into: the base: a catalogued name, a folder, a safetensors file, or a Hub id.
         out: the new folder; by default ``<base>-<adapter>`` beside the base.
         in_place: change the base's own files instead; an undo file is always kept.
@@ -118,13 +122,11 @@ def merge(adapters: Sequence[AdapterSpec], into: str | os.PathLike[str], *, out:
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
     started = time.monotonic()
     watcher = progress or Silent()
+    specs = [_with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=dry_run) as catalogue:
         base = resolve_base(into, catalogue)
-        resolved = [resolve_adapter(name, catalogue, alpha) for name, _ in map(_with_weight, adapters)]
-        weighted = [
-            WeightedAdapter(found.adapter, weight)
-            for found, (_, weight) in zip(resolved, map(_with_weight, adapters), strict=True)
-        ]
+        resolved = [resolve_adapter(name, catalogue, alpha) for name, _ in specs]
+        weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
         target = base.path if in_place else _output(out, base, resolved)
         if not in_place:
             refuse_overlap(target, [base.path, *(found.adapter.file for found in resolved)])
@@ -134,6 +136,10 @@ def merge(adapters: Sequence[AdapterSpec], into: str | os.PathLike[str], *, out:
             if in_place:
                 _refuse_in_place(checkpoint)
             plan = plan_merge(weighted, checkpoint)
+            for found in resolved:
+                refuse_not_finite(found.adapter)
+            if device.startswith("cuda"):
+                choose_device(device)  # raises where there is none, before anything is copied
             digests, notes = _check_base(base, resolved, checkpoint, catalogue, watcher, force=force)
             merged = tuple(_merged(found, each.weight) for found, each in zip(resolved, weighted, strict=True))
             if dry_run:
@@ -153,15 +159,16 @@ def merge(adapters: Sequence[AdapterSpec], into: str | os.PathLike[str], *, out:
                     )
                 remember(report.base_digests)
         result = _result(target, base, merged, report, plan, (*notes, *plan.notes), time.monotonic() - started)
-        _record(result, catalogue, in_place=in_place)
-    return result
+        return _recorded(result, catalogue, in_place=in_place)
 
 
 def _with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
-    name, weight = spec if isinstance(spec, tuple) else (spec, 1.0)
-    if not math.isfinite(weight):
-        raise LoratoolError(f"the weight of {quoted(name)} is {weight} and must be a number")
-    return name, weight
+    name, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
+    if not isinstance(name, str | os.PathLike):
+        raise LoratoolError(f"{quoted(spec)} is no adapter; give a name or a path, or (name, weight)")
+    if not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise LoratoolError(f"the weight of {quoted(name)} is {quoted(weight)} and must be a number")
+    return name, float(weight)
 
 
 def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter]) -> Path:
@@ -172,7 +179,7 @@ def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Se
             raise OutputError(f"a merged model is a folder; give --out a folder's name instead of {quoted(path.name)}")
         return path
     names = [found.record.name if found.record else found.adapter.name for found in adapters]
-    name = "-".join([base.name, *names])
+    name = re.sub(r"[^\w.+-]+", "-", "-".join([base.name, *names]))
     parent = Path.cwd() if "snapshots" in base.path.resolve().parts else base.path.resolve().parent
     return parent / name
 
@@ -275,6 +282,17 @@ def _result(out: Path, base: ResolvedBase, merged: tuple[MergedAdapter, ...], re
         seconds=seconds,
         dry_run=False,
     )
+
+
+def _recorded(result: MergeResult, catalogue: Registry, *, in_place: bool) -> MergeResult:
+    """The result, once the catalogue knows of it. The model is written by now, so a catalogue that is busy is a note."""
+    try:
+        _record(result, catalogue, in_place=in_place)
+    except RegistryError as error:
+        return replace(
+            result, notes=(*result.notes, f"the merge is done but the catalogue does not know of it: {error}")
+        )
+    return result
 
 
 def _record(result: MergeResult, catalogue: Registry, *, in_place: bool) -> None:

@@ -15,7 +15,7 @@ from blake3 import blake3
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tensor
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.journal import Journal
-from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint
 from loratool.checkpoint.replica import replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.errors import CheckpointError, quoted
@@ -24,7 +24,7 @@ from loratool.merging.arithmetic import Merge, choose_device
 from loratool.merging.manifest import MANIFEST_NAME, Manifest, MergedAdapter
 from loratool.merging.plan import MergePlan, Target, WeightedAdapter
 from loratool.merging.rewrite import Job, Place, Progress, rewrite
-from loratool.merging.undo import UNDO_FOLDER, UNDO_NAME, UndoWriter, adapter_file
+from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
 from loratool.merging.workers import cpu_workers
 
 
@@ -135,7 +135,10 @@ def _undo_writer(plan: MergePlan, folder: Path, undo_folder: str | None) -> Abst
 
 def _undo_id(plan: MergePlan, previous: str | None) -> str:
     """Twelve hexadecimal digits that tell this merge from every other one stacked on the same base."""
-    merged = [[weighted.adapter.sha256, weighted.weight] for weighted in plan.adapters]
+    merged = [
+        [each.adapter.sha256, each.weight, [update.scaling for update in each.adapter.updates.values()]]
+        for each in plan.adapters
+    ]
     return str(blake3(json.dumps([merged, previous]).encode()).hexdigest()[:12])
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from loratool.checkpoint.blocks import BLOCK_BYTES, row_blocks
-from loratool.errors import LoratoolError, RestoreError, quoted
+from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
 from loratool.merging.plan import Target
 from loratool.merging.residual import add_residual, residual
 
@@ -95,7 +95,22 @@ class BlockArithmetic:
             on_device, block, scratch = self._load(rows, parts)
             for update in self._updates:
                 update.apply(block, rows, scratch)
+            self._refuse_overflow(block, rows, on_device, scratch)
             self._store(block, on_device, parts)
+
+    def _refuse_overflow(
+        self, block: torch.Tensor, rows: range, originals: tuple[torch.Tensor, ...], scratch: torch.Tensor
+    ) -> None:
+        """Raise AdapterError if a sum is beyond the stored type where the original was not."""
+        least, most = block.aminmax()
+        if bool(most < self.weight.limit) and bool(least > -self.weight.limit):
+            return
+        self.weight.decode(originals, scratch)
+        if scratch.isfinite().all():
+            raise AdapterError(
+                f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(self.weight.name)} that "
+                f"{self.weight.codec} cannot hold; give the adapter a smaller weight, as in ADAPTER=0.5"
+            )
 
     def revert(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
         """Subtract the updates, last one first; the same bits on every machine, but off by a rounding here and there."""

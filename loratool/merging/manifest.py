@@ -5,6 +5,7 @@ It holds nothing that changes from run to run, so equal merges give equal bytes.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping
@@ -12,12 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import zstandard
+
 from loratool.checkpoint.header import parse_json_object
 from loratool.errors import CheckpointError, NotFoundError, quoted
 from loratool.merging.rewrite import Digests
 
 MANIFEST_NAME: Final = "loratool.json"
 SCHEMA: Final = 1
+MAX_PREVIOUS_BYTES: Final = 1 << 26
+"""The largest manifest of a base that a manifest keeps."""
+
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _UNDO: Final = re.compile(r"loratool-undo/[0-9a-f]{12}")
 
@@ -51,7 +57,10 @@ class Manifest:
         tensors: digest of every tensor of the merged model.
         files: digest of every other file, by path relative to the folder.
         undo: folder of the undo file, relative; None where none was written.
-        previous: text of the manifest that the base had, where the base was itself merged.
+        undo_adapters: sha256 of each adapter beside the undo file; empty where they were not recorded.
+        previous: content of the manifest that the base had, where the base was itself merged. It is stored as
+            base64 of Zstandard, because manifests within manifests would double in size with every merge.
+        in_place: whether the base's own files were changed.
     """
 
     base_name: str
@@ -65,7 +74,9 @@ class Manifest:
     tensors: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict)
     undo: str | None = None
-    previous: str | None = None
+    undo_adapters: tuple[str, ...] = ()
+    previous: bytes | None = None
+    in_place: bool = False
 
     def to_json(self) -> str:
         """The text of the manifest file."""
@@ -81,7 +92,9 @@ class Manifest:
             "tensors": dict(self.tensors),
             "files": dict(self.files),
             "undo": self.undo,
-            "previous": self.previous,
+            "undo_adapters": list(self.undo_adapters),
+            "previous": None if self.previous is None else _pack(self.previous),
+            "in_place": self.in_place,
         }
         return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
@@ -119,6 +132,9 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
     base = value["base"]
     if not value["changed"].keys() <= value["tensors"].keys():
         raise ValueError("changed")
+    undo_adapters = tuple(_digest(digest) for digest in value.get("undo_adapters", ()))
+    if undo_adapters and len(undo_adapters) != len(value["adapters"]):
+        raise ValueError("undo_adapters")
     return Manifest(
         base_name=_text(base["name"]),
         base_path=_text(base["path"]),
@@ -131,7 +147,9 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         tensors={_text(name): _digest(digest) for name, digest in value["tensors"].items()},
         files={_text(name): _digest(digest) for name, digest in value["files"].items()},
         undo=None if value["undo"] is None else _matching(_UNDO, value["undo"]),
-        previous=None if value["previous"] is None else _text(value["previous"]),
+        undo_adapters=undo_adapters,
+        previous=None if value["previous"] is None else _unpack(_text(value["previous"])),
+        in_place=_truth(value.get("in_place", False)),
     )
 
 
@@ -145,6 +163,26 @@ def _adapter(entry: Mapping[str, Any]) -> MergedAdapter:
         alpha=float(entry["alpha"]),
         file=_text(entry["file"]),
     )
+
+
+def _pack(content: bytes) -> str:
+    return base64.b64encode(zstandard.ZstdCompressor().compress(content)).decode()
+
+
+def _unpack(text: str) -> bytes:
+    packed = base64.b64decode(text, validate=True)
+    try:
+        if zstandard.get_frame_parameters(packed).content_size > MAX_PREVIOUS_BYTES:
+            raise ValueError("too large")
+        return zstandard.ZstdDecompressor().decompress(packed, allow_extra_data=False)
+    except zstandard.ZstdError:
+        raise ValueError("previous") from None
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(value)
+    return value
 
 
 def _text(value: object) -> str:

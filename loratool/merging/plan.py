@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Final
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
@@ -16,6 +16,8 @@ from loratool.formats.names import SUFFIX, Landing, land
 from loratool.merging.ties import refuse_tied
 from loratool.updates import Update
 from loratool.weights import StoredWeight, stored_weight
+
+OTHER_WEIGHTS: Final = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 EMBEDDING_LEAVES: Final = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
 """Last components of modules that are embeddings, whose tensors are matrices but no linear layers."""
@@ -112,22 +114,35 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint) -> MergePl
         for name, updates in sorted(arriving.items(), key=lambda item: _natural(item[0]))
     )
     refuse_tied([target.name for target in targets], base)
-    notes = [note for weighted in adapters for note in weighted.adapter.notes]
+    notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
         notes += _landing_notes(weighted.adapter, landing, base.tensors)
     return MergePlan(base, tuple(adapters), targets, tuple(notes))
 
 
+def _other_weights(base: Checkpoint) -> list[str]:
+    """A note on weight files in the base's folder that are not its model's: they come along as they are."""
+    others = [
+        str(name) for name in base.other_files() if name.suffix in OTHER_WEIGHTS and UNDO_FOLDER not in name.parts
+    ]
+    if not others:
+        return []
+    return [
+        f"the base also holds {quoted(others[0])}{' and more weights' if others[1:] else ''}: copied without the adapter"
+    ]
+
+
 def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
     if not adapters:
         raise LoratoolError("there is nothing to merge; name at least one adapter")
-    seen: set[str] = set()
+    seen: set[tuple[str, tuple[float, ...]]] = set()
     for weighted in adapters:
-        if weighted.adapter.sha256 in seen:
+        scalings = tuple(update.scaling for update in weighted.adapter.updates.values())
+        if (weighted.adapter.sha256, scalings) in seen:
             raise LoratoolError(
                 f"{quoted(weighted.adapter.name)} is given twice; give it once, with the sum of the weights"
             )
-        seen.add(weighted.adapter.sha256)
+        seen.add((weighted.adapter.sha256, scalings))
 
 
 def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[WeightedAdapter],
@@ -145,7 +160,7 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             f"{quoted(updates[0].module)} of {quoted(source.name)} lands on the embedding {quoted(name)}; "
             "LoRA on embeddings is not supported yet"
         )
-    transposed = _is_transposed(name, updates[0], source, evidence, base.tensors)
+    transposed = _is_transposed(weight, updates[0], source, evidence, base.tensors)
     fitting = weight.shape[::-1] if transposed else weight.shape
     for planned in updates:
         if planned.update.shape != fitting:
@@ -156,15 +171,15 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
     return Target(weight, updates, transposed)
 
 
-def _is_transposed(name: str, planned: PlannedUpdate, adapter: Adapter, evidence: Mapping[str, bool],
+def _is_transposed(weight: StoredWeight, planned: PlannedUpdate, adapter: Adapter, evidence: Mapping[str, bool],
                    tensors: Mapping[str, TensorInfo]) -> bool:  # fmt: skip
-    """Whether `name` is stored as (in_features, out_features), as GPT-2's Conv1D stores it.
+    """Whether `weight` is stored as (in_features, out_features), as GPT-2's Conv1D stores it.
 
     A Conv1D always has a bias, with as many numbers as the matrix has outputs; a matrix without one is never
     transposed, and one that is not square is told by its bias. A square one is stored as its neighbours in the same
     layer are, then as the other matrices of the model; where nothing tells, the adapter's fan_in_fan_out does.
     """
-    shape = tensors[name].shape
+    name, shape = weight.name, weight.shape
     bias = tensors.get(name.removesuffix(SUFFIX) + ".bias")
     if bias is None:
         return False

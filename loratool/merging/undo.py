@@ -21,7 +21,6 @@ from loratool.checkpoint.header import TensorInfo, header_bytes, read_header
 from loratool.errors import CheckpointError, OutputError, RestoreError, quoted
 from loratool.merging.plan import Target
 
-UNDO_FOLDER: Final = "loratool-undo"
 UNDO_NAME: Final = "undo.st"
 FORMAT: Final = {"format": "loratool-undo-1"}
 _FRAME: Final = struct.Struct("<III")

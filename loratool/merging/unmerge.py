@@ -13,7 +13,7 @@ from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.checkpoint.replica import replica
 from loratool.checkpoint.staging import staged_folder
-from loratool.errors import LoratoolError, RestoreError, VerificationError, quoted
+from loratool.errors import AdapterError, CheckpointError, LoratoolError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
 from loratool.merging.apply import reserve
@@ -58,7 +58,8 @@ def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto"
     """The way back through the undo file, with nothing but the merged model's own folder.
 
     Raises:
-        RestoreError: the manifest names no undo file, or it is missing, damaged or another merge's.
+        RestoreError: the manifest names no undo file, or it or an adapter beside it is missing, damaged or another
+            merge's. The way's own changes raise it as well, where that shows only when the numbers are read.
     """
     if manifest.undo is None:
         raise RestoreError(f"{quoted(merged.path)} was merged without --undo")
@@ -70,8 +71,18 @@ def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto"
         targets = _targets_of(adapters, merged, manifest)
     except LoratoolError as error:
         raise RestoreError(f"the adapters beside the undo file cannot be used: {error}") from None
+    for index, (adapter, recorded) in enumerate(zip(adapters, manifest.undo_adapters, strict=False)):
+        if adapter.sha256 != recorded:
+            raise RestoreError(f"{quoted(folder / adapter_file(index))} is not as the merge wrote it: it is damaged")
     undo = UndoFile(folder / UNDO_NAME, targets)
-    return Restoration("undo", targets, lambda target: ExactUnmerge(target, choose_device(device), undo.frames(target)))
+
+    def change(target: Target) -> Change:
+        try:
+            return ExactUnmerge(target, choose_device(device), undo.frames(target))
+        except (AdapterError, CheckpointError) as error:
+            raise RestoreError(f"an adapter beside the undo file is damaged: {error}") from None
+
+    return Restoration("undo", targets, change)
 
 
 def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) -> Restoration:
@@ -152,7 +163,7 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
             )
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
-            (stage / MANIFEST_NAME).write_text(manifest.previous)
+            (stage / MANIFEST_NAME).write_bytes(manifest.previous)
     return UnmergeReport(way.method, inexact, _changed_files(merged, manifest))
 
 
@@ -169,7 +180,7 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
         digests = rewrite(way.targets, way.change, places, workers=cpu_workers(), progress=progress)
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
-            (journal.new / MANIFEST_NAME).write_text(manifest.previous)
+            (journal.new / MANIFEST_NAME).write_bytes(manifest.previous)
         journal.commit(remove=_own_files(merged, manifest))
     return UnmergeReport(way.method, inexact, _changed_files(merged, manifest))
 
@@ -203,7 +214,9 @@ def _own_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
     if manifest.undo is None:
         return (MANIFEST_NAME,)
     parent = merged.folder / Path(manifest.undo).parent
-    alone = [entry.name for entry in parent.iterdir()] == [Path(manifest.undo).name]
+    if not parent.is_dir():
+        return (MANIFEST_NAME,)
+    alone = {entry.name for entry in parent.iterdir()} <= {Path(manifest.undo).name}
     return (MANIFEST_NAME, parent.name if alone else manifest.undo)
 
 

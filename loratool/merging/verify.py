@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
-from loratool.checkpoint.model import Checkpoint, has_file
-from loratool.errors import VerificationError, quoted
+from loratool.checkpoint.model import PICKLE_SUFFIXES, Checkpoint, has_file
+from loratool.errors import LoratoolError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.merging.arithmetic import Merge, choose_device
-from loratool.merging.manifest import Manifest
+from loratool.merging.manifest import MANIFEST_NAME, Manifest
 from loratool.merging.plan import WeightedAdapter, plan_merge
 from loratool.merging.rewrite import Progress, rewrite
+from loratool.merging.undo import UNDO_FOLDER
 from loratool.merging.unmerge import Restoration, check_restored
 from loratool.merging.workers import cpu_workers
+
+LOADED_SUFFIXES: Final = PICKLE_SUFFIXES | {".py", ".safetensors", ".gguf"}
+"""Of files that a program which loads the model may run, or take for its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +33,10 @@ class Verification:
     notes: tuple[str, ...]
 
 
-def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = lambda count: None) -> int:
-    """Compare every tensor and every other file with its recorded digest; returns how many files there are.
+def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = lambda count: None) -> tuple[int, tuple[str, ...]]:  # fmt: skip
+    """Compare every tensor and every other file with its recorded digest.
+
+    Returns how many files were compared, and a note on each that was added since and that no program would load.
 
     Raises:
         VerificationError: names the first tensor, or else the first file, that differs, is missing or is extra.
@@ -46,7 +54,7 @@ def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = 
         if ".." in Path(name).parts or Path(name).is_absolute() or not has_file(file):
             raise VerificationError(f"the file {quoted(name)} is missing from {quoted(merged.path)}")
         _compare(name, file_digest(file), recorded, merged.path)
-    return len(manifest.files)
+    return len(manifest.files), _extra_files(merged, manifest)
 
 
 def replay(

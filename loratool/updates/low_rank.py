@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 
 if TYPE_CHECKING:
     import torch
+
+
+LARGEST_SCALING: Final = 3.4028234e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +45,16 @@ class LowRank:
         """Read A and B as fp32.
 
         Raises:
-            AdapterError: a factor has a number that is NaN or infinite.
+            AdapterError: a factor has a number that is NaN or infinite, or its scaling is beyond fp32.
         """
+        scaling = self.scaling * weight
+        if abs(scaling) > LARGEST_SCALING:
+            raise AdapterError(
+                f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {scaling:g}, which no fp32 number "
+                "is; mend its alpha or its weight"
+            )
         a, b = read_factor(self.a).to(device), read_factor(self.b).to(device)
-        return LoadedLowRank(a, b, self.scaling * weight, transposed)
+        return LoadedLowRank(a, b, scaling, transposed)
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,13 @@ class LoadedLowRank:
         if block.is_cuda:
             left, right = self._factors(rows)
             block.addmm_(left, right, alpha=self.scaling)
+            return
+        self._product(rows, scratch)
+        if self.scaling >= 1 and math.frexp(self.scaling)[0] == 0.5:
+            # Times 1, 2, 4, ... is exact, so a fused multiply and add has the bits of the two: one pass less.
+            block.add_(scratch, alpha=self.scaling)
         else:
-            block.add_(self._delta(rows, scratch))
+            block.add_(scratch.mul_(self.scaling))
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Subtract the update, the same bits on every machine, whatever its BLAS and the cut into blocks."""
@@ -75,15 +90,14 @@ class LoadedLowRank:
             return self.a[:, rows.start : rows.stop].T, self.b.T
         return self.b[rows.start : rows.stop], self.a
 
-    def _delta(self, rows: range, scratch: torch.Tensor) -> torch.Tensor:
+    def _product(self, rows: range, out: torch.Tensor) -> None:
         import torch
 
         if self.transposed:
             # PEFT transposes the product; a BLAS may sum A^T B^T in another order.
-            scratch.copy_((self.b @ self.a[:, rows.start : rows.stop]).T)
+            out.copy_((self.b @ self.a[:, rows.start : rows.stop]).T)
         else:
-            torch.mm(self.b[rows.start : rows.stop], self.a, out=scratch)
-        return scratch.mul_(self.scaling)
+            torch.mm(self.b[rows.start : rows.stop], self.a, out=out)
 
     @cached_property
     def _fixed(self) -> FixedPointProduct:
@@ -102,19 +116,20 @@ class FixedPointProduct:
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
         self.bits = (52 - max(left.shape[1] - 1, 1).bit_length()) // 2
-        self._left, self._right = self._rounded(left.double(), 1), self._rounded(right.double(), 0)
+        self._left, self._right = left, self._rounded(right, 0)
+
+    def product(self, rows: range) -> torch.Tensor:
+        """The `rows` of the product, fp64, (rows, columns)."""
+        return self._rounded(self._left[rows.start : rows.stop], 1) @ self._right
 
     def _rounded(self, factor: torch.Tensor, dim: int) -> torch.Tensor:
+        """`factor`, fp64, in whole steps of its largest number along `dim`."""
         import torch
 
         exponent = torch.frexp(factor.abs().amax(dim, keepdim=True)).exponent.long() - self.bits
         # 2**exponent by its bits (IEEE 754 binary64): an exp2 need not be exact on every machine.
         step = ((exponent + 1023) << 52).view(torch.float64)
-        return (factor / step).round_().mul_(step)
-
-    def product(self, rows: range) -> torch.Tensor:
-        """The `rows` of the product, fp64, (rows, columns)."""
-        return self._left[rows.start : rows.stop] @ self._right
+        return factor.double().div_(step).round_().mul_(step)
 
 
 def read_factor(info: TensorInfo) -> torch.Tensor:

@@ -38,6 +38,10 @@ class StoredWeight(Protocol):
         """Bytes of one stored element: 1, 2 or 4."""
 
     @property
+    def limit(self) -> float:
+        """The least magnitude that the stored type rounds to infinity."""
+
+    @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Every tensor of the checkpoint that the matrix takes."""
 

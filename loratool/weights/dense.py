@@ -21,6 +21,12 @@ EXPONENTS: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
 """How many bits are below the exponent of each dtype, and its mask (IEEE 754; bfloat16 is the upper half of fp32)."""
 
 
+LIMITS: Final[Mapping[str, float]] = MappingProxyType(
+    {"F32": float("inf"), "F16": 65520.0, "BF16": (2.0 - 2.0**-8) * 2.0**127}
+)
+"""The least magnitude that rounds to infinity: half a step above the largest number of the dtype."""
+
+
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
     """A matrix of shape (rows, columns) whose elements are the bytes of `tensor`."""
@@ -43,6 +49,10 @@ class DenseWeight:
     @property
     def element_bytes(self) -> int:
         return DTYPE_BITS[self.tensor.dtype] // 8
+
+    @property
+    def limit(self) -> float:
+        return LIMITS[self.tensor.dtype]
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
