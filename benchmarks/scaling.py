@@ -22,7 +22,7 @@ LORATOOL = [sys.executable, "-m", "loratool"]
 
 def main() -> None:
     os.environ["LORATOOL_HOME"] = tempfile.mkdtemp(dir=DATA)
-    sizes, times, peaks = [], {"cp": [], "loratool": []}, []
+    sizes, times, peaks = [], {"cp": [], "cp, sync": [], "loratool": []}, []
     for layers in (LAYERS, LARGE):
         base, adapter, out = llama(layers), lora("all", layers), DATA / "out"
         name = f"llama-{layers}"
@@ -30,7 +30,11 @@ def main() -> None:
         clear = partial(shutil.rmtree, out, True)
         merge = [*LORATOOL, "merge", str(adapter), "--into", name, "--out", str(out)]
         runs = in_turn(
-            {"cp": (clear, partial(run, ["cp", "-r", str(base), str(out)])), "loratool": (clear, partial(run, merge))},
+            {
+                "cp": (clear, partial(run, ["cp", "-r", str(base), str(out)])),
+                "cp, sync": (clear, partial(run, ["sh", "-c", f"cp -r {base} {out} && sync -f {out}"])),
+                "loratool": (clear, partial(run, merge)),
+            },
             ROUNDS,
         )
         clear()
@@ -39,16 +43,17 @@ def main() -> None:
         for who, measured in runs.items():
             times[who].append(wall(measured))
     further = sizes[1] - sizes[0]
-    cp, ours = ((times[who][1] - times[who][0]) / further for who in ("cp", "loratool"))
+    cp, durable, ours = ((times[who][1] - times[who][0]) / further for who in ("cp", "cp, sync", "loratool"))
     rows = [
-        [f"{size:.1f} GB", f"{times['cp'][i]:.2f} s", f"{times['loratool'][i]:.2f} s", f"{peaks[i]:.0f} MiB"]
+        [f"{size:.1f} GB", *(f"{times[who][i]:.2f} s" for who in ("cp", "cp, sync", "loratool")), f"{peaks[i]:.0f} MiB"]
         for i, size in enumerate(sizes)
     ]
-    body = table(["model", "cp -r", "loratool merge", "peak memory"], rows) + "\n\n"
+    body = table(["model", "cp -r", "cp -r, made durable", "loratool merge", "peak memory"], rows) + "\n\n"
     body += table(
         ["figure", "measured", "target", ""],
         [
             ["each further GB, cp", f"{cp:.2f} s", "", ""],
+            ["each further GB, cp made durable", f"{durable:.2f} s", "", ""],
             [
                 "each further GB, loratool",
                 f"{ours:.2f} s = {ours / cp:.2f} x cp",

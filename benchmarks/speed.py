@@ -49,6 +49,10 @@ def main() -> None:
     contestants: dict[str, Contestant] = {
         "import torch": (nothing, partial(run, [sys.executable, "-c", "import torch"])),
         "cp -r": (partial(clear, "cp"), partial(run, ["cp", "-r", str(base), str(out["cp"])])),
+        "cp -r, sync": (
+            partial(clear, "cp"),
+            partial(run, ["sh", "-c", f"cp -r {base} {out['cp']} && sync -f {out['cp']}"]),
+        ),
         "loratool": (partial(clear, "loratool"), partial(run, merge)),
         "loratool in place": (copy_for_in_place, partial(run, in_place)),
     }
@@ -64,6 +68,14 @@ def main() -> None:
     rows = [
         ["import torch", f"{import_torch:.2f} s", spread(runs["import torch"]), "", "", ""],
         ["cp -r of the base", f"{cp:.2f} s", spread(runs["cp -r"]), "", "", ""],
+        [
+            "cp -r of the base, made durable",
+            f"{wall(runs['cp -r, sync']):.2f} s",
+            spread(runs["cp -r, sync"]),
+            "",
+            "",
+            "",
+        ],
         [
             "loratool merge, all linear layers",
             f"{ours:.2f} s",

@@ -431,6 +431,26 @@ def test_a_reader_that_goes_away_is_no_error(home_of_its_own: Path) -> None:
     child.stderr.close()
 
 
+@pytest.mark.parametrize("words", ["list --json", "list", "--help", "--version", "show adapter-0000"])
+def test_a_standard_output_that_takes_nothing_is_named_in_the_error(words: str, home_of_its_own: Path) -> None:
+    catalogue_of(home_of_its_own, 200)
+    for redirection, said in ((">/dev/full", "No space left on device"), (">&-", "standard output is closed")):
+        command = f"{shlex.quote(sys.executable)} -m loratool {words} {redirection}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=REPOSITORY)
+        assert done.returncode == 1, done.stderr
+        assert re.fullmatch(r"Error: [^\n]*standard output[^\n]*\n", done.stderr), done.stderr
+        assert said in done.stderr
+
+
+@pytest.mark.parametrize("words", [["list", "--json"], ["merge", "ADAPTER", "--into", "BASE", "--out", "OUT"]], ids=str)
+def test_a_closed_standard_error_is_no_error(words: list[str], base: Path, adapter: Path, tmp_path: Path) -> None:
+    known = {"ADAPTER": str(adapter), "BASE": str(base), "OUT": str(tmp_path / "out")}
+    command = shlex.join([sys.executable, "-m", "loratool", *(known.get(word, word) for word in words)])
+    done = subprocess.run(["sh", "-c", f"{command} 2>&-"], capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0
+    assert done.stdout
+
+
 # JSON
 
 SUMMARY = {
@@ -674,11 +694,26 @@ def test_a_file_whose_name_holds_an_equals_sign_is_no_weight(
     assert planned["adapters"][0]["weight"] == -0.25
 
 
+def test_a_weight_on_a_name_too_long_for_a_file_is_no_part_of_the_name(run: Run, base: Path) -> None:
+    without = run("merge", "a" * 300, "--into", base)
+    assert (without.status, without.out) == (1, "")
+    assert run("merge", "a" * 300 + "=0.5", "--into", base) == without
+
+
 def test_notes_go_to_stderr(run: Run, base: Path, adapter: Path) -> None:
     done = run("merge", adapter, "--into", base, "--dry-run")
     assert done.err.startswith("note: ")
     assert "fingerprint" in done.err
     assert "note:" not in done.out
+
+
+def test_an_alpha_for_a_catalogued_adapter_is_refused(catalogued: Run, tmp_path: Path) -> None:
+    for name in ("pirate", "pirate@1"):
+        for words in (["merge", name, "--into", "llama"], ["export", name]):
+            done = catalogued(*words, "--alpha", "4", "--out", tmp_path / "out")
+            assert (done.status, done.out) == (1, "")
+            assert f"'{name}' says its own alpha; leave --alpha out" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 # Hostile names

@@ -21,6 +21,7 @@ from tiny_adapters import copy_with, save_plain_adapter, save_single_file
 from tiny_models import Layout, as_torch, digest, save_plain_model, stored_tensors
 
 import loratool
+from loratool.checkpoint import journal
 from loratool.errors import LoratoolError, NotFoundError, OutputError, RestoreError, VerificationError
 from loratool.merging import arithmetic
 from loratool.merging.residual import MOST_DOUBT, add_residual, residual
@@ -144,9 +145,14 @@ def test_a_merge_in_place_comes_out_in_place_and_leaves_nothing(
 
 def test_a_merge_in_place_and_one_to_a_new_folder_give_the_same_files(work: Callable[..., Work]) -> None:
     case = work(layout="sharded")
-    out = digest(case.merge(undo=True))
-    in_place = digest(case.merge(in_place=True))
+    merged = case.merge(undo=True)
+    case.merge(in_place=True)
+    out, in_place = (json.loads((folder / "loratool.json").read_text()) for folder in (merged, case.base))
+    assert (out.pop("in_place"), in_place.pop("in_place")) == (False, True)
     assert out == in_place
+    for folder in (merged, case.base):
+        (folder / "loratool.json").unlink()
+    assert digest(merged) == digest(case.base)
 
 
 def test_equal_merges_give_equal_files(work: Callable[..., Work]) -> None:
@@ -214,6 +220,35 @@ def test_a_merge_into_a_merged_model_comes_out_to_that_model(
     assert digest(loratool.unmerge(restored, out=case.folder / "base again").out) == case.before
 
 
+def test_ten_merges_on_one_another_keep_manifests_that_grow_linearly_and_all_come_out(
+    work: Callable[..., Work], tiny_adapters: TinyAdapters
+) -> None:
+    case = work("llama", "bf16", target_modules=["q_proj"])
+    other = tiny_adapters.folder("llama", seed=2, target_modules=["v_proj"])
+    levels, sizes = [case.before], []
+    for adapter in [case.adapter, other] * 5:
+        loratool.merge([adapter], into=case.base, in_place=True)
+        levels.append(digest(case.base))
+        sizes.append((case.base / "loratool.json").stat().st_size)
+    assert sizes[9] < 10 * sizes[0]
+    assert sizes[9] - sizes[8] < 2 * (sizes[2] - sizes[1])
+    for level in reversed(levels[:-1]):
+        assert loratool.unmerge(case.base, in_place=True).method == "undo"
+        assert digest(case.base) == level
+    assert entries(case.base) == sorted(case.before)
+
+
+def test_a_manifest_of_the_base_that_is_too_large_to_keep_stops_the_merge(work: Callable[..., Work]) -> None:
+    case = work()
+    with open(case.base / "loratool.json", "wb") as file:
+        file.truncate((64 << 20) + 1)
+    before = digest(case.folder)
+    for options in ({"out": case.out}, {"in_place": True}):
+        with pytest.raises(LoratoolError, match=r"loratool\.json"):
+            loratool.merge([case.adapter], into=case.base, **options)
+        assert digest(case.folder) == before
+
+
 def test_an_in_place_merge_into_a_merged_copy_comes_out(work: Callable[..., Work], tiny_adapters: TinyAdapters) -> None:
     case = work()
     first = case.merge()
@@ -233,6 +268,43 @@ def test_the_base_is_found_by_its_fingerprint_under_another_name(work: Callable[
     expect_refusal(merged, named="not at hand")
     loratool.base_add("moved", moved)
     assert digest(loratool.unmerge(merged).out) == case.before
+
+
+def test_the_merged_model_is_never_taken_for_its_own_base(work: Callable[..., Work]) -> None:
+    """Not even where the merge changed no bit of it."""
+    case = work()
+    loratool.merge([(case.adapter, 0.0)], into=case.base, in_place=True)
+    shutil.rmtree(case.base / "loratool-undo")
+    loratool.base_add("itself", case.base)
+    expect_refusal(case.base, named="not at hand")
+
+
+def test_an_interrupted_change_of_the_base_is_finished_before_it_is_looked_at(
+    work: Callable[..., Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = work(layout="sharded")
+    merged = case.merge()
+    case.merge(in_place=True)
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal, "recover", killed)
+        loratool.unmerge(case.base, in_place=True)
+    assert (case.base / ".loratool-journal" / "commit.json").exists()
+    result = loratool.unmerge(merged)
+    assert result.method == "base"
+    assert digest(result.out) == case.before
+    assert entries(case.base) == sorted(case.before)
+
+
+def test_a_base_that_another_run_is_changing_is_not_at_hand(work: Callable[..., Work]) -> None:
+    case = work()
+    merged = case.merge()
+    with journal.locked(case.base, exclusive=True):
+        expect_refusal(merged, named="not at hand")
+    assert loratool.unmerge(merged).method == "base"
 
 
 def test_a_base_of_another_sharding_restores_the_tensors(work: Callable[..., Work], tiny_models: TinyModels) -> None:
@@ -519,6 +591,69 @@ def test_without_a_regular_undo_file_it_is_refused_or_taken_from_the_base(
     result = loratool.unmerge(merged, in_place=True)
     assert result.method == "base"
     assert digest(merged) == case.before
+
+
+@pytest.mark.parametrize("lost", ["", "*", "*/*"], ids=["folder", "merge's folder", "files"])
+def test_in_place_a_lost_undo_folder_leaves_the_base(lost: str, work: Callable[..., Work]) -> None:
+    case = work()
+    merged = case.merge(undo=True)
+    for path in list((merged / "loratool-undo").glob(lost)) if lost else [merged / "loratool-undo"]:
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    result = loratool.unmerge(merged, in_place=True)
+    assert result.method == "base"
+    assert digest(merged) == case.before
+    assert entries(merged) == entries(case.base)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_kept_adapter_with_a_number_that_is_none_leaves_the_base(
+    in_place: bool, recorded: bool, work: Callable[..., Work]
+) -> None:
+    case = work("llama", "bf16", "sharded")
+    merged = case.merge(undo=True)
+    kept = undo_file(merged).with_name("adapter-0.st")
+    content = kept.read_bytes()
+    kept.write_bytes(content[:-4] + b"\xff\xff\xff\x7f")
+    if not recorded:
+        forget_kept_adapters(merged)
+    hidden = case.base.rename(case.folder / "hidden")
+    with pytest.raises(RestoreError, match="damaged"):
+        loratool.unmerge(merged, in_place=in_place)
+    hidden.rename(case.base)
+    result = loratool.unmerge(merged, in_place=in_place)
+    assert result.method == "base"
+    assert "adapter" in result.notes[0]
+    assert digest(result.out) == case.before
+
+
+def forget_kept_adapters(merged: Path) -> None:
+    file = merged / "loratool.json"
+    manifest = json.loads(file.read_text())
+    assert len(manifest.pop("undo_adapters")) == 1
+    file.write_text(json.dumps(manifest))
+
+
+def test_a_kept_adapter_with_another_number_is_named(work: Callable[..., Work]) -> None:
+    case = work()
+    merged = case.merge(undo=True)
+    kept = undo_file(merged).with_name("adapter-0.st")
+    flip(kept, kept.stat().st_size - 4)
+    hidden = case.base.rename(case.folder / "hidden")
+    expect_refusal(merged, named=r"adapter-0\.st' is not as the merge wrote it")
+    with pytest.raises(RestoreError, match=r"adapter-0\.st"):
+        loratool.verify(merged)
+    hidden.rename(case.base)
+    assert loratool.verify(merged).replayed == "base"
+    assert digest(loratool.unmerge(merged).out) == case.before
+
+
+def test_an_undo_whose_adapters_were_not_recorded_restores(work: Callable[..., Work]) -> None:
+    case = work()
+    merged = case.merge(undo=True)
+    case.lose_base()
+    forget_kept_adapters(merged)
+    assert digest(loratool.unmerge(merged).out) == case.before
 
 
 def test_an_undo_folder_that_is_a_link_is_never_removed_through(work: Callable[..., Work]) -> None:

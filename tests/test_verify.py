@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -10,11 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 from tiny_models import Layout, digest, stored_in_file, stored_tensors
 
 import loratool
 from loratool.errors import CheckpointError, LoratoolError, NotFoundError, RestoreError, VerificationError
+from loratool.merging import verify
+from loratool.merging.arithmetic import Merge
+from loratool.merging.manifest import read_manifest
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
@@ -177,6 +183,39 @@ def test_a_file_that_is_missing_is_named(merged: Callable[..., Path]) -> None:
     assert "missing" in expect_verification_error(folder, "'tokenizer.json'")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "modeling_tiny.py",
+        "model-00009-of-00009.safetensors",
+        "pytorch_model.bin",
+        "inside/weights.PT",
+        "x.pth",
+        "x.gguf",
+    ],
+)
+def test_an_extra_file_that_would_be_loaded_is_named(name: str, merged: Callable[..., Path]) -> None:
+    folder = merged()
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"x")
+    assert "in no record" in expect_verification_error(folder, f"'{name}'")
+
+
+def test_code_that_came_with_the_base_is_not_extra(merged: Callable[..., Path], tiny_adapters: TinyAdapters) -> None:
+    folder = merged()
+    (folder / "modeling_tiny.py").write_text("x = 1")
+    second = loratool.merge([tiny_adapters.folder("llama", seed=2)], into=folder, out=folder.parent / "second").out
+    assert loratool.verify(second).notes == ()
+
+
+def test_another_extra_file_is_noted(merged: Callable[..., Path]) -> None:
+    folder = merged(undo=True)
+    (folder / "notes.md").write_text("mine")
+    result = loratool.verify(folder)
+    assert result.replayed == "base"
+    assert [("'notes.md'" in note, "added" in note) for note in result.notes] == [(True, True)]
+
+
 def test_a_tensor_that_is_missing_or_extra_is_named(merged: Callable[..., Path]) -> None:
     folder = merged(layout="single")
     file = folder / "model.safetensors"
@@ -242,6 +281,51 @@ def test_another_weight_in_the_manifest_is_found_out_by_the_replay(merged: Calla
     expect_verification_error(folder, "'model.layers.0.mlp.down_proj.weight'")
 
 
+class RoundsOtherwise(Merge):
+    """Stands for the arithmetic of another torch."""
+
+    def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        super().change(rows, parts)
+        parts[0][0] ^= 1
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_a_replay_that_differs_is_an_error_only_under_the_torch_that_merged(
+    undo: bool, merged: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = merged(undo=undo)
+    monkeypatch.setattr(verify, "Merge", RoundsOtherwise)
+    assert "replayed" in expect_verification_error(folder, "'model.layers.0.mlp.down_proj.weight'")
+    edit_manifest(folder, lambda manifest: manifest["versions"].update(torch="2.0.0"))
+    result = loratool.verify(folder)
+    assert result.replayed == ("undo" if undo else "")
+    (note,) = result.notes
+    assert "another torch" in note
+    assert "'model.layers.0.mlp.down_proj.weight'" in note
+    assert "every byte is what the merge wrote" in note
+
+
+@pytest.mark.parametrize("undo", [True, False])
+def test_without_the_device_that_merged_it_is_not_replayed_from_the_base(
+    undo: bool, merged: Callable[..., Path]
+) -> None:
+    folder = merged(undo=undo)
+    edit_manifest(folder, lambda manifest: manifest["options"].update(device="cuda:99"))
+    result = loratool.verify(folder)
+    assert result.replayed == ("undo" if undo else "")
+    assert "'cuda:99'" in result.notes[0]
+    flip_in(folder, NORM)
+    expect_verification_error(folder, f"'{NORM}'")
+
+
+def test_the_manifest_says_whether_the_merge_was_in_place(merged: Callable[..., Path]) -> None:
+    folder = merged(in_place=True, out=None)
+    assert read_manifest(folder).in_place
+    edit_manifest(folder, lambda manifest: manifest.pop("in_place"))
+    assert not read_manifest(folder).in_place
+    assert loratool.verify(folder).replayed == "undo"
+
+
 def test_a_changed_base_is_not_taken_to_replay_from(merged: Callable[..., Path]) -> None:
     folder = merged()
     flip_in(folder.parent / "base", Q_PROJ)
@@ -268,6 +352,10 @@ def test_what_was_not_merged_cannot_be_verified(tiny_models: TinyModels, tmp_pat
         loratool.verify(tiny_models.folder("llama") / "model.safetensors")
 
 
+def packed(content: bytes, behind: bytes = b"") -> str:
+    return base64.b64encode(zstandard.compress(content) + behind).decode()
+
+
 HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no base": lambda m: m.pop("base"),
     "a base of text": lambda m: m.update(base="x"),
@@ -289,6 +377,15 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "the model itself as undo folder": lambda m: m.update(undo="."),
     "a previous manifest of numbers": lambda m: m.update(previous=[1]),
     "files as a list": lambda m: m.update(files=["x"]),
+    "a previous manifest as text": lambda m: m.update(previous="{}"),
+    "a previous manifest not compressed": lambda m: m.update(previous=base64.b64encode(b"{}").decode()),
+    "a previous manifest cut short": lambda m: m.update(previous=packed(b"{}" * 99)[:-8]),
+    "a previous manifest with more behind": lambda m: m.update(previous=packed(b"{}", b"more")),
+    "a previous manifest that swells": lambda m: m.update(previous=packed(bytes((64 << 20) + 1))),
+    "sha256 of too many kept adapters": lambda m: m.update(undo_adapters=["0" * 64] * 2),
+    "sha256 of kept adapters as a number": lambda m: m.update(undo_adapters=5),
+    "a short sha256 of a kept adapter": lambda m: m.update(undo_adapters=["0"]),
+    "in place as a number": lambda m: m.update(in_place=1),
     "another schema": lambda m: m.update(schema=99),
     "a schema of text": lambda m: m.update(schema="1"),
 }

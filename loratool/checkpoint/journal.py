@@ -22,7 +22,7 @@ from typing import Any, Final, Self
 
 from loratool.checkpoint.copying import copy_range, sync_folder
 from loratool.checkpoint.header import parse_json_object
-from loratool.checkpoint.staging import sync_tree
+from loratool.checkpoint.staging import foreign_file, sync_tree, unreadable
 from loratool.errors import CheckpointError, OutputError, quoted
 
 JOURNAL: Final = ".loratool-journal"
@@ -80,6 +80,14 @@ def refuse_links(folder: Path, files: list[Path]) -> None:
             )
 
 
+class _ObstacleError(ValueError):
+    """Something about the folder that a prepared change meets, and what the user can do about it."""
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(what)
+        self.advice = advice
+
+
 class Journal:
     """A change of the files in `folder` that is being prepared; the folder must be `locked` exclusively.
 
@@ -112,7 +120,8 @@ class Journal:
         if not (self.path / COMMIT).exists():
             shutil.rmtree(self.path, ignore_errors=True)
         if isinstance(error, OSError):
-            raise _unwritable(self.folder, error) from None
+            source = foreign_file(error, (Path(os.path.abspath(self.path)),))
+            raise (unreadable(source, error) if source else _unwritable(self.folder, error)) from None
 
     def reserve(self, file: Path, start: int, stop: int) -> int:
         """Room in the redo log for bytes ``start:stop`` of `file`; returns the offset in `fd` to write them at."""
@@ -152,7 +161,7 @@ class Journal:
             sync_folder(self.folder)
         except ValueError as error:
             raise OutputError(
-                f"{quoted(self.folder)} cannot be changed in place: {error} is in the way; write to --out instead"
+                f"{quoted(self.folder)} cannot be changed in place: {error}; write to --out instead"
             ) from None
         except OSError as error:
             raise _unwritable(self.folder, error) from None
@@ -163,7 +172,9 @@ def recover(folder: Path) -> None:
     """Finish a committed change of `folder`, or discard one that was not; the folder must be `locked` exclusively.
 
     Raises:
-        CheckpointError: the journal is not one that loratool could have written for this folder.
+        CheckpointError: the journal is not one that loratool could have written for this folder, or the folder has
+            become one that the change cannot be finished in.
+        OutputError: the change cannot be written.
     """
     journal = folder / JOURNAL
     if not os.path.lexists(journal):
@@ -171,13 +182,7 @@ def recover(folder: Path) -> None:
     if journal.is_symlink() or not journal.is_dir():
         raise CheckpointError(f"{quoted(journal)} is a link or a file, which loratool never makes; remove it")
     if (journal / COMMIT).is_file():
-        try:
-            record = parse_json_object((journal / COMMIT).read_bytes(), journal / COMMIT)
-            ranges, remove = _checked(folder, record)
-        except (KeyError, TypeError, ValueError, OSError, CheckpointError):
-            raise CheckpointError(
-                f"{quoted(journal)} is not a change that loratool prepared for this folder; remove it and check the model"
-            ) from None
+        ranges, remove = _committed(folder)
         try:
             _redo(folder, ranges, remove)
         except OSError as error:
@@ -190,6 +195,27 @@ def recover(folder: Path) -> None:
     except OSError as error:
         raise OutputError(f"cannot remove {quoted(journal)}: {error.strerror}; remove it yourself") from None
     sync_folder(folder)
+
+
+def _committed(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The committed change of `folder`: its ranges and removals, checked; errors as `recover`."""
+    journal = folder / JOURNAL
+    try:
+        return _checked(folder, parse_json_object((journal / COMMIT).read_bytes(), journal / COMMIT))
+    except _ObstacleError as error:
+        what, advice = str(error), error.advice
+    except OSError as error:
+        named = f"{quoted(error.filename)}: " if error.filename is not None else ""
+        what, advice = f"{named}{error.strerror or error}", "mend that"
+    except (KeyError, TypeError, ValueError, CheckpointError):
+        raise CheckpointError(
+            f"{quoted(journal)} is not a change that loratool prepared for this folder; remove it and check the model"
+        ) from None
+    # The model may be half changed, and only the journal can make it whole.
+    raise CheckpointError(
+        f"the change prepared in {quoted(journal)} cannot be finished: {what}; {advice} and run again; "
+        "keep the journal, since to remove it could leave the model half changed"
+    )
 
 
 def _redo(folder: Path, ranges: list[dict[str, Any]], remove: list[str]) -> None:
@@ -209,13 +235,15 @@ def _redo(folder: Path, ranges: list[dict[str, Any]], remove: list[str]) -> None
         with suppress(FileNotFoundError):
             target = folder / name
             shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
+        if target.parent.is_dir():
+            sync_folder(target.parent)
     for source in sorted((journal / NEW).rglob("*")):
         target = folder / source.relative_to(journal / NEW)
         if source.is_dir():
             target.mkdir(exist_ok=True)
         else:
             os.replace(source, target)
-            sync_folder(target.parent)
+        sync_folder(target.parent)
     sync_folder(folder)
     # From here on a repetition would find nothing to install; the commit goes first, then what it spoke of.
     os.unlink(journal / COMMIT)
@@ -226,37 +254,54 @@ def _checked(folder: Path, record: dict[str, Any]) -> tuple[list[dict[str, Any]]
     """The record's ranges and removals, none of which reaches outside the folder or what loratool owns in it.
 
     Raises:
-        ValueError: names what does.
+        _ObstacleError: the folder is not as it was when the change was prepared.
+        ValueError: says what does, or that the redo log is gone.
+        OSError: the folder cannot be looked at.
     """
     journal = folder / JOURNAL
     for path in journal.rglob("*"):
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise ValueError(quoted(path))
+            raise ValueError(f"{quoted(path)} is in the way")
+    if not (journal / REDO).exists():
+        raise ValueError(f"{quoted(journal / REDO)} is gone")
     redo = (journal / REDO).stat().st_size
     for entry in record["ranges"]:
         file, *numbers = (entry[key] for key in ("file", "start", "stop", "at"))
         if not all(type(number) is int for number in numbers):
-            raise ValueError(quoted(file))
+            raise ValueError(f"{quoted(file)} is in the way")
         start, stop, at = numbers
-        size = (folder / file).lstat().st_size
-        inside = 0 <= start <= stop <= size and 0 <= at <= at + stop - start <= redo
-        if "/" in file or not file.endswith(".safetensors") or not inside or not _is_own_file(folder / file):
-            raise ValueError(quoted(file))
+        inside = 0 <= start <= stop and 0 <= at <= at + stop - start <= redo
+        if "/" in file or not file.endswith(".safetensors") or not inside:
+            raise ValueError(f"{quoted(file)} is in the way")
+        _check_own_file(folder / file, stop)
     for path in (journal / NEW).rglob("*"):
         name = path.relative_to(journal / NEW)
         if not (_OWN.fullmatch(str(name)) or _OWN.fullmatch(str(name.parent))):
-            raise ValueError(quoted(name))
-        if any((folder / part).is_symlink() for part in (name, *name.parents[:-1])):
-            raise ValueError(quoted(name))
+            raise ValueError(f"{quoted(name)} is in the way")
+        for part in (name, *name.parents[:-1]):
+            _refuse_link(folder / part)
     for name in record["remove"]:
-        if not _OWN.fullmatch(name) or (folder / name).parent.is_symlink():
-            raise ValueError(quoted(name))
+        if not _OWN.fullmatch(name):
+            raise ValueError(f"{quoted(name)} is in the way")
+        if "/" in name:
+            _refuse_link((folder / name).parent)
     return record["ranges"], record["remove"]
 
 
-def _is_own_file(file: Path) -> bool:
-    """Whether `file` is a regular file that nothing else leads to or shares."""
-    return stat.S_ISREG(file.lstat().st_mode) and file.lstat().st_nlink == 1
+def _check_own_file(file: Path, stop: int) -> None:
+    """Raise _ObstacleError unless `file` is a regular file of `stop` bytes or more that nothing else leads to or shares."""
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise _ObstacleError(f"{quoted(file)} is a link or no file", "put the file itself in its place")
+    if status.st_nlink > 1:
+        raise _ObstacleError(f"{quoted(file)} has a second name", "remove that")
+    if status.st_size < stop:
+        raise _ObstacleError(f"{quoted(file)} has become shorter", "put the whole file back")
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise _ObstacleError(f"{quoted(path)} is a link", "move that away")
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:

@@ -9,21 +9,27 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NoReturn
 
 from loratool.checkpoint.copying import sync_folder
-from loratool.errors import OutputError, quoted
+from loratool.errors import CheckpointError, OutputError, quoted
 
 RENAME_EXCHANGE: Final = 2
 """renameat2(2): swap two names in one step (Linux)."""
 
+# A merge's manifest and an adapter's facts have this name, too, by constants of rooms that this one does not import.
 OWN_FILE: Final = "loratool.json"
-"""A folder that holds this was written by loratool, and `force` may replace it."""
+"""A folder that holds this was written by loratool, and `force` may replace it if this accounts for all that is in it."""
+
+UNDO_FOLDER: Final = "loratool-undo"
+ADAPTER_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safetensors"})
+WEIGHT_SUFFIXES: Final = (".safetensors", ".safetensors.index.json")
 
 
 @contextmanager
@@ -33,13 +39,14 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: `out` exists (with `force`: and is not one that loratool wrote), another run is writing it, or the
             disk is full or read-only.
+        CheckpointError: a file that the block reads from elsewhere cannot be read.
     """
     out = Path(os.path.abspath(out))
     with _explained(out):
         refuse_existing(out, force=force)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{quoted(out)} is a file and the output is a folder; choose another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(out.parent)
         stage = _beside(out, "partial")
         _put_back_replaced(out)
         with _claimed(stage, out):
@@ -62,7 +69,7 @@ def staged_file(out: Path, *, force: bool = False) -> Iterator[Path]:
     out = Path(os.path.abspath(out))
     with _explained(out):
         refuse_existing(out, force=force)
-        out.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(out.parent)
         stage = _beside(out, "partial")
         with _locked(stage, out, os.O_RDWR | os.O_CREAT):
             try:
@@ -88,11 +95,50 @@ def refuse_existing(out: Path, *, force: bool) -> None:
         raise OutputError(f"{quoted(out)} is a link, which loratool never writes through; choose another --out")
     if Path.cwd().is_relative_to(out):
         raise OutputError(f"{quoted(out)} holds the folder that you work in; choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / OWN_FILE).exists():
+    reason = _why_not_ours(out) if out.is_dir() and any(out.iterdir()) else None
+    if reason is not None:
         raise OutputError(
-            f"{quoted(out)} is a folder that loratool did not write, so --force does not replace it; "
-            "remove it yourself or choose another --out"
+            f"{quoted(out)} {reason}, so --force does not replace it; remove it yourself or choose another --out"
         )
+
+
+def _why_not_ours(folder: Path) -> str | None:
+    """Why `folder` is not one that loratool made, or is more than that; None if losing it loses nothing else."""
+    if not (folder / OWN_FILE).is_file():
+        return "is a folder that loratool did not write"
+    try:
+        record = json.loads((folder / OWN_FILE).read_bytes())
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        return f"has a {OWN_FILE} that loratool did not write"
+    if record.get("in_place"):
+        return "is a model of your own that was changed in place"
+    foreign = next((name for name in _names_in(folder) if not _is_accounted_for(name, record)), None)
+    return None if foreign is None else f"holds {quoted(foreign)}, which loratool did not write"
+
+
+def _names_in(folder: Path) -> Iterator[str]:
+    """The paths below `folder` of everything that is not a folder, in order; OSError where it cannot look."""
+
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=stop):
+        folders.sort()
+        links = [name for name in folders if (Path(root) / name).is_symlink()]
+        for name in sorted([*files, *links]):
+            yield str((Path(root) / name).relative_to(folder))
+
+
+def _is_accounted_for(name: str, record: dict[str, Any]) -> bool:
+    if name == OWN_FILE:
+        return True
+    if "files" not in record:
+        return name in ADAPTER_FILES
+    is_weights = "/" not in name and name.endswith(WEIGHT_SUFFIXES)
+    files = record["files"]
+    return is_weights or name.startswith(f"{UNDO_FOLDER}/") or (isinstance(files, dict) and name in files)
 
 
 def refuse_impossible(out: Path) -> None:
@@ -103,6 +149,20 @@ def refuse_impossible(out: Path) -> None:
         possible = False
     if not possible:
         raise OutputError(f"{quoted(out)} is no name for a file or folder; choose another --out")
+
+
+def foreign_file(error: OSError, own: tuple[Path, ...]) -> str | None:
+    """The file that `error` names, if it has nothing to do with the `own` paths: is none, in none and above none."""
+    if not isinstance(error.filename, str | bytes | os.PathLike):
+        return None
+    file = Path(os.path.abspath(os.fsdecode(error.filename)))
+    related = any(file.is_relative_to(path) or path.is_relative_to(file) for path in own)
+    return None if related else os.fsdecode(error.filename)
+
+
+def unreadable(file: str, error: OSError) -> CheckpointError:
+    """What to say when a file that an output is made from cannot be read."""
+    return CheckpointError(f"cannot read {quoted(file)}: {error.strerror or error}; mend that and run again")
 
 
 def sync_tree(folder: Path) -> None:
@@ -121,6 +181,14 @@ def _sync_file(file: Path) -> None:
         os.close(fd)
 
 
+def _make_folder(folder: Path) -> None:
+    """Make `folder` and the folders above it that are not there, all of them durable."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(new):
+        sync_folder(path.parent)
+
+
 def _beside(out: Path, what: str) -> Path:
     return out.parent / f".{out.name}.loratool-{what}"
 
@@ -130,6 +198,9 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        source = foreign_file(error, (out, _beside(out, "partial"), _beside(out, "replaced")))
+        if source is not None:
+            raise unreadable(source, error) from None
         advice = "free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT} else "choose another place with --out"
         raise OutputError(f"cannot write {quoted(out)}: {error.strerror or error}; {advice}") from None
 
@@ -170,6 +241,8 @@ def _publish_folder(stage: Path, out: Path, *, force: bool) -> None:
         raise OutputError(f"{quoted(out)} appeared while it was being written; choose another --out")
     else:
         with _locked(out, out, os.O_RDONLY | os.O_DIRECTORY):
+            # Somebody may have put a file into it since the run began.
+            refuse_existing(out, force=True)
             _replace_folder(stage, out)
     sync_folder(out.parent)
 

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import click
 
@@ -75,7 +75,7 @@ class LazyGroup(ExampleGroup):
             return super().invoke(ctx)
         except BrokenPipeError:
             # Whoever read the output has gone (``loratool list | head``): no more can be said, and nothing is wrong.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard(sys.stdout)
             ctx.exit(0)
 
 
@@ -132,15 +132,54 @@ def run() -> None:
 
     Tearing torch down takes the interpreter a third of a second, in which it only gives back memory.
     """
+    _open_streams()
     try:
         main()
     except SystemExit as leaving:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                _discard(stream)
         if "torch" not in sys.modules or not isinstance(leaving.code, int):
             raise
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(leaving.code)
+
+
+class _StandardOutput(io.FileIO):
+    """Standard output, whose errors say that it is what failed."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "standard output") from None
+
+
+def _open_streams() -> None:
+    """Replace standard streams that are closed, and have errors of standard output say what they are of."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open to the end)
+    if sys.stdout is None:
+        # No result could be seen, and the next file opened would get what is printed past Python.
+        click.echo("Error: standard output is closed; send it somewhere, such as >/dev/null", err=True)
+        sys.exit(1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        raw = _StandardOutput(sys.stdout.fileno(), "w", closefd=False)
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=sys.stdout.encoding,
+            errors=sys.stdout.errors,
+            line_buffering=sys.stdout.line_buffering,
+        )
+
+
+def _discard(stream: TextIO) -> None:
+    """Send to nowhere what `stream` still holds, so that the interpreter does not try once more to write it."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _own_options_first(words: list[str]) -> list[str]:

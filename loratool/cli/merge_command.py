@@ -92,8 +92,10 @@ def command(
 
 def _parse_spec(word: str) -> tuple[str, float]:
     """``name``, ``name=0.5`` or a path; a file whose own name has an equals sign is taken as it is."""
+    from loratool.library.resolve import exists
+
     name, separator, weight = word.rpartition("=")
-    if not separator or Path(word).exists():
+    if not separator or exists(Path(word)):
         return word, 1.0
     try:
         value = float(weight)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.fingerprint import DigestCache
-from loratool.errors import NotFoundError, quoted
+from loratool.errors import AdapterError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
 from registry import AdapterRecord, BaseRecord, Registry, home, is_name, is_reference, registry_url
@@ -62,7 +62,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
     """Find and read an adapter.
 
     Raises:
-        NotFoundError, AdapterError: nothing is called `name`, or it cannot be read.
+        NotFoundError, AdapterError: nothing is called `name`, it cannot be read, or it says its alpha and one is given.
         RegistryError: a version that is not catalogued is asked for.
     """
     text = os.fspath(name)
@@ -70,6 +70,8 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
     if not _is_plainly_a_path(text) and is_reference(text):
         if "@" in text or registry.adapters.versions(text):
             record = registry.adapters.find(text)
+            if alpha is not None:
+                raise AdapterError(f"{quoted(text)} says its own alpha; leave --alpha out")
             # Its folder in the store has no name that a user would know.
             return ResolvedAdapter(replace(read_adapter(registry.adapters.files(record)), name=record.name), record)
         if not exists(path):

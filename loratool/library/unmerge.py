@@ -18,6 +18,7 @@ from loratool.formats.read import read_adapter
 from loratool.library.merge import hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import digest_cache, exists, open_registry, resolve_merged, user_path
+from loratool.merging.arithmetic import choose_device
 from loratool.merging.manifest import Manifest, MergedAdapter, read_manifest
 from loratool.merging.undo import adapter_file
 from loratool.merging.unmerge import (
@@ -160,9 +161,9 @@ def verify(
             manifest = read_manifest(path)
             checkpoint = Checkpoint.open(path)
             watcher.begin("comparing with the manifest", checkpoint.nbytes)
-            files = verify_content(checkpoint, manifest, progress=watcher.advance)
+            files, extra = verify_content(checkpoint, manifest, progress=watcher.advance)
             replayed, notes = _replay(checkpoint, manifest, catalogue, watcher)
-    return VerifyResult(path, manifest.fingerprint, len(manifest.tensors), files, replayed, notes)
+    return VerifyResult(path, manifest.fingerprint, len(manifest.tensors), files, replayed, (*extra, *notes))
 
 
 def _ways(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: str, watcher: Progress, *,
@@ -170,7 +171,7 @@ def _ways(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: s
     """The ways back to the base, best first; each raises RestoreError where what it needs is not at hand."""
 
     def from_base() -> Restoration:
-        base = _find_base(manifest, catalogue, watcher)
+        base = _find_base(merged, manifest, catalogue, watcher)
         if base is None:
             name = f"{quoted(manifest.base_name)} ({manifest.base_fingerprint[:12]}…)"
             raise RestoreError(f"its base {name} is not at hand")
@@ -201,16 +202,20 @@ def _by_the_first_that_works(ways: Sequence[Callable[[], Restoration]], take_out
     )
 
 
-def _find_base(manifest: Manifest, catalogue: Registry, watcher: Progress) -> Checkpoint | None:
-    """The base by its fingerprint: where the catalogue knows it, else where it was when it was merged."""
+def _find_base(merged: Checkpoint, manifest: Manifest, catalogue: Registry, watcher: Progress) -> Checkpoint | None:
+    """The base by its fingerprint: where the catalogue knows it, else where it was when it was merged.
+
+    It is held while it is read, which first finishes an in-place change of it that was interrupted.
+    """
     known = [record.path for record in catalogue.bases.find_by_fingerprint(manifest.base_fingerprint)]
     for path in [*known, Path(manifest.base_path)]:
-        if path is None or not exists(path):
+        if path is None or not exists(path) or merged.folder.resolve() in (path.resolve(), path.resolve().parent):
             continue
         try:
-            checkpoint = Checkpoint.open(path)
-            watcher.begin("fingerprinting the base", checkpoint.nbytes)
-            digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
+            with hold(path, exclusive=False):
+                checkpoint = Checkpoint.open(path)
+                watcher.begin("fingerprinting the base", checkpoint.nbytes)
+                digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
         except LoratoolError:
             continue
         if fingerprint(checkpoint.tensors, digests) == manifest.base_fingerprint:
@@ -224,17 +229,14 @@ def _find_adapters(folder: Path, manifest: Manifest, catalogue: Registry) -> lis
 
 def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Manifest, catalogue: Registry) -> Adapter:
     """An adapter of the merge: beside the undo file, in the catalogue, or where it was, by its sha256."""
-    if manifest.undo is not None and exists(folder / manifest.undo / adapter_file(index)):
-        return read_adapter(folder / manifest.undo / adapter_file(index))
+    if manifest.undo is not None:
+        kept = _readable(folder / manifest.undo / adapter_file(index))
+        if kept is not None and kept.sha256 in (manifest.undo_adapters[index : index + 1] or (kept.sha256,)):
+            return kept
     places = [catalogue.adapters.files(record) for record in catalogue.adapters.find_by_sha256(entry.sha256)]
     for place in [*places, Path(entry.file)]:
-        if not exists(place):
-            continue
-        try:
-            adapter = read_adapter(place)
-        except LoratoolError:
-            continue
-        if adapter.sha256 == entry.sha256 and adapter.alpha == entry.alpha:
+        adapter = _readable(place)
+        if adapter is not None and adapter.sha256 == entry.sha256 and adapter.alpha == entry.alpha:
             return adapter
     raise NotFoundError(
         f"the adapter {quoted(entry.name)} (sha256 {entry.sha256[:12]}…) is neither in the catalogue nor at "
@@ -242,12 +244,21 @@ def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Mani
     )
 
 
+def _readable(place: Path) -> Adapter | None:
+    """The adapter at `place`, or None where there is none that can be read."""
+    try:
+        return read_adapter(place) if exists(place) else None
+    except LoratoolError:
+        return None
+
+
 def _replay(
     merged: Checkpoint, manifest: Manifest, catalogue: Registry, watcher: Progress
 ) -> tuple[str, tuple[str, ...]]:
     """Replay the merge from the base, else take it out in memory by the undo file; what was done, and notes."""
-    base = _find_base(manifest, catalogue, watcher)
     changing = sum(merged.tensors[name].nbytes for name in manifest.changed)
+    why = _why_not_here(manifest)
+    base = None if why else _find_base(merged, manifest, catalogue, watcher)
     if base is not None:
         try:
             adapters = _find_adapters(merged.folder, manifest, catalogue)
@@ -255,12 +266,25 @@ def _replay(
             return "", (f"the merge was not replayed: {error}",)
         watcher.begin("replaying the merge", changing)
         try:
-            replay(base, manifest, adapters, progress=watcher.advance)
+            differing = replay(base, manifest, adapters, progress=watcher.advance)
         except VerificationError as error:
             raise VerificationError(f"the merge, replayed, gives other bytes: {error}") from None
-        return "base", ()
+        if differing is None:
+            return "base", ()
+        why = f"the merge, replayed with another torch, gives other bytes in {quoted(differing)}"
     if manifest.undo is None:
-        return "", ("the merge was not replayed: neither its base nor an undo file is at hand",)
+        why = why or "the merge was not replayed: neither its base nor an undo file is at hand"
+        return "", (f"{why}; every byte is what the merge wrote",)
     watcher.begin("taking the merge out in memory", changing)
     replay_undo(manifest, restore_by_undo(merged, manifest), progress=watcher.advance)
-    return "undo", ()
+    return "undo", (f"{why}; every byte is what the merge wrote",) if why else ()
+
+
+def _why_not_here(manifest: Manifest) -> str | None:
+    """What to tell a user where the device that merged, whose roundings a replay must repeat, is not here."""
+    device = manifest.options.get("device", "cpu")
+    try:
+        choose_device(device)
+    except LoratoolError:
+        return f"the merge was made on {quoted(device)}, which is not here, so it was not replayed from its base"
+    return None

@@ -19,9 +19,10 @@ from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint
 from loratool.checkpoint.replica import replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.errors import CheckpointError, quoted
+from loratool.formats.adapter import sha256_of
 from loratool.formats.write import write_single_file
 from loratool.merging.arithmetic import Merge, choose_device
-from loratool.merging.manifest import MANIFEST_NAME, Manifest, MergedAdapter
+from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter
 from loratool.merging.plan import MergePlan, Target, WeightedAdapter
 from loratool.merging.rewrite import Job, Place, Progress, rewrite
 from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
@@ -70,7 +71,7 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
     """
     with Journal(plan.base.folder) as journal:
         places = reserve(journal, plan.targets)
-        report = _merge(plan, places, journal.new, base, device, True, progress, [])
+        report = _merge(plan, places, journal.new, base, device, True, progress, [], in_place=True)
         (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json())
         journal.commit()
     return report
@@ -86,7 +87,7 @@ def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:
 
 
 def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: BaseIdentity, device: str, undo: bool,
-           progress: Progress, copies: list[Job]) -> MergeReport:  # fmt: skip
+           progress: Progress, copies: list[Job], *, in_place: bool = False) -> MergeReport:  # fmt: skip
     """Stream the targets to their places; put the undo, if asked for, into `folder`; describe all in a manifest."""
     known = base.digests or {}
     digests = {name: digest for name, digest in known.items() if name not in plan.touched}
@@ -117,7 +118,9 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         tensors=after,
         files=_file_digests(plan.base),
         undo=undo_folder,
+        undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
+        in_place=in_place,
     )
     return MergeReport(manifest, before)
 
@@ -133,13 +136,20 @@ def _undo_writer(plan: MergePlan, folder: Path, undo_folder: str | None) -> Abst
     return UndoWriter(target / UNDO_NAME)
 
 
-def _undo_id(plan: MergePlan, previous: str | None) -> str:
+def _undo_adapters(plan: MergePlan, folder: Path, undo_folder: str | None) -> tuple[str, ...]:
+    """sha256 of each adapter in the undo folder."""
+    if undo_folder is None:
+        return ()
+    return tuple(sha256_of(folder / undo_folder / adapter_file(index)) for index in range(len(plan.adapters)))
+
+
+def _undo_id(plan: MergePlan, previous: bytes | None) -> str:
     """Twelve hexadecimal digits that tell this merge from every other one stacked on the same base."""
     merged = [
         [each.adapter.sha256, each.weight, [update.scaling for update in each.adapter.updates.values()]]
         for each in plan.adapters
     ]
-    return str(blake3(json.dumps([merged, previous]).encode()).hexdigest()[:12])
+    return str(blake3(json.dumps([merged, previous and previous.decode()]).encode()).hexdigest()[:12])
 
 
 def _merged_adapter(weighted: WeightedAdapter) -> MergedAdapter:
@@ -155,14 +165,20 @@ def _merged_adapter(weighted: WeightedAdapter) -> MergedAdapter:
     )
 
 
-def _previous_manifest(base: Checkpoint) -> str | None:
+def _previous_manifest(base: Checkpoint) -> bytes | None:
     file = base.folder / MANIFEST_NAME
     if not base.path.is_dir() or not file.is_file():
         return None
+    if file.stat().st_size > MAX_PREVIOUS_BYTES:
+        raise CheckpointError(
+            f"{quoted(file)} is too large to be kept for unmerging; merge into the first base instead"
+        )
+    content = file.read_bytes()
     try:
-        return file.read_bytes().decode()
+        content.decode()
     except UnicodeDecodeError:
         raise CheckpointError(f"{quoted(file)} is not a text file; remove it, or move it out of the model") from None
+    return content
 
 
 def _file_digests(base: Checkpoint) -> dict[str, str]:

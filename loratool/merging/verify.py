@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
-from loratool.checkpoint.model import PICKLE_SUFFIXES, Checkpoint, has_file
-from loratool.errors import LoratoolError, VerificationError, quoted
+from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint, has_file
+from loratool.errors import VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.merging.arithmetic import Merge, choose_device
 from loratool.merging.manifest import MANIFEST_NAME, Manifest
-from loratool.merging.plan import WeightedAdapter, plan_merge
+from loratool.merging.plan import OTHER_WEIGHTS, WeightedAdapter, plan_merge
 from loratool.merging.rewrite import Progress, rewrite
-from loratool.merging.undo import UNDO_FOLDER
 from loratool.merging.unmerge import Restoration, check_restored
 from loratool.merging.workers import cpu_workers
 
-LOADED_SUFFIXES: Final = PICKLE_SUFFIXES | {".py", ".safetensors", ".gguf"}
-"""Of files that a program which loads the model may run, or take for its weights."""
+LOADED_SUFFIXES: Final = OTHER_WEIGHTS | {".py"}
+"""Of files that a program may run when it loads the model, or take for its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +32,15 @@ class Verification:
     notes: tuple[str, ...]
 
 
-def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = lambda count: None) -> tuple[int, tuple[str, ...]]:  # fmt: skip
+def verify_content(merged: Checkpoint, manifest: Manifest,
+                   progress: Progress = lambda count: None) -> tuple[int, tuple[str, ...]]:  # fmt: skip
     """Compare every tensor and every other file with its recorded digest.
 
     Returns how many files were compared, and a note on each that was added since and that no program would load.
 
     Raises:
-        VerificationError: names the first tensor, or else the first file, that differs, is missing or is extra.
+        VerificationError: names the first tensor, or else the first file, that differs, is missing or is extra and of
+            the files that a program would load.
     """
     for name in sorted(manifest.tensors.keys() ^ merged.tensors.keys()):
         what = "is missing from" if name in manifest.tensors else "is in no record of"
@@ -57,13 +58,31 @@ def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = 
     return len(manifest.files), _extra_files(merged, manifest)
 
 
+def _extra_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
+    """Notes on files that the merge did not leave in the folder."""
+    notes = []
+    for name in merged.other_files():
+        if str(name) in manifest.files or str(name) == MANIFEST_NAME or name.parts[0] == UNDO_FOLDER:
+            continue
+        if name.suffix.lower() in LOADED_SUFFIXES:
+            raise VerificationError(
+                f"the file {quoted(name)} is in no record of {quoted(merged.path)}, and what loads the model may load it; "
+                "remove it"
+            )
+        notes.append(f"the file {quoted(name)} was added after the merge")
+    return tuple(notes)
+
+
 def replay(
     base: Checkpoint, manifest: Manifest, adapters: list[Adapter], progress: Progress = lambda count: None
-) -> None:
+) -> str | None:
     """Compute the merge again from `base` and compare every changed tensor.
 
+    Returns None where all come out alike. Another version of torch may round otherwise; under one, the name of the first
+    tensor that differs is returned.
+
     Raises:
-        VerificationError: names the first tensor that comes out otherwise.
+        VerificationError: names the first tensor that comes out otherwise under the torch that merged.
     """
     weighted = [WeightedAdapter(a, entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)]
     plan = plan_merge(weighted, base)
@@ -74,7 +93,11 @@ def replay(
     for name in sorted(digests.keys() | manifest.changed.keys()):
         found = digests[name].after if name in digests else "not merged"
         recorded = manifest.changed[name].after if name in manifest.changed else "not merged"
+        merged_in_both = name in digests and name in manifest.changed
+        if found != recorded and merged_in_both and manifest.versions.get("torch") != version("torch"):
+            return name
         _compare(name, found, recorded, base.path)
+    return None
 
 
 def replay_undo(manifest: Manifest, way: Restoration, progress: Progress = lambda count: None) -> None:

@@ -1,0 +1,292 @@
+"""Outputs and changes in place: what `--force` may replace, what an interrupted change asks for, what is made durable."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tiny_models import digest
+
+import loratool
+from loratool.checkpoint import journal, staging
+from loratool.checkpoint.staging import staged_file, staged_folder
+from loratool.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from tiny_adapters import TinyAdapters
+    from tiny_models import TinyModels
+
+JOURNAL = ".loratool-journal"
+
+
+@pytest.fixture
+def base(tiny_models: TinyModels, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_models.folder("llama", "bf16", "single"), tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(tiny_adapters: TinyAdapters) -> Path:
+    return tiny_adapters.folder("llama")
+
+
+# What `--force` may replace.
+
+
+def link(file: Path, target: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.symlink_to(target)
+
+
+def write(file: Path, text: str = "mine") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | changes))
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a letter": (lambda out: write(out / "letter.txt"), "holds 'letter.txt'"),
+    "the first of two": (lambda out: [write(out / name) for name in ("b.txt", "a.txt")], "holds 'a.txt'"),
+    "a file below": (lambda out: write(out / "notes" / "deep" / "letter.txt"), "holds 'notes/deep/letter.txt'"),
+    "weights below": (lambda out: write(out / "mine" / "x.safetensors"), "holds 'mine/x.safetensors'"),
+    "a repository": (lambda out: write(out / ".git" / "HEAD"), "holds '.git/HEAD'"),
+    "a link to a folder": (lambda out: link(out / "linked", out.parent / "base"), "holds 'linked'"),
+    "a neighbour of the undo": (lambda out: write(out / "loratool-undo-mine" / "x"), "holds 'loratool-undo-mine/x'"),
+    "an adapter's file": (lambda out: write(out / "adapter_config.json"), "holds 'adapter_config.json'"),
+    "a manifest of a change in place": (lambda out: edit(out / "loratool.json", in_place=True), "changed in place"),
+    "files that are no mapping": (lambda out: edit(out / "loratool.json", files=7), "holds "),
+    "a manifest that is no JSON": (lambda out: write(out / "loratool.json", "{"), "loratool did not write"),
+    "a manifest that is no text": (lambda out: (out / "loratool.json").write_bytes(b"\xff"), "did not write"),
+    "a manifest that is a list": (lambda out: write(out / "loratool.json", "[]"), "did not write"),
+    "a manifest that is deep": (lambda out: write(out / "loratool.json", "[" * 100_000), "did not write"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_force_keeps_a_folder_that_holds_more_than_the_manifest_accounts_for(
+    what: str, base: Path, adapter: Path
+) -> None:
+    out = loratool.merge([adapter], into=base, out=base.parent / "out", undo=True).out
+    change, named = FOREIGN[what]
+    change(out)
+    before = digest(base.parent)
+    for command in (
+        lambda: loratool.merge([(adapter, 0.5)], into=base, out=out, force=True),
+        lambda: loratool.export(adapter, out, force=True),
+    ):
+        with pytest.raises(OutputError, match="--force does not replace it") as raised:
+            command()
+        assert named in str(raised.value)
+        assert digest(base.parent) == before
+
+
+def test_force_replaces_a_merge_with_its_undo_and_the_configuration_as_the_user_changed_it(
+    base: Path, adapter: Path
+) -> None:
+    out = loratool.merge([(adapter, 0.5)], into=base, out=base.parent / "out", undo=True).out
+    write(out / "config.json", json.dumps(json.loads((out / "config.json").read_bytes()) | {"x": 1}))
+    (out / "an empty folder").mkdir()
+    loratool.merge([adapter], into=base, out=out, force=True)
+    assert not (out / "loratool-undo").exists()
+    loratool.verify(out)
+
+
+def test_force_replaces_an_exported_adapter_and_nothing_beside_it(adapter: Path, tmp_path: Path) -> None:
+    out = loratool.export(adapter, tmp_path / "out")
+    loratool.export(adapter, out, force=True)
+    for name in ("README.md", "optimizer.safetensors", "checkpoint/adapter_model.safetensors"):
+        write(out / name)
+        with pytest.raises(OutputError, match=f"holds '{name}'"):
+            loratool.export(adapter, out, force=True)
+        (out / name).unlink()
+
+
+def test_a_file_put_into_the_output_while_it_is_replaced_is_kept(adapter: Path, tmp_path: Path) -> None:
+    out = loratool.export(adapter, tmp_path / "out")
+    before = digest(out)
+    with pytest.raises(OutputError, match=r"holds 'letter\.txt'"), staged_folder(out, force=True) as stage:
+        write(stage / "new")
+        write(out / "letter.txt")
+    assert digest(out) == before | digest(out)
+    assert (out / "letter.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# Which file an error is about.
+
+
+@pytest.mark.parametrize("stage_at", [staged_folder, staged_file])
+def test_a_source_that_cannot_be_read_is_named_as_such(stage_at: Any, tmp_path: Path) -> None:
+    """It often lies beside the output, since a merge goes beside its base."""
+    for source in (tmp_path / "base" / "tokenizer.json", tmp_path / "out.json", Path("/nowhere/adapter.safetensors")):
+        with pytest.raises(CheckpointError, match="cannot read") as raised, stage_at(tmp_path / "out"):
+            source.stat()
+        assert f"'{source}'" in str(raised.value)
+        assert "choose another place" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_named_as_such(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot write '.*/out'"), staged_folder(tmp_path / "out") as stage:
+        (stage / "nowhere" / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write '.*/out'.*free some space"), staged_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write '.*/out'"), staged_folder(tmp_path / "file" / "new" / "out"):
+        pass
+
+
+def test_a_source_that_cannot_be_read_during_a_change_in_place_is_named_as_such(base: Path) -> None:
+    before = digest(base)
+    for source in (base / "nowhere.json", base.parent / "nowhere.safetensors"):
+        with pytest.raises(CheckpointError, match="cannot read") as raised, journal.Journal(base):
+            source.read_bytes()
+        assert f"'{source}'" in str(raised.value)
+    with pytest.raises(OutputError, match="in place"), journal.Journal(base) as change:
+        (change.new / "nowhere" / "file").write_text("")
+    assert digest(base) == before
+
+
+# A change in place that was killed after its commit.
+
+
+@pytest.fixture
+def killed(base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model whose change in place is committed and not carried out."""
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "recover", lambda folder: None)
+        loratool.merge([adapter], into=base, in_place=True)
+    assert (base / JOURNAL / "commit.json").is_file()
+    return base
+
+
+def shorten(file: Path) -> Callable[[], object]:
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1_000])
+    return lambda: file.write_bytes(whole)
+
+
+def move_away(file: Path) -> Callable[[], object]:
+    file.rename(file.parent.parent / "away")
+    return lambda: (file.parent.parent / "away").rename(file)
+
+
+def replace_by_link(file: Path) -> Callable[[], object]:
+    back = move_away(file)
+    file.symlink_to("../away")
+    return lambda: (file.unlink(), back())
+
+
+def give_second_name(file: Path) -> Callable[[], object]:
+    os.link(file, file.parent.parent / "second")
+    return (file.parent.parent / "second").unlink
+
+
+def link_the_undo(file: Path) -> Callable[[], object]:
+    (file.parent / "loratool-undo").symlink_to("nowhere")
+    return (file.parent / "loratool-undo").unlink
+
+
+OBSTACLES = {
+    "a second name": (give_second_name, "has a second name; remove that and run again"),
+    "a file that became shorter": (shorten, "has become shorter; put the whole file back and run again"),
+    "a file that is gone": (move_away, "No such file or directory; mend that and run again"),
+    "a link for a file": (replace_by_link, "is a link or no file"),
+    "a link for the undo": (link_the_undo, "is a link; move that away and run again"),
+}
+
+
+@pytest.mark.parametrize("what", OBSTACLES)
+def test_a_committed_change_that_meets_an_obstacle_says_which_and_is_finished_without_it(
+    what: str, killed: Path, tmp_path: Path
+) -> None:
+    hinder, said = OBSTACLES[what]
+    mend = hinder(killed / "model.safetensors")
+    before = digest(killed / JOURNAL)
+    with pytest.raises(CheckpointError) as raised:
+        loratool.verify(killed)
+    assert said in str(raised.value)
+    assert "keep the journal" in str(raised.value)
+    assert "remove it and check" not in str(raised.value)
+    assert digest(killed / JOURNAL) == before
+    mend()
+    loratool.verify(killed)
+    assert not (killed / JOURNAL).exists()
+
+
+def test_an_error_of_the_disk_is_no_reason_to_remove_a_committed_change(
+    killed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(killed / "model.safetensors"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_checked", fails)
+        with pytest.raises(CheckpointError, match="Input/output error") as raised:
+            loratool.verify(killed)
+    assert "model.safetensors" in str(raised.value)
+    assert "remove it and check" not in str(raised.value)
+    loratool.verify(killed)
+
+
+# A power cut: a name lasts when its folder was synced while it was there.
+
+
+@pytest.fixture
+def durable(monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Every name that has been made durable so far."""
+    names: set[Path] = set()
+
+    def sync(folder: str | os.PathLike[str]) -> None:
+        names.difference_update([name for name in names if name.parent == Path(folder)])
+        names.update(Path(folder).iterdir())
+
+    monkeypatch.setattr(staging, "sync_folder", sync)
+    monkeypatch.setattr(journal, "sync_folder", sync)
+    return names
+
+
+def test_a_change_in_place_forgets_its_commit_only_when_every_name_lasts(
+    killed: Path, durable: set[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lasting: list[set[Path]] = []
+    unlink = os.unlink
+
+    def forget(path: Any, **options: Any) -> None:
+        if Path(path).name == "commit.json" and not options:
+            lasting.append(set(durable))
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", forget)
+    journal.recover(killed)
+    made = {killed / "loratool.json", *(killed / "loratool-undo").rglob("*"), killed / "loratool-undo"}
+    assert len(made) > 4
+    assert [made - names for names in lasting] == [set()]
+
+
+def test_the_removal_of_one_undo_of_two_lasts_before_its_commit_is_forgotten(
+    base: Path, adapter: Path, tiny_adapters: TinyAdapters, durable: set[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for weight in (0.5, 1.0):
+        loratool.merge([(adapter, weight)], into=base, in_place=True)
+    assert len(list((base / "loratool-undo").iterdir())) == 2
+    durable.update((base / "loratool-undo").iterdir())
+    loratool.unmerge(base, in_place=True)
+    below = {name for name in durable if name.parent == base / "loratool-undo"}
+    assert below == set((base / "loratool-undo").iterdir())
+
+
+@pytest.mark.parametrize("stage_at", [staged_folder, staged_file])
+def test_the_folders_made_above_an_output_last(stage_at: Any, durable: set[Path], tmp_path: Path) -> None:
+    out = tmp_path / "new" / "deep" / "er" / "out"
+    with stage_at(out) as stage:
+        write(stage / "file" if stage.is_dir() else stage)
+    assert {out, *out.parents} - {tmp_path, *tmp_path.parents} <= durable
