@@ -107,7 +107,7 @@ def main() -> None:
         # What the terminal's encoding lacks is spelled out instead of being an error.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(cli.main(prog_name="loratool", standalone_mode=False) or 0)
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)
