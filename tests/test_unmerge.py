@@ -22,6 +22,7 @@ from tiny_models import Layout, as_torch, digest, save_plain_model, stored_tenso
 
 import loratool
 from loratool.checkpoint import journal
+from loratool.checkpoint.header import read_header
 from loratool.errors import LoratoolError, NotFoundError, OutputError, RestoreError, VerificationError
 from loratool.merging import arithmetic
 from loratool.merging.residual import MOST_DOUBT, add_residual, residual
@@ -925,3 +926,19 @@ def test_an_adapter_renamed_after_the_merge_does_not_matter(work: Callable[..., 
     case.lose_adapter()
     case.lose_base()
     assert digest(loratool.unmerge(merged).out) == case.before
+
+
+def test_a_tensor_that_the_merge_left_alone_and_somebody_changed_is_said(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    merged = loratool.merge(
+        [tiny_adapters.folder("llama")], into=tiny_models.folder("llama", "bf16"), out=tmp_path / "merged", undo=True
+    ).out
+    header = read_header(merged / "model.safetensors")
+    norm = header.tensors["model.norm.weight"]
+    with open(norm.file, "r+b") as stream:
+        stream.seek(norm.start)
+        stream.write(b"\x11\x22")
+    result = loratool.unmerge(merged, out=tmp_path / "back")
+    assert (result.fingerprint, result.inexact) == (None, ("model.norm.weight",))
+    assert any("model.norm.weight" in note for note in result.notes)

@@ -42,7 +42,7 @@ class UnmergeResult:
         out: the restored model's folder.
         method: ``undo``, ``base`` or ``approximate``.
         fingerprint: of the base that came out; None where it is only near it.
-        inexact: names of the tensors that are not the base's bit for bit (only with ``approximate``).
+        inexact: names of the tensors that are not the base's bit for bit: with ``approximate``, or changed by somebody.
         notes: what a user should know.
     """
 

@@ -8,7 +8,7 @@ are listed: the distances between them, one byte each (255 means "255 and more t
 
 A difference is that of two bit patterns as integers, zigzag coded (0, -1, 1, -2, ... become 0, 1, 2, 3, ...) and split
 into planes of bytes. Every stream is compressed by Zstandard, whose entropy coder brings the differences of doubt 1 to
-about 1.5 bits each. Layout: the lengths of the streams, little-endian uint32 (distances, their differences, then one for
+about two bits each. Layout: the lengths of the streams, little-endian uint32 (distances, their differences, then one for
 each doubt), then the streams; an empty stream has length 0.
 """
 

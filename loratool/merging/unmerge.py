@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.checkpoint.blocks import read_exactly, row_blocks
-from loratool.checkpoint.fingerprint import file_digest
+from loratool.checkpoint.fingerprint import file_digest, hash_tensor
 from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.checkpoint.replica import replica
@@ -47,7 +48,7 @@ class Restoration:
 
 @dataclass(frozen=True, slots=True)
 class UnmergeReport:
-    """How a merge was taken out: the method, and of an approximate one the names of the tensors that are not exact."""
+    """How a merge was taken out: the method, and the names of the tensors that are not the base's."""
 
     method: str
     inexact: tuple[str, ...]
@@ -164,7 +165,7 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
             (stage / MANIFEST_NAME).write_bytes(manifest.previous)
-    return UnmergeReport(way.method, inexact, _changed_files(merged, manifest))
+    return _report(way, inexact, merged, manifest)
 
 
 def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *,
@@ -182,7 +183,7 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
         if manifest.previous is not None:
             (journal.new / MANIFEST_NAME).write_bytes(manifest.previous)
         journal.commit(remove=_own_files(merged, manifest))
-    return UnmergeReport(way.method, inexact, _changed_files(merged, manifest))
+    return _report(way, inexact, merged, manifest)
 
 
 def check_restored(digests: Mapping[str, Digests], manifest: Manifest, way: Restoration) -> tuple[str, ...]:
@@ -218,6 +219,19 @@ def _own_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
         return (MANIFEST_NAME,)
     alone = {entry.name for entry in parent.iterdir()} <= {Path(manifest.undo).name}
     return (MANIFEST_NAME, parent.name if alone else manifest.undo)
+
+
+def _report(way: Restoration, inexact: tuple[str, ...], merged: Checkpoint, manifest: Manifest) -> UnmergeReport:
+    """What came out, and what of it is not the base's: also tensors that the merge left alone and somebody changed."""
+    alone = [
+        merged.tensors[name]
+        for name in sorted((manifest.tensors.keys() & merged.tensors.keys()) - manifest.changed.keys())
+    ]
+    with ThreadPoolExecutor(cpu_workers()) as pool:
+        digests = list(pool.map(hash_tensor, alone))
+    changed = [info.name for info, digest in zip(alone, digests, strict=True) if digest != manifest.tensors[info.name]]
+    notes = [f"{quoted(name)} was changed after the merge and is kept as it is now" for name in changed]
+    return UnmergeReport(way.method, (*inexact, *changed), (*notes, *_changed_files(merged, manifest)))
 
 
 def _changed_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
