@@ -7,8 +7,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +41,31 @@ Contestant = tuple[Callable[[], None], Callable[[], Run]]
 """What prepares a run, untimed, and the run."""
 
 
-def in_turn(contestants: Mapping[str, Contestant], rounds: int) -> dict[str, list[Run]]:
-    """Run the contestants A B C, A B C, ...: once to warm up, then `rounds` times that count."""
+REST_SECONDS = 8.0
+"""Memory that a contestant frees is given back to the host of a virtual machine within seconds, and until then whoever
+comes next finds it quicker than any other memory. After this rest all contestants find the same."""
+
+
+def settle(inputs: Iterable[Path]) -> None:
+    """Rest, then read the files that a contestant reads, so that they are in the page cache for each."""
+    time.sleep(REST_SECONDS)
+    for file in inputs:
+        with open(file, "rb", buffering=0) as stream:
+            while stream.read(1 << 22):
+                pass
+
+
+def in_turn(contestants: Mapping[str, Contestant], rounds: int, inputs: Sequence[Path] = ()) -> dict[str, list[Run]]:
+    """Run the contestants A B C, A B C, ...: once to warm up, then `rounds` times that count.
+
+    Before each, what it needs is prepared, the machine rests and the `inputs` are read once.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in contestants}
     for counted in range(rounds + 1):
         for name, (prepare, go) in contestants.items():
             prepare()
+            if inputs:
+                settle(inputs)
             finished = go()
             print(
                 f"  {'warm-up' if not counted else f'round {counted}'}  {name:24s} {finished.wall:7.2f} s", flush=True

@@ -36,6 +36,7 @@ def main() -> None:
                 "loratool": (clear, partial(run, merge)),
             },
             ROUNDS,
+            sorted(base.glob("*.safetensors")),
         )
         clear()
         sizes.append(sum(file.stat().st_size for file in base.iterdir()) / 1e9)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from models import DATA, llama, lora
-from processes import Contestant, in_turn, peak, run, spread, wall
+from processes import REST_SECONDS, Contestant, in_turn, peak, run, spread, wall
 from results import holds, report, table
 from safetensors import safe_open
 
@@ -56,8 +56,9 @@ def main() -> None:
         "loratool": (partial(clear, "loratool"), partial(run, merge)),
         "loratool in place": (copy_for_in_place, partial(run, in_place)),
     }
-    runs = in_turn(contestants, ROUNDS)
-    slow = in_turn({"PEFT": (partial(clear, "peft"), partial(run, peft))}, 2)
+    weights = sorted(base.glob("*.safetensors"))
+    runs = in_turn(contestants, ROUNDS, weights)
+    slow = in_turn({"PEFT": (partial(clear, "peft"), partial(run, peft))}, 2, weights)
     differing = differences(out["loratool"], out["peft"])
     run([*LORATOOL, "unmerge", str(out["inplace"]), "--in-place"])
     same = all((base / f.name).read_bytes() == f.read_bytes() for f in out["inplace"].iterdir())
@@ -104,7 +105,7 @@ def main() -> None:
     body = table(["whole process", "median", "least to most", "peak memory", "target", ""], rows)
     body += f"\n\nTensors of loratool's output that differ from PEFT's: {differing}. "
     body += f"The base after the merge in place and its unmerge: {'the same bytes' if same else '**other bytes**'}. "
-    body += f"{ROUNDS} rounds in turn after a warm-up, 2 of PEFT; page cache warm; loratool's output is fsynced, cp's is not."
+    body += f"{ROUNDS} rounds in turn after a warm-up, 2 of PEFT; each after a rest of {REST_SECONDS:.0f} s, page cache warm; loratool's output is fsynced, cp's is not."
     report("speed", "Speed: a 1.1 B-parameter bf16 Llama in five shards, LoRA r=16", body)
     for folder in (*out.values(), Path(os.environ["LORATOOL_HOME"])):
         shutil.rmtree(folder, ignore_errors=True)

@@ -14,13 +14,14 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from loratool.checkpoint.copying import copy_range, sync_folder
+from loratool.checkpoint.copying import copy_range, flushing, sync_folder
 from loratool.checkpoint.header import parse_json_object
 from loratool.checkpoint.staging import foreign_file, sync_tree, unreadable
 from loratool.errors import CheckpointError, OutputError, quoted
@@ -141,6 +142,19 @@ class Journal:
                 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
                     raise _unwritable(self.folder, error) from None
 
+    def ahead(self) -> list[Callable[[], None]]:
+        """Jobs that put the old bytes into the room reserved, which makes the new ones quicker to write (`Replica`)."""
+        return [
+            partial(self._copy_old, entry["file"], entry["start"], entry["stop"], entry["at"]) for entry in self._ranges
+        ]
+
+    def _copy_old(self, name: str, start: int, stop: int, at: int) -> None:
+        fd = os.open(self.folder / name, os.O_RDONLY)
+        try:
+            copy_range(fd, self.fd, start, stop, at=at)
+        finally:
+            os.close(fd)
+
     def commit(self, *, remove: tuple[str, ...] = ()) -> None:
         """Make the change durable and carry it out; `remove` names files or folders of loratool's own to take away.
 
@@ -220,17 +234,17 @@ def _committed(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _redo(folder: Path, ranges: list[dict[str, Any]], remove: list[str]) -> None:
     journal = folder / JOURNAL
-    with open(journal / REDO, "rb") as redo:
+    with ExitStack() as stack, open(journal / REDO, "rb") as redo:
+        files = {}
         for name in sorted({entry["file"] for entry in ranges}):
-            fd = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                for entry in ranges:
-                    if entry["file"] == name:
-                        length = entry["stop"] - entry["start"]
-                        copy_range(redo.fileno(), fd, entry["at"], entry["at"] + length, at=entry["start"])
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            files[name] = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW)
+            stack.callback(os.close, files[name])
+        with flushing(files.values()):
+            for entry in ranges:
+                length = entry["stop"] - entry["start"]
+                copy_range(redo.fileno(), files[entry["file"]], entry["at"], entry["at"] + length, at=entry["start"])
+        for fd in files.values():
+            os.fsync(fd)
     for name in remove:
         with suppress(FileNotFoundError):
             target = folder / name

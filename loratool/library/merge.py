@@ -136,7 +136,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
             if in_place:
                 _refuse_in_place(checkpoint)
             plan = plan_merge(weighted, checkpoint)
-            for found in resolved:
+            for found in resolved if dry_run else ():  # a merge looks when it reads them
                 refuse_not_finite(found.adapter)
             if device.startswith("cuda"):
                 choose_device(device)  # raises where there is none, before anything is copied

@@ -57,7 +57,7 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
     with staged_folder(out, force=force) as stage:
         with replica(plan.base, stage, plan.touched, others, progress) as copy:
             places = {name: Place(copy.files[plan.base.tensors[name].file]) for name in plan.touched}
-            report = _merge(plan, places, stage, base, device, undo, progress, copy.copies)
+            report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, copy.ahead)
         (stage / MANIFEST_NAME).write_text(report.manifest.to_json())
     return report
 
@@ -71,7 +71,7 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
     """
     with Journal(plan.base.folder) as journal:
         places = reserve(journal, plan.targets)
-        report = _merge(plan, places, journal.new, base, device, True, progress, [], in_place=True)
+        report = _merge(plan, places, journal.new, base, device, True, progress, (), journal.ahead(), in_place=True)
         (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json())
         journal.commit()
     return report
@@ -87,7 +87,8 @@ def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:
 
 
 def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: BaseIdentity, device: str, undo: bool,
-           progress: Progress, copies: list[Job], *, in_place: bool = False) -> MergeReport:  # fmt: skip
+           progress: Progress, beside: Iterable[Job], ahead: Iterable[Job], *,
+           in_place: bool = False) -> MergeReport:  # fmt: skip
     """Stream the targets to their places; put the undo, if asked for, into `folder`; describe all in a manifest."""
     known = base.digests or {}
     digests = {name: digest for name, digest in known.items() if name not in plan.touched}
@@ -101,7 +102,8 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
             places,
             workers=cpu_workers(),
             progress=progress,
-            beside=[*copies, *(partial(_hash_into, digests, info) for info in unknown)],
+            beside=[*beside, *(partial(_hash_into, digests, info) for info in unknown)],
+            ahead=ahead,
             known=known,
         )
     before = digests | {name: pair.before for name, pair in changed.items()}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_exactly, write_exactly
+from loratool.checkpoint.copying import flushing
 from loratool.errors import CheckpointError, quoted
 from loratool.merging.plan import Target
 
@@ -62,30 +63,40 @@ class Digests:
 
 
 def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], places: Mapping[str, Place], *,
-            workers: int, progress: Progress, beside: Iterable[Job] = (),
+            workers: int, progress: Progress, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),
             known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Digests]:  # fmt: skip
     """Stream every target through its change and write each of its tensors to its place; those without are digested.
 
-    `beside` are other jobs (copies) that the same workers do, first: they can begin before torch is imported.
+    `beside` are other jobs (copies) that the same workers do, first: they can begin before torch is imported. Those of
+    `ahead` are done only until it is. From then on what is written is also sent to the disk.
     `known` are digests, by name, that tensors are known to have before the change; they are not made again.
     The first error stops everything and is raised. Returns the digests of the targets' tensors, by name.
     """
-    stop = threading.Event()
+    stop, ready = threading.Event(), threading.Event()
     digests: dict[str, Digests] = {}
 
     def one(target: Target) -> None:
         if not stop.is_set():
             digests.update(_stream(target, change(target), places, known, progress, stop))
 
+    def until_ready(job: Job) -> None:
+        if not ready.is_set():
+            job()
+
     with ThreadPoolExecutor(workers) as pool:
         futures: list[Future[None]] = [pool.submit(job) for job in beside]
+        early = [pool.submit(until_ready, job) for job in ahead]
         try:
-            with _one_thread_a_block():
+            with _one_thread_a_block(), flushing({place.fd for place in places.values()}):
+                ready.set()
+                wait(early)  # none may overwrite what a change wrote
+                futures += early
                 futures += [pool.submit(one, target) for target in sorted(targets, key=lambda target: -target.nbytes)]
                 wait(futures, return_when=FIRST_EXCEPTION)
         finally:
+            ready.set()
             stop.set()
-            for future in futures:
+            for future in [*futures, *early]:
                 future.cancel()
         for future in futures:
             if not future.cancelled():

@@ -160,7 +160,13 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
         with replica(merged, stage, touched, others, progress) as copy:
             places = {name: Place(copy.files[merged.tensors[name].file]) for name in touched}
             digests = rewrite(
-                way.targets, way.change, places, workers=cpu_workers(), progress=progress, beside=copy.copies
+                way.targets,
+                way.change,
+                places,
+                workers=cpu_workers(),
+                progress=progress,
+                beside=copy.copies,
+                ahead=copy.ahead,
             )
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
@@ -178,7 +184,9 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
     """
     with Journal(merged.folder) as journal:
         places = reserve(journal, way.targets)
-        digests = rewrite(way.targets, way.change, places, workers=cpu_workers(), progress=progress)
+        digests = rewrite(
+            way.targets, way.change, places, workers=cpu_workers(), progress=progress, ahead=journal.ahead()
+        )
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
             (journal.new / MANIFEST_NAME).write_bytes(manifest.previous)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-MOST: Final = 8
+MOST: Final = 4
 """More workers than this only wait for memory and disk."""
 
 

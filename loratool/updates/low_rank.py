@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 
 LARGEST_SCALING: Final = 3.4028234e38
+LARGEST_FUSED_RANK: Final = 256
+LEAST_FUSED_SIDE: Final = 16
+FIXED_ROWS: Final = 64
+"""So many rows of a product in fp64 stay in a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +76,38 @@ class LoadedLowRank:
             left, right = self._factors(rows)
             block.addmm_(left, right, alpha=self.scaling)
             return
+        exact = self.scaling >= 1 and math.frexp(self.scaling)[0] == 0.5  # times 1, 2, 4, ... rounds nothing
+        if exact and self._sums_in_one_pass(block):
+            left, right = self._factors(rows)
+            block.addmm_(left, right, alpha=self.scaling)
+            return
         self._product(rows, scratch)
-        if self.scaling >= 1 and math.frexp(self.scaling)[0] == 0.5:
-            # Times 1, 2, 4, ... is exact, so a fused multiply and add has the bits of the two: one pass less.
+        if exact:
             block.add_(scratch, alpha=self.scaling)
         else:
             block.add_(scratch.mul_(self.scaling))
 
+    def _sums_in_one_pass(self, block: torch.Tensor) -> bool:
+        """Whether the BLAS finishes the sums of a product before it adds them to `block`, so that addmm has PEFT's bits.
+
+        MKL does for ranks from 2 to 256, but for a few rows or columns (tests/test_fused_product.py).
+        """
+        import torch
+
+        return (
+            2 <= len(self.a) <= LARGEST_FUSED_RANK
+            and min(block.shape) >= LEAST_FUSED_SIDE
+            and not self.transposed
+            and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+        )
+
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Subtract the update, the same bits on every machine, whatever its BLAS and the cut into blocks."""
-        scratch.copy_(self._fixed.product(rows)).mul_(self.scaling)
-        block.sub_(scratch)
+        step = len(rows) if block.is_cuda else FIXED_ROWS
+        for start in range(rows.start, rows.stop, step):
+            few = range(start, min(start + step, rows.stop))
+            scratch[few.start - rows.start : few.stop - rows.start].copy_(self._fixed.product(few))
+        block.sub_(scratch.mul_(self.scaling))
 
     def _factors(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of the `rows` of the stored matrix: ``B A``, or ``(B A)^T = A^T B^T``."""
