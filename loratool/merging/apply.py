@@ -25,6 +25,7 @@ from loratool.merging.arithmetic import Merge, choose_device
 from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter
 from loratool.merging.plan import MergePlan, Target, WeightedAdapter
 from loratool.merging.rewrite import Job, Place, Progress, rewrite
+from loratool.merging.survival import SurvivalCount
 from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
 from loratool.merging.workers import cpu_workers
 
@@ -94,11 +95,19 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
     digests = {name: digest for name, digest in known.items() if name not in plan.touched}
     unknown = [info for name, info in plan.base.tensors.items() if name not in plan.touched and name not in digests]
     previous = _previous_manifest(plan.base)
+    merges: dict[str, Merge] = {}
     undo_folder = f"{UNDO_FOLDER}/{_undo_id(plan, previous)}" if undo else None
     with _undo_writer(plan, folder, undo_folder) as writer:
+
+        def change(target: Target) -> Merge:
+            merge = Merge(target, choose_device(device), writer.keeper(target.name) if writer else None)
+            if target.weight.lossy:
+                merges[target.name] = merge
+            return merge
+
         changed = rewrite(
             plan.targets,
-            lambda target: Merge(target, choose_device(device), writer.keeper(target.name) if writer else None),
+            change,
             places,
             workers=cpu_workers(),
             progress=progress,
@@ -114,7 +123,8 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         base_fingerprint=fingerprint(plan.base.tensors, before),
         fingerprint=fingerprint(plan.base.tensors, after),
         adapters=tuple(_merged_adapter(weighted) for weighted in plan.adapters),
-        options={"device": "cuda" if choose_device(device).startswith("cuda") else "cpu"},
+        options={"device": "cuda" if choose_device(device).startswith("cuda") else "cpu"}
+        | ({"seed": plan.seed} if merges else {}),
         versions={name: version(name) for name in ("loratool", "torch", "safetensors")},
         changed=changed,
         tensors=after,
@@ -123,6 +133,10 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
         in_place=in_place,
+        survival={name: merge.survival.survival() for name, merge in sorted(merges.items())},
+        survival_of_all=SurvivalCount.of_all(merge.survival for merge in merges.values()).survival()
+        if merges
+        else None,
     )
     return MergeReport(manifest, before)
 

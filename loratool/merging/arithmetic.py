@@ -11,6 +11,8 @@ from loratool.checkpoint.blocks import BLOCK_BYTES, row_blocks
 from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
 from loratool.merging.plan import Target
 from loratool.merging.residual import add_residual, residual
+from loratool.merging.survival import SurvivalCount
+from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +71,15 @@ class BlockArithmetic:
         import torch
 
         self.weight = target.weight
+        self.survival = SurvivalCount()
         self._cuda = device.startswith("cuda")
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         rows, columns = self.weight.shape
         self._blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES if self._cuda else BLOCK_BYTES))
         with self._on_stream():
+            self.codec = target.weight.load(device)
+            self._rounding = Rounding(target.seed)
             self._updates = [
                 planned.update.load(transposed=target.transposed, weight=planned.weight, device=device)
                 for planned in target.updates
@@ -93,10 +98,14 @@ class BlockArithmetic:
         """Add the updates to the matrix whose bytes are `parts`, in place."""
         with self._on_stream():
             on_device, block, scratch = self._load(rows, parts)
+            before = block.clone() if self.weight.lossy else None
             for update in self._updates:
                 update.apply(block, rows, scratch)
             self._refuse_overflow(block, rows, on_device, scratch)
-            self._store(block, on_device, parts)
+            self._store(rows, block, on_device, parts)
+            if before is not None:
+                self.codec.decode(rows, on_device, scratch)
+                self.survival.add(before, block, scratch)
 
     def _refuse_overflow(
         self, block: torch.Tensor, rows: range, originals: tuple[torch.Tensor, ...], scratch: torch.Tensor
@@ -105,7 +114,7 @@ class BlockArithmetic:
         least, most = block.aminmax()
         if bool(most < self.weight.limit) and bool(least > -self.weight.limit):
             return
-        self.weight.decode(originals, scratch)
+        self.codec.decode(rows, originals, scratch)
         if scratch.isfinite().all():
             raise AdapterError(
                 f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(self.weight.name)} that "
@@ -118,7 +127,14 @@ class BlockArithmetic:
             on_device, block, scratch = self._load(rows, parts)
             for update in reversed(self._updates):
                 update.revert(block, rows, scratch)
-            self._store(block, on_device, parts)
+            self._store(rows, block, on_device, parts)
+
+    def predict(self, rows: range, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What arithmetic can tell of the bytes that became `parts`: the updates taken out; or, of a lossy storage, `parts`."""
+        predicted = tuple(part.clone() for part in parts)
+        if not self.weight.lossy:
+            self.revert(rows, predicted)
+        return predicted
 
     def _on_stream(self) -> AbstractContextManager[object]:
         import torch
@@ -130,11 +146,17 @@ class BlockArithmetic:
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
         block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
         on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
-        self.weight.decode(on_device, block)
+        self.codec.decode(rows, on_device, block)
         return on_device, block, scratch
 
-    def _store(self, block: torch.Tensor, on_device: tuple[torch.Tensor, ...], parts: tuple[torch.Tensor, ...]) -> None:
-        self.weight.encode(block, on_device)
+    def _store(
+        self,
+        rows: range,
+        block: torch.Tensor,
+        on_device: tuple[torch.Tensor, ...],
+        parts: tuple[torch.Tensor, ...],
+    ) -> None:
+        self.codec.encode(rows, block, on_device, self._rounding)
         if self._stream is not None:
             for part, changed in zip(parts, on_device, strict=True):
                 part.copy_(changed, non_blocking=True)
@@ -154,9 +176,8 @@ class Merge(BlockArithmetic):
             return
         originals = tuple(part.clone() for part in parts)
         self.apply(rows, parts)
-        predicted = tuple(part.clone() for part in parts)
-        self.revert(rows, predicted)
-        doubts = self.weight.doubt(parts, predicted)
+        predicted = self.predict(rows, parts)
+        doubts = self.codec.doubt(parts, predicted)
         each = zip(originals, predicted, doubts, strict=True)
         width = self.weight.element_bytes
         self._keep(rows, b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width) for o, p, d in each))
@@ -183,12 +204,12 @@ class ExactUnmerge(BlockArithmetic):
             yield rows
 
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
-        merged = tuple(part.clone() for part in parts)
-        self.revert(rows, parts)
+        predicted = self.predict(rows, parts)
         rest = memoryview(self._residual)
         try:
-            for part, doubt in zip(parts, self.weight.doubt(merged, parts), strict=True):
-                rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
+            for part, guess, doubt in zip(parts, predicted, self.codec.doubt(parts, predicted), strict=True):
+                rest = add_residual(guess.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
+                part.copy_(guess)
             if len(rest):
                 raise RestoreError("a block of the undo file holds more than it should")
         except RestoreError as error:

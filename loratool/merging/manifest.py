@@ -18,6 +18,7 @@ import zstandard
 from loratool.checkpoint.header import parse_json_object
 from loratool.errors import CheckpointError, NotFoundError, quoted
 from loratool.merging.rewrite import Digests
+from loratool.merging.survival import Survival
 
 MANIFEST_NAME: Final = "loratool.json"
 SCHEMA: Final = 1
@@ -61,6 +62,8 @@ class Manifest:
         previous: content of the manifest that the base had, where the base was itself merged. It is stored as
             base64 of Zstandard, because manifests within manifests would double in size with every merge.
         in_place: whether the base's own files were changed.
+        survival: what of the update each matrix of 4 bits carries.
+        survival_of_all: the same of all of them together; None where there is none.
     """
 
     base_name: str
@@ -77,6 +80,8 @@ class Manifest:
     undo_adapters: tuple[str, ...] = ()
     previous: bytes | None = None
     in_place: bool = False
+    survival: Mapping[str, Survival] = field(default_factory=dict)
+    survival_of_all: Survival | None = None
 
     def to_json(self) -> str:
         """The text of the manifest file."""
@@ -96,6 +101,9 @@ class Manifest:
             "previous": None if self.previous is None else _pack(self.previous),
             "in_place": self.in_place,
         }
+        if self.survival_of_all is not None:
+            each = {name: survival.to_json() for name, survival in self.survival.items()}
+            value["survival"] = {"all": self.survival_of_all.to_json(), "tensors": each}
         return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -132,6 +140,7 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
     base = value["base"]
     if not value["changed"].keys() <= value["tensors"].keys():
         raise ValueError("changed")
+    survival = value.get("survival", {})
     undo_adapters = tuple(_digest(digest) for digest in value.get("undo_adapters", ()))
     if undo_adapters and len(undo_adapters) != len(value["adapters"]):
         raise ValueError("undo_adapters")
@@ -150,6 +159,8 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         undo_adapters=undo_adapters,
         previous=None if value["previous"] is None else _unpack(_text(value["previous"])),
         in_place=_truth(value.get("in_place", False)),
+        survival={_text(name): Survival.from_json(entry) for name, entry in survival.get("tensors", {}).items()},
+        survival_of_all=Survival.from_json(survival["all"]) if survival else None,
     )
 
 

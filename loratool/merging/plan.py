@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
+
+from blake3 import blake3
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
@@ -43,11 +46,15 @@ class PlannedUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One stored matrix that changes. `transposed`: it is stored as (in_features, out_features)."""
+    """One stored matrix that changes. `transposed`: it is stored as (in_features, out_features).
+
+    `seed`, below 2**64, is that of its rounding, where the storage is so coarse that rounding is by chance.
+    """
 
     weight: StoredWeight
     updates: tuple[PlannedUpdate, ...]
     transposed: bool
+    seed: int = 0
 
     @property
     def name(self) -> str:
@@ -68,12 +75,14 @@ class MergePlan:
         adapters: the adapters, in the order in which their updates are added.
         targets: the matrices that change, by name.
         notes: what a user should know before it happens.
+        seed: what all that is rounded by chance is seeded with, 64 hexadecimal digits.
     """
 
     base: Checkpoint
     adapters: tuple[WeightedAdapter, ...]
     targets: tuple[Target, ...]
     notes: tuple[str, ...]
+    seed: str = ""
 
     @property
     def touched_bytes(self) -> int:
@@ -113,11 +122,24 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint) -> MergePl
         _target(name, tuple(updates), adapters, base, evidence)
         for name, updates in sorted(arriving.items(), key=lambda item: _natural(item[0]))
     )
+    seed = _seed(adapters)
+    targets = tuple(replace(target, seed=_seed_of(seed, target.name)) for target in targets)
     refuse_tied([target.name for target in targets], base)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
         notes += _landing_notes(weighted.adapter, landing, base.tensors)
-    return MergePlan(base, tuple(adapters), targets, tuple(notes))
+    return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
+
+
+def _seed(adapters: Sequence[WeightedAdapter]) -> str:
+    """64 hexadecimal digits made from what is merged, in its order: equal merges round alike."""
+    content = [[weighted.adapter.sha256, float(weighted.weight).hex()] for weighted in adapters]
+    return str(blake3(json.dumps(content).encode()).hexdigest())
+
+
+def _seed_of(seed: str, name: str) -> int:
+    """The seed, below 2**64, of the matrix `name`."""
+    return int.from_bytes(blake3(f"{seed} {name}".encode()).digest(8), "little")
 
 
 def _other_weights(base: Checkpoint) -> list[str]:
@@ -153,7 +175,7 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
         info = base.tensors[name]
         raise UnsupportedError(
             f"{quoted(updates[0].module)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
-            f"{info.dtype} {list(info.shape)}; loratool changes fp32, fp16 and bf16 matrices"
+            f"{info.dtype} {list(info.shape)}; loratool changes fp32, fp16, bf16, NF4 and FP4 matrices"
         )
     if _leaf(name) in EMBEDDING_LEAVES:
         raise UnsupportedError(
@@ -179,6 +201,8 @@ def _is_transposed(weight: StoredWeight, planned: PlannedUpdate, adapter: Adapte
     transposed, and one that is not square is told by its bias. A square one is stored as its neighbours in the same
     layer are, then as the other matrices of the model; where nothing tells, the adapter's fan_in_fan_out does.
     """
+    if weight.lossy:
+        return False  # bitsandbytes stores a Conv1D as it stores a Linear
     name, shape = weight.name, weight.shape
     bias = tensors.get(name.removesuffix(SUFFIX) + ".bias")
     if bias is None:

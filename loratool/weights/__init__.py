@@ -1,9 +1,10 @@
 """Codecs: how one weight matrix is stored, and how its rows become fp32 and go back.
 
-A codec is one module with two parts. `claim` looks at the tensors of a checkpoint by name (no torch, no data) and
-returns a `StoredWeight` for a matrix that it knows how to read. The `StoredWeight` then says which bytes hold a block
-of rows, and decodes and encodes those bytes. A codec knows nothing of adapters. A new one is one new module here and
-one line in `CODECS`.
+A codec comes in two forms, as an update does (`loratool.updates`). The form that a plan holds is made from headers: `claim`
+looks at the tensors of a checkpoint by name (no torch, no numbers) and returns a `StoredWeight` for a matrix that it knows
+how to read, which says which bytes hold a block of rows. Its `load` reads what else is needed (scales) and gives the form
+that decodes and encodes those bytes. A codec knows nothing of adapters. A new one is one new module here and one line in
+`CODECS`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.weights import dense
+from loratool.weights import dense, four_bit
+from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:
     import torch
@@ -42,17 +44,36 @@ class StoredWeight(Protocol):
         """The least magnitude that the stored type rounds to infinity."""
 
     @property
+    def lossy(self) -> bool:
+        """Whether the storage is so coarse that an update is less than a step of it: then rounding is by chance, what
+        survived is measured, and W' tells nothing of where in its step W was."""
+
+    @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Every tensor of the checkpoint that the matrix takes."""
+        """Every tensor of the checkpoint that changes with the matrix."""
 
     def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
         """The bytes that hold `rows`: a tensor, and where in its file they start and stop, for each part."""
 
-    def decode(self, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        """Decode the bytes of a block (uint8, one tensor for each extent) into `out`, fp32, (rows, columns)."""
+    def load(self, device: str) -> LoadedWeight:
+        """Read what decoding needs beside those bytes, onto `device`.
 
-    def encode(self, block: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
-        """Round `block`, fp32, (rows, columns), once to the stored type and put its bytes into `parts`."""
+        Raises:
+            CheckpointError: it is damaged.
+        """
+
+
+class LoadedWeight(Protocol):
+    """A stored matrix that can be decoded and encoded. `parts` are the bytes of a block, uint8, one tensor an extent."""
+
+    def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        """Decode the bytes of a block into `out`, fp32, (rows, columns)."""
+
+    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
+        """Round `block`, fp32, (rows, columns), once to the stored type and put its bytes into `parts`.
+
+        `parts` hold the block's bytes from before it was changed; a lossy codec starts from them.
+        """
 
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """How many bits coarser than `predicted` each element of `stored` is, 0 to 3: uint8, one tensor a part.
@@ -61,7 +82,10 @@ class StoredWeight(Protocol):
         """
 
 
-CODECS: Final[tuple[Callable[[Mapping[str, TensorInfo], str], StoredWeight | None], ...]] = (dense.claim,)
+CODECS: Final[tuple[Callable[[Mapping[str, TensorInfo], str], StoredWeight | None], ...]] = (
+    four_bit.claim,
+    dense.claim,
+)
 
 
 def stored_weight(tensors: Mapping[str, TensorInfo], name: str) -> StoredWeight | None:

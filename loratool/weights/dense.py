@@ -12,6 +12,8 @@ from loratool.checkpoint.header import DTYPE_BITS, TensorInfo
 if TYPE_CHECKING:
     import torch
 
+    from loratool.weights.rounding import Rounding
+
 CODEC_OF: Final[Mapping[str, str]] = MappingProxyType({"F32": "fp32", "F16": "fp16", "BF16": "bf16"})
 """The field's name for each dense dtype of safetensors."""
 
@@ -55,6 +57,10 @@ class DenseWeight:
         return LIMITS[self.tensor.dtype]
 
     @property
+    def lossy(self) -> bool:
+        return False
+
+    @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         return (self.tensor,)
 
@@ -62,11 +68,15 @@ class DenseWeight:
         row_bytes = self.tensor.nbytes // max(self.shape[0], 1)
         return ((self.tensor, self.tensor.start + rows.start * row_bytes, self.tensor.start + rows.stop * row_bytes),)
 
-    def decode(self, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    def load(self, device: str) -> DenseWeight:
+        """Itself: a dense matrix needs nothing else."""
+        return self
+
+    def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         """Exact: every fp16 and bf16 number is an fp32 number."""
         out.copy_(self._elements(parts).view(out.shape))
 
-    def encode(self, block: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
+    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
         """Rounds to nearest, ties to even."""
         self._elements(parts).view(block.shape).copy_(block)
 

@@ -1,0 +1,84 @@
+"""What of an update survives in a storage whose steps are larger than it: measured, not promised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self
+
+if TYPE_CHECKING:
+    import torch
+
+LEAST_SHARE: Final = 0.9
+"""A merge that keeps less of its update than this is warned of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """What became of an update, delta, in one matrix or in several.
+
+    Attributes:
+        share: the projection of the stored change on delta, ``<W' - W, delta> / <delta, delta>``: 1 where the update
+            is all there, 0 where it is lost.
+        noise: root mean square of ``W' - W - delta``, in units of that of W.
+        changed: of all codes, the part that is another one now.
+    """
+
+    share: float
+    noise: float
+    changed: float
+
+    def to_json(self) -> dict[str, float]:
+        return {"share": self.share, "noise": self.noise, "changed": self.changed}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Raises KeyError, TypeError or ValueError for what `to_json` cannot have given."""
+        numbers = [value[key] for key in ("share", "noise", "changed")]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise ValueError(value)
+        return cls(*map(float, numbers))
+
+
+class SurvivalCount:
+    """Sums over the blocks of a matrix, or of several, that a `Survival` is made of."""
+
+    def __init__(self) -> None:
+        self._carried = self._delta = self._noise = self._weight = 0.0
+        self._changed = self._elements = 0
+
+    def add(self, before: torch.Tensor, wanted: torch.Tensor, after: torch.Tensor) -> None:
+        """Count a block: W as it was decoded, W + delta, and W' as it decodes now; the last two are overwritten."""
+        self._changed += int((after != before).sum())
+        self._elements += before.numel()
+        self._weight += _dot(before, before)
+        delta, change = wanted.sub_(before), after.sub_(before)
+        self._carried += _dot(change, delta)
+        self._delta += _dot(delta, delta)
+        change.sub_(delta)
+        self._noise += _dot(change, change)
+
+    @classmethod
+    def of_all(cls, counts: Iterable[SurvivalCount]) -> SurvivalCount:
+        """The sum of `counts`."""
+        total = cls()
+        for count in counts:
+            for name, value in vars(count).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
+    def survival(self) -> Survival:
+        """Six decimals of each figure; an update of nothing but zeros survives whole."""
+        return Survival(
+            share=round(self._carried / self._delta, 6) if self._delta else 1.0,
+            noise=round(math.sqrt(self._noise / self._weight), 6) if self._weight else 0.0,
+            changed=round(self._changed / self._elements, 6) if self._elements else 0.0,
+        )
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The inner product: fp32 within a row, fp64 between rows."""
+    import torch
+
+    return float((a * b).sum(1).sum(dtype=torch.float64))

@@ -1,0 +1,344 @@
+"""The 4-bit codec: matrices as bitsandbytes stores them, NF4 (Dettmers et al. 2023, arXiv:2305.14314) and FP4.
+
+A matrix ``X.weight`` of n elements is a tensor of ``ceil(n / 2)`` bytes, two codes each, the first in the upper half.
+A code is an index into 16 values from -1 to 1; every `blocksize` elements share a scale, their largest magnitude
+(``X.weight.absmax``). With double quantization the scales are themselves bytes: indices into 256 values
+(``.nested_quant_map``), times a scale for every `nested_blocksize` of them (``.nested_absmax``), plus one offset for
+all. ``X.weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``) is JSON with the sizes and the dtype that the matrix
+decodes to. Layout: bitsandbytes, ``QuantState.as_dict(packed=True)``; arithmetic: its ``dequantize_4bit``.
+
+Reading never changes a scale. Writing keeps each block's scale and moves codes alone, so that the rest of the file stays
+as it is. A code is never rounded to the nearest: an update is much smaller than the step between two codes, and
+nearest would put every code back where it was. It goes to one of its two neighbours by chance, so that the value to
+expect is the exact one (stochastic rounding).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.checkpoint.blocks import read_exactly
+from loratool.checkpoint.header import TensorInfo, parse_json_object
+from loratool.errors import CheckpointError, quoted
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratool.weights.rounding import Rounding
+
+STATE: Final = ".quant_state.bitsandbytes__"
+KINDS: Final = ("nf4", "fp4")
+NF4: Final = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+              -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
+              0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+FP4: Final = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25,
+              -0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25)  # fmt: skip
+VALUES: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType({"nf4": NF4, "fp4": FP4})
+"""The value of each code as bitsandbytes decodes it."""
+
+LARGEST_STATE: Final = 1 << 16
+DTYPES: Final = ("bfloat16", "float16", "float32")
+CELLS: Final = 1024
+"""Equal cells from -1 to 1 so small that none holds more than one value of NF4 or two of FP4 next to zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantState:
+    """What the JSON of a matrix says: its shape, block size and dtype, and those of its scales where they are nested."""
+
+    kind: str
+    shape: tuple[int, int]
+    blocksize: int
+    dtype: str
+    nested_blocksize: int | None = None
+    nested_offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitWeight:
+    """A matrix of shape (rows, columns) in 4 bits; `scales` are its other tensors, by what follows its name."""
+
+    name: str
+    state: QuantState
+    codes: TensorInfo
+    scales: Mapping[str, TensorInfo]
+
+    @property
+    def codec(self) -> str:
+        return self.state.kind
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.state.shape
+
+    @property
+    def element_bytes(self) -> int:
+        """Two codes share a byte; the byte is what an undo file counts in."""
+        return 1
+
+    @property
+    def limit(self) -> float:
+        """What is beyond a block's scale becomes its largest code."""
+        return math.inf
+
+    @property
+    def lossy(self) -> bool:
+        return True
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return (self.codes,)
+
+    def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
+        columns = self.shape[1]
+        start, stop = rows.start * columns // 2, -(-rows.stop * columns // 2)
+        return ((self.codes, self.codes.start + start, self.codes.start + stop),)
+
+    def load(self, device: str) -> LoadedFourBit:
+        """Read the scales.
+
+        Raises:
+            CheckpointError: a scale is NaN, infinite or negative, or the values of the codes are not those of the kind.
+        """
+        return LoadedFourBit(self, _read_scales(self).to(device))
+
+
+class LoadedFourBit:
+    """A 4-bit matrix whose scales, fp32, one for each block, are in memory."""
+
+    def __init__(self, weight: FourBitWeight, scales: torch.Tensor) -> None:
+        import torch
+
+        self.weight = weight
+        self._scales = scales
+        device = scales.device
+        values = torch.tensor(VALUES[weight.state.kind], device=device)
+        high, low = torch.meshgrid(values, values, indexing="ij")
+        # Two fp32 numbers, looked up as one integer of 64 bits.
+        self._pairs = torch.stack([high, low], -1).reshape(256, 2).contiguous().view(torch.int64).view(256)
+        self._sorted, order = values.sort(stable=True)
+        self._code_of = order.to(torch.uint8)
+        self._values = values
+        cells = torch.linspace(-1, 1, CELLS + 1, device=device)[:-1]
+        self._below = (torch.searchsorted(self._sorted, cells, right=True) - 1).clamp_(0, 14).to(torch.int32)
+
+    def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        """The bits of bitsandbytes' ``dequantize_4bit``: value times scale in fp32, rounded to the state's dtype."""
+        import torch
+
+        flat = self._values_of(rows, parts, out)
+        self._by_scale(rows, flat, torch.mul)
+        dtype = getattr(torch, self.weight.state.dtype)
+        if dtype != torch.float32:
+            out.copy_(out.to(dtype))
+
+    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
+        """Move the codes in `parts` to those of `block`, each to one of the two values around its own, by chance.
+
+        What is moved by is the difference to the old decoded value, so a code that nothing was added to stays.
+        """
+        import torch
+
+        old = torch.empty_like(block)
+        self.decode(rows, parts, old)
+        wanted = block - old
+        flat = wanted.view(-1)
+        self._by_scale(rows, flat, _divide)
+        wanted += self._values_of(rows, parts, old).view(wanted.shape)
+        codes = self._rounded(flat, rounding.noise(rows, len(flat), flat.device))
+        if len(flat) % 2:
+            codes = torch.cat([codes, codes.new_zeros(1)])
+        pairs = codes.view(-1, 2)
+        torch.add(pairs[:, 0] << 4, pairs[:, 1], out=parts[0])
+
+    def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        return tuple(torch.zeros_like(part) for part in stored)
+
+    def _rounded(self, wanted: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The codes of `wanted`, in units of the scale: the value above with the odds of its nearness, else the one below."""
+        below = self._at_or_below(wanted)
+        low, high = self._sorted[below], self._sorted[below + 1]
+        up = (wanted - low) > noise * (high - low)
+        return self._code_of[below + up]
+
+    def _at_or_below(self, wanted: torch.Tensor) -> torch.Tensor:
+        """Place, in order of size, of the largest value that is not above each number; 14 at most."""
+        import torch
+
+        cell = ((wanted + 1) * (CELLS // 2)).clamp_(0, CELLS - 1).to(torch.int32)
+        below = self._below[cell]
+        for _ in range(2 if self.weight.state.kind == "fp4" else 1):
+            below = (below + (wanted >= self._sorted[below + 1]).to(torch.int32)).clamp_(max=14)
+        return below
+
+    def _values_of(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+        """Put the value of each code into `out`; returns it flat."""
+        import torch
+
+        (raw,) = parts
+        flat = out.view(-1)
+        if rows.start * out.shape[1] % 2:
+            raise CheckpointError(f"{quoted(self.weight.name)} was cut inside a byte; the undo file is damaged")
+        pairs = self._pairs[raw.to(torch.int32)]
+        flat.copy_(pairs.view(torch.float32)[: len(flat)])
+        return flat
+
+    def _by_scale(self, rows: range, flat: torch.Tensor, operation: Callable[..., Any]) -> None:
+        """Multiply or divide the elements, in place, by the scales of their blocks."""
+        size, start = self.weight.state.blocksize, rows.start * self.weight.shape[1]
+        first, offset = divmod(start, size)
+        scales = self._scales[first : -(-(start + len(flat)) // size)]
+        if offset == 0 and len(flat) % size == 0:
+            blocks = flat.view(-1, size)
+            operation(blocks, scales[:, None], out=blocks)
+        else:
+            operation(flat, scales.repeat_interleave(size)[offset : offset + len(flat)], out=flat)
+
+
+def _divide(numbers: torch.Tensor, scales: torch.Tensor, *, out: torch.Tensor) -> None:
+    """`numbers` by `scales`; by 1 where a block is all zeros, whose scale is zero."""
+    import torch
+
+    torch.div(numbers, torch.where(scales == 0, 1.0, scales), out=out)
+
+
+def claim(tensors: Mapping[str, TensorInfo], name: str) -> FourBitWeight | None:
+    """The 4-bit matrix called `name`, or None where there is none; its quant_state is read, its numbers are not.
+
+    Raises:
+        CheckpointError: the tensors of a 4-bit matrix are missing, damaged, or contradict one another.
+    """
+    kinds = [kind for kind in KINDS if name + STATE + kind in tensors]
+    if name not in tensors or not kinds:
+        return None
+    info = tensors[name + STATE + kinds[0]]
+    try:
+        state = _parse(json_of(info), kinds[0])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{quoted(info.name)} in {quoted(info.file)} is damaged; download the model again"
+        ) from None
+    scales = {part: tensors[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in tensors}
+    weight = FourBitWeight(name, state, tensors[name], scales)
+    _check_sizes(weight)
+    return weight
+
+
+_PARTS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def json_of(info: TensorInfo) -> dict[str, Any]:
+    """The JSON object whose text is the bytes of a tensor; CheckpointError where it is none."""
+    if info.dtype != "U8" or info.nbytes > LARGEST_STATE:
+        raise CheckpointError(f"{quoted(info.name)} in {quoted(info.file)} is no quant_state; download the model again")
+    try:
+        return parse_json_object(_read(info), info.file)
+    except CheckpointError:
+        raise CheckpointError(
+            f"{quoted(info.name)} in {quoted(info.file)} is not valid JSON; download the model again"
+        ) from None
+
+
+def _parse(value: Mapping[str, Any], kind: str) -> QuantState:
+    def whole(key: str) -> int:
+        if type(value[key]) is not int or not 0 < value[key] <= 1 << 20:
+            raise ValueError(key)
+        return int(value[key])
+
+    rows, columns = value["shape"]
+    if not all(type(side) is int and 0 < side < 1 << 40 for side in (rows, columns)):
+        raise ValueError("shape")
+    if value["dtype"] not in DTYPES or value["quant_type"] != kind:
+        raise ValueError("dtype")
+    if "nested_blocksize" not in value:
+        return QuantState(kind, (rows, columns), whole("blocksize"), value["dtype"])
+    offset = value["nested_offset"]
+    if type(offset) not in (int, float) or not math.isfinite(offset):
+        raise ValueError("nested_offset")
+    return QuantState(
+        kind, (rows, columns), whole("blocksize"), value["dtype"], whole("nested_blocksize"), float(offset)
+    )
+
+
+def _check_sizes(weight: FourBitWeight) -> None:
+    """Raise CheckpointError unless every tensor that the matrix needs is there, with the dtype and size that it must have."""
+    state, nested = weight.state, weight.state.nested_blocksize is not None
+    count = state.shape[0] * state.shape[1]
+    blocks = -(-count // state.blocksize)
+    expected: dict[str, tuple[str, int]] = {"absmax": ("U8", blocks) if nested else ("F32", 4 * blocks)}
+    if nested:
+        assert state.nested_blocksize is not None
+        expected["nested_absmax"] = ("F32", 4 * -(-blocks // state.nested_blocksize))
+        expected["nested_quant_map"] = ("F32", 4 * 256)
+    for part, (dtype, nbytes) in expected.items():
+        info = weight.scales.get(part)
+        if info is None:
+            raise CheckpointError(
+                f"{quoted(weight.name)} in {quoted(weight.codes.file)} is stored in 4 bits, but its {quoted(part)} is "
+                "missing; download the model again"
+            )
+        _check_size(info, dtype, nbytes)
+    _check_size(weight.codes, weight.codes.dtype, -(-count // 2))
+    if "quant_map" in weight.scales:
+        _check_size(weight.scales["quant_map"], "F32", 4 * 16)
+
+
+def _check_size(info: TensorInfo, dtype: str, nbytes: int) -> None:
+    if (info.dtype, info.nbytes) != (dtype, nbytes):
+        raise CheckpointError(
+            f"{quoted(info.name)} in {quoted(info.file)} is {info.dtype} of {info.nbytes} bytes, and its quant_state asks "
+            f"for {dtype} of {nbytes}; download the model again"
+        )
+
+
+def _read_scales(weight: FourBitWeight) -> torch.Tensor:
+    """The scale of every block, fp32, as bitsandbytes computes it."""
+    import torch
+
+    if "quant_map" in weight.scales:
+        values = _floats(weight.scales["quant_map"])
+        if not torch.equal(values, torch.tensor(VALUES[weight.state.kind])):
+            raise CheckpointError(
+                f"{quoted(weight.name)}.quant_map in {quoted(weight.codes.file)} does not hold the values of "
+                f"{weight.state.kind}; such models are not supported"
+            )
+    if weight.state.nested_blocksize is None:
+        scales = _floats(weight.scales["absmax"])
+    else:
+        indices = torch.frombuffer(bytearray(_read(weight.scales["absmax"])), dtype=torch.uint8)
+        scales = _floats(weight.scales["nested_quant_map"])[indices.int()]
+        outer = _floats(weight.scales["nested_absmax"]).repeat_interleave(weight.state.nested_blocksize)
+        scales = scales.mul_(outer[: len(scales)]).add_(weight.state.nested_offset)
+    if not torch.isfinite(scales).all():
+        raise CheckpointError(
+            f"the scales of {quoted(weight.name)} in {quoted(weight.codes.file)} hold NaN or infinity; "
+            "download the model again"
+        )
+    return scales
+
+
+def _floats(info: TensorInfo) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(_read(info)), dtype=torch.float32)
+
+
+def _read(info: TensorInfo) -> bytes:
+    """The bytes of a small tensor."""
+    buffer = bytearray(info.nbytes)
+    try:
+        fd = os.open(info.file, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(info.file)}: {error.strerror}") from None
+    try:
+        read_exactly(fd, memoryview(buffer), info.start)
+    finally:
+        os.close(fd)
+    return bytes(buffer)
