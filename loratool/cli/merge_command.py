@@ -21,6 +21,7 @@ from loratool.cli.rendering import (
     shown,
     shown_path,
     size,
+    survived,
 )
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def _print_result(result: MergeResult, *, in_place: bool) -> None:
         [
             ("in place" if in_place else "written to", out),
             ("changed", _changed(result)),
+            ("survived", survived(**result.survival.to_json()) if result.survival else ""),
             ("time", duration(result.seconds)),
             ("undo file", size(result.undo_file.stat().st_size) if result.undo_file else ""),
             ("check it", f"loratool verify {word}"),

@@ -83,6 +83,11 @@ def listed(items: Sequence[str], most: int = 8) -> str:
     return "\n".join([*items[:most], *([f"and {more:,} more"] if more > 0 else [])])
 
 
+def survived(share: float, noise: float, changed: float) -> str:
+    """What of an update the 4-bit weights carry: ``98.3% of the update; noise 6.4% of the weights; 7.1% of codes moved``."""
+    return f"{share:.1%} of the update; noise {noise:.1%} of the weights; {changed:.1%} of codes moved"
+
+
 def shown_path(path: Path | str) -> str:
     """A path as a person would type it from here: relative where it lies below the working folder."""
     absolute = os.path.abspath(path)

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import ProgressBar, counted, print_facts, print_json, print_notes, shown_path
+from loratool.cli.rendering import (
+    ProgressBar,
+    counted,
+    print_facts,
+    print_json,
+    print_notes,
+    print_table,
+    shown_path,
+    survived,
+)
+
+if TYPE_CHECKING:
+    from loratool.library.unmerge import VerifyResult
 
 WORDS = {
     "base": "the merge, replayed from the base, gives the same bytes",
@@ -15,9 +29,10 @@ WORDS = {
 
 @click.command("verify", **example("loratool verify smollm2-pirate"))
 @click.argument("merged")
+@click.option("--tensors", is_flag=True, help="List what of the update each 4-bit matrix carries.")
 @json_option
 @click.pass_obj
-def command(registry: str | None, merged: str, as_json: bool) -> None:
+def command(registry: str | None, merged: str, tensors: bool, as_json: bool) -> None:
     """Check a merged model against its manifest, byte by byte, and replay the merge."""
     from loratool.library.unmerge import verify
 
@@ -33,8 +48,21 @@ def command(registry: str | None, merged: str, as_json: bool) -> None:
                 "content",
                 f"{counted(result.tensors, 'tensor')} and {counted(result.files, 'file')}, as the manifest says",
             ),
+            ("survived", survived(**result.survival.to_json()) if result.survival else ""),
             ("replay", WORDS.get(result.replayed, "")),
             ("fingerprint", result.fingerprint[:16] + "…"),
         ]
     )
+    if tensors:
+        _print_survivals(result)
     print_notes(result.notes)
+
+
+def _print_survivals(result: VerifyResult) -> None:
+    rows = [
+        [name, f"{survival.share:.1%}", f"{survival.noise:.1%}", f"{survival.changed:.1%}"]
+        for name, survival in result.survivals.items()
+    ]
+    if rows:
+        click.echo()
+        print_table(["TENSOR", "SURVIVED", "NOISE", "MOVED"], rows, right=("SURVIVED", "NOISE", "MOVED"), wide="TENSOR")

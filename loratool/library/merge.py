@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from loratool.library.resolve import (
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
+from loratool.merging.survival import LEAST_SHARE, Survival
 from loratool.merging.undo import UNDO_NAME
 from registry import MergedAdapter, Registry, RegistryError
 
@@ -56,6 +57,8 @@ class MergeResult:
         output_fingerprint: of the merged model.
         undo_file: what takes the merge out again, where it was kept.
         plan: the matrices that change.
+        survival: of a merge into 4-bit matrices, what of the update the stored codes carry, in all.
+        survivals: the same of each matrix, by name.
         seconds: the time taken, or expected.
     """
 
@@ -69,6 +72,8 @@ class MergeResult:
     notes: tuple[str, ...]
     seconds: float
     dry_run: bool
+    survival: Survival | None = None
+    survivals: Mapping[str, Survival] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
@@ -86,9 +91,11 @@ class MergeResult:
                     "codec": target.weight.codec,
                     "shape": list(target.weight.shape),
                     "size_bytes": target.nbytes,
+                    **({"survival": self.survivals[target.name].to_json()} if target.name in self.survivals else {}),
                 }
                 for target in self.plan.targets
             ],
+            "survival": None if self.survival is None else self.survival.to_json(),
             "touched_bytes": self.plan.touched_bytes,
             "size_bytes": self.plan.base.nbytes,
             "seconds": round(self.seconds, 3),
@@ -278,9 +285,20 @@ def _result(out: Path, base: ResolvedBase, merged: tuple[MergedAdapter, ...], re
         output_fingerprint=manifest.fingerprint,
         undo_file=undo_file,
         plan=plan,
-        notes=notes,
+        notes=(*notes, *_survival_notes(manifest.survival_of_all)),
         seconds=seconds,
         dry_run=False,
+        survival=manifest.survival_of_all,
+        survivals=manifest.survival,
+    )
+
+
+def _survival_notes(survival: Survival | None) -> tuple[str, ...]:
+    if survival is None or survival.share >= LEAST_SHARE:
+        return ()
+    return (
+        f"only {survival.share:.0%} of the update is left in the 4-bit weights; merge into the full-precision base with "
+        "--out instead, or keep the adapter beside the model",
     )
 
 
@@ -305,6 +323,7 @@ def _record(result: MergeResult, catalogue: Registry, *, in_place: bool) -> None
         in_place=in_place,
         options={
             "seconds": result.seconds,
+            **({} if result.survival is None else {"survival": result.survival.to_json()}),
             "size_bytes": result.plan.touched_bytes if in_place else result.plan.base.nbytes,
         },
     )

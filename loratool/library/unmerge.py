@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import digest_cache, exists, open_registry, resolve_merged, user_path
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.manifest import Manifest, MergedAdapter, read_manifest
+from loratool.merging.survival import Survival
 from loratool.merging.undo import adapter_file
 from loratool.merging.unmerge import (
     Restoration,
@@ -65,7 +66,10 @@ class UnmergeResult:
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What was verified of a merged model. `replayed` is ``base``, ``undo``, or "" where neither was at hand."""
+    """What was verified of a merged model. `replayed` is ``base``, ``undo``, or "" where neither was at hand.
+
+    `survival` and, by matrix, `survivals` are what the merge into 4-bit matrices measured.
+    """
 
     path: Path
     fingerprint: str
@@ -73,10 +77,14 @@ class VerifyResult:
     files: int
     replayed: str
     notes: tuple[str, ...]
+    survival: Survival | None = None
+    survivals: Mapping[str, Survival] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
         return {
+            "survival": None if self.survival is None else self.survival.to_json(),
+            "survivals": {name: survival.to_json() for name, survival in self.survivals.items()},
             "path": str(self.path),
             "output_fingerprint": self.fingerprint,
             "tensors": self.tensors,
@@ -163,7 +171,16 @@ def verify(
             watcher.begin("comparing with the manifest", checkpoint.nbytes)
             files, extra = verify_content(checkpoint, manifest, progress=watcher.advance)
             replayed, notes = _replay(checkpoint, manifest, catalogue, watcher)
-    return VerifyResult(path, manifest.fingerprint, len(manifest.tensors), files, replayed, (*extra, *notes))
+    return VerifyResult(
+        path,
+        manifest.fingerprint,
+        len(manifest.tensors),
+        files,
+        replayed,
+        (*extra, *notes),
+        manifest.survival_of_all,
+        manifest.survival,
+    )
 
 
 def _ways(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: str, watcher: Progress, *,

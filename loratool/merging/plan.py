@@ -16,6 +16,7 @@ from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quo
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX, Landing, land
+from loratool.merging.storage import refuse_other_storage
 from loratool.merging.ties import refuse_tied
 from loratool.updates import Update
 from loratool.weights import StoredWeight, stored_weight
@@ -95,8 +96,10 @@ class MergePlan:
         return frozenset(info.name for target in self.targets for info in target.weight.tensors)
 
 
-def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint) -> MergePlan:
+def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str | None = None) -> MergePlan:
     """Find where every tensor of every adapter lands in `base`.
+
+    `seed` is that of an earlier merge which is to be repeated; by default it is made from the adapters.
 
     Raises:
         PlacementError: a module lands nowhere, on a matrix of another shape, or on one that cannot be changed alone.
@@ -104,6 +107,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint) -> MergePl
         LoratoolError: there is no adapter, or one of them is given twice.
     """
     _refuse_repeats(adapters)
+    refuse_other_storage(base)
     landings = [
         land(
             {module: update.shape for module, update in weighted.adapter.updates.items()},
@@ -122,7 +126,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint) -> MergePl
         _target(name, tuple(updates), adapters, base, evidence)
         for name, updates in sorted(arriving.items(), key=lambda item: _natural(item[0]))
     )
-    seed = _seed(adapters)
+    seed = seed or _seed(adapters)
     targets = tuple(replace(target, seed=_seed_of(seed, target.name)) for target in targets)
     refuse_tied([target.name for target in targets], base)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)

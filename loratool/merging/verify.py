@@ -85,7 +85,7 @@ def replay(
         VerificationError: names the first tensor that comes out otherwise under the torch that merged.
     """
     weighted = [WeightedAdapter(a, entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)]
-    plan = plan_merge(weighted, base)
+    plan = plan_merge(weighted, base, manifest.options.get("seed"))
     device = manifest.options.get("device", "cpu")
     digests = rewrite(
         plan.targets, lambda target: Merge(target, choose_device(device)), {}, workers=cpu_workers(), progress=progress

@@ -1,0 +1,387 @@
+"""4-bit checkpoints: read as bitsandbytes reads them, merged into, and taken out of again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import numpy as np
+import pytest
+import torch
+import transformers
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from safetensors.torch import load_file, save_file
+from tiny_adapters import TinyAdapters, save_plain_adapter
+from tiny_models import DTYPES, TinyModels, digest, load, save_plain_model, stored_tensors
+
+import loratool
+from loratool.checkpoint.blocks import row_blocks
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import CheckpointError, LoratoolError, UnsupportedError, VerificationError
+from loratool.weights import StoredWeight, stored_weight
+from loratool.weights.rounding import Rounding
+
+SHAPES = [(64, 128), (100, 192), (130, 96), (33, 100), (7, 5), (1, 64)]
+"""Rows and columns; the last ones are no multiples of a block."""
+
+
+def quantized(
+    shape: tuple[int, int], kind: str, dtype: str, *, nested: bool, blocksize: int
+) -> dict[str, torch.Tensor]:
+    """The tensors that bitsandbytes saves for a random matrix ``m.weight``."""
+    generator = torch.Generator().manual_seed(shape[0] * blocksize)
+    weight = (torch.randn(shape, generator=generator) * 0.05).to(DTYPES[dtype])
+    weight.view(-1)[: blocksize // 2] *= 20  # one block unlike the others
+    codes, state = bnb.quantize_4bit(weight, blocksize=blocksize, compress_statistics=nested, quant_type=kind)
+    return {"m.weight": codes} | {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+
+
+def by_bitsandbytes(tensors: dict[str, torch.Tensor], name: str = "m.weight") -> torch.Tensor:
+    """What bitsandbytes decodes a matrix to, in the dtype of its state.
+
+    Its kernel for CPUs takes the scale of the wrong block where a row is no whole number of blocks, which its plain
+    implementation, and its kernel for CUDA, do not.
+    """
+    own = {key: value for key, value in tensors.items() if key.startswith(name + ".")}
+    state = bnb.QuantState.from_dict(own, device=torch.device("cpu"))
+    if state.shape[1] % state.blocksize == 0:
+        return bnb.dequantize_4bit(tensors[name], state)
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    values = bnb.get_4bit_type(state.quant_type, device="cpu")
+    return _dequantize_4bit_compute(tensors[name].view(-1), scales, values, state.blocksize, state.shape, state.dtype)
+
+
+def parts_of(weight: StoredWeight, rows: range) -> tuple[torch.Tensor, ...]:
+    parts = []
+    for info, start, stop in weight.extents(rows):
+        with open(info.file, "rb") as stream:
+            stream.seek(start)
+            parts.append(torch.frombuffer(bytearray(stream.read(stop - start)), dtype=torch.uint8))
+    return tuple(parts)
+
+
+def decoded(weight: StoredWeight, block_bytes: int = 1 << 22) -> torch.Tensor:
+    out = torch.empty(weight.shape)
+    codec = weight.load("cpu")
+    for rows in row_blocks(weight.shape[0], weight.shape[1] * 4, block_bytes):
+        codec.decode(rows, parts_of(weight, rows), out[rows.start : rows.stop])
+    return out
+
+
+def matrix(folder: Path, name: str = "m.weight") -> StoredWeight:
+    weight = stored_weight(Checkpoint.open(folder).tensors, name)
+    assert weight is not None
+    return weight
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("blocksize", "nested"), itertools.product([64, 128, 256, 4096], [False, True]))
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_decoding_has_the_bits_of_bitsandbytes(
+    tmp_path: Path, kind: str, blocksize: int, nested: bool, dtype: str
+) -> None:
+    for number, shape in enumerate(SHAPES):
+        tensors = quantized(shape, kind, dtype, nested=nested, blocksize=blocksize)
+        weight = matrix(save_plain_model(tmp_path / str(number), tensors))
+        assert (weight.codec, weight.shape) == (kind, shape)
+        expected = by_bitsandbytes(tensors).float()
+        for block_bytes in (1 << 22, 1 << 12):
+            found = decoded(weight, block_bytes)
+            assert torch.equal(found.view(torch.int32), expected.view(torch.int32)), shape
+
+
+def moved(weight: StoredWeight, delta: torch.Tensor, seed: int) -> torch.Tensor:
+    """What the matrix decodes to after `delta` is added."""
+    codec, rows = weight.load("cpu"), range(weight.shape[0])
+    parts = parts_of(weight, rows)
+    block = torch.empty(weight.shape)
+    codec.decode(rows, parts, block)
+    codec.encode(rows, block + delta, parts, Rounding(seed))
+    codec.decode(rows, parts, block)
+    return block
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_weight_to_expect_is_the_exact_one(tmp_path: Path, kind: str) -> None:
+    tensors = quantized((32, 128), kind, "fp32", nested=True, blocksize=64)
+    weight = matrix(save_plain_model(tmp_path / "m", tensors))
+    before = by_bitsandbytes(tensors).double()
+    delta = torch.randn(before.shape, generator=torch.Generator().manual_seed(5)).double() * 0.002
+    scale = before.view(-1, 64).abs().amax(1).repeat_interleave(64).view(before.shape)
+    values = bnb.get_4bit_type(kind, device="cpu").double().unique()
+    place = torch.bucketize((before / scale).contiguous(), (values[:-1] + values[1:]) / 2)
+    beside = (place + delta.sign().long()).clamp(0, len(values) - 1)
+    step = (values[beside] - values[place]).abs() * scale
+    inside = delta.abs() < step  # no more than one step, and there is a step to make
+    runs = torch.stack([moved(weight, delta.float(), seed).double() for seed in range(400)])
+    spread = (delta.abs() * (step - delta.abs()) / len(runs)).sqrt()
+    error = ((runs.mean(0) - before - delta) / spread)[inside]
+    assert inside.float().mean() > 0.8
+    assert error.square().mean().item() == pytest.approx(1, abs=0.2)
+    assert error.mean().abs() < 0.1
+
+
+def test_a_weight_that_nothing_is_added_to_keeps_its_codes(tmp_path: Path) -> None:
+    for dtype in ("bf16", "fp16", "fp32"):
+        tensors = quantized((64, 128), "nf4", dtype, nested=True, blocksize=64)
+        weight = matrix(save_plain_model(tmp_path / dtype, tensors))
+        assert torch.equal(moved(weight, torch.zeros(64, 128), 1), decoded(weight))
+
+
+def test_a_code_at_the_end_of_its_scale_stays_there(tmp_path: Path) -> None:
+    weight = matrix(save_plain_model(tmp_path / "m", quantized((64, 128), "nf4", "fp32", nested=False, blocksize=64)))
+    before = decoded(weight)
+    ends = before.view(-1, 64).abs().amax(1).repeat_interleave(64).view(before.shape)
+    assert torch.equal(moved(weight, ends * 3, 1), ends)
+    assert torch.equal(moved(weight, ends * -3, 1), -ends)
+
+
+Quantize = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def four_bit(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Quantize:
+    """Tiny models as transformers quantizes and saves them."""
+    root = tmp_path_factory.mktemp("four-bit")
+
+    def build(architecture: str = "llama-many-blocks", dtype: str = "bf16", shard: str = "5GB", **options: Any) -> Path:
+        folder = root / "-".join([architecture, dtype, shard, *(f"{k}={v}" for k, v in options.items())])
+        if not folder.exists():
+            config = transformers.BitsAndBytesConfig(
+                **({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} | options)
+            )
+            source = tiny_models.folder(architecture, dtype)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES[dtype], quantization_config=config
+            )
+            model.save_pretrained(folder, max_shard_size=shard)
+            shutil.copy(source / "tokenizer.json", folder)
+        return folder
+
+    return build
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"dtype": "fp16", "bnb_4bit_use_double_quant": False},
+    {"dtype": "fp32", "shard": "100KB"},
+    {"bnb_4bit_quant_type": "fp4"},
+    {"architecture": "llama", "llm_int8_skip_modules": ["v_proj", "lm_head"]},
+]
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_a_merge_moves_codes_and_nothing_else_and_transformers_loads_it(
+    four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    base = four_bit(**options)
+    architecture = options.get("architecture", "llama-many-blocks")
+    result = loratool.merge(tiny_adapters.folder(architecture), base, out=tmp_path / "merged")
+    before, after = stored_tensors(base), stored_tensors(tmp_path / "merged")
+    changed = {name for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys()
+    assert changed == {target.name for target in result.plan.targets}
+    assert (base / "config.json").read_bytes() == (tmp_path / "merged" / "config.json").read_bytes()
+    model = load(tmp_path / "merged", architecture)
+    assert model.is_loaded_in_4bit
+    stored = tensors_in(tmp_path / "merged")
+    for target in result.plan.targets:
+        parameter = model.get_parameter(target.name)
+        if target.weight.lossy:
+            assert torch.equal(
+                bnb.dequantize_4bit(parameter.data, parameter.quant_state), by_bitsandbytes(stored, target.name)
+            )
+        else:
+            assert torch.equal(parameter.data, stored[target.name])
+
+
+def test_what_survived_is_what_numpy_says(four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    base, adapter = four_bit(), tiny_adapters.folder("llama-many-blocks")
+    result = loratool.merge(adapter, base, out=tmp_path / "merged")
+    before, after = tensors_in(base), tensors_in(tmp_path / "merged")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    sums = np.zeros(4)
+    for target in result.plan.targets:
+        key = "base_model.model." + target.name.removesuffix(".weight")
+        a, b = (factors[f"{key}.lora_{letter}.weight"].double().numpy() for letter in "AB")
+        delta = b @ a * config["lora_alpha"] / config["r"]
+        old, new = (by_bitsandbytes(tensors, target.name).double().numpy() for tensors in (before, after))
+        change = new - old
+        each = np.array([(change * delta).sum(), (delta**2).sum(), ((change - delta) ** 2).sum(), (old**2).sum()])
+        survival = result.survivals[target.name]
+        assert survival.share == pytest.approx(each[0] / each[1], rel=1e-3)
+        assert survival.noise == pytest.approx(np.sqrt(each[2] / each[3]), rel=1e-3)
+        assert survival.changed == pytest.approx((old != new).mean(), abs=1e-6)
+        sums += each
+    assert result.survival is not None
+    assert result.survival.share == pytest.approx(sums[0] / sums[1], rel=1e-3)
+
+
+def test_equal_merges_give_equal_bytes(four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        loratool.merge(tiny_adapters.folder("llama-many-blocks"), four_bit(), out=tmp_path / out, undo=True)
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize("options", CASES, ids=str)
+def test_a_merge_is_taken_out_bit_for_bit_with_the_base_gone(
+    four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(four_bit(**options), base)
+    expected = digest(base)
+    adapter = tiny_adapters.folder(options.get("architecture", "llama-many-blocks"))
+    loratool.merge(adapter, base, out=tmp_path / "merged", undo=True)
+    shutil.rmtree(base)
+    result = loratool.unmerge(tmp_path / "merged", out=tmp_path / "back")
+    assert result.method == "undo"
+    assert digest(tmp_path / "back") == expected
+
+
+def test_a_merge_in_place_is_taken_out_in_place(
+    four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(four_bit(shard="100KB"), model)
+    expected = digest(model)
+    loratool.merge(tiny_adapters.folder("llama-many-blocks"), model, in_place=True)
+    assert digest(model) != expected
+    loratool.unmerge(model, in_place=True)
+    assert digest(model) == expected
+
+
+def test_a_merge_is_taken_out_from_the_base(four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    base = four_bit()
+    loratool.base_add("base", base)
+    loratool.merge(tiny_adapters.folder("llama-many-blocks"), "base", out=tmp_path / "merged")
+    assert loratool.unmerge(tmp_path / "merged", out=tmp_path / "back").method == "base"
+    assert digest(tmp_path / "back") == digest(base)
+
+
+def test_verify_replays_a_merge_and_finds_a_moved_code(
+    four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    loratool.merge(tiny_adapters.folder("llama-many-blocks"), four_bit(), out=merged, undo=True)
+    result = loratool.verify(merged)
+    assert result.replayed == "base"
+    assert result.survival is not None
+    file = merged / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith("q_proj.weight"))
+    tensors[name][0] ^= 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(VerificationError, match="q_proj"):
+        loratool.verify(merged)
+
+
+def test_a_merge_that_loses_its_update_is_warned_of(four_bit: Quantize, tmp_path: Path) -> None:
+    """Every block's largest weight cannot grow: an update of the size of the weights themselves is cut off."""
+    base = four_bit()
+    shape = matrix(base, "model.layers.0.mlp.up_proj.weight").shape
+    adapter = save_plain_adapter(tmp_path / "huge", {"model.layers.0.mlp.up_proj": shape}, lora_alpha=4000)
+    result = loratool.merge(adapter, base, out=tmp_path / "merged")
+    assert result.survival is not None
+    assert result.survival.share < 0.9
+    assert any("of the update is left" in note for note in result.notes)
+
+
+Damage = Callable[[dict[str, torch.Tensor]], object]
+
+
+def without_absmax(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["m.weight.absmax"]
+
+
+def cut_codes(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["m.weight"] = tensors["m.weight"][:-1]
+
+
+def state_of(tensors: dict[str, torch.Tensor], text: bytes) -> None:
+    tensors["m.weight.quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def changed_state(**changes: Any) -> Damage:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        state = json.loads(bytes(tensors["m.weight.quant_state.bitsandbytes__nf4"].tolist()))
+        state_of(tensors, json.dumps(state | changes).encode())
+
+    return damage
+
+
+def set_part(part: str, value: torch.Tensor) -> Damage:
+    return lambda tensors: tensors.update({f"m.weight.{part}": value})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tensors: state_of(tensors, b"not json"), "not valid JSON"),
+        (lambda tensors: state_of(tensors, b"[1, 2]"), "not valid JSON"),
+        (lambda tensors: state_of(tensors, b"{}"), "is damaged"),
+        (lambda tensors: state_of(tensors, b"\xff" * 70_000), "no quant_state"),
+        (changed_state(blocksize=0), "is damaged"),
+        (changed_state(blocksize="64"), "is damaged"),
+        (changed_state(blocksize=128), "absmax"),
+        (changed_state(shape=[64, 64]), "absmax"),
+        (changed_state(shape=[-64, -128]), "is damaged"),
+        (changed_state(shape=[64, 128, 1]), "is damaged"),
+        (changed_state(dtype="float8"), "is damaged"),
+        (changed_state(nested_offset=float("nan")), "not valid JSON"),
+        (changed_state(nested_offset="1"), "is damaged"),
+        (changed_state(quant_type="fp4"), "is damaged"),
+        (without_absmax, "'absmax' is missing"),
+        (cut_codes, "asks for U8 of 4096"),
+        (set_part("nested_absmax", torch.tensor([float("nan")])), "NaN or infinity"),
+        (set_part("nested_quant_map", torch.zeros(3)), "asks for F32"),
+        (set_part("quant_map", torch.zeros(16)), "does not hold the values of nf4"),
+    ],
+)
+def test_a_damaged_matrix_is_refused_and_nothing_is_written(tmp_path: Path, damage: Damage, message: str) -> None:
+    tensors = quantized((64, 128), "nf4", "bf16", nested=True, blocksize=64)
+    damage(tensors)
+    base = save_plain_model(tmp_path / "base", tensors)
+    adapter = save_plain_adapter(tmp_path / "adapter", {"m": (64, 128)})
+    with pytest.raises(CheckpointError, match=message):
+        loratool.merge(adapter, base, out=tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "name"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, "gptq"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, {}, "awq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, {}, "8-bit"),
+        ({}, {"m.SCB": torch.ones(64)}, "8-bit"),
+        ({}, {"m.qweight": torch.ones(64, 16, dtype=torch.int32)}, "GPTQ or AWQ"),
+        ({}, {"m.weight_scale_inv": torch.ones(1, 1)}, "FP8"),
+    ],
+)
+def test_another_storage_is_refused_by_its_name(
+    tmp_path: Path, config: dict[str, Any], extra: dict[str, torch.Tensor], name: str
+) -> None:
+    base = save_plain_model(tmp_path / "base", {"m.weight": torch.ones(64, 128)} | extra, **config)
+    adapter = save_plain_adapter(tmp_path / "adapter", {"m": (64, 128)})
+    with pytest.raises(UnsupportedError, match=name):
+        loratool.merge(adapter, base, out=tmp_path / "out")
+
+
+def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
+    base = save_plain_model(tmp_path / "base", quantized((64, 128), "nf4", "bf16", nested=True, blocksize=64))
+    adapter = save_plain_adapter(tmp_path / "adapter", {"m": (128, 64)})
+    with pytest.raises(LoratoolError, match=r"\[128, 64\].*\[64, 128\]"):
+        loratool.merge(adapter, base, out=tmp_path / "out")
