@@ -105,7 +105,10 @@ def main() -> None:
     body = table(["whole process", "median", "least to most", "peak memory", "target", ""], rows)
     body += f"\n\nTensors of loratool's output that differ from PEFT's: {differing}. "
     body += f"The base after the merge in place and its unmerge: {'the same bytes' if same else '**other bytes**'}. "
-    body += f"{ROUNDS} rounds in turn after a warm-up, 2 of PEFT; each after a rest of {REST_SECONDS:.0f} s, page cache warm; loratool's output is fsynced, cp's is not."
+    body += (
+        f"{ROUNDS} rounds in turn after a warm-up, 2 of PEFT, each after a rest of {REST_SECONDS:.0f} s; page cache "
+    )
+    body += "warm; loratool's output is fsynced, cp's is not."
     report("speed", "Speed: a 1.1 B-parameter bf16 Llama in five shards, LoRA r=16", body)
     for folder in (*out.values(), Path(os.environ["LORATOOL_HOME"])):
         shutil.rmtree(folder, ignore_errors=True)

@@ -130,9 +130,9 @@ def test_the_weight_to_expect_is_the_exact_one(tmp_path: Path, kind: str) -> Non
 
 
 def test_a_weight_that_nothing_is_added_to_keeps_its_codes(tmp_path: Path) -> None:
-    for dtype in ("bf16", "fp16", "fp32"):
-        tensors = quantized((64, 128), "nf4", dtype, nested=True, blocksize=64)
-        weight = matrix(save_plain_model(tmp_path / dtype, tensors))
+    for kind, dtype in itertools.product(["nf4", "fp4"], ["bf16", "fp16", "fp32"]):
+        tensors = quantized((64, 128), kind, dtype, nested=True, blocksize=64)
+        weight = matrix(save_plain_model(tmp_path / kind / dtype, tensors))
         assert torch.equal(moved(weight, torch.zeros(64, 128), 1), decoded(weight))
 
 
@@ -249,6 +249,21 @@ def test_a_merge_is_taken_out_bit_for_bit_with_the_base_gone(
     result = loratool.unmerge(tmp_path / "merged", out=tmp_path / "back")
     assert result.method == "undo"
     assert digest(tmp_path / "back") == expected
+
+
+def test_the_undo_file_is_small(tmp_path: Path) -> None:
+    """Only those codes are listed that cannot be told from the others."""
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(512, 1024, generator=generator, dtype=torch.float32).bfloat16() * 0.05
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    tensors = {"m.weight": codes} | {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    base = save_plain_model(tmp_path / "base", tensors)
+    adapter = save_plain_adapter(tmp_path / "adapter", {"m": (512, 1024)}, r=8, lora_alpha=1)
+    result = loratool.merge(adapter, base, out=tmp_path / "merged", undo=True)
+    assert result.survival is not None
+    assert result.undo_file is not None
+    assert 0.03 < result.survival.changed < 0.3
+    assert result.undo_file.stat().st_size < 0.25 * result.survival.changed * codes.numel()
 
 
 def test_a_merge_in_place_is_taken_out_in_place(

@@ -102,7 +102,8 @@ class BlockArithmetic:
             for update in self._updates:
                 update.apply(block, rows, scratch)
             self._refuse_overflow(block, rows, on_device, scratch)
-            self._store(rows, block, on_device, parts)
+            self.codec.encode(rows, block, on_device, self._rounding)
+            self._bring_back(on_device, parts)
             if before is not None:
                 self.codec.decode(rows, on_device, scratch)
                 self.survival.add(before, block, scratch)
@@ -122,19 +123,17 @@ class BlockArithmetic:
             )
 
     def revert(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
-        """Subtract the updates, last one first; the same bits on every machine, but off by a rounding here and there."""
+        """Take the updates out, last one first; the same bits on every machine, but not always those from before."""
         with self._on_stream():
-            on_device, block, scratch = self._load(rows, parts)
-            for update in reversed(self._updates):
-                update.revert(block, rows, scratch)
-            self._store(rows, block, on_device, parts)
+            block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
+            on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
 
-    def predict(self, rows: range, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """What arithmetic can tell of the bytes that became `parts`: the updates taken out; or, of a lossy storage, `parts`."""
-        predicted = tuple(part.clone() for part in parts)
-        if not self.weight.lossy:
-            self.revert(rows, predicted)
-        return predicted
+            def subtract(numbers: torch.Tensor) -> None:
+                for update in reversed(self._updates):
+                    update.revert(numbers, rows, scratch)
+
+            self.codec.recover(rows, on_device, block, subtract, self._rounding)
+            self._bring_back(on_device, parts)
 
     def _on_stream(self) -> AbstractContextManager[object]:
         import torch
@@ -149,14 +148,7 @@ class BlockArithmetic:
         self.codec.decode(rows, on_device, block)
         return on_device, block, scratch
 
-    def _store(
-        self,
-        rows: range,
-        block: torch.Tensor,
-        on_device: tuple[torch.Tensor, ...],
-        parts: tuple[torch.Tensor, ...],
-    ) -> None:
-        self.codec.encode(rows, block, on_device, self._rounding)
+    def _bring_back(self, on_device: tuple[torch.Tensor, ...], parts: tuple[torch.Tensor, ...]) -> None:
         if self._stream is not None:
             for part, changed in zip(parts, on_device, strict=True):
                 part.copy_(changed, non_blocking=True)
@@ -176,7 +168,8 @@ class Merge(BlockArithmetic):
             return
         originals = tuple(part.clone() for part in parts)
         self.apply(rows, parts)
-        predicted = self.predict(rows, parts)
+        predicted = tuple(part.clone() for part in parts)
+        self.revert(rows, predicted)
         doubts = self.codec.doubt(parts, predicted)
         each = zip(originals, predicted, doubts, strict=True)
         width = self.weight.element_bytes
@@ -204,12 +197,12 @@ class ExactUnmerge(BlockArithmetic):
             yield rows
 
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
-        predicted = self.predict(rows, parts)
+        merged = tuple(part.clone() for part in parts)
+        self.revert(rows, parts)
         rest = memoryview(self._residual)
         try:
-            for part, guess, doubt in zip(parts, predicted, self.codec.doubt(parts, predicted), strict=True):
-                rest = add_residual(guess.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
-                part.copy_(guess)
+            for part, doubt in zip(parts, self.codec.doubt(merged, parts), strict=True):
+                rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
             if len(rest):
                 raise RestoreError("a block of the undo file holds more than it should")
         except RestoreError as error:

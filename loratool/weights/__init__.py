@@ -75,6 +75,20 @@ class LoadedWeight(Protocol):
         `parts` hold the block's bytes from before it was changed; a lossy codec starts from them.
         """
 
+    def recover(
+        self,
+        rows: range,
+        parts: tuple[torch.Tensor, ...],
+        block: torch.Tensor,
+        subtract: Callable[[torch.Tensor], None],
+        rounding: Rounding,
+    ) -> None:
+        """Turn the bytes in `parts`, of a block that was added to, into those from before, as far as they can be told.
+
+        `subtract` takes from fp32 numbers, (rows, columns), what was added; `block` is room for some. The bytes are the
+        same on every machine: an undo file holds what they miss the true ones by.
+        """
+
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """How many bits coarser than `predicted` each element of `stored` is, 0 to 3: uint8, one tensor a part.
 

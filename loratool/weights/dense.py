@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -79,6 +79,19 @@ class DenseWeight:
     def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
         """Rounds to nearest, ties to even."""
         self._elements(parts).view(block.shape).copy_(block)
+
+    def recover(
+        self,
+        rows: range,
+        parts: tuple[torch.Tensor, ...],
+        block: torch.Tensor,
+        subtract: Callable[[torch.Tensor], None],
+        rounding: Rounding,
+    ) -> None:
+        """``round(W' - delta)``: off by a rounding here and there."""
+        self.decode(rows, parts, block)
+        subtract(block)
+        self.encode(rows, block, parts, rounding)
 
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """The difference of the exponents, where that of the stored element is larger."""

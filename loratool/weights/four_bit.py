@@ -123,7 +123,7 @@ class LoadedFourBit:
         self._pairs = torch.stack([high, low], -1).reshape(256, 2).contiguous().view(torch.int64).view(256)
         self._sorted, order = values.sort(stable=True)
         self._code_of = order.to(torch.uint8)
-        self._values = values
+        self._place_of = order.argsort().to(torch.int32)
         cells = torch.linspace(-1, 1, CELLS + 1, device=device)[:-1]
         self._below = (torch.searchsorted(self._sorted, cells, right=True) - 1).clamp_(0, 14).to(torch.int32)
 
@@ -146,30 +146,72 @@ class LoadedFourBit:
 
         old = torch.empty_like(block)
         self.decode(rows, parts, old)
-        wanted = block - old
-        flat = wanted.view(-1)
-        self._by_scale(rows, flat, _divide)
-        wanted += self._values_of(rows, parts, old).view(wanted.shape)
-        codes = self._rounded(flat, rounding.noise(rows, len(flat), flat.device))
-        if len(flat) % 2:
-            codes = torch.cat([codes, codes.new_zeros(1)])
-        pairs = codes.view(-1, 2)
-        torch.add(pairs[:, 0] << 4, pairs[:, 1], out=parts[0])
+        shift = (block - old).view(-1)
+        self._by_scale(rows, shift, _divide)
+        places = self._places(parts, len(shift))
+        noise = rounding.noise(rows, len(shift), shift.device)
+        self._put(parts, self._moved(places, shift, noise))
+
+    def recover(
+        self,
+        rows: range,
+        parts: tuple[torch.Tensor, ...],
+        block: torch.Tensor,
+        subtract: Callable[[torch.Tensor], None],
+        rounding: Rounding,
+    ) -> None:
+        """Take back what `encode` did.
+
+        Chance is known, so a code came from where the same chance leads to it: from itself, or from the one that lies
+        against what was added. About one in a hundred could have come from both, or was moved further.
+        """
+        import torch
+
+        subtract(block.zero_())
+        shift = block.neg_().view(-1)
+        self._by_scale(rows, shift, _divide)
+        noise = rounding.noise(rows, len(shift), shift.device)
+        stayed = self._places(parts, len(shift))
+        came = (stayed - torch.sign(shift).to(torch.int32)).clamp_(0, 15)
+        only = (self._moved(came, shift, noise) == stayed) & (self._moved(stayed, shift, noise) != stayed)
+        self._put(parts, torch.where(only, came, stayed))
 
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         import torch
 
         return tuple(torch.zeros_like(part) for part in stored)
 
-    def _rounded(self, wanted: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The codes of `wanted`, in units of the scale: the value above with the odds of its nearness, else the one below."""
+    def _places(self, parts: tuple[torch.Tensor, ...], count: int) -> torch.Tensor:
+        """The place of each code's value in the order of size: int32, 0 to 15."""
+        import torch
+
+        (raw,) = parts
+        return torch.stack([self._place_of[(raw >> 4).int()], self._place_of[(raw & 15).int()]], -1).view(-1)[:count]
+
+    def _put(self, parts: tuple[torch.Tensor, ...], places: torch.Tensor) -> None:
+        """Put the codes of `places` into `parts`."""
+        import torch
+
+        codes = self._code_of[places]
+        if len(codes) % 2:
+            codes = torch.cat([codes, codes.new_zeros(1)])
+        torch.add(codes[::2] << 4, codes[1::2], out=parts[0])
+
+    def _moved(self, places: torch.Tensor, shift: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Where the values at `places` go when `shift`, in units of the scale, is added.
+
+        To the value above with the odds of its nearness, else to the one below; `noise` decides.
+        """
+        import torch
+
+        wanted = self._sorted[places] + shift
         below = self._at_or_below(wanted)
-        low, high = self._sorted[below], self._sorted[below + 1]
-        up = (wanted - low) > noise * (high - low)
-        return self._code_of[below + up]
+        low = self._sorted[below]
+        up = wanted - low > noise * (self._sorted[below + 1] - low)
+        return torch.where(shift == 0, places, below + up)
 
     def _at_or_below(self, wanted: torch.Tensor) -> torch.Tensor:
-        """Place, in order of size, of the largest value that is not above each number; 14 at most."""
+        """The place of the largest value that is not above each number, 14 at most."""
         import torch
 
         cell = ((wanted + 1) * (CELLS // 2)).clamp_(0, CELLS - 1).to(torch.int32)
