@@ -13,7 +13,6 @@ from loratool.cli.rendering import (
     print_facts,
     print_json,
     print_notes,
-    print_table,
     shown_path,
     survived,
 )
@@ -29,10 +28,9 @@ WORDS = {
 
 @click.command("verify", **example("loratool verify smollm2-pirate"))
 @click.argument("merged")
-@click.option("--tensors", is_flag=True, help="List what of the update each 4-bit matrix carries.")
 @json_option
 @click.pass_obj
-def command(registry: str | None, merged: str, tensors: bool, as_json: bool) -> None:
+def command(registry: str | None, merged: str, as_json: bool) -> None:
     """Check a merged model against its manifest, byte by byte, and replay the merge."""
     from loratool.library.unmerge import verify
 
@@ -49,20 +47,17 @@ def command(registry: str | None, merged: str, tensors: bool, as_json: bool) -> 
                 f"{counted(result.tensors, 'tensor')} and {counted(result.files, 'file')}, as the manifest says",
             ),
             ("survived", survived(**result.survival.to_json()) if result.survival else ""),
+            ("least", _least(result)),
             ("replay", WORDS.get(result.replayed, "")),
             ("fingerprint", result.fingerprint[:16] + "…"),
         ]
     )
-    if tensors:
-        _print_survivals(result)
     print_notes(result.notes)
 
 
-def _print_survivals(result: VerifyResult) -> None:
-    rows = [
-        [name, f"{survival.share:.1%}", f"{survival.noise:.1%}", f"{survival.changed:.1%}"]
-        for name, survival in result.survivals.items()
-    ]
-    if rows:
-        click.echo()
-        print_table(["TENSOR", "SURVIVED", "NOISE", "MOVED"], rows, right=("SURVIVED", "NOISE", "MOVED"), wide="TENSOR")
+def _least(result: VerifyResult) -> str:
+    """The 4-bit matrix that carries the least of its update."""
+    if not result.survivals:
+        return ""
+    name, survival = min(result.survivals.items(), key=lambda item: item[1].share)
+    return f"{survival.share:.1%} in {name}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.updates.low_rank import LowRank
+from loratool.updates import Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Adapter:
     file: Path
     sha256: str
     kind: str
-    updates: Mapping[str, LowRank]
+    updates: Mapping[str, Update]
     config: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
     fan_in_fan_out: bool = False
@@ -60,13 +61,13 @@ class Adapter:
     @property
     def dtype(self) -> str:
         """The dtype of its factors as safetensors spells it, or ``mixed``."""
-        dtypes = {info.dtype for update in self.updates.values() for info in (update.a, update.b)}
+        dtypes = {info.dtype for update in self.updates.values() for info in update.factors.values()}
         return dtypes.pop() if len(dtypes) == 1 else "mixed"
 
     @property
     def parameter_count(self) -> int:
         """Numbers in all its factors."""
-        return sum(sum(update.shape) * update.rank for update in self.updates.values())
+        return sum(math.prod(info.shape) for update in self.updates.values() for info in update.factors.values())
 
     @property
     def base_model(self) -> str | None:

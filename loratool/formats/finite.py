@@ -22,7 +22,7 @@ def refuse_not_finite(adapter: Adapter) -> None:
 
     with open(adapter.file, "rb") as stream:
         for update in adapter.updates.values():
-            for info in (update.a, update.b):
+            for info in update.factors.values():
                 if info.dtype not in EXPONENTS:
                     raise AdapterError(
                         f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, no factor's"

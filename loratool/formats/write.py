@@ -51,11 +51,7 @@ def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> No
 
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
     pairs = sorted(adapter.updates.items())
-    return {
-        peft_key(module, factor): info
-        for module, update in pairs
-        for factor, info in (("A", update.a), ("B", update.b))
-    }
+    return {peft_key(module, factor): info for module, update in pairs for factor, info in update.factors.items()}
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:

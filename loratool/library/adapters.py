@@ -29,6 +29,7 @@ from registry import (
 )
 
 if TYPE_CHECKING:
+    from loratool.formats.adapter import Adapter
     from registry import Registry  # brings SQLAlchemy, which a list does without
 
 DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
@@ -98,17 +99,27 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | No
     refuse_not_finite(adapter)
     chosen = _name_from(adapter.name, source) if name is None else name
     with open_registry(registry) as catalogue:
-        owner, notes = _owner(adapter, base, catalogue)
-        files: dict[str, Path | bytes] = {
-            "adapter_model.safetensors": adapter.file,
-            "adapter_config.json": _json_bytes(adapter.config),
-        }
-        if adapter.facts:
-            files["loratool.json"] = _json_bytes(adapter.facts)
-        with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
-            record, new = catalogue.adapters.add(
-                chosen, _facts(adapter, owner), base=owner.name if owner else None, tags=tags, staged=staged
-            )
+        return enter(adapter, catalogue, name=chosen, base=base, tags=tags)
+
+
+def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None,
+          tags: Sequence[str] = ()) -> AddResult:  # fmt: skip
+    """Put an adapter that was read, or was just written, into the catalogue and its files into the content store.
+
+    Raises:
+        LoratoolError, registry.RegistryError: it does not fit `base`, or the name is taken wrongly.
+    """
+    owner, notes = _owner(adapter, base, catalogue)
+    files: dict[str, Path | bytes] = {
+        "adapter_model.safetensors": adapter.file,
+        "adapter_config.json": _json_bytes(adapter.config),
+    }
+    if adapter.facts:
+        files["loratool.json"] = _json_bytes(adapter.facts)
+    with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
+        record, new = catalogue.adapters.add(
+            name, _facts(adapter, owner), base=owner.name if owner else None, tags=tags, staged=staged
+        )
     # One that was tied before stays so, whatever this file and this call say.
     return AddResult(record, new, (*adapter.notes, *([] if owner is None and record.base else notes)))
 
@@ -254,7 +265,7 @@ def _edge_json(edge: LineageRecord) -> dict[str, Any]:
     return {"child": edge.child, "parent": edge.parent, "operation": edge.operation, "details": edge.details}
 
 
-def _facts(adapter: Any, owner: BaseRecord | None) -> AdapterFacts:
+def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:
     scalings = {module: update.scaling for module, update in sorted(adapter.updates.items())}
     same = len(set(scalings.values())) == 1
     return AdapterFacts(
@@ -276,7 +287,7 @@ def _facts(adapter: Any, owner: BaseRecord | None) -> AdapterFacts:
     )
 
 
-def _owner(adapter: Any, base: str | None, catalogue: Registry) -> tuple[BaseRecord | None, list[str]]:
+def _owner(adapter: Adapter, base: str | None, catalogue: Registry) -> tuple[BaseRecord | None, list[str]]:
     """The catalogued base that the adapter belongs to, checked by names and shapes, and notes on how it was found."""
     from loratool.errors import LoratoolError, WrongBaseError, quoted
 
@@ -303,7 +314,7 @@ def _owner(adapter: Any, base: str | None, catalogue: Registry) -> tuple[BaseRec
     return None, [f"it is tied to no base yet{hint}; add it again with --base NAME to tie it to one"]
 
 
-def _refuse_unfit(adapter: Any, record: BaseRecord) -> None:
+def _refuse_unfit(adapter: Adapter, record: BaseRecord) -> None:
     """Raise LoratoolError if the adapter does not land on the base; one whose files are away is taken at its word."""
     from loratool.checkpoint.model import Checkpoint
     from loratool.library.resolve import exists

@@ -8,7 +8,10 @@ A new kind of adapter is one new module here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
+
+from loratool.checkpoint.header import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +29,16 @@ class Update(Protocol):
         """(out_features, in_features) of the matrix that it fits."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the adapter file that it takes."""
+    def rank(self) -> int:
+        """How many components it has now; 0 changes nothing."""
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies the product of its factors."""
+
+    @property
+    def factors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors by the letter that the field calls them by: ``A``, ``B``, ..."""
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedUpdate:
         """Read the numbers, fp32, onto `device`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -42,8 +43,8 @@ class LowRank:
         return self.b.shape[0], self.a.shape[1]
 
     @property
-    def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes
+    def factors(self) -> Mapping[str, TensorInfo]:
+        return {"A": self.a, "B": self.b}
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedLowRank:
         """Read A and B as fp32.
