@@ -120,10 +120,16 @@ class LoadedFourBit:
         values = torch.tensor(VALUES[weight.state.kind], device=device)
         high, low = torch.meshgrid(values, values, indexing="ij")
         # Two fp32 numbers, looked up as one integer of 64 bits.
-        self._pairs = torch.stack([high, low], -1).reshape(256, 2).contiguous().view(torch.int64).view(256)
+        self._pairs = torch.stack([high, low], -1).view(torch.int64).view(256)
         self._sorted, order = values.sort(stable=True)
-        self._code_of = order.to(torch.uint8)
         self._place_of = order.argsort().to(torch.int32)
+        high, low = torch.meshgrid(self._place_of, self._place_of, indexing="ij")
+        self._pair_places = torch.stack([high, low], -1).view(torch.int64).view(256)
+        self._code_of = order.to(torch.uint8)
+        self._high_code_of = self._code_of << 4
+        # Above the last step there is none to go to: no number is at or above infinity.
+        self._next = torch.cat([self._sorted[1:15], self._sorted.new_full((1,), math.inf)])
+        self._per_step = 1 / (self._sorted[1:] - self._sorted[:-1])
         cells = torch.linspace(-1, 1, CELLS + 1, device=device)[:-1]
         self._below = (torch.searchsorted(self._sorted, cells, right=True) - 1).clamp_(0, 14).to(torch.int32)
 
@@ -186,16 +192,19 @@ class LoadedFourBit:
         import torch
 
         (raw,) = parts
-        return torch.stack([self._place_of[(raw >> 4).int()], self._place_of[(raw & 15).int()]], -1).view(-1)[:count]
+        return self._pair_places.index_select(0, raw.int()).view(torch.int32)[:count]
 
     def _put(self, parts: tuple[torch.Tensor, ...], places: torch.Tensor) -> None:
         """Put the codes of `places` into `parts`."""
         import torch
 
-        codes = self._code_of[places]
-        if len(codes) % 2:
-            codes = torch.cat([codes, codes.new_zeros(1)])
-        torch.add(codes[::2] << 4, codes[1::2], out=parts[0])
+        if len(places) % 2:
+            places = torch.cat([places, self._place_of[:1]])
+        torch.add(
+            self._high_code_of.index_select(0, places[::2]),
+            self._code_of.index_select(0, places[1::2]),
+            out=parts[0],
+        )
 
     def _moved(self, places: torch.Tensor, shift: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Where the values at `places` go when `shift`, in units of the scale, is added.
@@ -204,20 +213,17 @@ class LoadedFourBit:
         """
         import torch
 
-        wanted = self._sorted[places] + shift
+        wanted = self._sorted.index_select(0, places).add_(shift)
         below = self._at_or_below(wanted)
-        low = self._sorted[below]
-        up = wanted - low > noise * (self._sorted[below + 1] - low)
-        return torch.where(shift == 0, places, below + up)
+        odds = wanted.sub_(self._sorted.index_select(0, below)).mul_(self._per_step.index_select(0, below))
+        return torch.where(shift == 0, places, below.add_(odds > noise))
 
     def _at_or_below(self, wanted: torch.Tensor) -> torch.Tensor:
         """The place of the largest value that is not above each number, 14 at most."""
-        import torch
-
-        cell = ((wanted + 1) * (CELLS // 2)).clamp_(0, CELLS - 1).to(torch.int32)
-        below = self._below[cell]
+        cell = (wanted + 1).mul_(CELLS // 2).clamp_(0, CELLS - 1).int()
+        below = self._below.index_select(0, cell)
         for _ in range(2 if self.weight.state.kind == "fp4" else 1):
-            below = (below + (wanted >= self._sorted[below + 1]).to(torch.int32)).clamp_(max=14)
+            below += wanted >= self._next.index_select(0, below)
         return below
 
     def _values_of(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
@@ -228,7 +234,7 @@ class LoadedFourBit:
         flat = out.view(-1)
         if rows.start * out.shape[1] % 2:
             raise CheckpointError(f"{quoted(self.weight.name)} was cut inside a byte; the undo file is damaged")
-        pairs = self._pairs[raw.to(torch.int32)]
+        pairs = self._pairs.index_select(0, raw.int())
         flat.copy_(pairs.view(torch.float32)[: len(flat)])
         return flat
 
