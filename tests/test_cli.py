@@ -504,8 +504,8 @@ def test_json_of_a_merge_and_back(catalogued: Run, tmp_path: Path) -> None:
     assert not out.exists()
     merged = catalogued(*words).json()
     keys = {
-        "out", "base", "base_fingerprint", "adapters", "output_fingerprint", "undo_file", "tensors", "touched_bytes",
-        "size_bytes", "seconds", "dry_run", "notes",
+        "out", "base", "base_fingerprint", "adapters", "output_fingerprint", "undo_file", "tensors", "survival",
+        "touched_bytes", "size_bytes", "seconds", "dry_run", "notes",
     }  # fmt: skip
     assert merged.keys() == planned.keys() == keys
     assert merged["tensors"] == planned["tensors"]
