@@ -512,7 +512,9 @@ def test_json_of_a_merge_and_back(catalogued: Run, tmp_path: Path) -> None:
     assert merged["adapters"][0].keys() == {"adapter", "sha256", "weight"}
     assert (merged["adapters"][0]["adapter"], merged["adapters"][0]["weight"]) == ("pirate@1", 0.5)
     verified = catalogued("verify", out, "--json").json()
-    assert verified.keys() == {"path", "output_fingerprint", "tensors", "files", "replayed", "notes"}
+    assert verified.keys() == {
+        "path", "output_fingerprint", "tensors", "files", "replayed", "survival", "survivals", "notes",
+    }  # fmt: skip
     assert verified["output_fingerprint"] == merged["output_fingerprint"]
     back = catalogued("unmerge", out, "--json").json()
     assert back.keys() == {"out", "method", "base_fingerprint", "inexact", "notes"}
