@@ -47,6 +47,10 @@ class UnsupportedError(AdapterError):
     """An adapter uses a feature whose numbers loratool does not compute yet; it is refused, never approximated."""
 
 
+class DataError(LoratoolError):
+    """A file of samples, or a line of one, cannot be used."""
+
+
 class PlacementError(LoratoolError):
     """A tensor of an adapter lands on no tensor of the base, or on more than one."""
 

@@ -1,0 +1,1 @@
+"""Models at work on a user's own text: data, loading, loss."""

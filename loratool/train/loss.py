@@ -1,0 +1,102 @@
+"""The loss of a model on samples: cross entropy in nats, summed in fp64 over the tokens that count."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loratool.errors import LoratoolError
+from loratool.train.data import IGNORED, TokenizedSample
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module
+
+CHUNK: Final = 256
+"""Tokens whose logits are raised to fp32 at once; a vocabulary of 256,000 takes 256 MiB then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How well a model foretells samples.
+
+    Attributes:
+        loss: mean cross entropy in nats over the tokens that count, each foretold by all that stands before it.
+        tokens: how many count.
+        tokens_per_second: how many tokens the model read each second, those that do not count included, padding not.
+    """
+
+    loss: float
+    tokens: int
+    tokens_per_second: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+def score(model: Module, samples: Sequence[TokenizedSample], *, batch_size: int, device: str,
+          progress: Callable[[int], None]) -> Score:  # fmt: skip
+    """Score a causal language model on `samples`; `progress` is told how many more are done.
+
+    Batches are made of samples of like length, the longest first, padded at their end.
+
+    Raises:
+        LoratoolError: the loss is not finite, or the device has too little memory.
+    """
+    import torch
+
+    longest_first = sorted(samples, key=lambda sample: -len(sample.input_ids))
+    summed = 0.0
+    began = time.perf_counter()
+    for start in range(0, len(longest_first), batch_size):
+        batch = longest_first[start : start + batch_size]
+        try:
+            summed += _summed_loss(model, batch, device)
+        except torch.OutOfMemoryError:
+            raise LoratoolError(
+                f"{device} has too little memory for {len(batch)} x {len(batch[0].input_ids):,} tokens; give a smaller "
+                "--batch-size or --max-length"
+            ) from None
+        progress(len(batch))
+    seconds = time.perf_counter() - began
+    tokens = sum(sample.scored_tokens for sample in samples)
+    loss = summed / tokens
+    if not math.isfinite(loss):
+        raise LoratoolError(
+            f"the loss is {loss}: the model's numbers overflow or are not finite; check its weights, and the scaling of the "
+            "adapter where there is one"
+        )
+    return Score(loss, tokens, sum(len(sample.input_ids) for sample in samples) / seconds)
+
+
+def _summed_loss(model: Module, batch: Sequence[TokenizedSample], device: str) -> float:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    width = max(len(sample.input_ids) for sample in batch)
+    input_ids = _padded([sample.input_ids for sample in batch], width, 0).to(device)
+    attention_mask = _padded([[1] * len(sample.input_ids) for sample in batch], width, 0).to(device)
+    labels = _padded([sample.labels for sample in batch], width + 1, IGNORED).to(device)[:, 1:]
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logits, wanted = logits.flatten(0, 1), labels.flatten()
+        losses = [
+            cross_entropy(logits[places].float(), wanted[places], reduction="none").double().sum()
+            for places in torch.split((wanted != IGNORED).nonzero().squeeze(1), CHUNK)
+        ]
+        return float(torch.stack(losses).sum())
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, filler: int) -> torch.Tensor:
+    """(len(rows), width) int64; short rows are filled at their end."""
+    import torch
+
+    return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])
