@@ -10,6 +10,7 @@ Every command of the command line is one function here, with the same name and t
     loratool.verify(result.out)
     loratool.unmerge(result.out)
 
+``loratool.eval`` is also called ``loratool.evaluate``, for where Python's own ``eval`` must not be hidden.
 Functions are imported when they are first used, so ``import loratool`` is quick and imports no torch.
 """
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from loratool.library.adapters import list_adapters as list  # noqa: A004
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
     from loratool.library.doctor import doctor
+    from loratool.library.evaluate import evaluate as eval  # noqa: A004
+    from loratool.library.evaluate import evaluate as evaluate
     from loratool.library.merge import merge
     from loratool.library.unmerge import unmerge, verify
 
@@ -37,6 +40,7 @@ __all__ = [
     "base_show",
     "base_verify",
     "doctor",
+    "eval",
     "export",
     "list",
     "merge",
@@ -55,6 +59,8 @@ _FUNCTIONS: Final = {
     "base_show": ("bases", "base_show"),
     "base_verify": ("bases", "base_verify"),
     "doctor": ("doctor", "doctor"),
+    "eval": ("evaluate", "evaluate"),
+    "evaluate": ("evaluate", "evaluate"),
     "export": ("adapters", "export"),
     "list": ("adapters", "list_adapters"),
     "merge": ("merge", "merge"),

@@ -20,6 +20,7 @@ COMMANDS: Final = {
     "add": "Catalogue an adapter that exists.",
     "base": "Name and fingerprint base models.",
     "doctor": "Check the catalogue against the disk.",
+    "eval": "Loss and perplexity on your own text, with an adapter or without.",
     "export": "Write an adapter as a PEFT folder or a single file.",
     "list": "The catalogue of adapters.",
     "merge": "Adapters into the weights of a base model.",

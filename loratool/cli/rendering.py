@@ -187,9 +187,13 @@ def print_notes(notes: Iterable[str]) -> None:
 
 
 class ProgressBar(AbstractContextManager["ProgressBar"]):
-    """Progress on stderr, with bytes per second and time left; silent where stderr is no terminal."""
+    """Progress on stderr, with time left; silent where stderr is no terminal.
 
-    def __init__(self) -> None:
+    It counts bytes, and shows how many a second, or what `unit` names.
+    """
+
+    def __init__(self, unit: str = "bytes") -> None:
+        self._unit = unit
         self._bars: Bars | None = None
         self._task: TaskID | None = None
 
@@ -199,6 +203,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             from rich.progress import (
                 BarColumn,
                 DownloadColumn,
+                MofNCompleteColumn,
                 Progress,
                 TextColumn,
                 TimeRemainingColumn,
@@ -208,8 +213,11 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             self._bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
-                DownloadColumn(),
-                TransferSpeedColumn(),
+                *(
+                    [DownloadColumn(), TransferSpeedColumn()]
+                    if self._unit == "bytes"
+                    else [MofNCompleteColumn(), TextColumn(self._unit)]
+                ),
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
                 transient=True,

@@ -9,10 +9,10 @@ class Progress(Protocol):
     """Receives the progress of long work; `advance` is called from any thread."""
 
     def begin(self, label: str, total: int) -> None:
-        """A step of `total` bytes begins; it ends when the next begins."""
+        """A step of `total` bytes, or of what else the work counts, begins; it ends when the next begins."""
 
     def advance(self, count: int) -> None:
-        """`count` more bytes are done."""
+        """`count` more are done."""
 
 
 class Silent:
