@@ -60,23 +60,23 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_file(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a path to write a file at; when the block ends without an error it becomes `out`.
+def staged_file(out: Path, *, force: bool = False, option: str = "--out") -> Iterator[Path]:
+    """Give a path to write a file at; when the block ends without an error it becomes `out`, which `option` gave.
 
     Raises:
         OutputError: as `staged_folder`.
     """
     out = Path(os.path.abspath(out))
-    with _explained(out):
-        refuse_existing(out, force=force)
+    with _explained(out, option):
+        refuse_existing(out, force=force, option=option)
         _make_folder(out.parent)
         stage = _beside(out, "partial")
-        with _locked(stage, out, os.O_RDWR | os.O_CREAT):
+        with _locked(stage, out, os.O_RDWR | os.O_CREAT, option):
             try:
                 yield stage
                 _sync_file(stage)
                 if not force and os.path.lexists(out):
-                    raise OutputError(f"{quoted(out)} appeared while it was being written; choose another --out")
+                    raise OutputError(f"{quoted(out)} appeared while it was being written; choose another {option}")
                 os.replace(stage, out)
                 sync_folder(out.parent)
             except BaseException:
@@ -84,21 +84,21 @@ def staged_file(out: Path, *, force: bool = False) -> Iterator[Path]:
                 raise
 
 
-def refuse_existing(out: Path, *, force: bool) -> None:
+def refuse_existing(out: Path, *, force: bool, option: str = "--out") -> None:
     """Raise OutputError if `out` must not be written: it is there, and `force` is off or it is somebody else's."""
-    refuse_impossible(out)
+    refuse_impossible(out, option)
     if not os.path.lexists(out):
         return
     if not force:
-        raise OutputError(f"{quoted(out)} exists already; choose another --out, or give --force to replace it")
+        raise OutputError(f"{quoted(out)} exists already; choose another {option}, or give --force to replace it")
     if out.is_symlink():
-        raise OutputError(f"{quoted(out)} is a link, which loratool never writes through; choose another --out")
+        raise OutputError(f"{quoted(out)} is a link, which loratool never writes through; choose another {option}")
     if Path.cwd().is_relative_to(out):
-        raise OutputError(f"{quoted(out)} holds the folder that you work in; choose another --out")
+        raise OutputError(f"{quoted(out)} holds the folder that you work in; choose another {option}")
     reason = _why_not_ours(out) if out.is_dir() and any(out.iterdir()) else None
     if reason is not None:
         raise OutputError(
-            f"{quoted(out)} {reason}, so --force does not replace it; remove it yourself or choose another --out"
+            f"{quoted(out)} {reason}, so --force does not replace it; remove it yourself or choose another {option}"
         )
 
 
@@ -141,14 +141,14 @@ def _is_accounted_for(name: str, record: dict[str, Any]) -> bool:
     return is_weights or name.startswith(f"{UNDO_FOLDER}/") or (isinstance(files, dict) and name in files)
 
 
-def refuse_impossible(out: Path) -> None:
+def refuse_impossible(out: Path, option: str = "--out") -> None:
     """Raise OutputError if no file can have the name of `out`: it holds a zero byte, or what is no character."""
     try:
         possible = b"\0" not in os.fsencode(out)
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise OutputError(f"{quoted(out)} is no name for a file or folder; choose another --out")
+        raise OutputError(f"{quoted(out)} is no name for a file or folder; choose another {option}")
 
 
 def foreign_file(error: OSError, own: tuple[Path, ...]) -> str | None:
@@ -194,14 +194,16 @@ def _beside(out: Path, what: str) -> Path:
 
 
 @contextmanager
-def _explained(out: Path) -> Iterator[None]:
+def _explained(out: Path, option: str = "--out") -> Iterator[None]:
     try:
         yield
     except OSError as error:
         source = foreign_file(error, (out, _beside(out, "partial"), _beside(out, "replaced")))
         if source is not None:
             raise unreadable(source, error) from None
-        advice = "free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT} else "choose another place with --out"
+        advice = (
+            "free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT} else f"choose another place with {option}"
+        )
         raise OutputError(f"cannot write {quoted(out)}: {error.strerror or error}; {advice}") from None
 
 
@@ -216,7 +218,7 @@ def _claimed(stage: Path, out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(stage: Path, out: Path, flags: int) -> Iterator[None]:
+def _locked(stage: Path, out: Path, flags: int, option: str = "--out") -> Iterator[None]:
     """Hold the lock on `stage`, unless another run does, or published or removed it while this one waited."""
     fd = os.open(stage, flags | os.O_NOFOLLOW, 0o644)
     try:
@@ -228,7 +230,7 @@ def _locked(stage: Path, out: Path, flags: int) -> Iterator[None]:
         except OSError:
             ours = True  # some network file systems have no locks
         if not ours:
-            raise OutputError(f"another run is using {quoted(out)}; wait for it, or choose another --out") from None
+            raise OutputError(f"another run is using {quoted(out)}; wait for it, or choose another {option}") from None
         yield
     finally:
         os.close(fd)
