@@ -1,7 +1,9 @@
-"""`loratool eval`: the loss is transformers' and PEFT's own, of what the model must say; bad lines are named."""
+"""`loratool eval`: the loss is transformers' and PEFT's own, of what the model must say, at every rank; bad lines are named."""
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import math
 import os
@@ -10,25 +12,33 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import bitsandbytes
+import matplotlib
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_adapters import copy_with, save_plain_adapter, save_single_file
 from tiny_models import VOCABULARY, digest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import loratool
 from loratool.cli import main
+from loratool.cli.rendering import bar
 from loratool.errors import CheckpointError, DataError, LoratoolError, PlacementError, UnsupportedError
+from loratool.formats.draft import Draft
+from loratool.formats.read import read_adapter
+from loratool.ranks.leading import leading
 from loratool.train.data import IGNORED, Chat, Completion, Document, Text, TokenizedSample, read_data, tokenize_data
+from loratool.train.model import beside
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
@@ -388,8 +398,9 @@ def test_data_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert read_data(file).samples == (Text(1, "a\u2028b"), Completion(2, "", "c"))
     write_lines(file, {"messages": TURNS, "prompt": "as the Hub's chat data have it"})
     assert read_data(file).samples == (Chat(1, tuple(TURNS)),)
-    (tmp_path / "x.txt").write_text("one\n\ntwo\n")
-    assert read_data(tmp_path / "x.txt").samples == (Document("one\n\ntwo\n"),)
+    for name in ("x.txt", "X.TXT"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbfone\n\ntwo\n")
+        assert read_data(tmp_path / name).samples == (Document("one\n\ntwo\n"),)
 
 
 def test_data_are_read_without_torch(data: Path) -> None:
@@ -480,6 +491,8 @@ def test_a_line_that_is_no_sample_is_named(case: str, base: Path, tmp_path: Path
     [
         (["BASE", "--data", "nothing.jsonl"], "there is no data at 'nothing.jsonl'"),
         (["BASE", "--data", "."], "Is a directory"),
+        (["BASE", "--data", "/dev/zero"], "is a device"),
+        (["BASE", "--data", "BASE/model.safetensors"], "is not JSON"),
         (["BASE", "--data", "empty.jsonl"], "is empty"),
         (["BASE", "--data", "short.txt"], "fewer than two tokens"),
         (["BASE", "--data", "bytes.txt"], "line 2 of 'bytes.txt' is not UTF-8"),
@@ -626,6 +639,230 @@ def test_without_transformers_the_extra_to_install_is_named(
     assert_refused(run(base, "--data", data), "pip install 'loratool[train]'")
 
 
+# By rank
+
+
+def with_updates(model: Any, adapter: Path, rank: int) -> Any:
+    """The dense model with the best approximation of that rank of each module's update, by numpy in float64, added."""
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), adapter)
+    for name, layer in wrapped.named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            a, b = (
+                getattr(layer, factor)["default"].weight.detach().double().numpy() for factor in ("lora_A", "lora_B")
+            )
+            u, s, v = np.linalg.svd(layer.scaling["default"] * b @ a)
+            best = torch.from_numpy((u[:, :rank] * s[:rank]) @ v[:rank]).float()
+            model.get_submodule(name.removeprefix("base_model.model.")).weight.data += best
+    return model
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2, "1.self_attn.v_proj": 6}, "alpha_pattern": {"v_proj": 5}}],
+    ids=["plain", "patterns"],
+)
+def test_cut_to_a_rank_an_adapter_is_the_best_approximation_of_its_update(
+    lora: dict[str, Any], rank: int, base: Path, tiny_adapters: TinyAdapters, data: Path
+) -> None:
+    adapter, samples = tiny_adapters.folder("llama", **lora), tokenized(base, data)
+    result = loratool.eval(base, data, adapter=adapter, ranks=[rank], device="cpu")
+    expected = mean_loss(with_updates(dense(base), adapter, rank), samples)
+    assert abs(expected - result.score.loss) > 1e-4, "the cut does too little to be seen"
+    assert result.ranks[0].rank == rank
+    assert result.ranks[0].score.loss == pytest.approx(expected, abs=5e-6)
+
+
+def test_an_nf4_model_is_measured_by_rank_too(nf4: Path, base: Path, adapter: Path, data: Path) -> None:
+    result = loratool.eval(nf4, data, adapter=adapter, ranks=[2], device="cpu")
+    expected = mean_loss(with_updates(dequantized(nf4, base), adapter, 2), tokenized(base, data))
+    assert abs(expected - result.score.loss) > 1e-4, "the cut does too little to be seen"
+    assert result.ranks[0].score.loss == pytest.approx(expected, abs=5e-6)
+
+
+def test_cut_to_a_rank_a_dylora_is_its_first_components_times_alpha_by_the_rank(
+    base: Path, adapter: Path, data: Path, tmp_path: Path
+) -> None:
+    dylora, first = copy_with(adapter, tmp_path / "dylora"), copy_with(adapter, tmp_path / "first", r=2)
+    (dylora / "loratool.json").write_text('{"kind": "dylora"}')
+    factors = load_file(first / "adapter_model.safetensors")
+    cut = {key: factor[:2] if "lora_A" in key else factor[:, :2].clone() for key, factor in factors.items()}
+    save_file(cut, first / "adapter_model.safetensors")
+    expected = mean_loss(peft.PeftModel.from_pretrained(dense(base), first).eval(), tokenized(base, data))
+    result = loratool.eval(base, data, adapter=dylora, ranks=[2], device="cpu")
+    assert result.ranks[0].score.loss == pytest.approx(expected, abs=2e-6)
+    as_lora = loratool.eval(base, data, adapter=adapter, ranks=[2], device="cpu")
+    assert abs(as_lora.ranks[0].score.loss - expected) > 1e-4, "both kinds are cut alike"
+
+
+def test_ranks_rise_and_end_with_the_adapters_own_and_none_depends_on_another(
+    base: Path, adapter: Path, data: Path
+) -> None:
+    result = loratool.eval(base, data, adapter=adapter, ranks=[3, 1, 3], device="cpu")
+    assert [each.rank for each in result.ranks] == [1, 3, 4]
+    assert result.ranks[-1].score == result.score
+    alone = loratool.eval(base, data, adapter=adapter, ranks=[3], device="cpu")
+    assert alone.ranks[0].score.loss == result.ranks[1].score.loss
+    assert [each.rank for each in loratool.eval(base, data, adapter=adapter, ranks=[4], device="cpu").ranks] == [4]
+    assert loratool.eval(base, data, adapter=adapter, device="cpu").ranks == ()
+
+
+def test_a_model_is_by_itself_again_after_an_adapter_was_beside_it(base: Path, adapter: Path) -> None:
+    model = dense(base)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with beside(model, read_adapter(adapter), "cpu") as wrapped:
+        assert any("lora_A" in name for name, _ in wrapped.named_modules())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_rank_above_a_matrixs_smaller_side_loses_nothing(base: Path, data: Path, tmp_path: Path) -> None:
+    module = "model.layers.1.self_attn.k_proj"  # (32, 64)
+    folder = save_plain_adapter(tmp_path / "adapter", {module: (32, 64)}, r=40)
+    result = loratool.eval(base, data, adapter=folder, ranks=[31, 36], device="cpu")
+    below, above, whole = (each.score.loss for each in result.ranks)
+    assert result.gap is not None
+    assert abs(result.gap) > 1e-4
+    assert above == pytest.approx(whole, abs=1e-6)
+    assert below != above
+
+
+class OtherUpdate(NamedTuple):
+    """An update of a kind whose components are not known."""
+
+    kind: str
+    rank: int
+
+
+def test_an_update_of_another_kind_is_not_cut_as_if_it_were_low_rank(adapter: Path, tmp_path: Path) -> None:
+    known = read_adapter(adapter)
+    other: Any = {module: OtherUpdate("other r=4", 4) for module in known.updates}
+    with Draft(tmp_path) as draft, pytest.raises(UnsupportedError, match="is 'other r=4'"):
+        leading(replace(known, updates=other), 2, draft)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_the_picture_has_the_same_bytes_whatever_the_users_settings_and_names(
+    suffix: str, base: Path, adapter: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = data.rename(tmp_path / "$\\frac$ 数据 %s.jsonl")
+    pictures = [tmp_path / "new folder" / f"{name}{suffix}" for name in ("one", "two")]
+    loratool.eval(base, odd, adapter=adapter, ranks=[1, 2], plot=pictures[0], device="cpu")
+    monkeypatch.setitem(matplotlib.rcParams, "lines.linewidth", 9)
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    result = loratool.eval(base, odd, adapter=adapter, ranks=[1, 2], plot=pictures[1], device="cpu")
+    assert matplotlib.rcParams["lines.linewidth"] == 9
+    assert result.plot == pictures[1]
+    first, second = (picture.read_bytes() for picture in pictures)
+    assert first == second
+    assert first.startswith({".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}[suffix])
+    assert sorted(file.name for file in (tmp_path / "new folder").iterdir()) == [f"one{suffix}", f"two{suffix}"]
+
+
+def test_a_picture_shows_the_ranks_and_what_its_lines_are(
+    base: Path, adapter: Path, data: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "loss.svg"
+    loratool.eval(base, data, adapter=adapter, ranks=[1, 3], plot=picture, device="cpu")
+    words = re.findall("<!-- (.*?) -->", picture.read_text())  # matplotlib draws letters as curves, and says which
+    assert {"1", "3", "4", "rank", "loss (nats per token)", "the model alone", "with the adapter"} <= set(words)
+    assert "llama on data.jsonl" in words
+
+
+def test_a_picture_is_replaced_only_with_force(
+    base: Path, adapter: Path, data: Path, tmp_path: Path, run: Callable[..., Outcome]
+) -> None:
+    picture = tmp_path / "loss.png"
+    words = [base, "--data", data, "--adapter", adapter, "--ranks", "1", "--plot", picture, "--device", "cpu"]
+    picture.write_bytes(b"mine")
+    assert_refused(run(*words), "exists already; choose another --plot, or give --force")
+    assert picture.read_bytes() == b"mine"
+    done = run(*words, "--force")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.endswith(f"The picture is {picture}\n")
+    assert picture.read_bytes() != b"mine"
+
+
+def test_the_table_by_rank_has_a_row_for_each_and_a_bar_as_long_as_its_loss(
+    base: Path, adapter: Path, data: Path, run: Callable[..., Outcome]
+) -> None:
+    words = [base, "--data", data, "--adapter", adapter, "--ranks", "2,1", "--device", "cpu"]
+    figures = json.loads(run(*words, "--json").out)
+    losses = [figures["without_adapter"]["loss"], *(each["loss"] for each in figures["ranks"])]
+    title, _, head, *rows = run(*words).out.splitlines()
+    assert title.endswith(f" scored by llama + {adapter}")
+    assert head.split() == ["RANK", "LOSS", "PERPLEXITY"]
+    assert [row.split()[:2] for row in rows] == [
+        [rank, f"{loss:.4f}"] for rank, loss in zip(["none", "1", "2", "4"], losses, strict=True)
+    ]
+    for row, loss in zip(rows, losses, strict=True):
+        assert len(row.split()[3]) == pytest.approx(40 * loss / max(losses), abs=1)
+
+
+def test_a_bar_is_drawn_to_an_eighth_and_in_ascii_where_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    bars = [bar(share, 4) for share in (0, 1 / 32, 0.25, 0.5 - 1 / 32, 1)]
+    assert bars == ["", "▏", "█", "█▉", "████"]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert [bar(share, 4) for share in (0, 0.5, 1)] == ["", "##", "####"]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--adapter", "ADAPTER", "--ranks", "0"], "ranks 1 to 4, and rank 0 is none of its ranks"),
+        (["--adapter", "ADAPTER", "--ranks", "1,5"], "rank 5 is none"),
+        (["--adapter", "ADAPTER", "--ranks", "999999999"], "rank 999999999 is none"),
+        (["--ranks", "1"], "give the --adapter"),
+        (["--adapter", "ADAPTER", "--plot", "x.png"], "give the --ranks"),
+        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "x.jpg"], "end it in .pdf, .png, .svg"),
+        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "."], "no name for a picture"),
+        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "folder.png", "--force"], "is a folder"),
+        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "DATA/x.png"], "no folder that you may write in"),
+        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "a\ud800.png"], "write the name in UTF-8"),
+    ],
+)
+def test_ranks_and_pictures_that_cannot_be_are_refused_before_the_data_are_read(
+    words: list[str],
+    problem: str,
+    base: Path,
+    adapter: Path,
+    tmp_path: Path,
+    run: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    Path("empty.jsonl").touch()
+    places = {"ADAPTER": str(adapter), "DATA": "empty.jsonl"}
+    filled = [re.sub("ADAPTER|DATA", lambda match: places[match[0]], word) for word in words]
+    assert_refused(run(base, "--data", "empty.jsonl", *filled), problem)
+
+
+@pytest.mark.parametrize("ranks", ["", "x", "-1", "1.5", "1,,2", "1 2", "٣", "9999999999"])
+def test_ranks_that_are_no_numbers_are_wrong_usage(
+    ranks: str, base: Path, adapter: Path, data: Path, run: Callable[..., Outcome]
+) -> None:
+    done = run(base, "--data", data, "--adapter", adapter, f"--ranks={ranks}")
+    assert (done.status, done.out) == (2, "")
+    assert "whole numbers with commas between them: 1,2,4,8" in done.err
+
+
+def test_no_rank_at_all_is_refused(base: Path, adapter: Path, data: Path) -> None:
+    with pytest.raises(LoratoolError, match="no rank is given"):
+        loratool.eval(base, data, adapter=adapter, ranks=[])
+
+
+def test_without_matplotlib_the_extra_to_install_is_named(
+    base: Path, adapter: Path, data: Path, run: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = [base, "--data", data, "--adapter", adapter, "--ranks", "1"]
+    assert_refused(run(*words, "--plot", "x.png"), "pip install 'loratool[plot]'")
+    assert run(*words, "--device", "cpu").status == 0
+
+
 # What is printed
 
 KEYS = {
@@ -639,8 +876,10 @@ KEYS = {
     "tokens_per_second",
     "without_adapter",
     "gap",
+    "ranks",
     "max_length",
     "device",
+    "plot",
     "notes",
 }
 
@@ -653,6 +892,7 @@ def test_json_has_the_same_keys_with_an_adapter_and_without(
     assert set(alone) == set(both) == KEYS
     assert (alone["model"], alone["adapter"], alone["samples"]) == ("llama", None, 5)
     assert (alone["without_adapter"], alone["gap"], alone["max_length"]) == (None, None, CONTEXT)
+    assert (alone["ranks"], alone["plot"], both["ranks"]) == ([], None, [])
     assert set(both["without_adapter"]) == {"loss", "perplexity", "tokens_per_second"}
     assert both["without_adapter"]["loss"] == alone["loss"]
     assert both["gap"] == both["loss"] - alone["loss"]

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from loratool.cli.options import PathType, alpha_option, device_option, example, json_option
-from loratool.cli.rendering import ProgressBar, counted, print_json, print_notes, print_table, shown, shown_path
+from loratool.cli.rendering import ProgressBar, bar, counted, print_json, print_notes, print_table, shown, shown_path
 
 if TYPE_CHECKING:
-    from loratool.library.evaluate import EvalResult
+    from collections.abc import Sequence
+
+    from loratool.library.evaluate import EvalResult, RankScore
     from loratool.train.loss import Score
+
+BAR_CELLS: Final = 40
+FIGURES_CELLS: Final = 30
+"""What the columns before the bars take of a terminal."""
+
+
+def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value) is None:
+        raise click.BadParameter(f"{value!r} must be whole numbers with commas between them: 1,2,4,8", ctx, param)
+    return tuple(map(int, value.split(",")))
 
 
 @click.command(
     "eval",
     **example(
-        "loratool eval smollm2 --data my.jsonl\nloratool eval smollm2 --data examples/pirate.jsonl --adapter pirate"
+        "loratool eval smollm2 --data my.jsonl\nloratool eval smollm2 --data my.jsonl --adapter pirate --ranks 1,2,4"
     ),
 )
 @click.argument("model")
@@ -26,6 +42,11 @@ if TYPE_CHECKING:
     "--data", required=True, type=PathType(), metavar="FILE", help="A JSONL file of samples, or a text (.txt)."
 )
 @click.option("--adapter", metavar="A", help="Measure the model also with this adapter beside it.")
+@click.option(
+    "--ranks", callback=_parse_ranks, metavar="R,R,...", help="Measure the adapter also cut to each of these ranks."
+)
+@click.option("--plot", type=PathType(), metavar="FILE", help="Draw the loss by rank: a .png, .svg or .pdf.")
+@click.option("--force", is_flag=True, help="Replace the picture if it exists.")
 @click.option("--plain", is_flag=True, help="Join prompt and completion as they are, without the chat template.")
 @click.option(
     "--max-length",
@@ -45,6 +66,9 @@ def command(
     model: str,
     data: str,
     adapter: str | None,
+    ranks: tuple[int, ...] | None,
+    plot: str | None,
+    force: bool,
     plain: bool,
     max_length: int | None,
     batch_size: int,
@@ -52,11 +76,13 @@ def command(
     alpha: float | None,
     as_json: bool,
 ) -> None:
-    """Loss and perplexity of a model on your own text, with an adapter beside it or without.
+    """Loss and perplexity of a model on your own text, alone or with an adapter, also cut to ranks.
 
     A line of FILE has "text"; or "prompt" and "completion", of which the completion counts; or "messages", of which what
     the assistant says counts. Prompt and completion stand in the model's chat template if it has one. A text file is
     cut into windows side by side. The loss is the mean of the tokens that count, in nats; on a CPU it is computed in fp32.
+
+    Cut to a rank, a DyLoRA is its first components, and any other LoRA the best approximation of that rank.
     """
     from loratool.library.evaluate import evaluate
 
@@ -65,6 +91,9 @@ def command(
             model,
             data,
             adapter=adapter,
+            ranks=ranks,
+            plot=plot,
+            force=force,
             max_length=max_length,
             batch_size=batch_size,
             plain=plain,
@@ -81,10 +110,21 @@ def command(
 
 
 def _print_result(result: EvalResult) -> None:
-    click.echo(
+    title = (
         f"{click.style(shown_path(result.data), bold=True)}: {counted(result.samples, 'sample')}, "
-        f"{counted(result.score.tokens, 'token')} scored\n"
+        f"{counted(result.score.tokens, 'token')} scored"
     )
+    if result.ranks and result.adapter is not None and result.without_adapter is not None:
+        click.echo(f"{title} by {shown(result.model)} + {_adapter(result.adapter)}\n")
+        _print_ranks(result.ranks, result.without_adapter)
+    else:
+        click.echo(f"{title}\n")
+        _print_scores(result)
+    if result.plot is not None:
+        click.echo(f"\nThe picture is {shown_path(result.plot)}")
+
+
+def _print_scores(result: EvalResult) -> None:
     model = shown(result.model)
     if result.adapter is None or result.without_adapter is None:
         rows = [_row(model, result.score)]
@@ -98,6 +138,18 @@ def _print_result(result: EvalResult) -> None:
     print_table(
         ["MODEL", "LOSS", "PERPLEXITY", "TOKENS/S"], rows, right=("LOSS", "PERPLEXITY", "TOKENS/S"), wide="MODEL"
     )
+
+
+def _print_ranks(ranks: Sequence[RankScore], alone: Score) -> None:
+    """A row for the model alone and one for each rank, with the loss as a bar that begins at 0."""
+    scores = [("none", alone), *((str(each.rank), each.score) for each in ranks)]
+    largest = max(score.loss for _, score in scores) or 1
+    cells = max(8, min(BAR_CELLS, shutil.get_terminal_size().columns - FIGURES_CELLS))
+    rows = [
+        [name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", bar(score.loss / largest, cells)]
+        for name, score in scores
+    ]
+    print_table(["RANK", "LOSS", "PERPLEXITY", ""], rows, right=("RANK", "LOSS", "PERPLEXITY"))
 
 
 def _adapter(reference: str) -> str:

@@ -88,6 +88,17 @@ def survived(share: float, noise: float, changed: float) -> str:
     return f"{share:.1%} of the update; noise {noise:.1%} of the weights; {changed:.1%} of codes moved"
 
 
+def bar(share: float, cells: int) -> str:
+    """A bar of `share` (0 to 1) of `cells`, to an eighth of a cell; of ``#`` where the terminal has no such letters."""
+    whole, eighths = divmod(round(share * cells * 8), 8)
+    drawn = "█" * whole + "▏▎▍▌▋▊▉"[max(0, eighths - 1) : eighths]
+    try:
+        drawn.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "#" * round(share * cells)
+    return drawn
+
+
 def shown_path(path: Path | str) -> str:
     """A path as a person would type it from here: relative where it lies below the working folder."""
     absolute = os.path.abspath(path)

@@ -1,16 +1,21 @@
-"""`loratool.eval`: loss and perplexity of a model on a user's own text, alone and with an adapter beside it."""
+"""`loratool.eval`: loss and perplexity of a model on a user's own text, alone, with an adapter beside it, and by rank."""
 
 from __future__ import annotations
 
 import math
 import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import CheckpointError, LoratoolError, quoted
+from loratool.errors import CheckpointError, LoratoolError, printable, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.draft import Draft
 from loratool.library.merge import hold
+from loratool.library.picture import drawn, refuse_picture
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import (
     ResolvedAdapter,
@@ -21,23 +26,35 @@ from loratool.library.resolve import (
     user_path,
 )
 from loratool.merging.arithmetic import choose_device
+from loratool.ranks.leading import leading
 from loratool.train.data import Data, TokenizedSample, read_data, tokenize_data
 from loratool.train.loss import Score, score
 from loratool.train.model import (
+    beside,
     context_length,
     load_config,
     load_model,
     load_tokenizer,
-    put_beside,
     quiet_libraries,
 )
 from registry import Registry
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from torch.nn import Module
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DEFAULT_MAX_LENGTH: Final = 2048
 """Tokens; the memory for the logits grows with it."""
+
+MOST_TICKS: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class RankScore:
+    """The score of a model with an adapter cut to `rank` beside it."""
+
+    rank: int
+    score: Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +68,10 @@ class EvalResult:
         samples: how many there are; windows of a text file.
         score: of the model, with the adapter where one is given.
         without_adapter: of the model alone, where an adapter is given.
+        ranks: of the model with the adapter at each rank that was asked for and, last, whole; empty where none was.
         max_length: the most tokens of a sample.
         device: where it was computed.
+        plot: the picture of the loss by rank, where one was drawn.
     """
 
     model: str
@@ -61,8 +80,10 @@ class EvalResult:
     samples: int
     score: Score
     without_adapter: Score | None
+    ranks: tuple[RankScore, ...]
     max_length: int
     device: str
+    plot: Path | None
     notes: tuple[str, ...]
 
     @property
@@ -81,16 +102,19 @@ class EvalResult:
             **_figures(self.score),
             "without_adapter": None if self.without_adapter is None else _figures(self.without_adapter),
             "gap": self.gap,
+            "ranks": [{"rank": each.rank, **_figures(each.score)} for each in self.ranks],
             "max_length": self.max_length,
             "device": self.device,
+            "plot": None if self.plot is None else str(self.plot),
             "notes": list(self.notes),
         }
 
 
 def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
-             adapter: str | os.PathLike[str] | None = None, max_length: int | None = None, batch_size: int = 4,
-             plain: bool = False, device: str = "auto", alpha: float | None = None, registry: str | None = None,
-             progress: Progress | None = None) -> EvalResult:  # fmt: skip
+             adapter: str | os.PathLike[str] | None = None, ranks: Sequence[int] | None = None,
+             plot: str | os.PathLike[str] | None = None, max_length: int | None = None, batch_size: int = 4,
+             plain: bool = False, force: bool = False, device: str = "auto", alpha: float | None = None,
+             registry: str | None = None, progress: Progress | None = None) -> EvalResult:  # fmt: skip
     """Measure the loss and the perplexity of a model on a file of samples; `loratool.eval`.
 
     Args:
@@ -98,10 +122,13 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         data: a JSONL file of ``text``, ``prompt`` and ``completion``, or ``messages``, or a ``.txt`` file, which is cut
             into windows; see `loratool.train.data` for what counts.
         adapter: a catalogued name or a path. The model is then measured alone and with the adapter beside it.
+        ranks: measure the adapter also cut to each of these ranks; see `loratool.ranks.leading`.
+        plot: a ``.png``, ``.svg`` or ``.pdf`` file for a picture of the loss by rank.
         max_length: the most tokens of a sample, and the length of a window; by default the model's context, but 2,048 at
             most.
         batch_size: how many samples are computed at once.
         plain: read ``prompt`` and ``completion`` as they are, without the model's chat template.
+        force: replace the picture if it exists.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -119,6 +146,8 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         notes = () if found is None else (*found.adapter.notes, *_right_base(found, base, catalogue))
     if not base.path.is_dir():
         raise CheckpointError(f"{quoted(base.path)} is a single file; give the model's folder, with its tokenizer")
+    wanted = _checked_ranks(ranks, found)
+    picture = _checked_picture(plot, wanted, force=force)
     content = read_data(user_path(data))
     with hold(base.path, exclusive=False), quiet_libraries():
         Checkpoint.open(base.path)  # raises for what is damaged, incomplete or a pickle
@@ -128,24 +157,105 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         samples = _tokenized(content, base.path, config, length, plain=plain)
         watcher.begin("loading the model", len(samples))
         loaded = load_model(base.path, config, place)
-        watcher.begin(f"scoring {base.name}", len(samples))
-        alone = score(loaded, samples, batch_size=batch_size, device=place, progress=watcher.advance)
-        beside = None
+        scorer = _Scorer(samples, batch_size, place, watcher)
+        alone = scorer.score(loaded, f"scoring {base.name}")
+        whole: Score | None = None
+        by_rank: tuple[RankScore, ...] = ()
         if found is not None:
-            watcher.begin("scoring with the adapter", len(samples))
-            wrapped = put_beside(loaded, found.adapter, place)
-            beside = score(wrapped, samples, batch_size=batch_size, device=place, progress=watcher.advance)
-    return EvalResult(
+            whole = scorer.score_beside(loaded, found.adapter, "scoring with the adapter")
+            by_rank = tuple(_by_rank(scorer, loaded, found.adapter, wanted, whole))
+    result = EvalResult(
         model=base.name,
         adapter=None if found is None else found.reference,
         data=content.file,
         samples=len(samples),
-        score=beside or alone,
-        without_adapter=None if beside is None else alone,
+        score=whole or alone,
+        without_adapter=None if whole is None else alone,
+        ranks=by_rank,
         max_length=length,
         device=place,
+        plot=picture,
         notes=notes,
     )
+    if picture is not None:
+        _draw(result, picture, force=force)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Scorer:
+    """Scores models on the same samples."""
+
+    samples: Sequence[TokenizedSample]
+    batch_size: int
+    device: str
+    watcher: Progress
+
+    def score(self, model: Module, label: str) -> Score:
+        self.watcher.begin(label, len(self.samples))
+        return score(model, self.samples, batch_size=self.batch_size, device=self.device, progress=self.watcher.advance)
+
+    def score_beside(self, model: PreTrainedModel, adapter: Adapter, label: str) -> Score:
+        with beside(model, adapter, self.device) as wrapped:
+            return self.score(wrapped, label)
+
+
+def _by_rank(scorer: _Scorer, model: PreTrainedModel, adapter: Adapter, ranks: Sequence[int],
+             whole: Score) -> Iterator[RankScore]:  # fmt: skip
+    """The score at each of `ranks`; at the adapter's own it is that of the `whole`."""
+    for rank in ranks:
+        if rank == adapter.rank:
+            yield RankScore(rank, whole)
+            continue
+        with Draft(Path(tempfile.gettempdir())) as draft:
+            cut = leading(adapter, rank, draft)
+            yield RankScore(rank, scorer.score_beside(model, cut, f"scoring at rank {rank}"))
+
+
+def _checked_ranks(asked: Sequence[int] | None, found: ResolvedAdapter | None) -> tuple[int, ...]:
+    """The ranks to measure, rising, each once, with the adapter's own at their end; none where none are asked for."""
+    if asked is None:
+        return ()
+    if found is None:
+        raise LoratoolError("--ranks cuts an adapter to ranks; give the --adapter")
+    most = found.adapter.rank
+    unfit = next((rank for rank in asked if not 1 <= rank <= most), None)
+    if unfit is not None or not asked:
+        problem = "no rank is given" if unfit is None else f"rank {unfit} is none of its ranks"
+        raise LoratoolError(
+            f"{quoted(found.adapter.name)} can be cut to ranks 1 to {most}, and {problem}; mend --ranks"
+        )
+    return tuple(sorted({*asked, most}))
+
+
+def _checked_picture(plot: str | os.PathLike[str] | None, ranks: Sequence[int], *, force: bool) -> Path | None:
+    if plot is None:
+        return None
+    if not ranks:
+        raise LoratoolError("--plot draws the loss by rank; give the --ranks")
+    picture = user_path(plot)
+    refuse_picture(picture, force=force)
+    return picture
+
+
+def _draw(result: EvalResult, file: Path, *, force: bool) -> None:
+    """The loss against the rank as a curve, and that of the model alone as a dashed line."""
+    ranks = [each.rank for each in result.ranks]
+    ticks = ranks if len(ranks) <= MOST_TICKS else [2**power for power in range(ranks[-1].bit_length())]
+    with drawn(file, force=force) as figure:
+        axes = figure.add_subplot()
+        if result.without_adapter is not None:
+            axes.axhline(result.without_adapter.loss, color="grey", linestyle="--", label="the model alone")
+        axes.plot(ranks, [each.score.loss for each in result.ranks], marker="o", label="with the adapter")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("rank")
+        axes.set_ylabel("loss (nats per token)")
+        # Names from outside: no mathematics between dollar signs.
+        axes.set_title(printable(f"{result.model} on {result.data.name}"), parse_math=False)
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def _figures(score: Score) -> dict[str, float | None]:

@@ -194,6 +194,16 @@ def put_beside(model: PreTrainedModel, adapter: Adapter, device: str) -> PeftMod
     return wrapped.eval()
 
 
+@contextmanager
+def beside(model: PreTrainedModel, adapter: Adapter, device: str) -> Iterator[PeftModel]:
+    """`put_beside`, and afterwards the model is by itself again, as it was."""
+    wrapped = put_beside(model, adapter, device)
+    try:
+        yield wrapped
+    finally:
+        wrapped.unload()
+
+
 def _unfit(adapter: Adapter, problem: str) -> str:
     return f"{quoted(adapter.name)} does not fit the model ({problem}); give the model that it was trained on"
 

@@ -1,0 +1,24 @@
+"""The singular value decomposition of a product of thin factors, through QR, without ever forming the product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def factored_svd(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U (out, k), s (k,) and V (k, in), fp64, with ``B A = U diag(s) V``, for B (out, r) and A (r, in).
+
+    The columns of U and the rows of V are orthonormal; s falls and is not negative; k is r, or the smaller side of the
+    matrix where that is less. With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` only the core ``R_B R_A^T``, no larger than
+    (r, r), is decomposed (Golub and Van Loan, Matrix Computations, 5.2 and 8.6). The leading components are the best
+    approximation of each rank in the Frobenius norm (Eckart and Young 1936). Everything is fp64, on the factors' device.
+    """
+    import torch
+
+    left, left_core = torch.linalg.qr(b.double())
+    right, right_core = torch.linalg.qr(a.double().T)
+    u, s, v = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    return left @ u, s, v @ right.T
