@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from loratool.library.evaluate import evaluate as eval  # noqa: A004
     from loratool.library.evaluate import evaluate as evaluate
     from loratool.library.merge import merge
+    from loratool.library.prune import prune
+    from loratool.library.truncate import truncate
     from loratool.library.unmerge import unmerge, verify
 
 __all__ = [
@@ -44,9 +46,11 @@ __all__ = [
     "export",
     "list",
     "merge",
+    "prune",
     "remove",
     "show",
     "tag",
+    "truncate",
     "unmerge",
     "verify",
 ]
@@ -64,9 +68,11 @@ _FUNCTIONS: Final = {
     "export": ("adapters", "export"),
     "list": ("adapters", "list_adapters"),
     "merge": ("merge", "merge"),
+    "prune": ("prune", "prune"),
     "remove": ("adapters", "remove"),
     "show": ("adapters", "show"),
     "tag": ("adapters", "tag"),
+    "truncate": ("truncate", "truncate"),
     "unmerge": ("unmerge", "unmerge"),
     "verify": ("unmerge", "verify"),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_adapters import ADAPTER_PREFIX, save_plain_adapter
 from tiny_models import as_stored, as_torch, assert_same_tensors, digest, save_plain_model, stored_tensors
 
@@ -100,6 +100,27 @@ def test_a_merge_in_place_on_cuda_comes_out_in_place_on_a_cpu(tmp_path: Path) ->
     assert digest(base) != before
     loratool.unmerge(base, in_place=True, device="cpu")
     assert digest(base) == before
+
+
+@pytest.mark.parametrize(("merging", "unmerging"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_an_adalora_merged_on_one_device_comes_out_on_the_other_and_both_are_near(
+    merging: str, unmerging: str, tmp_path: Path
+) -> None:
+    base, lora = model_and_adapter(tmp_path, torch.float32, 19)
+    factors = {name.removesuffix(".weight"): t for name, t in load_file(lora / "adapter_model.safetensors").items()}
+    values = {name.replace("lora_A", "lora_E"): torch.rand(16, 1) for name in factors if "lora_A" in name}
+    save_file(factors | values, tmp_path / "adalora.safetensors")
+    before = digest(base)
+    for device in ("cpu", "cuda"):
+        loratool.merge(
+            [tmp_path / "adalora.safetensors"], into=base, out=tmp_path / device, alpha=19, device=device, undo=True
+        )
+    on_cpu, on_cuda = (load_file(tmp_path / device / "model.safetensors") for device in ("cpu", "cuda"))
+    for name, tensor in on_cpu.items():
+        torch.testing.assert_close(on_cuda[name], tensor, rtol=0, atol=2e-6)
+    base.rename(tmp_path / "away")
+    loratool.unmerge(tmp_path / merging, out=tmp_path / "back", device=unmerging)
+    assert digest(tmp_path / "back") == before
 
 
 def test_a_merge_on_cuda_verifies(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,9 +34,7 @@ import loratool
 from loratool.cli import main
 from loratool.cli.rendering import bar
 from loratool.errors import CheckpointError, DataError, LoratoolError, PlacementError, UnsupportedError
-from loratool.formats.draft import Draft
 from loratool.formats.read import read_adapter
-from loratool.ranks.leading import leading
 from loratool.train.data import IGNORED, Chat, Completion, Document, Text, TokenizedSample, read_data, tokenize_data
 from loratool.train.model import beside
 
@@ -733,13 +731,6 @@ class OtherUpdate(NamedTuple):
 
     kind: str
     rank: int
-
-
-def test_an_update_of_another_kind_is_not_cut_as_if_it_were_low_rank(adapter: Path, tmp_path: Path) -> None:
-    known = read_adapter(adapter)
-    other: Any = {module: OtherUpdate("other r=4", 4) for module in known.updates}
-    with Draft(tmp_path) as draft, pytest.raises(UnsupportedError, match="is 'other r=4'"):
-        leading(replace(known, updates=other), 2, draft)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])

@@ -386,7 +386,7 @@ def test_factors_that_do_not_fit_together_are_refused(
 @pytest.mark.parametrize(
     ("key", "feature"),
     [
-        ("lora_unet_down_blocks_0.lora_down.weight", "kohya"),
+        ("lora_unet_down_blocks_0.hada_w1_a", "LoHa"),
         ("q_proj.lora_magnitude_vector", "DoRA"),
         ("q_proj.lora_B.bias", "lora_bias"),
         ("embed_tokens.lora_embedding_A", "embeddings"),

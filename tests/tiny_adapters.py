@@ -90,6 +90,23 @@ def save_peft_adapter(
     return folder
 
 
+def save_peft_adalora(
+    model: Any,
+    folder: Path,
+    *,
+    kept: Mapping[str, Sequence[bool]] | None = None,
+    seed: int = 1,
+    factors: str = "fp32",
+    **adalora: Any,
+) -> Path:
+    """Write an AdaLoRA as PEFT saves it after training: `kept` masks the components of the modules that it names."""
+    facts = {"init_r": 4, "target_r": 2, "lora_alpha": 7, "total_step": 10, "target_modules": ["q_proj", "v_proj"]}
+    config = peft.AdaLoraConfig(**(facts | adalora))
+    if kept is not None:
+        config.rank_pattern = {f"{module}.lora_E.default": list(mask) for module, mask in kept.items()}
+    return save_peft_adapter(model, config, folder, seed=seed, factors=factors)
+
+
 def merge_by_peft(
     model: Any, adapter: Path, out: Path | None = None, *, weight: float | None = None, **loading: Any
 ) -> dict[str, StoredTensor]:
@@ -187,3 +204,25 @@ def as_peft_folder(adapter: Path, folder: Path) -> Path:
         (folder / "adapter_config.json").write_text(opened.metadata()["adapter_config"])
     shutil.copyfile(file, folder / "adapter_model.safetensors")
     return folder
+
+
+def save_kohya_dylora(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], *, r: int, alpha: float, seed: int = 1, prefix: str = "lora_te_"
+) -> Path:
+    """Write a DyLoRA as kohya's sd-scripts do, for modules named here, `(out_features, in_features)` each."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for module, (rows, columns) in shapes.items():
+        flat = prefix + module.replace(".", "_")
+        tensors[f"{flat}.lora_down.weight"] = torch.randn(r, columns, generator=generator) * 0.2
+        tensors[f"{flat}.lora_up.weight"] = torch.randn(rows, r, generator=generator) * 0.05
+        tensors[f"{flat}.alpha"] = torch.tensor(alpha)
+    metadata = {
+        "ss_network_module": "networks.dylora",
+        "ss_network_dim": str(r),
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": '{"unit": "1"}',
+        "ss_sd_model_name": "model.safetensors",
+    }
+    save_file(tensors, path, metadata)
+    return path

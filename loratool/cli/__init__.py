@@ -24,9 +24,11 @@ COMMANDS: Final = {
     "export": "Write an adapter as a PEFT folder or a single file.",
     "list": "The catalogue of adapters.",
     "merge": "Adapters into the weights of a base model.",
+    "prune": "Drop the least ranks of an AdaLoRA.",
     "remove": "Forget an adapter.",
     "show": "One adapter: everything known.",
     "tag": "Put tags on an adapter, or take them off.",
+    "truncate": "An adapter of lower rank.",
     "unmerge": "Take a merge out again, bit for bit.",
     "verify": "Check a merged model byte by byte.",
 }

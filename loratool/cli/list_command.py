@@ -5,14 +5,14 @@ from __future__ import annotations
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import age, print_json, print_table, size, targets
+from loratool.cli.rendering import age, print_json, print_table, ranks, size, targets
 
 SORTS = ["name", "kind", "rank", "alpha", "base", "size_bytes", "created_at"]
 
 
 @click.command("list", **example("loratool list --base smollm2 --sort rank"))
 @click.option("--base", metavar="BASE", help="Only adapters of this base and its variants.")
-@click.option("--kind", metavar="K", help="Only adapters of this kind: lora, ...")
+@click.option("--kind", metavar="K", help="Only adapters of this kind: lora, dylora or adalora.")
 @click.option("--tag", metavar="T", help="Only adapters with this tag.")
 @click.option(
     "--sort",
@@ -46,7 +46,7 @@ def command(
             record.name,
             str(record.version),
             record.kind,
-            "-" if record.rank is None else str(record.rank),
+            ranks(record.kind, record.rank),
             "-" if record.alpha is None else f"{record.alpha:g}",
             targets(record.target_modules),
             record.base or "-",

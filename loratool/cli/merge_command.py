@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 @click.command(
     "merge",
     **example(
-        "loratool merge pirate.safetensors --into llama3-8b\nloratool merge pirate=0.7 terse=0.3 --into smollm2 --undo"
+        "loratool merge pirate.safetensors --into llama3-8b\n"
+        "loratool merge pirate=0.7 terse=0.3 --into smollm2 --undo\n"
+        "loratool merge dylora@rank=4 --into smollm2"
     ),
 )
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[@rank=B][=WEIGHT]...")
 @click.option("--into", required=True, metavar="BASE", help="A catalogued name, a folder, or a Hub id.")
 @click.option("--out", type=PathType(), metavar="DIR", help="The new folder; by default BASE-ADAPTER beside the base.")
 @click.option("--in-place", is_flag=True, help="Change the base's own files; an undo file is always kept.")
@@ -60,13 +62,14 @@ def command(
 ) -> None:
     """Merge adapters into the weights of a base model: computed in fp32, rounded once, streamed.
 
-    An ADAPTER is a catalogued name (pirate or pirate@2), a PEFT folder or a safetensors file; WEIGHT multiplies it.
+    An ADAPTER is a catalogued name (pirate or pirate@2), a PEFT folder or a safetensors file; WEIGHT multiplies it. A
+    DyLoRA acts at its full rank, or at rank B.
     """
     from loratool.library.merge import merge
 
     if in_place and out:
         raise click.UsageError("give --out or --in-place, not both")
-    specs = [_parse_spec(word) for word in adapters]
+    specs = [parse_spec(word) for word in adapters]
     with ProgressBar() as progress:
         result = merge(
             specs,
@@ -91,12 +94,12 @@ def command(
     print_notes(result.notes)
 
 
-def _parse_spec(word: str) -> tuple[str, float]:
-    """``name``, ``name=0.5`` or a path; a file whose own name has an equals sign is taken as it is."""
-    from loratool.library.resolve import exists
+def parse_spec(word: str) -> tuple[str, float]:
+    """``name``, ``name=0.5``, ``name@rank=4`` or a path; a file whose own name has an equals sign is taken as it is."""
+    from loratool.library.resolve import RANK_SIGN, exists
 
     name, separator, weight = word.rpartition("=")
-    if not separator or exists(Path(word)):
+    if not separator or exists(Path(word)) or f"{name}=".endswith(RANK_SIGN):
         return word, 1.0
     try:
         value = float(weight)

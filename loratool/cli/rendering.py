@@ -115,6 +115,13 @@ def shown(text: str) -> str:
     return printable(text)
 
 
+def ranks(kind: str, rank: int | None) -> str:
+    """The rank of an adapter; a DyLoRA acts at every one up to its own: ``1..8``."""
+    if rank is None:
+        return "-"
+    return f"1..{rank}" if kind == "dylora" and rank > 1 else str(rank)
+
+
 def targets(modules: Sequence[str] | str | None) -> str:
     """Target modules, short: ``q k v o gate up down``."""
     if modules is None:

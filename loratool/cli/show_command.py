@@ -14,6 +14,7 @@ from loratool.cli.rendering import (
     counted,
     listed,
     print_json,
+    ranks,
     shown,
     shown_path,
     size,
@@ -44,7 +45,7 @@ def command(registry: str | None, adapter: str, as_json: bool) -> None:
     newest = max(each.version for each in result.versions)
     facts = [
         ("kind", record.kind),
-        ("rank", _ranks(record.ranks, record.rank)),
+        ("ranks" if record.kind == "dylora" else "rank", _ranks(record.kind, record.ranks, record.rank)),
         ("alpha", "" if record.alpha is None else f"{record.alpha:g}"),
         ("scaling", _scaling(record.scaling)),
         ("targets", f"{targets(record.target_modules)}  ({counted(len(record.ranks or {}), 'module')})"),
@@ -64,11 +65,11 @@ def command(registry: str | None, adapter: str, as_json: bool) -> None:
     console().print(Panel(card, title=Text(record.reference, style="bold"), title_align="left", expand=False))
 
 
-def _ranks(ranks: dict[str, int] | None, largest: int | None) -> str:
-    """``8``, or where modules differ ``4 to 16 (4: 12 modules, 16: 3 modules)``."""
-    if not ranks or len(set(ranks.values())) == 1:
-        return str(largest)
-    modules = sorted(Counter(ranks.values()).items())
+def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:
+    """``8``, or where modules differ ``4 to 16 (4: 12 modules, 16: 3 modules)``; of a DyLoRA ``1..8``."""
+    if kind == "dylora" or not by_module or len(set(by_module.values())) == 1:
+        return ranks(kind, largest)
+    modules = sorted(Counter(by_module.values()).items())
     parts = ", ".join(f"{rank}: {counted(number, 'module')}" for rank, number in modules[:6])
     return f"{modules[0][0]} to {modules[-1][0]} ({parts})"
 

@@ -20,12 +20,13 @@ class Adapter:
         name: what to call it where nothing better is known: its folder's or file's name.
         file: the safetensors file with its tensors.
         sha256: of that file; the adapter's fingerprint.
-        kind: ``lora``.
+        kind: ``lora``, ``dylora`` or ``adalora``.
         updates: module name, as the adapter spells it, to what happens to that module's weight.
         config: its PEFT configuration, as JSON.
         facts: what loratool recorded beside it (kind, base fingerprint, lineage, recipe); may be empty.
         fan_in_fan_out: the configuration says that weights are stored as (in_features, out_features).
         notes: what a user should know about how it was read.
+        kohya: of a file in kohya's layout, its metadata; None for PEFT's layout.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Adapter:
     facts: Mapping[str, Any] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     notes: tuple[str, ...] = ()
+    kohya: Mapping[str, str] | None = None
 
     @property
     def rank(self) -> int:

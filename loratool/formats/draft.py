@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from loratool.checkpoint.blocks import write_exactly
-from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.header import DTYPE_BITS, TensorInfo
 from loratool.errors import OutputError, quoted
+from loratool.formats.adalora import PEFT_TYPE as ADALORA
+from loratool.formats.adalora import AdaLoraConfig
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import LoraConfig
+from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
+from loratool.updates.singular import SingularValue
 
 if TYPE_CHECKING:
     import torch
 
 
 class Draft:
-    """Takes the factors of a LoRA, in any order and from several threads, and gives the `Adapter` that they make.
+    """Takes the factors of an adapter, in any order and from several threads, and gives the `Adapter` that they make.
 
     They are kept in a file in `folder` (that of the output) that has no name, so nothing is left of it whatever
     happens. The adapter can be written (`formats.write`) while the draft is open.
@@ -30,7 +34,7 @@ class Draft:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock = threading.Lock()
-        self._factors: dict[str, tuple[TensorInfo, TensorInfo]] = {}
+        self._factors: dict[str, dict[str, TensorInfo]] = {}
         self._size = 0
 
     def __enter__(self) -> Self:
@@ -53,13 +57,32 @@ class Draft:
         Raises:
             OutputError: the disk is full.
         """
-        self._factors[module] = self._keep(a), self._keep(b)
+        self._factors[module] = {"A": self._keep(a), "B": self._keep(b)}
+
+    def put_components(self, module: str, factors: Mapping[str, TensorInfo], kept: Sequence[int]) -> None:
+        """Keep some components of factors that lie in a file, bit for bit: rows of A and E, columns of B.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        self._factors[module] = {
+            letter: self._keep_components(info, kept, axis=1 if letter == "B" else 0)
+            for letter, info in factors.items()
+        }
 
     def adapter(self, name: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Adapter:
-        """The adapter of all modules that were put, under a PEFT LoRA configuration that fits them."""
-        lora = LoraConfig.parse(config, name)
-        updates = {module: LowRank(a, b, lora.scaling_of(module)) for module, (a, b) in sorted(self._factors.items())}
-        return Adapter(name, self._path, "", "lora", updates, config, facts, lora.fan_in_fan_out)
+        """The adapter of all modules that were put, under a PEFT configuration, LoRA's or AdaLoRA's, that fits them."""
+        targets = LoraConfig.targeting(config, name)
+        updates: dict[str, Update] = {}
+        adalora = AdaLoraConfig.parse(config, name) if config.get("peft_type") == ADALORA else None
+        for module, found in sorted(self._factors.items()):
+            if adalora is None:
+                updates[module] = LowRank(found["A"], found["B"], targets.scaling_of(module))
+            else:
+                alpha = adalora.alpha_of(module)
+                updates[module] = SingularValue(found["A"], found["E"], found["B"], alpha, adalora.init_r)
+        kind = "lora" if adalora is None else "adalora"
+        return Adapter(name, self._path, "", kind, updates, config, facts, targets.fan_in_fan_out)
 
     @property
     def _path(self) -> Path:
@@ -70,7 +93,21 @@ class Draft:
 
         dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[factor.dtype]
         content: Any = factor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return self._keep_bytes(dtype, tuple(factor.shape), memoryview(content))
+
+    def _keep_components(self, info: TensorInfo, kept: Sequence[int], *, axis: int) -> TensorInfo:
+        import numpy as np
+
+        rows, columns = info.shape
+        element = DTYPE_BITS[info.dtype] // 8
+        with open(info.file, "rb") as stream:
+            stream.seek(info.start)
+            whole = np.frombuffer(stream.read(info.nbytes), np.uint8).reshape(rows, columns, element)
+        chosen = np.ascontiguousarray(whole.take(kept, axis))
+        return self._keep_bytes(info.dtype, chosen.shape[:2], memoryview(chosen.tobytes()))
+
+    def _keep_bytes(self, dtype: str, shape: tuple[int, ...], content: memoryview) -> TensorInfo:
         with self._lock:
             start, self._size = self._size, self._size + len(content)
-        write_exactly(self._file.fileno(), memoryview(content), start)
-        return TensorInfo("", dtype, tuple(factor.shape), self._path, start, start + len(content))
+        write_exactly(self._file.fileno(), content, start)
+        return TensorInfo("", dtype, shape, self._path, start, start + len(content))

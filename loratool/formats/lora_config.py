@@ -59,6 +59,14 @@ _OTHER_KEYS: Final = """
 KNOWN: Final = frozenset(REFUSED).union(_OTHER_KEYS.split())
 """The keys of ``peft.LoraConfig``; those not spoken of elsewhere here concern training, or record where it came from."""
 
+_ADALORA_KEYS: Final = {
+    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern",
+}  # fmt: skip
+"""What ``peft.AdaLoraConfig`` adds, or gives another meaning."""
+
+_NOT_IN_ADALORA: Final = {"peft_type": "LORA", "r": 1, "rank_pattern": None, "alpha_pattern": None, "use_rslora": False}
+"""What of LoRA's keys PEFT does not look at in an AdaLoRA, set so that it says nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
@@ -86,7 +94,7 @@ class LoraConfig:
             AdapterError: a value is missing or impossible.
         """
         _refuse_unsupported(config, source)
-        read = _Reader(config, source)
+        read = ConfigReader(config, source)
         return cls(
             source=source,
             r=read.positive_int("r"),
@@ -102,14 +110,25 @@ class LoraConfig:
             unknown=tuple(sorted(str(key) for key in config if key not in KNOWN)),
         )
 
+    @classmethod
+    def targeting(cls, config: Mapping[str, Any], source: str) -> LoraConfig:
+        """The targets of a LoRA or an AdaLoRA, whose ranks and scalings are another matter; errors as `parse`."""
+        if config.get("peft_type") != "ADALORA":
+            return cls.parse(config, source)
+        own = {key: value for key, value in config.items() if key not in _ADALORA_KEYS}
+        return cls.parse(own | _NOT_IN_ADALORA, source)
+
     def rank_of(self, module: str) -> int:
         """The rank that the configuration gives `module`."""
         return self.rank_pattern.get(self._pattern_key(self.rank_pattern, module), self.r)
 
+    def alpha_of(self, module: str) -> float:
+        """The alpha that the configuration gives `module`."""
+        return self.alpha_pattern.get(self._pattern_key(self.alpha_pattern, module), self.lora_alpha)
+
     def scaling_of(self, module: str) -> float:
         """``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), of `module`."""
-        alpha = self.alpha_pattern.get(self._pattern_key(self.alpha_pattern, module), self.lora_alpha)
-        rank = self.rank_of(module)
+        alpha, rank = self.alpha_of(module), self.rank_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, module: str) -> bool:
@@ -167,6 +186,27 @@ class LoraConfig:
             raise AdapterError(f"{quoted(pattern)} in {quoted(self.source)} is not a valid pattern: {error}") from None
 
 
+def lora_config(
+    modules: Mapping[str, tuple[int, float]], source: Mapping[str, Any], *, use_rslora: bool = False
+) -> dict[str, Any]:
+    """A configuration that gives each of `modules` its rank and alpha; all else is as in `source`.
+
+    The largest rank and its alpha are ``r`` and ``lora_alpha``: where all modules have one scaling, a program that ignores
+    the patterns still finds it. `source` may be an AdaLoRA's.
+    """
+    r, alpha = max(modules.values())
+    kept = {key: value for key, value in source.items() if key not in _ADALORA_KEYS}
+    keys = {module: f"^{re.escape(module)}" for module in sorted(modules)}
+    return kept | {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+        "rank_pattern": {key: modules[module][0] for module, key in keys.items() if modules[module][0] != r},
+        "alpha_pattern": {key: modules[module][1] for module, key in keys.items() if modules[module][1] != alpha},
+    }
+
+
 def _repeats(pattern: str) -> int:
     """The product of all counts in a pattern."""
     return math.prod(max(1, int(count[:9] or 0)) for pair in _COUNTS.findall(pattern) for count in pair)
@@ -175,7 +215,9 @@ def _repeats(pattern: str) -> int:
 def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
     peft_type = config.get("peft_type", "LORA")
     if peft_type != "LORA":
-        raise UnsupportedError(f"{quoted(source)} is a {quoted(peft_type)} adapter; loratool merges LORA adapters only")
+        raise UnsupportedError(
+            f"{quoted(source)} is a {quoted(peft_type)} adapter; loratool merges LORA and ADALORA adapters only"
+        )
     for key, feature in REFUSED.items():
         if config.get(key):
             raise UnsupportedError(f"{quoted(source)} uses {feature}, which loratool does not support yet")
@@ -192,7 +234,7 @@ def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class ConfigReader:
     """Typed access to a configuration's values; each method raises AdapterError for a value of another type."""
 
     config: Mapping[str, Any]

@@ -2,7 +2,8 @@
 
 The rules, in order:
 
-1. A module lands on ``<module>.weight`` where the checkpoint has that tensor.
+1. A module lands on ``<module>.weight`` where the checkpoint has that tensor. A name of kohya's, the whole path with ``_``
+   for its dots behind ``lora_te_`` or the like, lands on the one tensor whose path reads so.
 2. Modules that do not are named by a program that saw the model under another prefix (``transformer.h.0`` for the
    Hub's GPT-2, whose tensors begin with ``h.0``; ``encoder.layer.0`` for a BERT with its head, ``bert.encoder.layer.0``;
    ``model.layers.0`` for ``model.language_model.layers.0``). One exchange of one leading prefix for another must land all
@@ -16,7 +17,8 @@ Anything else is an error that lists what did not land and the nearest names; no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +26,7 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.errors import PlacementError, nearest, quoted
 
 SUFFIX: Final = ".weight"
+KOHYA_PREFIX: Final = re.compile(r"lora_[a-z]+\d*_(?=[^.]+$)")
 SHOWN: Final = 5
 OUTPUT_HEADS: Final = frozenset({"lm_head", "embed_out", "output_projection"})
 """Modules that a checkpoint lacks where the model ties them to its input embedding."""
@@ -62,12 +65,23 @@ def land(modules: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInf
         PlacementError: a module lands on no tensor, on one of several, or on the same tensor as another.
     """
     landed = {module: module + SUFFIX for module in modules if module + SUFFIX in tensors}
+    landed |= _land_flat(modules, tensors)
     rest = {module: shape for module, shape in modules.items() if module not in landed}
     exchange = _find_exchange(rest, tensors, source) if rest else Exchange("", "")
     for module in rest:
         landed[module] = exchange.apply(module) or module
     _refuse_collisions(landed, source)
     return Landing(landed, exchange)
+
+
+def _land_flat(modules: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Where those of `modules` that have kohya's names land; one that fits no tensor, or several, is left out."""
+    paths = {module: KOHYA_PREFIX.sub("", module) for module in modules if KOHYA_PREFIX.match(module)}
+    found: dict[str, list[str]] = {}
+    for name in tensors if paths else ():
+        if name.endswith(SUFFIX):
+            found.setdefault(name.removesuffix(SUFFIX).replace(".", "_"), []).append(name)
+    return {module: found[path][0] for module, path in paths.items() if len(found.get(path, ())) == 1}
 
 
 def _find_exchange(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo], source: str) -> Exchange:

@@ -2,12 +2,12 @@
 
 A PEFT directory holds ``adapter_config.json`` and ``adapter_model.safetensors``, and ``loratool.json`` where loratool
 wrote it. A single file carries the same as JSON in its safetensors metadata, under ``adapter_config`` and
-``loratool``. A bare file, with neither, holds factors only: its alpha must be given.
+``loratool``. A file in kohya's layout says its alphas among its tensors. A bare file holds factors only: its alpha must
+be given.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -15,9 +15,13 @@ from typing import Any, Final
 from loratool.checkpoint.header import Header, parse_json_object, read_header
 from loratool.checkpoint.model import PICKLE_SUFFIXES
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
+from loratool.formats.adalora import PEFT_TYPE, AdaLoraConfig, adalora_updates, bare_adalora_config, is_adalora
 from loratool.formats.adapter import Adapter, sha256_of
-from loratool.formats.lora_config import LoraConfig
+from loratool.formats.dylora import KIND as DYLORA
+from loratool.formats.kohya import is_kohya, kohya_notes, read_kohya
+from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.tensor_keys import pair_factors
+from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
 
 CONFIG_NAME: Final = "adapter_config.json"
@@ -47,7 +51,7 @@ def read_adapter(path: Path, alpha: float | None = None) -> Adapter:
     header = _read_header(path)
     facts = _metadata_json(header, FACTS_KEY)
     config = _metadata_json(header, CONFIG_KEY)
-    if not config:
+    if not config and not is_kohya(header.tensors):
         config = _bare_config(header, alpha)
         note = f"the file says nothing of its scaling: alpha {alpha:g} is as you gave it"
         return _build(path.stem, header, config, facts, (note,))
@@ -74,11 +78,36 @@ def _read_directory(folder: Path, weights: Path, alpha: float | None) -> Adapter
 
 def _build(name: str, header: Header, config: Mapping[str, Any], facts: Mapping[str, Any],
            notes: tuple[str, ...] = ()) -> Adapter:  # fmt: skip
+    source, digest = str(header.file), sha256_of(header.file)
+    updates: Mapping[str, Update]
+    if is_kohya(header.tensors):
+        updates, config, own = read_kohya(header)
+        facts = {**facts, **own}
+        notes = kohya_notes(header.metadata)
+        return Adapter(
+            name, header.file, digest, _kind(facts), updates, config, facts, notes=notes, kohya=header.metadata
+        )
+    if config.get("peft_type") == PEFT_TYPE:
+        adalora = AdaLoraConfig.parse(config, source)
+        kind, targets, updates = "adalora", adalora.targets, adalora_updates(header, adalora)
+    else:
+        targets = LoraConfig.parse(config, source)
+        kind, updates = _kind(facts), _lora_updates(header, targets)
+    if targets.unknown:
+        listed = ", ".join(quoted(key, 40) for key in targets.unknown[:5])
+        notes += (f"its configuration has keys that PEFT's has not, which were ignored: {listed}",)
+    return Adapter(name, header.file, digest, kind, updates, config, facts, targets.fan_in_fan_out, notes)
+
+
+def _kind(facts: Mapping[str, Any]) -> str:
+    """What facts say that a low-rank update is."""
+    return DYLORA if facts.get("kind") == DYLORA else "lora"
+
+
+def _lora_updates(header: Header, lora: LoraConfig) -> dict[str, LowRank]:
     source = str(header.file)
-    lora = LoraConfig.parse(config, source)
-    factors = pair_factors(header.tensors, source)
     updates = {}
-    for module, (a, b) in factors.items():
+    for module, (a, b) in pair_factors(header.tensors, source).items():
         if not lora.targets(module):
             raise AdapterError(
                 f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so PEFT "
@@ -90,28 +119,20 @@ def _build(name: str, header: Header, config: Mapping[str, Any], facts: Mapping[
                 f"{lora.rank_of(module)}; mend r or rank_pattern"
             )
         updates[module] = LowRank(a, b, lora.scaling_of(module))
-    if lora.unknown:
-        listed = ", ".join(quoted(key, 40) for key in lora.unknown[:5])
-        notes += (f"its configuration has keys that LoRA does not know, which were ignored: {listed}",)
-    digest = sha256_of(header.file)
-    return Adapter(name, header.file, digest, "lora", updates, config, facts, lora.fan_in_fan_out, notes)
+    return updates
 
 
 def _bare_config(header: Header, alpha: float | None) -> dict[str, Any]:
-    factors = pair_factors(header.tensors, str(header.file))
+    adalora = is_adalora(header.tensors)
+    factors = {} if adalora else pair_factors(header.tensors, str(header.file))
     if alpha is None:
         raise AdapterError(
             f"{quoted(header.file)} does not say its alpha, which decides how strongly it acts; give it with --alpha"
         )
-    ranks = {module: a.shape[0] for module, (a, _) in factors.items()}
-    largest = max(ranks.values())
-    return {
-        "peft_type": "LORA",
-        "r": largest,
-        "lora_alpha": alpha,
-        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in factors}),
-        "rank_pattern": {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != largest},
-    }
+    if adalora:
+        return bare_adalora_config(header, alpha)
+    targets = sorted({module.rsplit(".", 1)[-1] for module in factors})
+    return lora_config({module: (a.shape[0], alpha) for module, (a, _) in factors.items()}, {"target_modules": targets})
 
 
 def _refuse_alpha(alpha: float | None, path: Path) -> None:

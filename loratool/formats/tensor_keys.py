@@ -17,8 +17,6 @@ _FACTOR: Final = re.compile(
 _UNSUPPORTED: Final[tuple[tuple[str, str], ...]] = (
     ("lora_magnitude_vector", "DoRA"),
     ("lora_embedding_", "LoRA on embeddings"),
-    ("lora_E", "AdaLoRA"),
-    ("ranknum", "AdaLoRA"),
     ("lora_diag", "KaSA"),
     (".base_layer.lora_", "MoE parameters (target_parameters)"),
     (".base_layer.", "a copy of the base's own weights (save_embedding_layers)"),
@@ -31,10 +29,6 @@ _UNSUPPORTED: Final[tuple[tuple[str, str], ...]] = (
     ("hada_", "LoHa"),
     ("lokr_", "LoKr"),
     ("oft_", "OFT"),
-    ("lora_unet_", "the kohya format"),
-    ("lora_te", "the kohya format"),
-    ("lora_down", "the kohya format"),
-    ("lora_up", "the kohya format"),
 )
 """What a part of a tensor's name tells about the feature that it belongs to."""
 
@@ -72,12 +66,17 @@ def pair_factors(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, tu
     return {module: _complete(module, pair, source) for module, pair in sorted(factors.items())}
 
 
-def _parse_key(name: str, source: str) -> re.Match[str]:
+def refuse_other_features(name: str, source: str) -> None:
+    """Raise UnsupportedError if the tensor `name` belongs to a feature that loratool does not support."""
     for part, feature in _UNSUPPORTED:
         if part in name:
             raise UnsupportedError(
                 f"{quoted(source)} uses {feature} (tensor {quoted(name)}), which loratool does not support yet"
             )
+
+
+def _parse_key(name: str, source: str) -> re.Match[str]:
+    refuse_other_features(name, source)
     match = _FACTOR.fullmatch(name)
     if match is None:
         raise AdapterError(

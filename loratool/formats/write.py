@@ -11,7 +11,9 @@ from typing import Any
 from loratool.checkpoint.copying import copy_range
 from loratool.checkpoint.header import TensorInfo, header_bytes
 from loratool.checkpoint.staging import staged_file, staged_folder
+from loratool.formats.adalora import singular_key
 from loratool.formats.adapter import Adapter
+from loratool.formats.kohya import kohya_metadata, kohya_tensors
 from loratool.formats.read import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
 from loratool.formats.tensor_keys import peft_key
 
@@ -39,31 +41,43 @@ def write_peft(adapter: Adapter, out: Path, *, force: bool = False) -> None:
 def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> None:
     """Write the safetensors file `out`, with the configuration and loratool's facts in its metadata.
 
+    An adapter that came in kohya's layout is written in it again.
+
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
     """
-    metadata = {"format": "pt", CONFIG_KEY: _compact(adapter.config)}
+    if adapter.kohya is None:
+        tensors: Mapping[str, TensorInfo | bytes] = _tensors(adapter)
+        metadata = {"format": "pt", CONFIG_KEY: _compact(adapter.config)}
+    else:
+        tensors, metadata = kohya_tensors(adapter), kohya_metadata(adapter)
     if adapter.facts:
         metadata[FACTS_KEY] = _compact(adapter.facts)
     with staged_file(out, force=force) as file:
-        _write_tensors(file, _tensors(adapter), metadata)
+        _write_tensors(file, tensors, metadata)
 
 
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
     pairs = sorted(adapter.updates.items())
-    return {peft_key(module, factor): info for module, update in pairs for factor, info in update.factors.items()}
+    key = singular_key if adapter.kind == "adalora" else peft_key
+    return {key(module, factor): info for module, update in pairs for factor, info in update.factors.items()}
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
-    head = header_bytes({name: (info.dtype, info.shape) for name, info in tensors.items()}, metadata)
+def _write_tensors(file: Path, tensors: Mapping[str, TensorInfo | bytes], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: each tensor copied from where it lies, or one fp32 number given as its bytes."""
+    shapes = {name: ("F32", ()) if isinstance(t, bytes) else (t.dtype, t.shape) for name, t in tensors.items()}
+    head = header_bytes(shapes, metadata)
     with open(file, "wb") as target:
         target.write(head)
-        target.flush()
-        offset = len(head)
-        for info in tensors.values():
-            with open(info.file, "rb") as source:
-                copy_range(source.fileno(), target.fileno(), info.start, info.stop, at=offset)
-            offset += info.nbytes
+        for tensor in tensors.values():
+            if isinstance(tensor, bytes):
+                target.write(tensor)
+                continue
+            target.flush()
+            at = target.tell()
+            with open(tensor.file, "rb") as source:
+                copy_range(source.fileno(), target.fileno(), tensor.start, tensor.stop, at=at)
+            target.seek(at + tensor.nbytes)
 
 
 def _copy_file(source: Path, target: Path) -> None:

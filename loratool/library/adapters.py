@@ -97,7 +97,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | No
         raise NotFoundError(f"there is no adapter at {quoted(path)}; give a PEFT folder or a safetensors file")
     adapter = read_adapter(source, alpha)
     refuse_not_finite(adapter)
-    chosen = _name_from(adapter.name, source) if name is None else name
+    chosen = name_from(adapter.name, source) if name is None else name
     with open_registry(registry) as catalogue:
         return enter(adapter, catalogue, name=chosen, base=base, tags=tags)
 
@@ -130,7 +130,7 @@ def list_adapters(*, base: str | None = None, kind: str | None = None, tag: str 
 
     Args:
         base: only those of this catalogued base and of its variants.
-        kind: only those of this kind: ``lora``, ...
+        kind: only those of this kind: ``lora``, ``dylora`` or ``adalora``.
         tag: only those with this tag.
         sort: by ``name`` (then version), ``kind`` or ``base``; by ``rank``, ``alpha`` or ``size_bytes``, largest first;
             or by ``created_at``, newest first.
@@ -324,7 +324,7 @@ def _refuse_unfit(adapter: Adapter, record: BaseRecord) -> None:
         plan_merge([WeightedAdapter(adapter)], Checkpoint.open(record.path))
 
 
-def _name_from(stem: str, source: Path) -> str:
+def name_from(stem: str, source: Path) -> str:
     """A name for the catalogue made from a file's or folder's name."""
     from loratool.errors import AdapterError, quoted
 

@@ -11,7 +11,7 @@ from typing import Any
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
 from loratool.formats.write import write_peft, write_single_file
-from loratool.library.adapters import enter
+from loratool.library.adapters import enter, name_from
 from loratool.library.resolve import ResolvedAdapter, user_path
 from registry import AdapterRecord, Registry, check_name
 
@@ -49,6 +49,11 @@ def write_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> Adapte
     return read_adapter(out)
 
 
+def scratch_folder(out: Path) -> Path:
+    """The nearest folder above `out` that is there already: where a draft of it can lie."""
+    return next(folder for folder in Path(os.path.abspath(out)).parents if folder.is_dir())
+
+
 def catalogue_child(
     written: Adapter,
     catalogue: Registry,
@@ -77,3 +82,18 @@ def catalogue_child(
             details=details,
         )
     return added.record, added.notes
+
+
+def child_facts(
+    kind: str, operation: str, parents: Sequence[ResolvedAdapter], details: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What loratool records in the file of a new adapter: its kind, its base, and what it was made from and how."""
+    base = next((parent.base_fingerprint for parent in parents if parent.base_fingerprint), None)
+    named = [{"name": parent.adapter.name, "sha256": parent.adapter.sha256} for parent in parents]
+    facts = {"schema": 1, "kind": kind, "lineage": {"operation": operation, "parents": named, **details}}
+    return facts | ({"base_fingerprint": base} if base else {})
+
+
+def default_name(out: Path) -> str:
+    """The name in the catalogue of an adapter written to `out`: the file's or folder's own."""
+    return name_from(out.stem if out.suffix in SINGLE_FILE_SUFFIXES else out.name, out)

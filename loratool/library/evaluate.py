@@ -14,6 +14,8 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, LoratoolError, printable, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
+from loratool.formats.dylora import KIND as DYLORA
+from loratool.formats.dylora import scaling_law
 from loratool.library.merge import hold
 from loratool.library.picture import drawn, refuse_picture
 from loratool.library.progress import Progress, Silent
@@ -26,7 +28,7 @@ from loratool.library.resolve import (
     user_path,
 )
 from loratool.merging.arithmetic import choose_device
-from loratool.ranks.leading import leading
+from loratool.ranks.truncate import Cut, truncate_by_svd, truncate_leading
 from loratool.train.data import Data, TokenizedSample, read_data, tokenize_data
 from loratool.train.loss import Score, score
 from loratool.train.model import (
@@ -122,7 +124,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         data: a JSONL file of ``text``, ``prompt`` and ``completion``, or ``messages``, or a ``.txt`` file, which is cut
             into windows; see `loratool.train.data` for what counts.
         adapter: a catalogued name or a path. The model is then measured alone and with the adapter beside it.
-        ranks: measure the adapter also cut to each of these ranks; see `loratool.ranks.leading`.
+        ranks: measure the adapter also cut to each of these ranks; see `loratool.ranks.truncate`.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a picture of the loss by rank.
         max_length: the most tokens of a sample, and the length of a window; by default the model's context, but 2,048 at
             most.
@@ -208,8 +210,15 @@ def _by_rank(scorer: _Scorer, model: PreTrainedModel, adapter: Adapter, ranks: S
             yield RankScore(rank, whole)
             continue
         with Draft(Path(tempfile.gettempdir())) as draft:
-            cut = leading(adapter, rank, draft)
+            cut = _cut(adapter, rank, draft)
             yield RankScore(rank, scorer.score_beside(model, cut, f"scoring at rank {rank}"))
+
+
+def _cut(adapter: Adapter, rank: int, draft: Draft) -> Adapter:
+    if adapter.kind == DYLORA:
+        return truncate_leading(draft, adapter, rank, scaling_law(adapter.facts, adapter.name)).adapter
+    (cut,) = truncate_by_svd([draft], adapter, [Cut(rank)])
+    return cut.adapter
 
 
 def _checked_ranks(asked: Sequence[int] | None, found: ResolvedAdapter | None) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from loratool.library.resolve import (
     ResolvedBase,
     digest_cache,
     open_registry,
-    resolve_adapter,
+    resolve_at_rank,
     resolve_base,
     user_path,
 )
@@ -110,7 +110,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
     Args:
-        adapters: catalogued names or paths, each alone or as (adapter, weight); a single one may stand alone.
+        adapters: catalogued names or paths, each alone or as (adapter, weight); a single one may stand alone. A DyLoRA
+            acts at its full rank, or as ``ADAPTER@rank=b`` at rank b.
         into: the base: a catalogued name, a folder, a safetensors file, or a Hub id.
         out: the new folder; by default ``<base>-<adapter>`` beside the base.
         in_place: change the base's own files instead; an undo file is always kept.
@@ -132,7 +133,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
     specs = [_with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=dry_run) as catalogue:
         base = resolve_base(into, catalogue)
-        resolved = [resolve_adapter(name, catalogue, alpha) for name, _ in specs]
+        resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
         target = base.path if in_place else _output(out, base, resolved)
         if not in_place:
@@ -185,8 +186,7 @@ def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Se
         if path.suffix in SINGLE_FILE_SUFFIXES:
             raise OutputError(f"a merged model is a folder; give --out a folder's name instead of {quoted(path.name)}")
         return path
-    names = [found.record.name if found.record else found.adapter.name for found in adapters]
-    name = re.sub(r"[^\w.+-]+", "-", "-".join([base.name, *names]))
+    name = re.sub(r"[^\w.+-]+", "-", "-".join([base.name, *(found.label for found in adapters)]))
     parent = Path.cwd() if "snapshots" in base.path.resolve().parts else base.path.resolve().parent
     return parent / name
 

@@ -1,5 +1,6 @@
 """What a name on the command line means: a catalogued name, a path, or a Hub id, tried in that order.
 
+A DyLoRA is named with the rank at which it is to act as ``ADAPTER@rank=4``, where that is asked for.
 Anything that begins like a path (``./``, ``/``, ``~``) or ends in ``.safetensors`` or ``.st`` is a path and nothing else.
 """
 
@@ -14,9 +15,12 @@ from typing import Final
 from loratool.checkpoint.fingerprint import DigestCache
 from loratool.errors import AdapterError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.dylora import at_rank
+from loratool.formats.lora_config import MOST_DIGITS
 from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
 from registry import AdapterRecord, BaseRecord, Registry, home, is_name, is_reference, registry_url
 
+RANK_SIGN: Final = "@rank="
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -26,11 +30,19 @@ class ResolvedAdapter:
 
     adapter: Adapter
     record: AdapterRecord | None
+    rank: int | None = None
 
     @property
     def reference(self) -> str:
-        """``name@version``, or the path of an adapter that is not catalogued."""
-        return self.record.reference if self.record else str(self.adapter.file)
+        """``name@version``, or the path of an adapter that is not catalogued; with ``@rank=b`` where one was chosen."""
+        reference = self.record.reference if self.record else str(self.adapter.file)
+        return reference if self.rank is None else f"{reference}{RANK_SIGN}{self.rank}"
+
+    @property
+    def label(self) -> str:
+        """A word for it in the names of files: ``dylora``, or ``dylora-r4`` where a rank was chosen."""
+        name = self.record.name if self.record else self.adapter.name
+        return name if self.rank is None else f"{name}-r{self.rank}"
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -83,6 +95,21 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
     adapter = read_adapter(path, alpha)
     known = registry.adapters.find_by_sha256(adapter.sha256)
     return ResolvedAdapter(adapter, next((record for record in known if record.alpha == adapter.alpha), None))
+
+
+def resolve_at_rank(name: str | os.PathLike[str], registry: Registry, alpha: float | None = None) -> ResolvedAdapter:
+    """The same, and of ``ADAPTER@rank=b`` the DyLoRA as it acts at rank b.
+
+    Raises:
+        AdapterError: b is no rank of it, or it is no DyLoRA; and as `resolve_adapter`.
+    """
+    reference, sign, rank = os.fspath(name).rpartition(RANK_SIGN)
+    if not sign or exists(user_path(name)):
+        return resolve_adapter(name, registry, alpha)
+    if not rank.isdecimal() or len(rank) > MOST_DIGITS:
+        raise AdapterError(f"{quoted(rank, 40)} in {quoted(name)} is no rank; write ADAPTER{RANK_SIGN}4")
+    found = resolve_adapter(reference, registry, alpha)
+    return replace(found, adapter=at_rank(found.adapter, int(rank)), rank=int(rank))
 
 
 def resolve_base(name: str | os.PathLike[str], registry: Registry) -> ResolvedBase:

@@ -17,6 +17,8 @@ import zstandard
 
 from loratool.checkpoint.header import parse_json_object
 from loratool.errors import CheckpointError, NotFoundError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.dylora import KIND, at_rank
 from loratool.merging.rewrite import Digests
 from loratool.merging.survival import Survival
 
@@ -40,6 +42,10 @@ class MergedAdapter:
     rank: int
     alpha: float
     file: str
+
+    def restored(self, adapter: Adapter) -> Adapter:
+        """`adapter`, which is this one as it was read again, at the rank at which it was merged."""
+        return at_rank(adapter, self.rank) if adapter.kind == KIND and adapter.rank != self.rank else adapter
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def _landing_notes(adapter: Adapter, landing: Landing, tensors: Mapping[str, Ten
             f"{quoted(adapter.name)} names its modules {quoted(exchange.old + '…')} and the base "
             f"{quoted(exchange.new + '…')}: matched by that exchange of prefixes"
         )
-    config = LoraConfig.parse(adapter.config, str(adapter.file))
+    config = LoraConfig.targeting(adapter.config, str(adapter.file))
     if config.target_modules not in (None, ALL_LINEAR):
         matrices = (
             name for name, info in tensors.items() if len(info.shape) == 2 and _leaf(name) not in EMBEDDING_LEAVES

@@ -115,7 +115,9 @@ def restore_approximately(merged: Checkpoint, manifest: Manifest, adapters: list
 
 
 def _targets_of(adapters: list[Adapter], merged: Checkpoint, manifest: Manifest) -> tuple[Target, ...]:
-    weighted = [WeightedAdapter(a, entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)]
+    weighted = [
+        WeightedAdapter(entry.restored(a), entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)
+    ]
     plan = plan_merge(weighted, merged, manifest.options.get("seed"))
     if plan.touched != set(manifest.changed):
         raise RestoreError(f"the adapters at hand are not those that were merged into {quoted(merged.path)}")

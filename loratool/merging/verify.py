@@ -84,7 +84,9 @@ def replay(
     Raises:
         VerificationError: names the first tensor that comes out otherwise under the torch that merged.
     """
-    weighted = [WeightedAdapter(a, entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)]
+    weighted = [
+        WeightedAdapter(entry.restored(a), entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)
+    ]
     plan = plan_merge(weighted, base, manifest.options.get("seed"))
     device = manifest.options.get("device", "cpu")
     digests = rewrite(

@@ -24,15 +24,19 @@ FIXED_ROWS: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """``scaling * B A`` with A (r, in_features) and B (out_features, r); rank 0 changes nothing."""
+    """``scaling * B A`` with A (r, in_features) and B (out_features, r).
+
+    With `leading`, only so many components count: the first rows of A and columns of B.
+    """
 
     a: TensorInfo
     b: TensorInfo
     scaling: float
+    leading: int | None = None
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] if self.leading is None else self.leading
 
     @property
     def kind(self) -> str:
@@ -58,8 +62,8 @@ class LowRank:
                 f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {scaling:g}, which no fp32 number "
                 "is; mend its alpha or its weight"
             )
-        a, b = read_factor(self.a).to(device), read_factor(self.b).to(device)
-        return LoadedLowRank(a, b, scaling, transposed)
+        a, b = read_factor(self.a)[: self.leading], read_factor(self.b)[:, : self.leading].contiguous()
+        return LoadedLowRank(a.to(device), b.to(device), scaling, transposed)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class LoadedLowRank:
             left, right = self._factors(rows)
             block.addmm_(left, right, alpha=self.scaling)
             return
-        self._product(rows, scratch)
+        self.multiply(rows, scratch)
         if exact:
             block.add_(scratch, alpha=self.scaling)
         else:
@@ -116,7 +120,8 @@ class LoadedLowRank:
             return self.a[:, rows.start : rows.stop].T, self.b.T
         return self.b[rows.start : rows.stop], self.a
 
-    def _product(self, rows: range, out: torch.Tensor) -> None:
+    def multiply(self, rows: range, out: torch.Tensor) -> None:
+        """Write the `rows` of the product, without its scaling, to `out`, in PEFT's order of sums."""
         import torch
 
         if self.transposed:

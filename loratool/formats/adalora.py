@@ -1,0 +1,216 @@
+"""AdaLoRA's files: as PEFT saves them, and state dicts of the authors' own implementation.
+
+PEFT (``peft.AdaLoraConfig``, PEFT 0.21) names the tensors ``base_model.model.<module>.lora_A``, ``lora_E`` and ``lora_B``,
+keeps the components that are left, and tells by ``rank_pattern`` which of the first `init_r` they are: true for kept.
+The reference implementation (github.com/QingruZhang/AdaLoRA) has the same tensors and ``ranknum``, the rank that training
+began with; it says nothing of alpha.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loratool.checkpoint.header import Header, TensorInfo
+from loratool.errors import AdapterError, quoted
+from loratool.formats.lora_config import ConfigReader, LoraConfig
+from loratool.formats.scalar import read_scalar
+from loratool.formats.tensor_keys import PREFIX, refuse_other_features
+from loratool.updates.singular import SingularValue
+
+PEFT_TYPE: Final = "ADALORA"
+_TENSOR: Final = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<factor>[AEB])|(?P<ranknum>ranknum))(?:\.(?P<adapter>[^.]+))?"
+)
+
+
+def singular_key(module: str, factor: str) -> str:
+    """The name that PEFT gives to factor ``A``, ``E`` or ``B`` of `module`."""
+    return f"{PREFIX}{module}.lora_{factor}"
+
+
+def pattern_key(module: str) -> str:
+    """The name that PEFT gives to `module` in ``rank_pattern``."""
+    return f"{module}.lora_E"
+
+
+@dataclass(frozen=True, slots=True)
+class AdaLoraConfig:
+    """What of an AdaLoRA configuration changes numbers, and its targets.
+
+    `kept` tells, of each module that was pruned, which of its first `init_r` components are left.
+    """
+
+    targets: LoraConfig
+    init_r: int
+    alpha: float
+    kept: Mapping[str, tuple[bool, ...]]
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any], source: str) -> AdaLoraConfig:
+        """Check a configuration.
+
+        Raises:
+            UnsupportedError: it asks for a feature that loratool does not compute.
+            AdapterError: a value is missing or impossible.
+        """
+        read = ConfigReader(config, source)
+        init_r = read.positive_int("init_r")
+        patterns = read.mapping("rank_pattern")
+        return cls(
+            targets=LoraConfig.targeting(config, source),
+            init_r=init_r,
+            alpha=read.number("lora_alpha"),
+            kept={_module_of(key): _mask(key, value, init_r, source) for key, value in patterns},
+        )
+
+    def rank_of(self, module: str) -> int:
+        """How many components the configuration leaves `module`."""
+        return sum(self.kept[module]) if module in self.kept else self.init_r
+
+    def alpha_of(self, module: str) -> float:
+        """What multiplies the product; where alpha is not positive, PEFT takes the rank instead."""
+        return self.alpha if self.alpha > 0 else float(self.rank_of(module))
+
+
+def adalora_updates(header: Header, config: AdaLoraConfig) -> dict[str, SingularValue]:
+    """The update of each module, in the order of the modules' names.
+
+    Raises:
+        UnsupportedError, AdapterError: a tensor is missing, does not fit its partners or the configuration, or belongs to
+            something else.
+    """
+    source = str(header.file)
+    updates = {}
+    for module, tensors in _triplets(header.tensors, source).items():
+        if not config.targets.targets(module):
+            raise AdapterError(
+                f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so PEFT "
+                "would ignore them; mend target_modules, exclude_modules or layers_to_transform"
+            )
+        rank = tensors["A"].shape[0]
+        if rank != config.rank_of(module):
+            raise AdapterError(
+                f"{quoted(module)} in {quoted(source)} has rank {rank} and its configuration says "
+                f"{config.rank_of(module)}; mend init_r or rank_pattern"
+            )
+        if "ranknum" in tensors and read_scalar(tensors["ranknum"]) != config.init_r:
+            raise AdapterError(
+                f"{quoted(tensors['ranknum'].name)} in {quoted(source)} is {read_scalar(tensors['ranknum']):g} and its "
+                f"configuration says init_r {config.init_r}, by which the update is divided; mend one of them"
+            )
+        updates[module] = SingularValue(
+            tensors["A"], tensors["E"], tensors["B"], config.alpha_of(module), config.init_r
+        )
+    missing = sorted(config.kept.keys() - updates.keys())
+    if missing:
+        raise AdapterError(
+            f"rank_pattern in {quoted(source)} speaks of {quoted(missing[0])}, for which it holds no tensors; save it again"
+        )
+    return updates
+
+
+def is_adalora(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether tensors without a configuration are AdaLoRA's."""
+    return any(re.search(r"\.lora_E(\.[^.]+)?$", name) for name in tensors)
+
+
+def bare_adalora_config(header: Header, alpha: float) -> dict[str, Any]:
+    """A PEFT configuration for tensors that have none, with the alpha that was given.
+
+    Raises:
+        UnsupportedError, AdapterError: a tensor is missing or no AdaLoRA tensor, or training began with several ranks.
+    """
+    source = str(header.file)
+    triplets = _triplets(header.tensors, source)
+    ranks = {
+        module: read_scalar(tensors["ranknum"]) if "ranknum" in tensors else float(tensors["A"].shape[0])
+        for module, tensors in triplets.items()
+    }
+    init_r = max(ranks.values())
+    widest = max(max(tensors[letter].shape) for tensors in triplets.values() for letter in "AB")
+    if init_r > widest:
+        raise AdapterError(f"{quoted(source)} says ranknum {init_r:g}, which is no rank; save it again")
+    if init_r < 1 or init_r != int(init_r) or any(rank != init_r for rank in ranks.values()):
+        raise AdapterError(
+            f"the modules of {quoted(source)} began with ranks {min(ranks.values()):g} to {init_r:g}, where AdaLoRA has one "
+            "for all; give it a PEFT configuration"
+        )
+    held = {module: tensors["A"].shape[0] for module, tensors in triplets.items()}
+    return adalora_config(
+        alpha=alpha,
+        init_r=int(init_r),
+        target_modules=sorted({module.rsplit(".", 1)[-1] for module in triplets}),
+        kept={m: [True] * rank + [False] * (int(init_r) - rank) for m, rank in held.items() if rank != init_r},
+    )
+
+
+def adalora_config(
+    *, alpha: float, init_r: int, target_modules: Sequence[str], kept: Mapping[str, Sequence[bool]]
+) -> dict[str, Any]:
+    """A configuration that PEFT takes: its schedule, which PEFT demands, is that of no training at all."""
+    return {
+        "peft_type": PEFT_TYPE,
+        "init_r": init_r,
+        "target_r": init_r,
+        "lora_alpha": alpha,
+        "total_step": 1,
+        "target_modules": list(target_modules),
+        "rank_pattern": {pattern_key(module): list(mask) for module, mask in sorted(kept.items())} or None,
+        "inference_mode": True,
+    }
+
+
+def _triplets(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors A, E, B and, where it is there, ranknum of each module, in the order of the modules' names."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    adapters = set()
+    for name, info in sorted(tensors.items()):
+        refuse_other_features(name, source)
+        match = _TENSOR.fullmatch(name)
+        if match is None or match["adapter"] == "weight":
+            raise AdapterError(
+                f"{quoted(name)} in {quoted(source)} is no AdaLoRA tensor; their names end in lora_A, lora_E and lora_B"
+            )
+        letter = match["factor"] or "ranknum"
+        triplet = found.setdefault(match["module"], {})
+        if letter in triplet:
+            raise AdapterError(f"{quoted(source)} holds {letter} of {quoted(match['module'])} twice")
+        triplet[letter] = info
+        adapters.add(match["adapter"])
+    if len(adapters) > 1:
+        raise AdapterError(f"{quoted(source)} holds several adapters ({len(adapters)}); save one to a file")
+    if not found:
+        raise AdapterError(f"{quoted(source)} holds no AdaLoRA tensors; is it an adapter?")
+    for module, triplet in found.items():
+        _refuse_unfit(module, triplet, source)
+    return dict(sorted(found.items()))
+
+
+def _refuse_unfit(module: str, triplet: Mapping[str, TensorInfo], source: str) -> None:
+    missing = [letter for letter in "AEB" if letter not in triplet]
+    if missing:
+        raise AdapterError(f"{quoted(module)} in {quoted(source)} has no lora_{missing[0]}; the file is incomplete")
+    a, e, b = (triplet[letter].shape for letter in "AEB")
+    fits = len(a) == len(b) == 2 and a[1] > 0 and b[0] > 0 and e == (a[0], 1) and b[1] == a[0]
+    if not fits:
+        raise AdapterError(
+            f"the factors of {quoted(module)} in {quoted(source)} do not fit together: lora_A is {list(a)}, lora_E is "
+            f"{list(e)} and lora_B is {list(b)}; was it saved from a sharded run without gathering, or for a convolution?"
+        )
+
+
+def _module_of(key: str) -> str:
+    """``model.layers.0.q_proj`` of the key ``model.layers.0.q_proj.lora_E``, with or without an adapter's name behind."""
+    return re.sub(r"\.lora_E(\.[^.]+)?$", "", key.removeprefix(PREFIX))
+
+
+def _mask(key: str, value: object, init_r: int, source: str) -> tuple[bool, ...]:
+    if not isinstance(value, list) or len(value) != init_r or not all(isinstance(item, bool) for item in value):
+        raise AdapterError(
+            f"rank_pattern of {quoted(key)} in {quoted(source)} must be a list of {init_r} times true or false, one for "
+            "each component that training began with"
+        )
+    return tuple(value)

@@ -1,0 +1,123 @@
+"""`loratool.prune`: an AdaLoRA of fewer triplets."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from loratool.checkpoint.staging import refuse_existing
+from loratool.errors import LoratoolError, OutputError, quoted
+from loratool.formats.draft import Draft
+from loratool.formats.finite import refuse_not_finite
+from loratool.library.adapters import adapter_json
+from loratool.library.derive import (
+    catalogue_child,
+    child_facts,
+    default_name,
+    default_output,
+    scratch_folder,
+    write_adapter,
+)
+from loratool.library.merge import refuse_overlap
+from loratool.library.resolve import open_registry, resolve_adapter, user_path
+from loratool.ranks.prune import IMPORTANCE, Criterion, Limit, plan_prune, prune_to_lora
+from loratool.ranks.prune import prune as prune_triplets
+from registry import AdapterRecord, check_name
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class PruneResult:
+    """A pruned AdaLoRA.
+
+    Attributes:
+        out: the file or folder that was written.
+        record: its entry in the catalogue.
+        parent: ``name@version`` of the adapter that it was pruned from, or its name where it is not catalogued.
+        criterion: what the triplets were ranked by.
+        before: how many triplets there were.
+        total: how many are left.
+        ranks: how many of them each module has; 0 where it was pruned away.
+        notes: what a user should know.
+    """
+
+    out: Path
+    record: AdapterRecord
+    parent: str
+    criterion: Criterion
+    before: int
+    total: int
+    ranks: dict[str, int]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "out": str(self.out),
+            **adapter_json(self.record),
+            "ranks": self.ranks,
+            "parent": self.parent,
+            "criterion": self.criterion,
+            "before": self.before,
+            "total": self.total,
+            "notes": list(self.notes),
+        }
+
+
+def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float | None = None,
+          threshold: float | None = None, as_: Literal["adalora", "lora"] = "adalora", out: PathLike | None = None,
+          name: str | None = None, alpha: float | None = None, force: bool = False,
+          registry: str | None = None) -> PruneResult:  # fmt: skip
+    """Drop the least of an AdaLoRA's triplets, over all modules together, and catalogue the result as its child.
+
+    They are ranked by the importance scores that the file's facts hold, else by ``|E|``. Modules may fall to rank 0.
+
+    Args:
+        adapter: a catalogued name or a path.
+        budget: how many triplets stay, exactly.
+        average_rank: instead, how many a module on average: the budget is the modules times this, rounded down.
+        threshold: instead, those stay that score above it.
+        as_: ``adalora``, or ``lora`` for an ordinary LoRA with E in its factors.
+        out: the new file (``.safetensors``, ``.st``) or folder; by default ``<adapter>-b64`` beside the adapter.
+        name: its name in the catalogue; by default the file's.
+        alpha: for a bare adapter file that does not say its own.
+        force: replace an output that loratool wrote before.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
+    Raises:
+        LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
+    """
+    limit = Limit(budget, average_rank, threshold)
+    if as_ not in ("adalora", "lora"):
+        raise LoratoolError(f"{quoted(as_)} is no kind to prune to; give adalora or lora")
+    if out is not None and not os.fspath(out):
+        raise OutputError("the output's path is empty; give --out a folder or file")
+    with open_registry(registry) as catalogue:
+        source = resolve_adapter(adapter, catalogue, alpha)
+        target = default_output(source, adapter, limit.suffix) if out is None else user_path(out)
+        chosen = check_name(default_name(target) if name is None else name, "adapter")
+        refuse_overlap(target, [source.adapter.file])
+        refuse_existing(target, force=force)
+        pruning = plan_prune(source.adapter, limit)
+        refuse_not_finite(source.adapter)
+        details = {"budget": pruning.total, "of": pruning.before, "by": pruning.criterion, "as": as_}
+        facts = child_facts(as_, "prune", [source], details)
+        if as_ == "adalora" and pruning.criterion == "importance":
+            facts[IMPORTANCE] = {module: list(scores) for module, scores in pruning.scores.items()}
+        with Draft(scratch_folder(target)) as draft:
+            made = (prune_triplets if as_ == "adalora" else prune_to_lora)(draft, source.adapter, pruning)
+            written = write_adapter(replace(made, facts=facts), target, force=force)
+        record, notes = catalogue_child(written, catalogue, [source], "prune", details, name=chosen)
+    return PruneResult(
+        target,
+        record,
+        source.record.reference if source.record else source.adapter.name,
+        pruning.criterion,
+        pruning.before,
+        pruning.total,
+        {module: len(places) for module, places in pruning.kept.items()},
+        notes,
+    )

@@ -1,0 +1,188 @@
+"""`loratool.truncate`: an adapter of lower rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from loratool.checkpoint.staging import refuse_existing
+from loratool.errors import LoratoolError, OutputError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.draft import Draft
+from loratool.formats.dylora import KIND as DYLORA
+from loratool.formats.dylora import LAWS, ScalingLaw, scaling_law
+from loratool.formats.finite import refuse_not_finite
+from loratool.library.adapters import adapter_json
+from loratool.library.derive import (
+    catalogue_child,
+    child_facts,
+    default_name,
+    default_output,
+    scratch_folder,
+    write_adapter,
+)
+from loratool.library.merge import refuse_overlap
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import ResolvedAdapter, open_registry, resolve_adapter, user_path
+from loratool.ranks.truncate import Cut, Truncation, truncate_by_svd, truncate_leading
+from registry import AdapterRecord, Registry, check_name
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TruncateResult:
+    """An adapter of lower rank.
+
+    Attributes:
+        out: the file or folder that was written.
+        record: its entry in the catalogue.
+        parent: ``name@version`` of the adapter that it was cut from, or its name where it is not catalogued.
+        method: ``leading`` for a DyLoRA's leading components, ``svd`` for the best approximation.
+        scaling: of the leading components, the law; None for svd.
+        error: of svd, the Frobenius norm of what was lost over that of the update, all modules together.
+        errors: the same of each module.
+        notes: what a user should know.
+    """
+
+    out: Path
+    record: AdapterRecord
+    parent: str
+    method: Literal["leading", "svd"]
+    scaling: ScalingLaw | None
+    error: float | None
+    errors: dict[str, float]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "out": str(self.out),
+            **adapter_json(self.record),
+            "parent": self.parent,
+            "method": self.method,
+            "law": self.scaling,
+            "error": self.error,
+            "errors": self.errors,
+            "notes": list(self.notes),
+        }
+
+
+def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, energy: float | None = None,
+             error: float | None = None, svd: bool = False, scaling: str | None = None, out: PathLike | None = None,
+             name: str | None = None, alpha: float | None = None, force: bool = False, registry: str | None = None,
+             progress: Progress | None = None) -> tuple[TruncateResult, ...]:  # fmt: skip
+    """Cut an adapter to a lower rank, write it, and catalogue it as the adapter's child; one result for each rank.
+
+    A DyLoRA is cut to its leading components, bit for bit. Of any other low-rank adapter each module gets the best
+    approximation in the Frobenius norm (Eckart and Young 1936), from the factors alone.
+
+    Args:
+        adapter: a catalogued name or a path.
+        rank: the new rank, or several; a module that has less keeps what it has.
+        energy: instead, the share of each module's squared singular values to keep, by the smallest rank that does.
+        error: instead, the Frobenius norm that each module may lose, relative to its update's.
+        svd: cut a DyLoRA by its best approximation too, which `energy` and `error` need.
+        scaling: ``paper`` or ``kohya``: cut to the leading components under this law (`loratool.formats.dylora`),
+            whatever the file says of its kind and origin.
+        out: the new file (``.safetensors``, ``.st``) or folder; with several ranks ``-r4`` is added to its name. By default
+            ``<adapter>-r4`` beside the adapter.
+        name: its name in the catalogue, likewise; by default the file's.
+        alpha: for a bare adapter file that does not say its own.
+        force: replace an output that loratool wrote before.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes of factors are done.
+
+    Raises:
+        LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
+    """
+    cuts = _cuts(rank, energy, error)
+    with open_registry(registry) as catalogue:
+        source = resolve_adapter(adapter, catalogue, alpha)
+        law = _law(source.adapter, cuts, svd=svd, scaling=scaling)
+        outs = [_output(out, source, adapter, cut.suffix, several=len(cuts) > 1) for cut in cuts]
+        names = [_name(name, target, cut.suffix, several=len(cuts) > 1) for target, cut in zip(outs, cuts, strict=True)]
+        for target in outs:
+            refuse_overlap(target, [source.adapter.file])
+            refuse_existing(target, force=force)
+        with ExitStack() as stack:
+            drafts = [stack.enter_context(Draft(scratch_folder(target))) for target in outs]
+            found = _truncated(drafts, source.adapter, cuts, law, progress or Silent())
+            results = [
+                _kept(truncation, source, cut, law, target, chosen, catalogue, force=force)
+                for truncation, cut, target, chosen in zip(found, cuts, outs, names, strict=True)
+            ]
+    return tuple(results)
+
+
+def _cuts(rank: int | Sequence[int] | None, energy: float | None, error: float | None) -> list[Cut]:
+    if rank is None or isinstance(rank, int):
+        return [Cut(rank, energy, error)]
+    ranks = list(dict.fromkeys(rank))
+    if not ranks:
+        raise LoratoolError("there is no rank to cut to; name at least one")
+    return [Cut(each, energy, error) for each in ranks]
+
+
+def _law(adapter: Adapter, cuts: Sequence[Cut], *, svd: bool, scaling: str | None) -> ScalingLaw | None:
+    """The law under which leading components are taken, or None for an SVD."""
+    if scaling is not None:
+        if svd:
+            raise LoratoolError("--scaling is for leading components and --svd takes none; give one of them")
+        law = next((each for each in LAWS if each == scaling), None)
+        if law is None:
+            raise LoratoolError(f"{quoted(scaling, 40)} is no scaling law; give paper or kohya")
+    elif adapter.kind != DYLORA or svd:
+        return None
+    else:
+        law = scaling_law(adapter.facts, adapter.name)
+    if any(cut.rank is None for cut in cuts):
+        raise LoratoolError(
+            f"the leading components of {quoted(adapter.name)} are no approximations, so they have no energy and no error "
+            "to cut by; give --rank, or --svd"
+        )
+    return law
+
+
+def _output(out: PathLike | None, source: ResolvedAdapter, given: PathLike, suffix: str, *, several: bool) -> Path:
+    if out is None:
+        return default_output(source, given, suffix)
+    if not os.fspath(out):
+        raise OutputError("the output's path is empty; give --out a folder or file")
+    target = user_path(out)
+    if several and not target.name:
+        raise OutputError(f"{quoted(out)} is a folder that is there; give --out a new name")
+    return target.with_name(f"{target.stem}-{suffix}{target.suffix}") if several else target
+
+
+def _name(name: str | None, out: Path, suffix: str, *, several: bool) -> str:
+    chosen = default_name(out) if name is None else f"{name}-{suffix}" if several else name
+    return check_name(chosen, "adapter")
+
+
+def _truncated(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cut], law: ScalingLaw | None,
+               watcher: Progress) -> list[Truncation]:  # fmt: skip
+    if law is None:
+        watcher.begin("decomposing", sum(i.nbytes for u in adapter.updates.values() for i in u.factors.values()))
+        return truncate_by_svd(drafts, adapter, cuts, watcher.advance)
+    refuse_not_finite(adapter)
+    return [
+        truncate_leading(draft, adapter, cut.rank or adapter.rank, law) for draft, cut in zip(drafts, cuts, strict=True)
+    ]
+
+
+def _kept(truncation: Truncation, source: ResolvedAdapter, cut: Cut, law: ScalingLaw | None, out: Path, name: str,
+          catalogue: Registry, *, force: bool) -> TruncateResult:  # fmt: skip
+    """Write a truncation and catalogue it."""
+    method: Literal["leading", "svd"] = "svd" if law is None else "leading"
+    own = {} if law is None else {"scaling": law}
+    details = cut.figures | {"method": method} | ({"lost": truncation.error} if law is None else own)
+    facts = child_facts(truncation.adapter.kind, "truncate", [source], details) | own
+    written = write_adapter(replace(truncation.adapter, facts=facts), out, force=force)
+    record, notes = catalogue_child(written, catalogue, [source], "truncate", details, name=name)
+    parent = source.record.reference if source.record else source.adapter.name
+    return TruncateResult(out, record, parent, method, law, truncation.error, dict(truncation.errors), notes)

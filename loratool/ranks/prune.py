@@ -1,0 +1,190 @@
+"""Pruning an AdaLoRA: its triplets (a row of A, a number of E, a column of B), ranked over all modules together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from loratool.errors import AdapterError, LoratoolError, quoted
+from loratool.formats.adalora import AdaLoraConfig, pattern_key
+from loratool.formats.adapter import Adapter
+from loratool.formats.draft import Draft
+from loratool.ranks.factors import load_factors
+from loratool.ranks.truncate import targeting
+from loratool.ranks.unit_scaling import unit_config
+from loratool.updates.low_rank import read_factor
+
+IMPORTANCE: Final = "importance"
+"""Where loratool's facts keep the scores of an AdaLoRA's training: for each module a list, one number a triplet."""
+
+Criterion = Literal["importance", "singular values"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How much of an AdaLoRA stays: a `budget` of triplets in all, or so many a module on average, or all above a `threshold`."""
+
+    budget: int | None = None
+    average_rank: float | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.budget, self.average_rank, self.threshold) if value is not None]
+        if len(given) != 1:
+            raise LoratoolError("pruning is to a --budget, an --average-rank or a --threshold; give one of them")
+        if self.budget is not None and type(self.budget) is not int:
+            raise LoratoolError(f"a budget of {quoted(self.budget, 40)} is no whole number; give one of at least 1")
+        if not math.isfinite(given[0]) or given[0] < 0:
+            raise LoratoolError(f"{given[0]:g} is nothing to prune to; give a number of at least 0")
+
+    @property
+    def suffix(self) -> str:
+        """What names the result: ``b64``, ``r2.5`` or ``t0.01``."""
+        if self.budget is not None:
+            return f"b{self.budget}"
+        return f"t{self.threshold:g}" if self.average_rank is None else f"r{self.average_rank:g}"
+
+    def budget_of(self, scores: Sequence[float], modules: int, name: str) -> int:
+        """How many of the triplets with these `scores` stay.
+
+        Raises:
+            LoratoolError: none would, or more than there are.
+        """
+        if self.threshold is not None:
+            above = sum(score > self.threshold for score in scores)
+            if not above:
+                raise LoratoolError(
+                    f"no triplet of {quoted(name)} scores above {self.threshold:g}; the largest score is {max(scores):g}"
+                )
+            return above
+        wanted = self.budget
+        if self.average_rank is not None:
+            wanted = math.floor(round(self.average_rank * modules, 9))  # 0.29 * 100 is 28.999999999999996
+        if wanted is None or not 1 <= wanted <= len(scores):
+            raise LoratoolError(
+                f"a budget of {wanted} is not among 1 to {len(scores)}, the triplets that {quoted(name)} has in its "
+                f"{modules} modules"
+            )
+        return wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """Which triplets stay.
+
+    Attributes:
+        kept: of each module, the places of its triplets that stay, rising; none for rank 0.
+        before: how many triplets there were.
+        criterion: what they were ranked by.
+        scores: of each module, those of the triplets that stay.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    before: int
+    criterion: Criterion
+    scores: Mapping[str, tuple[float, ...]]
+
+    @property
+    def total(self) -> int:
+        """How many triplets stay."""
+        return sum(map(len, self.kept.values()))
+
+
+def plan_prune(adapter: Adapter, limit: Limit) -> Pruning:
+    """Rank the triplets by their importance in training, or else by ``|E|``, and choose the first of them.
+
+    Equal scores stay in the order of the modules' names and of their components.
+
+    Raises:
+        AdapterError: it is no AdaLoRA, a number is NaN or infinite, or its importance scores do not fit it.
+        LoratoolError: the limit leaves nothing, or more than there is.
+    """
+    if adapter.kind != "adalora":
+        raise AdapterError(
+            f"{quoted(adapter.name)} is a {adapter.kind}, which has no triplets to prune; use 'loratool truncate --energy'"
+        )
+    recorded = adapter.facts.get(IMPORTANCE)
+    scores = _singular_values(adapter) if recorded is None else _importance(recorded, adapter)
+    triplets = [(-score, module, place) for module, each in scores.items() for place, score in enumerate(each)]
+    budget = limit.budget_of([-score for score, _, _ in triplets], len(scores), adapter.name)
+    chosen: dict[str, list[int]] = {module: [] for module in scores}
+    for _, module, place in sorted(triplets)[:budget]:
+        chosen[module].append(place)
+    kept = {module: tuple(sorted(places)) for module, places in chosen.items()}
+    return Pruning(
+        kept,
+        len(triplets),
+        "singular values" if recorded is None else "importance",
+        {module: tuple(scores[module][place] for place in places) for module, places in kept.items()},
+    )
+
+
+def prune(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
+    """The AdaLoRA of the triplets that stay, bit for bit, in a draft.
+
+    Raises:
+        AdapterError: its alpha is not positive, so that PEFT would scale it by the rank that pruning changes.
+    """
+    if adapter.alpha <= 0:
+        raise AdapterError(
+            f"the alpha of {quoted(adapter.name)} is {adapter.alpha:g}, for which PEFT takes the rank, and pruning changes "
+            "that; give --as lora"
+        )
+    for module, places in pruning.kept.items():
+        draft.put_components(module, adapter.updates[module].factors, places)
+    return draft.adapter(adapter.name, _pruned_config(adapter, pruning), {})
+
+
+def prune_to_lora(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
+    """The LoRA of the triplets that stay, in a draft: E and the scaling are in A, fp32; modules of rank 0 are gone.
+
+    Raises:
+        AdapterError: a product is beyond fp32.
+    """
+    ranks = {module: len(places) for module, places in pruning.kept.items() if places}
+    for module in ranks:
+        factors = load_factors(adapter.updates[module], module)
+        places = list(pruning.kept[module])
+        a = (factors.a[places].double() * factors.scaling).float()
+        if not a.isfinite().all():
+            raise AdapterError(f"{quoted(module)} is beyond fp32 once its scaling is in its factors; mend its alpha")
+        draft.put(module, a, factors.b[:, places])
+    return draft.adapter(adapter.name, unit_config(ranks, targeting(adapter, ranks), adapter.config), {})
+
+
+def _singular_values(adapter: Adapter) -> dict[str, list[float]]:
+    return {
+        module: read_factor(update.factors["E"]).abs().flatten().tolist()
+        for module, update in sorted(adapter.updates.items())
+    }
+
+
+def _importance(recorded: object, adapter: Adapter) -> dict[str, list[float]]:
+    """The importance scores of each module, checked: they come from a file."""
+    scores = {}
+    for module, update in sorted(adapter.updates.items()):
+        found = recorded.get(module) if isinstance(recorded, Mapping) else None
+        if (
+            not isinstance(found, list)
+            or len(found) != update.rank
+            or not all(type(score) in (int, float) and math.isfinite(score) for score in found)
+        ):
+            raise AdapterError(
+                f"the importance scores of {quoted(module)} in {quoted(adapter.name)} are not {update.rank} numbers, one "
+                "for each triplet; save the adapter again, or take 'importance' out of its facts"
+            )
+        scores[module] = [float(score) for score in found]
+    return scores
+
+
+def _pruned_config(adapter: Adapter, pruning: Pruning) -> dict[str, Any]:
+    """The configuration with a mask over the components that training began with, for every module."""
+    adalora = AdaLoraConfig.parse(adapter.config, str(adapter.file))
+    pattern = {}
+    for module, places in sorted(pruning.kept.items()):
+        held = [place for place, kept in enumerate(adalora.kept.get(module, (True,) * adalora.init_r)) if kept]
+        left = {held[place] for place in places}
+        pattern[pattern_key(module)] = [place in left for place in range(adalora.init_r)]
+    return {**adapter.config, "rank_pattern": pattern}

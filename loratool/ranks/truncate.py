@@ -1,0 +1,176 @@
+"""An adapter of lower rank: a DyLoRA by its leading components, any other by the best approximation of each rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.errors import AdapterError, LoratoolError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.draft import Draft
+from loratool.formats.dylora import KIND as DYLORA
+from loratool.formats.dylora import ScalingLaw, module_alphas
+from loratool.formats.lora_config import LoraConfig, lora_config
+from loratool.ranks.factored_svd import factored_svd
+from loratool.ranks.factors import Factors, load_factors
+from loratool.ranks.side_by_side import side_by_side
+from loratool.ranks.unit_scaling import TARGETING, unit_config
+
+if TYPE_CHECKING:
+    import torch
+
+NO_ENERGY: Final = 1e-24
+"""A share of the energy that is rounding of fp64: components that have less are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How far an adapter is cut: to a `rank`, or to the smallest rank of each module that keeps an `energy` or `error`.
+
+    The energy of a module is the sum of the squares of its singular values, of which a share is kept; its error is the
+    Frobenius norm of what is lost over that of the update.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.rank, self.energy, self.error) if value is not None]
+        if len(given) != 1:
+            raise LoratoolError("a cut is by --rank, by --energy or by --error; give one of them")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise LoratoolError(f"the rank is {quoted(self.rank, 40)}; give a whole number of at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise LoratoolError(f"the energy is {self.energy:g}; give a share above 0 and at most 1, such as 0.95")
+        if self.error is not None and not 0 <= self.error < 1:
+            raise LoratoolError(f"the error is {self.error:g}; give one from 0 to below 1, such as 0.01")
+
+    @property
+    def suffix(self) -> str:
+        """What names the result: ``r4``, ``energy0.95`` or ``error0.01``."""
+        if self.rank is not None:
+            return f"r{self.rank}"
+        return f"error{self.error:g}" if self.energy is None else f"energy{self.energy:g}"
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What was asked for, in the words of the command line."""
+        asked = {"rank": self.rank, "energy": self.energy, "error": self.error}
+        return {key: value for key, value in asked.items() if value is not None}
+
+    def rank_of(self, values: torch.Tensor) -> int:
+        """The rank to which a module with these singular values, largest first, is cut; at least 1."""
+        if self.rank is not None:
+            return min(self.rank, len(values))
+        lost = values.square().flip(0).cumsum(0).flip(0)
+        allowed = 1 - self.energy if self.energy is not None else float(self.error or 0) ** 2
+        return max(1, int((lost > max(allowed, NO_ENERGY) * lost[0]).sum()))
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """An adapter of lower rank, in a draft.
+
+    Attributes:
+        adapter: to be written while the draft is open.
+        errors: of a cut by SVD, each module's error.
+        error: of all modules together, the Frobenius norm of what is lost over that of the update; None for a DyLoRA,
+            whose lower ranks are no approximations of its highest.
+    """
+
+    adapter: Adapter
+    errors: Mapping[str, float]
+    error: float | None
+
+
+def truncate_leading(draft: Draft, adapter: Adapter, rank: int, law: ScalingLaw) -> Truncation:
+    """Cut a DyLoRA to `rank`: the factors' leading slices, bit for bit, under the scaling law of its training.
+
+    Raises:
+        AdapterError: `rank` is not among its ranks, or it is an AdaLoRA, which has no leading components.
+    """
+    if adapter.kind == "adalora":
+        raise AdapterError(
+            f"{quoted(adapter.name)} is an AdaLoRA, whose components have no order; leave --scaling out, or use "
+            "'loratool prune'"
+        )
+    lora = LoraConfig.parse(adapter.config, str(adapter.file))
+    modules = module_alphas(adapter, rank, law)
+    for module, (kept, _) in modules.items():
+        draft.put_components(module, adapter.updates[module].factors, range(kept))
+    config = lora_config(modules, adapter.config, use_rslora=lora.use_rslora)
+    cut = draft.adapter(adapter.name, config, {})
+    return Truncation(replace(cut, kind=DYLORA, kohya=adapter.kohya), {}, None)
+
+
+def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cut],
+                    progress: Callable[[int], None] = lambda count: None) -> list[Truncation]:  # fmt: skip
+    """Cut a low-rank adapter to each of `cuts`, one draft each: the best approximation there is, module by module.
+
+    The factors are fp32 and need no scaling. `progress` is called with the bytes of factors done.
+
+    Raises:
+        UnsupportedError: an update is no product of factors.
+        AdapterError: a rank is above the adapter's, a number is NaN or infinite, or nothing is left to cut.
+    """
+    for cut in cuts:
+        if cut.rank is not None and cut.rank > adapter.rank:
+            raise AdapterError(f"{quoted(adapter.name)} has rank {adapter.rank}, so it cannot be cut to {cut.rank}")
+    present = {module: update for module, update in adapter.updates.items() if update.rank}
+    if not present:
+        raise AdapterError(f"every module of {quoted(adapter.name)} has rank 0, so there is nothing to cut")
+
+    def cut_module(module: str) -> tuple[torch.Tensor, list[int]]:
+        update = present[module]
+        factors = load_factors(update, module)
+        u, s, v = factored_svd(factors.b, factors.a)
+        ranks = [cut.rank_of(s) for cut in cuts]
+        for draft, rank in zip(drafts, ranks, strict=True):
+            draft.put(module, *_balanced(module, factors, u[:, :rank], s[:rank], v[:rank]))
+        progress(sum(info.nbytes for info in update.factors.values()))
+        return s * abs(factors.scaling), ranks
+
+    found = dict(zip(present, side_by_side(cut_module, present), strict=True))
+    return [
+        _truncation(draft, adapter, {module: (values, ranks[place]) for module, (values, ranks) in found.items()})
+        for place, draft in enumerate(drafts)
+    ]
+
+
+def _balanced(
+    module: str, factors: Factors, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in_features) and B (out_features, r), fp32: the root of each scaled singular value in either."""
+    root = (s * abs(factors.scaling)).sqrt()
+    a, b = (root[:, None] * v).float(), (u * root * math.copysign(1, factors.scaling)).float()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise AdapterError(f"{quoted(module)} is beyond fp32 once its scaling is in its factors; mend its alpha")
+    return a, b
+
+
+def _truncation(draft: Draft, source: Adapter, modules: Mapping[str, tuple[torch.Tensor, int]]) -> Truncation:
+    """The adapter in `draft`, whose modules, with these singular values, were cut to these ranks."""
+    ranks = {module: rank for module, (_, rank) in modules.items()}
+    totals = {module: float(values.square().sum()) for module, (values, _) in modules.items()}
+    lost = {module: float(values[rank:].square().sum()) for module, (values, rank) in modules.items()}
+    cut = draft.adapter(source.name, unit_config(ranks, targeting(source, ranks), source.config), {})
+    return Truncation(
+        replace(cut, kohya=source.kohya),
+        {module: _relative(lost[module], total) for module, total in totals.items()},
+        _relative(sum(lost.values()), sum(totals.values())),
+    )
+
+
+def _relative(lost: float, total: float) -> float:
+    """The Frobenius norm of what is lost, over that of all, from their squares."""
+    return math.sqrt(lost / total) if total else 0.0
+
+
+def targeting(source: Adapter, modules: Mapping[str, object]) -> dict[str, Any]:
+    """The targeting keys of `source`'s configuration, or the full names of `modules` where some of its own are gone."""
+    if source.updates.keys() != modules.keys():
+        return {"target_modules": sorted(modules)}
+    return {key: source.config[key] for key in TARGETING if source.config.get(key) is not None}

@@ -1,0 +1,89 @@
+"""The update in singular value form of AdaLoRA (Zhang et al. 2023, arXiv:2303.10512, equation 3): W' = W + P Lambda Q."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loratool.checkpoint.header import TensorInfo
+from loratool.errors import AdapterError, quoted
+from loratool.updates.low_rank import LARGEST_SCALING, LoadedLowRank, read_factor
+
+if TYPE_CHECKING:
+    import torch
+
+RANK_EPSILON: Final = 1e-5
+"""What the reference implementation, and PEFT after it, add to the rank that they divide by."""
+
+
+@dataclass(frozen=True, slots=True)
+class SingularValue:
+    """``alpha / (ranknum + 1e-5) * B (A * E)`` with A (r, in_features), E (r, 1) and B (out_features, r).
+
+    The paper's P, Lambda and Q are B, E and A. `ranknum` is the rank that training began with: pruning takes
+    components away and leaves the scaling as it is. Rank 0 changes nothing.
+    """
+
+    a: TensorInfo
+    e: TensorInfo
+    b: TensorInfo
+    alpha: float
+    ranknum: int
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def kind(self) -> str:
+        return f"adalora r={self.rank}"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (self.ranknum + RANK_EPSILON)
+
+    @property
+    def factors(self) -> Mapping[str, TensorInfo]:
+        return {"A": self.a, "E": self.e, "B": self.b}
+
+    def load(self, *, transposed: bool, weight: float, device: str) -> LoadedSingularValue:
+        """Read A, E and B as fp32.
+
+        Raises:
+            AdapterError: a factor has a number that is NaN or infinite, or its scaling is beyond fp32.
+        """
+        import torch
+
+        if abs(self.alpha * weight) > LARGEST_SCALING:
+            raise AdapterError(
+                f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {self.alpha * weight:g}, which no "
+                "fp32 number is; mend its alpha or its weight"
+            )
+        a, e, b = (read_factor(info).to(device) for info in (self.a, self.e, self.b))
+        product = LoadedLowRank(a * e, b, self.scaling * weight, transposed)
+        divisor = torch.full((1,), float(self.ranknum), device=device) + RANK_EPSILON
+        return LoadedSingularValue(product, self.alpha * weight, divisor)
+
+
+@dataclass(frozen=True)
+class LoadedSingularValue:
+    """``alpha * B (A * E) / divisor``, or its transpose, on one device; `divisor` is an fp32 tensor (1,)."""
+
+    product: LoadedLowRank
+    alpha: float
+    divisor: torch.Tensor
+
+    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+        """In PEFT's order, each an fp32 operation: product, times alpha, divided by the rank, plus W."""
+        self.product.multiply(rows, scratch)
+        block.add_(scratch.mul_(self.alpha).div_(self.divisor))
+
+    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+        """Subtract the update, the same bits on every machine; where rank 0 was added nothing is."""
+        if len(self.product.a):
+            self.product.revert(block, rows, scratch)
