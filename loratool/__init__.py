@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from loratool.library.adapters import add, export, remove, show, tag
     from loratool.library.adapters import list_adapters as list  # noqa: A004
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
+    from loratool.library.combine import combine
     from loratool.library.doctor import doctor
     from loratool.library.evaluate import evaluate as eval  # noqa: A004
     from loratool.library.evaluate import evaluate as evaluate
+    from loratool.library.extract import extract
     from loratool.library.merge import merge
     from loratool.library.prune import prune
+    from loratool.library.spectrum import spectrum
     from loratool.library.truncate import truncate
     from loratool.library.unmerge import unmerge, verify
 
@@ -41,14 +44,17 @@ __all__ = [
     "base_remove",
     "base_show",
     "base_verify",
+    "combine",
     "doctor",
     "eval",
     "export",
+    "extract",
     "list",
     "merge",
     "prune",
     "remove",
     "show",
+    "spectrum",
     "tag",
     "truncate",
     "unmerge",
@@ -62,15 +68,18 @@ _FUNCTIONS: Final = {
     "base_remove": ("bases", "base_remove"),
     "base_show": ("bases", "base_show"),
     "base_verify": ("bases", "base_verify"),
+    "combine": ("combine", "combine"),
     "doctor": ("doctor", "doctor"),
     "eval": ("evaluate", "evaluate"),
     "evaluate": ("evaluate", "evaluate"),
     "export": ("adapters", "export"),
+    "extract": ("extract", "extract"),
     "list": ("adapters", "list_adapters"),
     "merge": ("merge", "merge"),
     "prune": ("prune", "prune"),
     "remove": ("adapters", "remove"),
     "show": ("adapters", "show"),
+    "spectrum": ("spectrum", "spectrum"),
     "tag": ("adapters", "tag"),
     "truncate": ("truncate", "truncate"),
     "unmerge": ("unmerge", "unmerge"),

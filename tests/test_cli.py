@@ -292,6 +292,12 @@ FAILING: dict[str, list[str]] = {
     "an alpha for an adapter that has one": ["add", "ADAPTER", "--alpha", "4"],
     "a sort by a base that is not there": ["list", "--base", "nobody"],
     "a version that is not there": ["show", "nobody@3"],
+    "ties with one adapter": ["combine", "ADAPTER", "--method", "ties", "--density", "0.5", "--out", "x.st"],
+    "a density that is NaN": ["combine", "ADAPTER", "--method", "magnitude-prune", "--density", "nan", "--out", "x.st"],
+    "a model that is its own base": ["extract", "BASE", "--base", "BASE", "--rank", "2", "--out", "x.st"],
+    "an energy that is NaN": ["extract", "BASE", "--base", "BASE", "--energy", "nan", "--out", "x.st"],
+    "an adapter as tuned model": ["extract", "ADAPTER", "--base", "BASE", "--rank", "2", "--out", "x.st"],
+    "a rank of 0": ["combine", "ADAPTER", "--method", "svd", "--rank", "0", "--out", "x.st"],
 }
 
 
@@ -323,6 +329,11 @@ MISUSED: dict[str, list[str]] = {
     "a weight that is no number": ["merge", "pirate=much", "--into", "llama"],
     "a weight that is infinite": ["merge", "pirate=inf", "--into", "llama"],
     "a weight without a name": ["merge", "=0.5", "--into", "llama"],
+    "a weight of a combination that is NaN": ["combine", "pirate=nan", "--method", "cat", "--out", "x.st"],
+    "a method that is none": ["combine", "pirate", "--method", "slerp", "--out", "x.st"],
+    "a rank that is no number": ["combine", "pirate", "--method", "svd", "--rank", "much", "--out", "x.st"],
+    "no size of what is extracted": ["extract", "x", "--base", "y", "--out", "x.st"],
+    "two sizes of what is extracted": ["extract", "x", "--base", "y", "--rank", "1", "--energy", "1", "--out", "x.st"],
     "a device that is none": ["merge", "pirate", "--into", "llama", "--device", "tpu"],
     "two outputs": ["merge", "pirate", "--into", "llama", "--in-place", "--out", "x"],
     "two outputs of an unmerge": ["unmerge", "x", "--in-place", "--out", "x"],

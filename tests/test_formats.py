@@ -92,6 +92,7 @@ LORA_CONFIGS: dict[str, dict[str, Any]] = {
     "ranks by name": {"rank_pattern": {"q_proj": 2, "down_proj": 5}, "target_modules": ["q_proj", "down_proj"]},
     "ranks by path": {"rank_pattern": {"layers.1.self_attn.q_proj": 7}},
     "ranks from the beginning": {"rank_pattern": {"^layers.0.self_attn.q_proj": 1}},
+    "ranks by the whole name, escaped": {"rank_pattern": {r"^layers\.1\.self_attn\.q_proj": 7, "q_proj": 3}},
     "ranks by pattern": {"rank_pattern": {r"layers\.[02]\..*_proj": 2}, "target_modules": "all-linear"},
     "the first pattern wins": {"rank_pattern": {".*_proj": 5, "v_proj": 3}, "target_modules": ["q_proj", "v_proj"]},
     "a name is no part of another": {"rank_pattern": {"proj": 9}, "target_modules": ["q_proj", "v_proj"]},

@@ -19,9 +19,11 @@ from loratool.cli.options import ExampleGroup
 COMMANDS: Final = {
     "add": "Catalogue an adapter that exists.",
     "base": "Name and fingerprint base models.",
+    "combine": "Several adapters into one.",
     "doctor": "Check the catalogue against the disk.",
     "eval": "Loss and perplexity on your own text, with an adapter or without.",
     "export": "Write an adapter as a PEFT folder or a single file.",
+    "extract": "A fine-tuned model into an adapter.",
     "list": "The catalogue of adapters.",
     "merge": "Adapters into the weights of a base model.",
     "prune": "Drop the least ranks of an AdaLoRA.",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import example, json_option
+from loratool.cli.family_tree import family_tree
+from loratool.cli.options import PathType, example, json_option
 from loratool.cli.rendering import (
     age,
     console,
@@ -20,20 +22,48 @@ from loratool.cli.rendering import (
     size,
     targets,
 )
+from loratool.cli.spectrum_view import print_spectrum
+
+if TYPE_CHECKING:
+    from loratool.library.adapters import ShowResult
+    from loratool.library.spectrum import SpectrumResult
 
 
-@click.command("show", **example("loratool show pirate@1"))
+@click.command(
+    "show",
+    **example("loratool show pirate@1\nloratool show pirate --spectrum\nloratool show pirate --plot pirate-ranks.png"),
+)
 @click.argument("adapter")
+@click.option("--spectrum", "with_spectrum", is_flag=True, help="Singular values, and the energy kept at each rank.")
+@click.option("--plot", type=PathType(), metavar="FILE", help="Draw a heat map by layer and module: .png, .svg, .pdf.")
+@click.option("--force", is_flag=True, help="Replace the picture if it exists.")
 @json_option
 @click.pass_obj
-def command(registry: str | None, adapter: str, as_json: bool) -> None:
+def command(
+    registry: str | None, adapter: str, with_spectrum: bool, plot: str | None, force: bool, as_json: bool
+) -> None:
     """One adapter: everything the catalogue knows of it, its family and the merges it went into."""
-    from loratool.library.adapters import ShowResult, show
+    from loratool.library.adapters import show
 
-    result: ShowResult = show(adapter, registry=registry)
+    result = show(adapter, registry=registry)
+    spectrum = _spectrum(adapter, plot, force, registry) if with_spectrum or plot else None
     if as_json:
-        print_json(result.to_json())
+        print_json(result.to_json() | (spectrum.to_json() if spectrum else {}))
         return
+    _print_card(result)
+    if spectrum and with_spectrum:
+        print_spectrum(spectrum)
+    if spectrum and spectrum.plot:
+        click.echo(f"Drew {shown_path(spectrum.plot)}")
+
+
+def _spectrum(adapter: str, plot: str | None, force: bool, registry: str | None) -> SpectrumResult:
+    from loratool.library.spectrum import spectrum
+
+    return spectrum(adapter, plot=plot, force=force, registry=registry)
+
+
+def _print_card(result: ShowResult) -> None:
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
@@ -55,8 +85,7 @@ def command(registry: str | None, adapter: str, as_json: bool) -> None:
         ("tags", " ".join(record.tags)),
         ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
         ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),
-        ("came from", listed([f"{edge.parent} by {edge.operation}" for edge in result.ancestors])),
-        ("gave", listed([f"{edge.child} by {edge.operation}" for edge in result.descendants])),
+        ("family", family_tree(record, (*result.ancestors, *result.descendants))),
         ("merges", listed([f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges])),
     ]
     for key, value in facts:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.checkpoint.header import TensorInfo
 from loratool.updates import Update
 
 
@@ -27,6 +28,7 @@ class Adapter:
         fan_in_fan_out: the configuration says that weights are stored as (in_features, out_features).
         notes: what a user should know about how it was read.
         kohya: of a file in kohya's layout, its metadata; None for PEFT's layout.
+        replacements: tensors that take the place of the base's own, by its names for them (``modules_to_save``).
     """
 
     name: str
@@ -39,6 +41,7 @@ class Adapter:
     fan_in_fan_out: bool = False
     notes: tuple[str, ...] = ()
     kohya: Mapping[str, str] | None = None
+    replacements: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -68,8 +71,14 @@ class Adapter:
 
     @property
     def parameter_count(self) -> int:
-        """Numbers in all its factors."""
-        return sum(math.prod(info.shape) for update in self.updates.values() for info in update.factors.values())
+        """Numbers in all its tensors."""
+        return sum(math.prod(info.shape) for info in self.tensors)
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Where its factors and replacements lie."""
+        factors = (info for update in self.updates.values() for info in update.factors.values())
+        return (*factors, *self.replacements.values())
 
     @property
     def base_model(self) -> str | None:

@@ -21,17 +21,14 @@ def refuse_not_finite(adapter: Adapter) -> None:
     import numpy as np
 
     with open(adapter.file, "rb") as stream:
-        for update in adapter.updates.values():
-            for info in update.factors.values():
-                if info.dtype not in EXPONENTS:
-                    raise AdapterError(
-                        f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, no factor's"
-                    )
-                integer, exponent = EXPONENTS[info.dtype]
-                stream.seek(info.start)
-                bits = np.frombuffer(stream.read(info.nbytes), integer)
-                if ((bits & np.array(exponent, integer)) == exponent).any():
-                    raise AdapterError(
-                        f"{quoted(info.name)} in {quoted(info.file)} holds NaN or infinity; "
-                        "the training of this adapter failed"
-                    )
+        for info in adapter.tensors:
+            if info.dtype not in EXPONENTS:
+                raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, no factor's")
+            integer, exponent = EXPONENTS[info.dtype]
+            stream.seek(info.start)
+            bits = np.frombuffer(stream.read(info.nbytes), integer)
+            if ((bits & np.array(exponent, integer)) == exponent).any():
+                raise AdapterError(
+                    f"{quoted(info.name)} in {quoted(info.file)} holds NaN or infinity; "
+                    "the training of this adapter failed"
+                )

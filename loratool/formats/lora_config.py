@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 import regex
@@ -31,7 +32,6 @@ MOST_DIGITS: Final = 9
 
 REFUSED: Final[Mapping[str, str]] = {
     "use_dora": "DoRA",
-    "modules_to_save": "modules_to_save",
     "target_parameters": "MoE parameters (target_parameters)",
     "lora_bias": "lora_bias",
     "trainable_token_indices": "trainable tokens (trainable_token_indices)",
@@ -53,8 +53,8 @@ the base itself, or (mica) rounds the update differently."""
 _OTHER_KEYS: Final = """
     r lora_alpha lora_dropout target_modules exclude_modules fan_in_fan_out bias use_rslora init_lora_weights
     layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_core loftq_config eva_config corda_config
-    lora_ga_config velora_config qalora_group_size runtime_config ensure_weight_tying task_type peft_type auto_mapping
-    peft_version base_model_name_or_path revision inference_mode
+    lora_ga_config velora_config modules_to_save qalora_group_size runtime_config ensure_weight_tying task_type peft_type
+    auto_mapping peft_version base_model_name_or_path revision inference_mode
 """
 KNOWN: Final = frozenset(REFUSED).union(_OTHER_KEYS.split())
 """The keys of ``peft.LoraConfig``; those not spoken of elsewhere here concern training, or record where it came from."""
@@ -167,7 +167,8 @@ class LoraConfig:
     def _pattern_key(self, patterns: Mapping[str, object], module: str) -> str:
         """The first pattern that `module` ends with, as ``peft.utils.get_pattern_key`` finds it."""
         for key in patterns:
-            if self._matches(rf"(.*\.)?({key})$", module, whole=False) is not None:
+            name = _whole_name(key)
+            if module == name or (name is None and self._matches(rf"(.*\.)?({key})$", module, whole=False) is not None):
                 return key
         return module
 
@@ -184,6 +185,16 @@ class LoraConfig:
             ) from None
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise AdapterError(f"{quoted(pattern)} in {quoted(self.source)} is not a valid pattern: {error}") from None
+
+
+@lru_cache(4096)
+def _whole_name(pattern: str) -> str | None:
+    """The one module that `pattern` matches, where it is ``^`` and an escaped name, as `lora_config` writes it.
+
+    An adapter of many ranks has such a pattern for each module, and to try all on all takes minutes.
+    """
+    name = re.sub(r"\\(.)", r"\1", pattern[1:])
+    return name if pattern == f"^{re.escape(name)}" else None
 
 
 def lora_config(

@@ -9,6 +9,7 @@ be given.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from loratool.formats.adapter import Adapter, sha256_of
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.kohya import is_kohya, kohya_notes, read_kohya
 from loratool.formats.lora_config import LoraConfig, lora_config
+from loratool.formats.replacements import split_replacements
 from loratool.formats.tensor_keys import pair_factors
 from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
@@ -78,15 +80,38 @@ def _read_directory(folder: Path, weights: Path, alpha: float | None) -> Adapter
 
 def _build(name: str, header: Header, config: Mapping[str, Any], facts: Mapping[str, Any],
            notes: tuple[str, ...] = ()) -> Adapter:  # fmt: skip
-    source, digest = str(header.file), sha256_of(header.file)
-    updates: Mapping[str, Update]
     if is_kohya(header.tensors):
-        updates, config, own = read_kohya(header)
-        facts = {**facts, **own}
-        notes = kohya_notes(header.metadata)
-        return Adapter(
-            name, header.file, digest, _kind(facts), updates, config, facts, notes=notes, kohya=header.metadata
+        return _of_kohya(name, header, facts)
+    factors, replacements = split_replacements(header.tensors, config, str(header.file))
+    if replacements:
+        notes += (
+            f"it holds {len(replacements)} tensors whole ({quoted(next(iter(replacements)))}, ...; modules_to_save), which "
+            "take the place of the base's own",
         )
+    adapter = _of_factors(name, replace(header, tensors=factors), config, facts, notes)
+    return replace(adapter, replacements=replacements)
+
+
+def _of_kohya(name: str, header: Header, facts: Mapping[str, Any]) -> Adapter:
+    updates, config, own = read_kohya(header)
+    facts = {**facts, **own}
+    return Adapter(
+        name,
+        header.file,
+        sha256_of(header.file),
+        _kind(facts),
+        updates,
+        config,
+        facts,
+        notes=kohya_notes(header.metadata),
+        kohya=header.metadata,
+    )
+
+
+def _of_factors(name: str, header: Header, config: Mapping[str, Any], facts: Mapping[str, Any],
+                notes: tuple[str, ...]) -> Adapter:  # fmt: skip
+    source = str(header.file)
+    updates: Mapping[str, Update]
     if config.get("peft_type") == PEFT_TYPE:
         adalora = AdaLoraConfig.parse(config, source)
         kind, targets, updates = "adalora", adalora.targets, adalora_updates(header, adalora)
@@ -96,7 +121,9 @@ def _build(name: str, header: Header, config: Mapping[str, Any], facts: Mapping[
     if targets.unknown:
         listed = ", ".join(quoted(key, 40) for key in targets.unknown[:5])
         notes += (f"its configuration has keys that PEFT's has not, which were ignored: {listed}",)
-    return Adapter(name, header.file, digest, kind, updates, config, facts, targets.fan_in_fan_out, notes)
+    return Adapter(
+        name, header.file, sha256_of(header.file), kind, updates, config, facts, targets.fan_in_fan_out, notes
+    )
 
 
 def _kind(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from loratool.formats.adalora import singular_key
 from loratool.formats.adapter import Adapter
 from loratool.formats.kohya import kohya_metadata, kohya_tensors
 from loratool.formats.read import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
-from loratool.formats.tensor_keys import peft_key
+from loratool.formats.tensor_keys import PREFIX, peft_key
 
 
 def write_peft(adapter: Adapter, out: Path, *, force: bool = False) -> None:
@@ -60,7 +60,8 @@ def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> No
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
     pairs = sorted(adapter.updates.items())
     key = singular_key if adapter.kind == "adalora" else peft_key
-    return {key(module, factor): info for module, update in pairs for factor, info in update.factors.items()}
+    factors = {key(module, factor): info for module, update in pairs for factor, info in update.factors.items()}
+    return factors | {f"{PREFIX}{name}": info for name, info in adapter.replacements.items()}
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, TensorInfo | bytes], metadata: Mapping[str, str]) -> None:

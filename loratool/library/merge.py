@@ -130,7 +130,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
     started = time.monotonic()
     watcher = progress or Silent()
-    specs = [_with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
+    specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=dry_run) as catalogue:
         base = resolve_base(into, catalogue)
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
@@ -170,7 +170,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
         return _recorded(result, catalogue, in_place=in_place)
 
 
-def _with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
+def with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
+    """An adapter's name or path, and its weight, 1 by default; LoratoolError where they are none."""
     name, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
     if not isinstance(name, str | os.PathLike):
         raise LoratoolError(f"{quoted(spec)} is no adapter; give a name or a path, or (name, weight)")

@@ -109,7 +109,8 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
             facts[IMPORTANCE] = {module: list(scores) for module, scores in pruning.scores.items()}
         with Draft(scratch_folder(target)) as draft:
             made = (prune_triplets if as_ == "adalora" else prune_to_lora)(draft, source.adapter, pruning)
-            written = write_adapter(replace(made, facts=facts), target, force=force)
+            whole = replace(made, facts=facts, replacements=source.adapter.replacements)
+            written = write_adapter(whole, target, force=force)
         record, notes = catalogue_child(written, catalogue, [source], "prune", details, name=chosen)
     return PruneResult(
         target,

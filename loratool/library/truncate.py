@@ -182,7 +182,8 @@ def _kept(truncation: Truncation, source: ResolvedAdapter, cut: Cut, law: Scalin
     own = {} if law is None else {"scaling": law}
     details = cut.figures | {"method": method} | ({"lost": truncation.error} if law is None else own)
     facts = child_facts(truncation.adapter.kind, "truncate", [source], details) | own
-    written = write_adapter(replace(truncation.adapter, facts=facts), out, force=force)
+    whole = replace(truncation.adapter, facts=facts, replacements=source.adapter.replacements)
+    written = write_adapter(whole, out, force=force)
     record, notes = catalogue_child(written, catalogue, [source], "truncate", details, name=name)
     parent = source.record.reference if source.record else source.adapter.name
     return TruncateResult(out, record, parent, method, law, truncation.error, dict(truncation.errors), notes)

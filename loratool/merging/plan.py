@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
@@ -15,11 +15,13 @@ from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
-from loratool.formats.names import SUFFIX, Landing, land
+from loratool.formats.names import SUFFIX, Exchange, Landing, land
 from loratool.merging.storage import refuse_other_storage
-from loratool.merging.ties import refuse_tied
+from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
+from loratool.updates.replacement import Replacement
 from loratool.weights import StoredWeight, stored_weight
+from loratool.weights.dense import CODEC_OF
 
 OTHER_WEIGHTS: Final = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -128,11 +130,62 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     )
     seed = seed or _seed(adapters)
     targets = tuple(replace(target, seed=_seed_of(seed, target.name)) for target in targets)
+    targets += plan_replacements(adapters, [landing.exchange for landing in landings], arriving, base)
     refuse_tied([target.name for target in targets], base)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
         notes += _landing_notes(weighted.adapter, landing, base.tensors)
     return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
+
+
+def plan_replacements(adapters: Sequence[WeightedAdapter], exchanges: Sequence[Exchange],
+                      taken: Collection[str], base: Checkpoint) -> tuple[Target, ...]:  # fmt: skip
+    """The tensors that adapters replace whole; `taken` are the names of those that others change.
+
+    Raises:
+        PlacementError: one lands nowhere, on a tensor of another shape or one that is changed twice, or on a tied embedding.
+        LoratoolError: the adapter has a weight, which a replacement cannot have.
+        UnsupportedError: it lands on a tensor whose storage loratool does not replace.
+    """
+    targets: dict[str, Target] = {}
+    for index, (weighted, exchange) in enumerate(zip(adapters, exchanges, strict=True)):
+        adapter = weighted.adapter
+        if adapter.replacements and weighted.weight != 1:
+            raise LoratoolError(
+                f"{quoted(adapter.name)} replaces tensors whole (modules_to_save), which no weight but 1 can do; leave "
+                f"the weight {weighted.weight:g} out"
+            )
+        for own, tensor in adapter.replacements.items():
+            name = own if own in base.tensors else exchange.new + own.removeprefix(exchange.old)
+            _refuse_replacement(name, own, tensor, adapter, {*taken, *targets}, base)
+            weight = stored_weight(base.tensors, name)
+            if weight is None or weight.lossy or tensor.dtype not in CODEC_OF:
+                raise UnsupportedError(
+                    f"{quoted(own)} of {quoted(adapter.name)} is {tensor.dtype} and replaces {quoted(name)}, stored as "
+                    f"{base.tensors[name].dtype}; loratool replaces fp32, fp16 and bf16 tensors by such"
+                )
+            targets[name] = Target(weight, (PlannedUpdate(index, own, Replacement(tensor), 1.0),), transposed=False)
+    return tuple(targets.values())
+
+
+def _refuse_replacement(name: str, own: str, tensor: TensorInfo, adapter: Adapter, taken: Collection[str],
+                        base: Checkpoint) -> None:  # fmt: skip
+    found = base.tensors.get(name)
+    if found is None or found.shape != tensor.shape:
+        there = f"which has {list(found.shape)} there" if found else "which the base lacks"
+        raise PlacementError(
+            f"{quoted(adapter.name)} replaces {quoted(own)} by a tensor of shape {list(tensor.shape)}, {there}; "
+            "is it the right base?"
+        )
+    if name in taken:
+        raise PlacementError(
+            f"{quoted(adapter.name)} replaces {quoted(name)}, which another update changes as well; merge one of them"
+        )
+    if is_tied_embedding(name, base):
+        raise PlacementError(
+            f"{quoted(adapter.name)} replaces the embedding {quoted(name)}, which the base ties to its output head; "
+            "untie them (tie_word_embeddings: false) before merging into it"
+        )
 
 
 def _seed(adapters: Sequence[WeightedAdapter]) -> str:
@@ -175,8 +228,8 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             base: Checkpoint, evidence: Mapping[str, bool]) -> Target:  # fmt: skip
     weight = stored_weight(base.tensors, name)
     source = adapters[updates[0].adapter].adapter
-    if weight is None:
-        info = base.tensors[name]
+    info = base.tensors[name]
+    if weight is None or (len(info.shape) != 2 and not weight.lossy):
         raise UnsupportedError(
             f"{quoted(updates[0].module)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
             f"{info.dtype} {list(info.shape)}; loratool changes fp32, fp16, bf16, NF4 and FP4 matrices"

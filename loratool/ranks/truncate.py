@@ -170,7 +170,11 @@ def _relative(lost: float, total: float) -> float:
 
 
 def targeting(source: Adapter, modules: Mapping[str, object]) -> dict[str, Any]:
-    """The targeting keys of `source`'s configuration, or the full names of `modules` where some of its own are gone."""
+    """Which modules an adapter made of `source` is for, as configuration: those that it changes and those it holds whole.
+
+    The keys are those of `source`, or the full names of `modules` where some of its own are gone.
+    """
+    whole = {"modules_to_save": source.config["modules_to_save"]} if source.replacements else {}
     if source.updates.keys() != modules.keys():
-        return {"target_modules": sorted(modules)}
-    return {key: source.config[key] for key in TARGETING if source.config.get(key) is not None}
+        return {"target_modules": sorted(modules)} | whole
+    return {key: source.config[key] for key in TARGETING if source.config.get(key) is not None} | whole

@@ -39,7 +39,8 @@ def common_targeting(configs: Collection[Mapping[str, Any]], modules: Collection
     """The TARGETING keys on which all `configs` agree, else the full names of `modules`."""
     kept = [{key: config[key] for key in TARGETING if config.get(key) is not None} for config in configs]
     first = kept[0]
-    return first if all(_same(other, first) for other in kept) else {"target_modules": sorted(modules)}
+    agree = "target_modules" in first and all(_same(other, first) for other in kept)
+    return first if agree else {"target_modules": sorted(modules)}
 
 
 def _same(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:

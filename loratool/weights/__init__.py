@@ -103,7 +103,7 @@ CODECS: Final[tuple[Callable[[Mapping[str, TensorInfo], str], StoredWeight | Non
 
 
 def stored_weight(tensors: Mapping[str, TensorInfo], name: str) -> StoredWeight | None:
-    """The matrix called `name` among the `tensors` of a checkpoint, or None where no codec can read it."""
+    """The tensor called `name` among those of a checkpoint, as a matrix, or None where no codec can read it."""
     for claim in CODECS:
         weight = claim(tensors, name)
         if weight is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -111,8 +112,14 @@ class DenseWeight:
 
 
 def claim(tensors: Mapping[str, TensorInfo], name: str) -> DenseWeight | None:
-    """The dense matrix called `name`, or None where it is absent, no matrix, or not dense."""
+    """The dense tensor called `name`, as a matrix, or None where it is absent or not dense."""
     info = tensors.get(name)
-    if info is None or info.dtype not in CODEC_OF or len(info.shape) != 2:
-        return None
-    return DenseWeight(info)
+    return None if info is None or info.dtype not in CODEC_OF else DenseWeight(as_matrix(info))
+
+
+def as_matrix(info: TensorInfo) -> TensorInfo:
+    """A tensor of any shape as the matrix whose rows are its last dimension; a vector is one row."""
+    if len(info.shape) == 2:
+        return info
+    columns = info.shape[-1] if info.shape else 1
+    return replace(info, shape=(math.prod(info.shape[:-1]), columns))

@@ -1,0 +1,103 @@
+"""The family of an adapter as a tree in a terminal: what it came from above it, what came from it below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from registry import AdapterRecord, LineageRecord
+
+MOST_LINES: Final = 40
+MOST_NAMES: Final = 3
+FIGURES: Final = ("rank", "energy", "error", "budget", "average_rank", "threshold", "density")
+"""What is said of an operation, in its own words, where the catalogue has it."""
+
+Node = int | tuple[str, str | None]
+"""An adapter: its row in the catalogue, or where it is not there its name and sha256."""
+
+
+def family_tree(record: AdapterRecord, edges: Sequence[LineageRecord]) -> str:
+    """The lines of the tree, from those of which no parent is known down; empty for an adapter without a family.
+
+    An adapter that came from several stands below the first, which says the others.
+    """
+    lines = list(_Family(record.id, edges).lines())
+    more = len(lines) - MOST_LINES
+    return "\n".join([*lines[:MOST_LINES], *([f"and {more:,} more"] if more > 0 else [])])
+
+
+@dataclass
+class _Family:
+    """The edges around the adapter `this`: those to its ancestors, nearest first, then those to its descendants."""
+
+    this: int
+    edges: Sequence[LineageRecord]
+    drawn: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.children: dict[Node, list[LineageRecord]] = {}
+        self.parents: dict[int, list[LineageRecord]] = {}
+        for edge in self.edges:
+            self.children.setdefault(_parent(edge), []).append(edge)
+            self.parents.setdefault(edge.child_id, []).append(edge)
+
+    def lines(self) -> Iterator[str]:
+        for root in self._roots():
+            edges = self.children[root]
+            # One whose children stand below another parent is named there.
+            if root == self.this or any(edge.child_id not in self.drawn for edge in edges):
+                yield self._named(edges[0].parent, root)
+                yield from self._below(root)
+
+    def _roots(self) -> list[Node]:
+        """The adapters of which no parent is known, those from the most generations ago first."""
+        generations: dict[Node, int] = {self.this: 0}
+        for edge in self.edges:
+            generations.setdefault(_parent(edge), generations.get(edge.child_id, 0) + 1)
+        return sorted((node for node in self.children if node not in self.parents), key=lambda root: -generations[root])
+
+    def _below(self, root: Node) -> Iterator[str]:
+        """The lines of everything that came from `root`; a stack instead of recursion, as a family may be deep."""
+        waiting = self._siblings(root, "")
+        while waiting:
+            edge, indent, last = waiting.pop()
+            line = f"{indent}{'└' if last else '├'}─ {self._named(edge.child, edge.child_id)}"
+            if edge.child_id in self.drawn:
+                yield f"{line}  (above)"
+                continue
+            self.drawn.add(edge.child_id)
+            yield f"{line}  {_operation(edge)}{self._others(edge)}"
+            waiting += self._siblings(edge.child_id, f"{indent}{' ' if last else '│'}  ")
+
+    def _siblings(self, parent: Node, indent: str) -> list[tuple[LineageRecord, str, bool]]:
+        """The edges to the children of `parent`, last one first, each with its indent and whether it is the last."""
+        edges = self.children.get(parent, [])
+        return [(edge, indent, edge is edges[-1]) for edge in reversed(edges)]
+
+    def _others(self, edge: LineageRecord) -> str:
+        """``, with terse@1``: what else an adapter came from."""
+        names = [other.parent for other in self.parents[edge.child_id] if _parent(other) != _parent(edge)]
+        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+        return f", with {', '.join(names[:MOST_NAMES])}{more}" if names else ""
+
+    def _named(self, name: str, node: Node) -> str:
+        return f"{name} (this)" if node == self.this else name
+
+
+def _parent(edge: LineageRecord) -> Node:
+    return (edge.parent, edge.parent_sha256) if edge.parent_id is None else edge.parent_id
+
+
+def _operation(edge: LineageRecord) -> str:
+    """``combine svd, rank 4, lost 24.9%``."""
+    details: Mapping[str, Any] = edge.details or {}
+    method, lost = details.get("method"), details.get("lost")
+    parts = [f"{edge.operation} {method}" if isinstance(method, str) else edge.operation]
+    parts += [f"{key.replace('_', ' ')} {_number(details[key])}" for key in FIGURES if key in details]
+    return ", ".join([*parts, *([f"lost {lost:.1%}"] if isinstance(lost, float) else [])])
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

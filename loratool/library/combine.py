@@ -1,0 +1,157 @@
+"""`loratool.combine`: several adapters into one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loratool.checkpoint.staging import refuse_existing
+from loratool.errors import OutputError, WrongBaseError, quoted
+from loratool.formats.draft import Draft
+from loratool.library.adapters import adapter_json
+from loratool.library.derive import catalogue_child, child_facts, default_name, scratch_folder, write_adapter
+from loratool.library.merge import AdapterSpec, PathLike, refuse_overlap, with_weight
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import ResolvedAdapter, open_registry, resolve_adapter, user_path
+from loratool.ranks.combine import Combination, Method, Recipe, Share, combine_into, plan_combine
+from loratool.ranks.unit_scaling import common_targeting, unit_config
+from registry import AdapterRecord, Registry, check_name
+
+
+@dataclass(frozen=True, slots=True)
+class CombineResult:
+    """A combination of adapters.
+
+    Attributes:
+        out: the file or folder that was written.
+        record: its entry in the catalogue.
+        parents: ``name@version`` of each adapter that it was made from, or its name where it is not catalogued, with its
+            weight.
+        recipe: the method, with the density, rank and seed that belong to it.
+        error: what ``svd`` lost, relative to the exact weighted sum in the Frobenius norm; None for other methods.
+        notes: what a user should know.
+    """
+
+    out: Path
+    record: AdapterRecord
+    parents: tuple[tuple[str, float], ...]
+    recipe: Recipe
+    error: float | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "out": str(self.out),
+            **adapter_json(self.record),
+            "parents": [{"adapter": adapter, "weight": weight} for adapter, weight in self.parents],
+            "method": self.recipe.method,
+            "density": self.recipe.density,
+            "seed": self.recipe.seed,
+            "error": self.error,
+            "notes": list(self.notes),
+        }
+
+
+def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, density: float | None = None,
+            rank: int | None = None, seed: int | None = None, name: str | None = None, alpha: float | None = None,
+            force: bool = False, registry: str | None = None, progress: Progress | None = None) -> CombineResult:  # fmt: skip
+    """Make one adapter of several, with the numbers of PEFT's ``add_weighted_adapter``, and catalogue it as their child.
+
+    Args:
+        adapters: catalogued names or paths, each alone or as (adapter, weight); weights may be negative.
+        method: ``linear``, ``cat``, ``svd``, ``ties``, ``dare-linear``, ``dare-ties`` or ``magnitude-prune``; see
+            `loratool.ranks.combine`.
+        out: the new file (``.safetensors``, ``.st``) or PEFT folder. Its factors are fp32, its scaling is 1.
+        density: the share of each factor's numbers that is kept, for the last four methods.
+        rank: of the result of ``svd``; by default the largest of the adapters.
+        seed: of the two dare methods; by default made from what is combined, so that it gives the same bytes again.
+        name: of the result in the catalogue; by default that of the file.
+        alpha: for a bare adapter file that does not say its own.
+        force: combine adapters that record different bases, and replace an output that loratool wrote before.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes of factors are done.
+
+    Raises:
+        LoratoolError: says what is wrong; nothing was written then.
+        registry.RegistryError: the catalogue cannot be read, or cannot take the result.
+    """
+    if not os.fspath(out):
+        raise OutputError("the output's path is empty; give --out a folder or file")
+    target = user_path(out)
+    chosen = check_name(default_name(target) if name is None else name, "adapter")
+    specs = [with_weight(spec) for spec in adapters]
+    watcher = progress or Silent()
+    with open_registry(registry) as catalogue:
+        found = [resolve_adapter(given, catalogue, alpha) for given, _ in specs]
+        refuse_overlap(target, [parent.adapter.file for parent in found])
+        refuse_existing(target, force=force)
+        notes = _check_bases(found, catalogue, force=force)
+        shares = [Share(parent.adapter, weight) for parent, (_, weight) in zip(found, specs, strict=True)]
+        plan = plan_combine(shares, Recipe(method, density, rank, seed))
+        figures = _figures(plan)
+        watcher.begin("combining", plan.nbytes)
+        with Draft(scratch_folder(target)) as draft:
+            error = combine_into(draft, plan, watcher.advance)
+            adapter = draft.adapter(chosen, _config(plan), child_facts("lora", "combine", found, figures))
+            written = write_adapter(adapter, target, force=force)
+        details = figures | ({} if error is None else {"lost": error})
+        record, more = catalogue_child(written, catalogue, found, "combine", details, name=chosen)
+    names = [parent.record.reference if parent.record else parent.adapter.name for parent in found]
+    parents = tuple(zip(names, (share.weight for share in shares), strict=True))
+    return CombineResult(target, record, parents, plan.recipe, error, (*notes, *plan.notes, *more))
+
+
+def _check_bases(found: Sequence[ResolvedAdapter], catalogue: Registry, *, force: bool) -> tuple[str, ...]:
+    """Notes on adapters whose base is not known to be that of the others.
+
+    Raises:
+        WrongBaseError: two adapters record different bases.
+    """
+    notes: dict[str, None] = {}
+    for place, left in enumerate(found):
+        for right in found[place + 1 :]:
+            problem = _base_problem(left, right, catalogue)
+            if problem is not None and not force:
+                raise WrongBaseError(f"{problem}; combine adapters of one base, or give --force if these are one model")
+            if problem is not None:
+                notes[f"{problem}; combined all the same, with --force"] = None
+    unknown = [parent.adapter.name for parent in found if parent.base_fingerprint is None]
+    if unknown and len(found) > 1:
+        notes[f"{quoted(unknown[0])} records no base fingerprint: it was matched by names and shapes"] = None
+    return tuple(notes)
+
+
+def _base_problem(left: ResolvedAdapter, right: ResolvedAdapter, catalogue: Registry) -> str | None:
+    """Why two adapters seem to belong to different bases; their fingerprints tell, else the names that they record."""
+    names = quoted(left.adapter.name), quoted(right.adapter.name)
+    mine, other = left.base_fingerprint, right.base_fingerprint
+    if mine and other:
+        if catalogue.bases.same_family(mine, other):
+            return None
+        return f"{names[0]} belongs to the base {mine[:12]}… and {names[1]} to {other[:12]}…"
+    recorded = left.adapter.base_model, right.adapter.base_model
+    if None in recorded or recorded[0] == recorded[1]:
+        return None
+    return f"{names[0]} names {quoted(recorded[0])} as its base and {names[1]} names {quoted(recorded[1])}"
+
+
+def _config(plan: Combination) -> dict[str, Any]:
+    configs = [share.adapter.config for share in plan.shares]
+    whole = all(len(places) == len(plan.shares) for places in plan.holders.values())
+    same = whole and all(plan.holders.keys() == share.adapter.updates.keys() for share in plan.shares)
+    targeting = common_targeting(configs, plan.ranks) if same else {"target_modules": sorted(plan.ranks)}
+    return unit_config(plan.ranks, targeting, configs[0])
+
+
+def _figures(plan: Combination) -> dict[str, Any]:
+    """What the catalogue remembers of the operation."""
+    recipe = plan.recipe
+    given = {"density": recipe.density, "rank": recipe.rank, "seed": recipe.seed}
+    weights = [{"sha256": share.adapter.sha256, "weight": share.weight} for share in plan.shares]
+    return {"method": recipe.method, "weights": weights} | {
+        key: each for key, each in given.items() if each is not None
+    }

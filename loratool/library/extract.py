@@ -1,0 +1,159 @@
+"""`loratool.extract`: a fine-tuned model and its base into an adapter."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
+from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.staging import refuse_existing
+from loratool.errors import OutputError, quoted
+from loratool.formats.draft import Draft
+from loratool.library.adapters import adapter_json, enter
+from loratool.library.derive import default_name, scratch_folder, write_adapter
+from loratool.library.merge import PathLike, hold, refuse_overlap
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, open_registry, resolve_base, user_path
+from loratool.ranks.extract import Extraction, ExtractPlan, extract_into, plan_extract
+from loratool.ranks.low_rank_fit import Wanted
+from loratool.ranks.unit_scaling import unit_config
+from registry import AdapterRecord, check_name
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractResult:
+    """An adapter made of the difference of two models.
+
+    Attributes:
+        out: the file or folder that was written.
+        record: its entry in the catalogue.
+        tuned: the fine-tuned model's name.
+        base: the base's name.
+        extraction: what was found: ranks, errors, and what the adapter does not hold.
+        notes: what a user should know.
+    """
+
+    out: Path
+    record: AdapterRecord
+    tuned: str
+    base: str
+    extraction: Extraction
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        found = self.extraction
+        return {
+            "out": str(self.out),
+            **adapter_json(self.record),
+            "tuned": self.tuned,
+            "error": found.error,
+            "errors": dict(found.errors),
+            "randomized": list(found.randomized),
+            "unchanged": found.unchanged,
+            "left_out": list(found.left_out),
+            "kept": list(found.kept),
+            "notes": list(self.notes),
+        }
+
+
+def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None = None, energy: float | None = None,
+            keep_full: bool = False, name: str | None = None, force: bool = False, registry: str | None = None,
+            progress: Progress | None = None) -> ExtractResult:  # fmt: skip
+    """Make an adapter of the difference of a fine-tuned model and its base, and catalogue it as a child of the model.
+
+    Each linear layer that changed gets the best factors of its rank; the error that is stated is measured on them.
+
+    Args:
+        tuned: the fine-tuned model: a catalogued name, a folder, a safetensors file, or a Hub id; fp32, fp16 or bf16.
+        base: the model that it was made from, likewise.
+        out: the new file (``.safetensors``, ``.st``) or PEFT folder. Its factors are fp32, its scaling is 1.
+        rank: of every module, or less where its matrix is smaller.
+        energy: instead of `rank`: each module gets the smallest rank that keeps this share of the square of its
+            difference's Frobenius norm, above 0 and at most 1.
+        keep_full: keep modules of which another tensor changed (a norm, an embedding, a bias) whole, as PEFT's
+            ``modules_to_save`` does; without it they are left out and reported.
+        name: of the result in the catalogue; by default that of the file.
+        force: replace an output that loratool wrote before.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes are done.
+
+    Raises:
+        LoratoolError: says what is wrong; nothing was written then.
+        registry.RegistryError: the catalogue cannot be read, or cannot take the result.
+    """
+    if not os.fspath(out):
+        raise OutputError("the output's path is empty; give --out a folder or file")
+    target = user_path(out)
+    chosen = check_name(default_name(target) if name is None else name, "adapter")
+    watcher, wanted = progress or Silent(), Wanted(rank, energy)
+    with open_registry(registry) as catalogue, ExitStack() as held:
+        models = [resolve_base(given, catalogue) for given in (tuned, base)]
+        refuse_overlap(target, [model.path for model in models])
+        refuse_existing(target, force=force)
+        for path in dict.fromkeys(model.path.resolve() for model in models):
+            held.enter_context(hold(path, exclusive=False))
+        checkpoints = [Checkpoint.open(model.path) for model in models]
+        plan = plan_extract(checkpoints[0], checkpoints[1], wanted)
+        fingerprints = [_fingerprint(checkpoint, watcher) for checkpoint in checkpoints]
+        watcher.begin("extracting", plan.nbytes)
+        with Draft(scratch_folder(target)) as draft:
+            found = extract_into(draft, plan, wanted, keep_full=keep_full, progress=watcher.advance)
+            figures = _figures(wanted, found, fingerprints[0])
+            facts = {
+                "schema": 1,
+                "kind": "lora",
+                "base_fingerprint": fingerprints[1],
+                "lineage": {"operation": "extract", "tuned": models[0].name, **figures},
+            }
+            adapter = draft.adapter(chosen, _config(plan, found, models[1]), facts)
+            written = write_adapter(replace(adapter, replacements=found.kept), target, force=force)
+        owner = models[1].record.name if models[1].record else None
+        added = enter(replace(written, name=chosen), catalogue, name=chosen, base=owner)
+        catalogue.lineage.record(added.record, models[0].name, "extract", details=figures)
+    notes = (*_left_out_notes(found), *added.notes)
+    return ExtractResult(target, added.record, models[0].name, models[1].name, found, notes)
+
+
+def _fingerprint(checkpoint: Checkpoint, watcher: Progress) -> str:
+    watcher.begin("fingerprinting", checkpoint.nbytes)
+    return fingerprint(checkpoint.tensors, tensor_digests(checkpoint, digest_cache(), progress=watcher.advance))
+
+
+def _config(plan: ExtractPlan, found: Extraction, base: ResolvedBase) -> dict[str, Any]:
+    """The configuration, with short target names where they choose no other layer of the model."""
+    modules = found.ranks.keys()
+    leaves = {module.rsplit(".", 1)[-1] for module in modules}
+    chosen = {module for module in plan.linear if module.rsplit(".", 1)[-1] in leaves}
+    source = base.record.source if base.record else ""
+    belongs = {
+        "fan_in_fan_out": any(plan.linear[module].transposed for module in modules),
+        "base_model_name_or_path": source if HUB_ID.fullmatch(source) else None,
+    }
+    targeting = {"target_modules": sorted(leaves if chosen == modules else modules)}
+    saved = {"modules_to_save": list(found.kept_modules)} if found.kept else {}
+    return unit_config(found.ranks, targeting | saved, belongs)
+
+
+def _figures(wanted: Wanted, found: Extraction, tuned_fingerprint: str) -> dict[str, Any]:
+    """What the catalogue remembers of the operation."""
+    size = {"rank": wanted.rank} if wanted.rank is not None else {"energy": wanted.share}
+    return size | {
+        "lost": found.error,
+        "randomized": len(found.randomized),
+        "left_out": len(found.left_out),
+        "kept": len(found.kept),
+        "tuned_fingerprint": tuned_fingerprint,
+    }
+
+
+def _left_out_notes(found: Extraction) -> tuple[str, ...]:
+    if not found.left_out:
+        return ()
+    listed = ", ".join(quoted(name) for name in found.left_out[:3])
+    more = f" and {len(found.left_out) - 3} more" if len(found.left_out) > 3 else ""
+    return (f"tensors that no LoRA can hold changed as well and are left out: {listed}{more}; --keep-full keeps them",)

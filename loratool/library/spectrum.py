@@ -1,0 +1,149 @@
+"""`loratool.spectrum`: the singular values of an adapter's updates, in numbers and as a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.errors import printable
+from loratool.library.picture import drawn, refuse_picture
+from loratool.library.resolve import open_registry, resolve_adapter, user_path
+from loratool.ranks.spectrum import Group, flow, group_of, groups, singular_values
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+KEPT: Final = 0.9
+"""Where every module has one rank, the picture shows the rank that keeps this share of the energy."""
+
+MOST_NUMBERED: Final = 40
+"""With no more layers than this, each cell of the picture says its rank."""
+
+ROW_INCHES: Final = 0.22
+OTHER: Final = "other"
+"""The column of modules that are in no layer: the output head, say."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpectrumResult:
+    """The singular values of each module's update, largest first, and of groups of modules; `plot` is the picture."""
+
+    name: str
+    values: Mapping[str, tuple[float, ...]]
+    groups: tuple[Group, ...]
+    plot: Path | None
+
+    @property
+    def whole(self) -> Group:
+        """All modules as one group."""
+        return group_of("all", self.values.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "spectrum": {module: list(found) for module, found in self.values.items()},
+            "energy": {group.name: list(group.energy) for group in (*self.groups, self.whole)},
+            "plot": None if self.plot is None else str(self.plot),
+        }
+
+
+def spectrum(adapter: str | os.PathLike[str], *, plot: str | os.PathLike[str] | None = None,
+             force: bool = False, registry: str | None = None) -> SpectrumResult:  # fmt: skip
+    """The singular values of an adapter's updates, through QR of its factors.
+
+    Args:
+        adapter: a catalogued name or a path.
+        plot: a ``.png``, ``.svg`` or ``.pdf`` file for a heat map by layer and module, of ranks and of norms.
+        force: replace the picture if it exists.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
+    Raises:
+        LoratoolError, registry.RegistryError: there is no such adapter, or the picture cannot be written.
+    """
+    picture = None if plot is None else user_path(plot)
+    if picture is not None:
+        refuse_picture(picture, force=force)
+    with open_registry(registry, read_only=True) as catalogue:
+        found = resolve_adapter(adapter, catalogue)
+    values = singular_values(found.adapter)
+    result = SpectrumResult(found.adapter.name, values, groups(values), picture)
+    if picture is not None:
+        _draw(result, picture, force=force)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """Modules by what they are (rows) and by their layer (columns): ``cells[row][column]`` is a module, or None."""
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    cells: tuple[tuple[str | None, ...], ...]
+
+
+def _grid(modules: Iterable[str]) -> _Grid:
+    """Places each module by the first number in its name."""
+    places: dict[tuple[str, str], str] = {}
+    for module in modules:
+        parts = module.split(".")
+        layer = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+        column = OTHER if layer is None else parts[layer]
+        rest = parts if layer is None else parts[:layer] + parts[layer + 1 :]
+        places[".".join(rest), column] = module
+    kinds = sorted({kind for kind, _ in places}, key=lambda kind: (flow(kind.rsplit(".", 1)[-1]), kind))
+    layers = sorted({column for _, column in places}, key=lambda column: (column == OTHER, len(column), column))
+    cells = tuple(tuple(places.get((kind, layer)) for layer in layers) for kind in kinds)
+    return _Grid(tuple(_short(kind, kinds) for kind in kinds), tuple(layers), cells)
+
+
+def _short(kind: str, kinds: Sequence[str]) -> str:
+    """The shortest end of a dotted name that no other of `kinds` has."""
+    parts = kind.split(".")
+    ends = (".".join(parts[start:]) for start in reversed(range(len(parts))))
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in kinds) == 1), kind)
+
+
+def _draw(result: SpectrumResult, file: Path, *, force: bool) -> None:
+    """The heat maps: the rank of each module (or, where all are the same, the rank that it needs), and its norm."""
+    grid = _grid(result.values)
+    lengths = {len(found) for found in result.values.values()}
+    if len(lengths) > 1:
+        title, ranks = "rank", {module: len(found) for module, found in result.values.items()}
+    else:
+        title = f"rank that keeps {KEPT:.0%} of the energy (of {lengths.pop()})"
+        ranks = {module: _needed(found) for module, found in result.values.items()}
+    norms = {module: math.hypot(*found) for module, found in result.values.items()}
+    with drawn(file, force=force) as figure:
+        figure.set_size_inches(max(7.0, 0.26 * len(grid.columns) + 2), max(4.5, 2 * ROW_INCHES * len(grid.rows) + 2))
+        figure.suptitle(printable(result.name), parse_math=False)
+        above, below = figure.subplots(2, 1)
+        _heat_map(above, grid, ranks, title, numbered=len(grid.columns) <= MOST_NUMBERED)
+        _heat_map(below, grid, norms, "norm of the update (Frobenius)", numbered=False)
+        below.set_xlabel("layer")
+
+
+def _heat_map(axes: Axes, grid: _Grid, numbers: Mapping[str, float], title: str, *, numbered: bool) -> None:
+    rows = [[math.nan if module is None else numbers[module] for module in row] for row in grid.cells]
+    largest = max(numbers.values())
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=largest)
+    axes.set_facecolor("0.9")
+    axes.set_title(title, fontsize="medium")
+    axes.set_yticks(range(len(grid.rows)), grid.rows, fontsize="small", parse_math=False)
+    every = -(-len(grid.columns) // MOST_NUMBERED)
+    axes.set_xticks(range(0, len(grid.columns), every), grid.columns[::every], fontsize="x-small")
+    axes.figure.colorbar(image, ax=axes)
+    for y, row in enumerate(rows if numbered else ()):
+        for x, number in enumerate(row):
+            if not math.isnan(number):
+                ink = "black" if number > 0.6 * largest else "white"
+                axes.text(x, y, f"{number:g}", ha="center", va="center", color=ink, fontsize="xx-small")
+
+
+def _needed(values: tuple[float, ...]) -> int:
+    """The smallest rank that keeps the share KEPT of the energy; 0 for an update that changes nothing."""
+    energy = group_of("", [values]).energy
+    return next((rank for rank, kept in enumerate(energy, 1) if kept >= KEPT), 0) if any(values) else 0

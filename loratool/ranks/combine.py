@@ -1,0 +1,395 @@
+"""Several adapters into one, by the methods of PEFT's ``add_weighted_adapter``, with its numbers.
+
+With weights w and the updates ``scaling * B A`` of n adapters:
+
+- ``cat``: ``A = [w_i scaling_i A_i]`` below one another, ``B = [B_i]`` side by side: the weighted sum, exactly.
+- ``svd``: the best approximation of that sum of a given rank, from the factors of ``cat``.
+- ``linear``: ``A = sum of sqrt(w_i scaling_i) A_i``, and B alike: it is on the factors, so terms ``B_i A_j`` come in.
+- ``magnitude-prune``: linear, of factors of which the largest numbers were kept.
+- ``ties``: of those, only the numbers whose sign is that of their sum, averaged (Yadav et al. 2023, arXiv:2306.01708).
+- ``dare-linear``, ``dare-ties``: the numbers that are kept are drawn by chance, and the kept ones made larger for those
+  that were dropped (Yu et al. 2023, arXiv:2311.03099).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Literal, get_args
+
+from blake3 import blake3
+
+from loratool.errors import AdapterError, LoratoolError, UnsupportedError, WrongBaseError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.draft import Draft
+from loratool.ranks.factored_svd import factored_svd
+from loratool.ranks.factors import Factors, load_factors
+from loratool.updates import Update
+from loratool.updates.low_rank import LARGEST_SCALING
+
+if TYPE_CHECKING:
+    import torch
+
+Method = Literal["linear", "cat", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune"]
+METHODS: Final[tuple[Method, ...]] = get_args(Method)
+PRUNING: Final = frozenset({"ties", "dare-linear", "dare-ties", "magnitude-prune"})
+"""Methods that keep a share of each factor's numbers, the density."""
+
+ON_FACTORS: Final = PRUNING | {"linear"}
+"""Methods that add A to A and B to B, number by number."""
+
+ELECTING: Final = frozenset({"ties", "dare-ties"})
+DRAWING: Final = frozenset({"dare-linear", "dare-ties"})
+MOST_SEED: Final = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """An adapter, and the number that multiplies its update in a combination."""
+
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How adapters are combined.
+
+    Attributes:
+        method: one of METHODS.
+        density: the share of each factor's numbers that is kept, above 0 and at most 1; for PRUNING methods.
+        rank: of the result of ``svd``; by default the largest rank of the adapters.
+        seed: of DRAWING methods; by default it is made from what is combined.
+    """
+
+    method: Method
+    density: float | None = None
+    rank: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """A plan, made from headers alone.
+
+    Attributes:
+        shares: what is combined, in order.
+        recipe: how, with the rank and the seed filled in where its method has them.
+        holders: for each module of the result which of the `shares` have it.
+        ranks: the rank of each module of the result.
+        notes: what a user should know.
+    """
+
+    shares: tuple[Share, ...]
+    recipe: Recipe
+    holders: Mapping[str, tuple[int, ...]]
+    ranks: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors that are read."""
+        return sum(_nbytes(update) for share in self.shares for update in share.adapter.updates.values())
+
+
+def plan_combine(shares: Sequence[Share], recipe: Recipe) -> Combination:
+    """Check that adapters can be combined by a recipe, and say what comes out.
+
+    Raises:
+        LoratoolError: a number of the recipe is impossible or does not belong to its method, a weight is not finite, an
+            adapter is given twice, or there are too few.
+        AdapterError: the method needs equal ranks and they differ.
+        WrongBaseError: a module has another shape in one adapter than in another.
+    """
+    _check_recipe(recipe, len(shares))
+    _check_shares(shares)
+    if recipe.density is not None:
+        _refuse_empty(shares, recipe.density)
+    modules = sorted({module for share in shares for module in share.adapter.updates})
+    holders = {
+        module: tuple(place for place, share in enumerate(shares) if module in share.adapter.updates)
+        for module in modules
+    }
+    for module, places in holders.items():
+        _refuse_other_shapes(module, [shares[place].adapter for place in places])
+    if recipe.method == "svd":
+        recipe = replace(recipe, rank=_svd_rank(recipe.rank, shares, holders))
+    if recipe.method in DRAWING and recipe.seed is None:
+        recipe = replace(recipe, seed=_content_seed(shares, recipe))
+    ranks = {module: _rank(module, places, shares, recipe) for module, places in holders.items()}
+    # A module that every adapter has pruned away stays unchanged.
+    kept = {module: rank for module, rank in ranks.items() if rank}
+    if not kept:
+        raise AdapterError("every module of these adapters has rank 0, so there is nothing to combine")
+    return Combination(
+        tuple(shares),
+        recipe,
+        {module: holders[module] for module in kept},
+        kept,
+        _partial_notes(shares, holders),
+    )
+
+
+def combine_into(draft: Draft, plan: Combination, progress: Callable[[int], None] = lambda count: None) -> float | None:
+    """Compute every module and put it into `draft`, fp32, to be used with a scaling of 1.
+
+    Returns what ``svd`` lost, the Frobenius norm of the difference to the exact sum over that of the sum, all modules
+    together; None for other methods. `progress` is called with the bytes of factors done.
+
+    Raises:
+        AdapterError: a factor holds NaN or infinity, or a result is beyond fp32.
+    """
+    lost = total = 0.0
+    for module, places in plan.holders.items():
+        updates = [plan.shares[place].adapter.updates[module] for place in places]
+        terms = [
+            Term(place, load_factors(update, module), plan.shares[place].weight)
+            for place, update in zip(places, updates, strict=True)
+        ]
+        rank = plan.ranks[module]
+        if plan.recipe.method == "svd":
+            a, b, values = decomposed(terms, rank)
+            total += float(values.square().sum())
+            lost += float(values[rank:].square().sum())
+        elif plan.recipe.method == "cat":
+            a, b = concatenated(terms)
+        else:
+            a, b = (mixed(terms, letter, plan.recipe, module) for letter in ("A", "B"))
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise AdapterError(f"{quoted(module)} of the result is beyond fp32; give the adapters smaller weights")
+        draft.put(module, a, b)
+        progress(sum(map(_nbytes, updates)))
+    if plan.recipe.method != "svd":
+        return None
+    return math.sqrt(lost / total) if total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """What one adapter, by its `place` among those combined, adds to a module."""
+
+    place: int
+    factors: Factors
+    weight: float
+
+    @property
+    def coefficient(self) -> float:
+        """What multiplies ``B A``."""
+        return self.weight * self.factors.scaling
+
+
+def concatenated(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (sum of r, in_features) and B (out_features, sum of r), fp32, whose product is the weighted sum."""
+    import torch
+
+    a = torch.cat([term.factors.a * term.weight * term.factors.scaling for term in terms])
+    return a, torch.cat([term.factors.b for term in terms], dim=1)
+
+
+def decomposed(terms: Sequence[Term], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A (rank, in_features) and B (out_features, rank), fp32, nearest to the weighted sum, and its singular values.
+
+    The root of each singular value goes into either factor.
+    """
+    import torch
+
+    a = torch.cat([term.factors.a.double() * term.coefficient for term in terms])
+    u, s, v = factored_svd(torch.cat([term.factors.b for term in terms], dim=1), a)
+    root = s[:rank].sqrt()
+    return (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float(), s
+
+
+def mixed(terms: Sequence[Term], letter: str, recipe: Recipe, module: str) -> torch.Tensor:
+    """Factor ``A`` or ``B`` of an ON_FACTORS method: the weighted sum, or elected mean, of the sparse factors.
+
+    Each factor is multiplied by the root of its coefficient; a negative sign goes with A.
+    """
+    import torch
+
+    factors = [term.factors.a if letter == "A" else term.factors.b for term in terms]
+    roots = [math.sqrt(abs(term.coefficient)) for term in terms]
+    if letter == "A":
+        roots = [math.copysign(root, term.coefficient) for root, term in zip(roots, terms, strict=True)]
+    if recipe.method in DRAWING:
+        seeds = [_draw_seed(recipe, module, letter, term.place) for term in terms]
+        factors = [drawn(factor, _density(recipe), seed) for factor, seed in zip(factors, seeds, strict=True)]
+    elif recipe.method in PRUNING:
+        factors = [largest(factor, _density(recipe)) for factor in factors]
+    stacked = torch.stack(factors)
+    weighted = stacked * torch.tensor(roots)[:, None, None]
+    if recipe.method not in ELECTING:
+        return weighted.sum(dim=0)
+    elected = torch.where(stacked.sum(dim=0) >= 0, 1, -1)
+    agree = stacked.sign() == elected
+    return (weighted * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
+
+
+def largest(factor: torch.Tensor, density: float) -> torch.Tensor:
+    """`factor` with the share `density` of its numbers that are largest in magnitude, and zeros."""
+    import torch
+
+    kept = torch.topk(factor.abs().flatten(), int(density * factor.numel())).indices
+    sparse = torch.zeros_like(factor)
+    sparse.view(-1)[kept] = factor.flatten()[kept]
+    return sparse
+
+
+def drawn(factor: torch.Tensor, density: float, seed: int) -> torch.Tensor:
+    """`factor` with each number kept by the chance `density`, and divided by it, else 0; same seed, same numbers.
+
+    Chance is the upper 53 bits of the words of Philox4x64 (Salmon et al. 2011) with `seed`, below 2**64, as its key.
+    """
+    import numpy as np
+    import torch
+
+    words = np.random.Philox(key=seed).random_raw(factor.numel()) >> np.uint64(11)
+    kept = torch.from_numpy(words * 2.0**-53 < density).view(factor.shape)
+    return torch.where(kept, factor / density, 0)
+
+
+def _check_recipe(recipe: Recipe, adapters: int) -> None:
+    method = recipe.method
+    if method not in METHODS:
+        raise LoratoolError(f"{quoted(method)} is no method; use one of {', '.join(METHODS)}")
+    if adapters == 0:
+        raise LoratoolError("there is nothing to combine; name two adapters or more")
+    if method in ELECTING and adapters < 2:
+        raise LoratoolError(
+            f"{method} lets adapters elect the sign of each number, and only one is given; name two or more"
+        )
+    _check_belongs("--density", recipe.density, method, PRUNING)
+    _check_belongs("--rank", recipe.rank, method, {"svd"})
+    _check_belongs("--seed", recipe.seed, method, DRAWING)
+    if method in PRUNING and recipe.density is None:
+        raise LoratoolError(f"{method} keeps a share of each factor's numbers; say which with --density, such as 0.5")
+    if recipe.density is not None and not 0 < recipe.density <= 1:
+        raise LoratoolError(f"the density is {recipe.density:g}; give one above 0 and at most 1")
+    if recipe.rank is not None and recipe.rank < 1:
+        raise LoratoolError(f"the rank is {recipe.rank}; give one of at least 1")
+    if recipe.seed is not None and not 0 <= recipe.seed <= MOST_SEED:
+        raise LoratoolError(f"the seed is {recipe.seed}; give a whole number from 0 to {MOST_SEED}")
+
+
+def _check_belongs(option: str, value: float | None, method: Method, methods: Collection[str]) -> None:
+    if value is not None and method not in methods:
+        raise LoratoolError(f"{option} belongs to {' and '.join(sorted(methods))}, not to {method}; leave it out")
+
+
+def _check_shares(shares: Sequence[Share]) -> None:
+    if all(share.weight == 0 for share in shares):
+        raise LoratoolError("every weight is 0, so nothing would be left; give one adapter another weight")
+    seen: set[tuple[str, tuple[float, ...]]] = set()
+    for share in shares:
+        name, scalings = share.adapter.name, tuple(update.scaling for update in share.adapter.updates.values())
+        if not math.isfinite(share.weight):
+            raise LoratoolError(f"the weight of {quoted(name)} is {share.weight} and must be a number")
+        largest_scaling = max(abs(scaling * share.weight) for scaling in scalings)
+        if largest_scaling > LARGEST_SCALING:
+            raise AdapterError(
+                f"{quoted(name)} would be multiplied by {largest_scaling:g}, which no fp32 number is; mend its weight"
+            )
+        if (share.adapter.sha256, scalings) in seen:
+            raise LoratoolError(f"{quoted(name)} is given twice; give it once, with the sum of the weights")
+        seen.add((share.adapter.sha256, scalings))
+        for tensor in share.adapter.replacements:
+            raise UnsupportedError(
+                f"{quoted(name)} replaces {quoted(tensor)} whole (modules_to_save), which has no weighted sum with others; "
+                "combine adapters without such modules"
+            )
+
+
+def _refuse_empty(shares: Sequence[Share], density: float) -> None:
+    """Raise LoratoolError where a density leaves nothing of a factor."""
+    for share in shares:
+        for module, update in share.adapter.updates.items():
+            for letter, info in update.factors.items():
+                numbers = math.prod(info.shape)
+                if numbers and density * numbers < 1:
+                    raise LoratoolError(
+                        f"a density of {density:g} keeps none of the {numbers} numbers of factor {letter} of "
+                        f"{quoted(module)} in {quoted(share.adapter.name)}; give a larger --density"
+                    )
+
+
+def _refuse_other_shapes(module: str, adapters: Sequence[Adapter]) -> None:
+    first = adapters[0]
+    for other in adapters[1:]:
+        shapes = first.updates[module].shape, other.updates[module].shape
+        if shapes[0] != shapes[1]:
+            raise WrongBaseError(
+                f"{quoted(module)} fits a matrix of shape {list(shapes[0])} in {quoted(first.name)} and {list(shapes[1])} "
+                f"in {quoted(other.name)}, so they are for different bases; combine adapters of one base"
+            )
+
+
+def _svd_rank(rank: int | None, shares: Sequence[Share], holders: Mapping[str, tuple[int, ...]]) -> int:
+    """The rank that is asked for, or the largest of the adapters'; LoratoolError where no module can have it."""
+    if rank is None:
+        return max(share.adapter.rank for share in shares)
+    most = max(_most_rank(module, places, shares) for module, places in holders.items())
+    if rank > most:
+        raise LoratoolError(
+            f"the rank is {rank} and the sum of these adapters has at most {most}; give a smaller --rank"
+        )
+    return rank
+
+
+def _rank(module: str, places: Sequence[int], shares: Sequence[Share], recipe: Recipe) -> int:
+    """The rank of one module of the result."""
+    ranks = [shares[place].adapter.updates[module].rank for place in places]
+    if recipe.method in ON_FACTORS:
+        if len(set(ranks)) > 1:
+            named = zip(ranks, (shares[place].adapter.name for place in places), strict=True)
+            listed = ", ".join(f"{rank} in {quoted(name)}" for rank, name in named)
+            raise AdapterError(
+                f"{recipe.method} adds factors of equal rank, and that of {quoted(module)} is {listed}; use --method cat, "
+                "the exact weighted sum, or svd, its best approximation of one rank"
+            )
+        return ranks[0]
+    if recipe.rank is None:
+        return sum(ranks)
+    return min(recipe.rank, _most_rank(module, places, shares))
+
+
+def _most_rank(module: str, places: Sequence[int], shares: Sequence[Share]) -> int:
+    """No weighted sum of the factors of `module` has a larger rank."""
+    updates = [shares[place].adapter.updates[module] for place in places]
+    return min(sum(update.rank for update in updates), *updates[0].shape)
+
+
+def _partial_notes(shares: Sequence[Share], holders: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """What to say where some modules are not in every adapter."""
+    partial = [(module, places) for module, places in holders.items() if len(places) < len(shares)]
+    if not partial:
+        return ()
+    module, places = partial[0]
+    without = next(share.adapter.name for place, share in enumerate(shares) if place not in places)
+    return (
+        f"{len(partial)} of {len(holders)} modules are not in every adapter ({quoted(module)} is not in {quoted(without)}"
+        f"{', ...' if partial[1:] else ''}): there only those that have them are combined",
+    )
+
+
+def _content_seed(shares: Sequence[Share], recipe: Recipe) -> int:
+    """A seed below 2**64 made from what is combined: equal combinations draw alike."""
+    content = [[share.adapter.sha256, float(share.weight).hex()] for share in shares]
+    return _digest64(json.dumps([content, recipe.method, _density(recipe).hex()]))
+
+
+def _draw_seed(recipe: Recipe, module: str, letter: str, place: int) -> int:
+    return _digest64(f"{recipe.seed} {module} {letter} {place}")
+
+
+def _digest64(text: str) -> int:
+    return int.from_bytes(blake3(text.encode()).digest(8), "little")
+
+
+def _density(recipe: Recipe) -> float:
+    assert recipe.density is not None
+    return float(recipe.density)
+
+
+def _nbytes(update: Update) -> int:
+    return sum(info.nbytes for info in update.factors.values())

@@ -1,0 +1,320 @@
+"""A fine-tuned model and its base into an adapter: the difference of each matrix, approximated by a product of factors.
+
+It is plan, then apply: the plan pairs the tensors of the two checkpoints by their headers alone. Then one pair after the
+other is streamed, so that memory holds factors and a few blocks of rows, whatever the size of the models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from blake3 import blake3
+
+from loratool.checkpoint.blocks import read_exactly
+from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import LoratoolError, PlacementError, UnsupportedError, nearest, quoted
+from loratool.formats.draft import Draft
+from loratool.formats.names import OUTPUT_HEADS, SUFFIX, Exchange, land
+from loratool.merging.plan import EMBEDDING_LEAVES
+from loratool.merging.rewrite import opened
+from loratool.merging.storage import refuse_other_storage
+from loratool.merging.ties import is_tied_embedding, tied
+from loratool.ranks.difference import Difference
+from loratool.ranks.low_rank_fit import Wanted, fit
+from loratool.weights import stored_weight
+from loratool.weights.dense import CODEC_OF, as_matrix
+
+BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".position_ids")
+"""How the names of tensors end that old checkpoints hold and no model needs: they follow from the configuration."""
+
+COMPARED_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One tensor in both checkpoints. `transposed`: a matrix that is stored as (in_features, out_features)."""
+
+    tuned: TensorInfo
+    base: TensorInfo
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractPlan:
+    """What is compared: the matrices of linear layers by module, and the `others` by name, as the tuned model spells them.
+
+    `tied` are those of them that are an embedding and an output head at once.
+    """
+
+    linear: Mapping[str, Pair]
+    others: Mapping[str, Pair]
+    tied: frozenset[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tuned model's tensors that are compared."""
+        return sum(pair.tuned.nbytes for pairs in (self.linear, self.others) for pair in pairs.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What was found.
+
+    Attributes:
+        ranks: of each module of the adapter.
+        errors: for each of them the Frobenius norm of what its factors miss, relative to that of the difference.
+        error: the same of all together.
+        randomized: the modules whose factors were found by the randomized method.
+        unchanged: how many linear layers are equal in both models, and are no part of the adapter.
+        left_out: names of other tensors that changed, which no LoRA can hold.
+        kept: tensors that the adapter holds whole, by their names in the tuned model.
+    """
+
+    ranks: Mapping[str, int]
+    errors: Mapping[str, float]
+    error: float
+    randomized: tuple[str, ...]
+    unchanged: int
+    left_out: tuple[str, ...]
+    kept: Mapping[str, TensorInfo]
+
+    @property
+    def kept_modules(self) -> tuple[str, ...]:
+        """The modules of the tensors that are held whole, sorted: ``modules_to_save``."""
+        return tuple(sorted({name.rpartition(".")[0] for name in self.kept}))
+
+
+def plan_extract(tuned: Checkpoint, base: Checkpoint, wanted: Wanted) -> ExtractPlan:
+    """Pair the tensors of two checkpoints and check what is asked for.
+
+    Raises:
+        LoratoolError: the rank or energy is impossible.
+        PlacementError: one has tensors that the other lacks, or of another shape.
+        UnsupportedError: a matrix is stored otherwise than as fp32, fp16 or bf16.
+    """
+    _check_wanted(wanted)
+    for checkpoint in (tuned, base):
+        refuse_other_storage(checkpoint)
+        _refuse_storage(checkpoint)
+    paired = _paired(tuned, base)
+    linear = _linear(paired, tuned)
+    transposed = _stored_transposed(linear, tuned.tensors)
+    matrices = {
+        name.removesuffix(SUFFIX): Pair(paired[name].tuned, paired[name].base, name in transposed)
+        for name in sorted(linear)
+    }
+    most = max((min(pair.tuned.shape) for pair in matrices.values()), default=0)
+    if wanted.rank is not None and wanted.rank > most:
+        raise LoratoolError(f"the rank is {wanted.rank} and no matrix has more than {most}; give a smaller --rank")
+    others = {name: pair for name, pair in sorted(paired.items()) if name not in linear}
+    tied_ones = {name for name in others if _is_head(name) or is_tied_embedding(name, tuned)}
+    return ExtractPlan(matrices, others, frozenset(tied_ones))
+
+
+def extract_into(draft: Draft, plan: ExtractPlan, wanted: Wanted, *, keep_full: bool = False,
+                 progress: Callable[[int], None] = lambda count: None) -> Extraction:  # fmt: skip
+    """Put the factors of every linear layer that changed into `draft`, fp32, to be used with a scaling of 1.
+
+    With `keep_full`, modules of which another tensor changed (a norm, an embedding, a bias) are kept whole instead.
+    `progress` is called with the bytes of the tuned model that were compared.
+
+    Raises:
+        CheckpointError: a file is damaged, or holds NaN or infinity.
+        UnsupportedError: a tensor that is to be kept cannot be, in PEFT's layout.
+        LoratoolError: no linear layer changed.
+    """
+    changed = []
+    for name, pair in plan.others.items():
+        changed += [name] if _changed(pair) else []
+        progress(pair.tuned.nbytes)
+    kept = _whole_modules(changed, plan) if keep_full else {}
+    ranks: dict[str, int] = {}
+    errors: dict[str, float] = {}
+    randomized: list[str] = []
+    energy = lost = 0.0
+    for module, pair in plan.linear.items():
+        whole = f"{module}{SUFFIX}" in kept
+        found = None if whole else fit(Difference(pair.tuned, pair.base), wanted, _seed(module))
+        if found is not None:
+            a, b = (found.b.T, found.a.T) if pair.transposed else (found.a, found.b)
+            draft.put(module, a, b)
+            ranks[module], errors[module] = len(a), math.sqrt(found.lost / found.energy)
+            energy, lost = energy + found.energy, lost + found.lost
+            randomized += [module] if found.randomized else []
+        progress(pair.tuned.nbytes)
+    if not ranks:
+        other = f"; {len(changed)} other tensors did, such as {quoted(changed[0])}" if changed else ""
+        raise LoratoolError(
+            f"no linear layer differs from the base{other}: there is nothing to extract; is it the tuned model?"
+        )
+    return Extraction(
+        ranks,
+        errors,
+        math.sqrt(lost / energy),
+        tuple(randomized),
+        unchanged=sum(module not in ranks and f"{module}{SUFFIX}" not in kept for module in plan.linear),
+        left_out=() if keep_full else tuple(changed),
+        kept=kept,
+    )
+
+
+def _check_wanted(wanted: Wanted) -> None:
+    if (wanted.rank is None) == (wanted.share is None):
+        raise LoratoolError("the size of the adapter is decided by --rank or by --energy; give one of them")
+    if wanted.rank is not None and wanted.rank < 1:
+        raise LoratoolError(f"the rank is {wanted.rank}; give one of at least 1")
+    if wanted.share is not None and not 0 < wanted.share <= 1:
+        raise LoratoolError(f"the energy is {wanted.share:g}; give a share above 0 and at most 1, such as 0.95")
+
+
+def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
+    """Each tensor of the tuned model with that of the base; names may differ by one exchange of prefixes."""
+    exchange = _exchange(tuned, base)
+    places = {name: _place(name, exchange, base) for name in tuned.tensors}
+    _refuse_missing([name for name, place in places.items() if place is None], tuned, base)
+    reached = set(places.values())
+    _refuse_missing([name for name in base.tensors if name not in reached], base, tuned)
+    pairs = {
+        name: Pair(tuned.tensors[name], base.tensors[place]) for name, place in places.items() if place is not None
+    }
+    for pair in pairs.values():
+        if pair.tuned.shape != pair.base.shape:
+            raise PlacementError(
+                f"{quoted(pair.tuned.name)} has shape {list(pair.tuned.shape)} in the tuned model and "
+                f"{list(pair.base.shape)} in the base; is it the right base?"
+            )
+    return pairs
+
+
+def _exchange(tuned: Checkpoint, base: Checkpoint) -> Exchange:
+    """The exchange of prefixes that turns the tuned model's names into the base's."""
+    matrices = {
+        name.removesuffix(SUFFIX): (info.shape[0], info.shape[1])
+        for name, info in tuned.tensors.items()
+        if name.endswith(SUFFIX) and len(info.shape) == 2 and not _is_head(name)
+    }
+    try:
+        return land(matrices, base.tensors, str(tuned.path)).exchange
+    except PlacementError:
+        return Exchange("", "")  # what is missing is said tensor by tensor
+
+
+def _place(name: str, exchange: Exchange, base: Checkpoint) -> str | None:
+    """The base's name for a tensor of the tuned model, or None."""
+    if name in base.tensors:
+        return name
+    exchanged = exchange.new + name.removeprefix(exchange.old)
+    return exchanged if name.startswith(exchange.old) and exchanged in base.tensors else None
+
+
+def _refuse_missing(names: list[str], here: Checkpoint, there: Checkpoint) -> None:
+    """Raise PlacementError for tensors that only one model has, unless they follow from its others."""
+    heads = tied((name for name in names if _is_head(name)), here)
+    missing = [name for name in names if name not in heads and not name.endswith(BUFFERS)]
+    if missing:
+        near = nearest(missing[0], there.tensors, 1)
+        raise PlacementError(
+            f"{quoted(here.path)} has {len(missing)} tensors that {quoted(there.path)} lacks, such as {quoted(missing[0])}"
+            f"{f' (nearest: {quoted(near[0])})' if near else ''}; is it the right base?"
+        )
+
+
+def _is_head(name: str) -> bool:
+    return name.removesuffix(SUFFIX).rsplit(".", 1)[-1] in OUTPUT_HEADS
+
+
+def _linear(paired: Mapping[str, Pair], tuned: Checkpoint) -> set[str]:
+    """The tensors that a LoRA can change: matrices of linear layers that are not an embedding's as well."""
+    matrices = {
+        name
+        for name, pair in paired.items()
+        if len(pair.tuned.shape) == 2
+        and name.endswith(SUFFIX)
+        and name.removesuffix(SUFFIX).rsplit(".", 1)[-1] not in EMBEDDING_LEAVES
+    }
+    return matrices - tied(matrices, tuned).keys()
+
+
+def _refuse_storage(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedError if a weight is stored otherwise than as fp32, fp16 or bf16."""
+    for name, info in checkpoint.tensors.items():
+        weight = stored_weight(checkpoint.tensors, name) if name.endswith(SUFFIX) else None
+        if name.endswith(SUFFIX) and (weight is None or weight.lossy):
+            raise UnsupportedError(
+                f"{quoted(name)} in {quoted(info.file)} is stored as {weight.codec if weight else info.dtype}; loratool "
+                "extracts from fp32, fp16 and bf16 models: take the model that it was quantized from"
+            )
+
+
+def _stored_transposed(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """The matrices that are stored as (in_features, out_features), as GPT-2's Conv1D stores them.
+
+    A bias has as many numbers as its matrix has outputs, which tells of those that are not square; the square ones with a
+    bias are stored as all of those are.
+    """
+    biases = {name: tensors.get(name.removesuffix(SUFFIX) + ".bias") for name in names}
+    with_bias = {name: bias.shape[0] for name, bias in biases.items() if bias is not None and len(bias.shape) == 1}
+    told = {
+        name: tensors[name].shape[1] == outputs
+        for name, outputs in with_bias.items()
+        if tensors[name].shape[0] != tensors[name].shape[1]
+    }
+    all_are = set(told.values()) == {True}
+    return frozenset(name for name in with_bias if told.get(name, all_are))
+
+
+def _changed(pair: Pair) -> bool:
+    """Whether any number of a tensor differs, whatever type it is stored as."""
+    if pair.tuned.dtype == pair.base.dtype:
+        return not _same_bytes(pair.tuned, pair.base)
+    if not {pair.tuned.dtype, pair.base.dtype} <= CODEC_OF.keys():
+        return True
+    return Difference(as_matrix(pair.tuned), as_matrix(pair.base)).energy() > 0
+
+
+def _whole_modules(changed: Iterable[str], plan: ExtractPlan) -> dict[str, TensorInfo]:
+    """All tensors of the modules that the `changed` ones belong to, as PEFT's ``modules_to_save`` holds them.
+
+    Raises:
+        UnsupportedError: PEFT cannot hold one of them so.
+    """
+    everything = {name: pair.tuned for name, pair in plan.others.items()}
+    everything |= {f"{module}{SUFFIX}": pair.tuned for module, pair in plan.linear.items()}
+    kept: dict[str, TensorInfo] = {}
+    for name in changed:
+        module = name.rpartition(".")[0]
+        whole = {own: info for own, info in everything.items() if own.startswith(f"{module}.")}
+        reason = None
+        if name in plan.tied:
+            reason = "is tied to the output head, and a module that is kept whole would come apart from it"
+        elif not module or any("." in own[len(module) + 1 :] for own in whole):
+            reason = "belongs to no module that could be kept alone"
+        elif any(info.dtype not in CODEC_OF for info in whole.values()):
+            reason = "or its module is stored neither as fp32, fp16 nor bf16"
+        if reason:
+            raise UnsupportedError(
+                f"{quoted(name)} changed and cannot be kept in modules_to_save: it {reason}; leave --keep-full out"
+            )
+        kept |= whole
+    return dict(sorted(kept.items()))
+
+
+def _same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
+    with opened({left.file, right.file}) as files:
+        for start in range(0, left.nbytes, COMPARED_BYTES):
+            count = min(COMPARED_BYTES, left.nbytes - start)
+            parts = bytearray(count), bytearray(count)
+            for part, info in zip(parts, (left, right), strict=True):
+                read_exactly(files[info.file], memoryview(part), info.start + start)
+            if parts[0] != parts[1]:
+                return False
+    return True
+
+
+def _seed(module: str) -> int:
+    """The seed of chance for one module: the same model gives the same bytes."""
+    return int.from_bytes(blake3(module.encode()).digest(8), "little") >> 1

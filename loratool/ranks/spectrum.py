@@ -1,0 +1,72 @@
+"""The spectrum of an adapter: the singular values of each module's update, and how much of it each rank keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final
+
+from loratool.formats.adapter import Adapter
+from loratool.ranks.factored_svd import factored_svd
+from loratool.ranks.factors import load_factors
+
+ORDER: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""How data flow through a block of a Llama; other modules come after these, by their names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The modules of one name, one in each layer: ``q_proj``.
+
+    Attributes:
+        name: the last component of the modules' names.
+        modules: how many there are.
+        values: the root mean square of their first singular values, of their second, and so on.
+        energy: for each rank from 1 the share of the squares of all their singular values that it keeps, up to 1.
+    """
+
+    name: str
+    modules: int
+    values: tuple[float, ...]
+    energy: tuple[float, ...]
+
+
+def singular_values(adapter: Adapter) -> dict[str, tuple[float, ...]]:
+    """The singular values of ``scaling * B A`` of each module, largest first, from QR of the factors, in fp64.
+
+    Raises:
+        UnsupportedError: an update is no product of factors.
+        AdapterError: a factor holds NaN or infinity.
+    """
+    values = {}
+    for module, update in sorted(adapter.updates.items()):
+        factors = load_factors(update, module)
+        found = factored_svd(factors.b, factors.a)[1] * abs(factors.scaling) if update.rank else ()
+        values[module] = tuple(float(value) for value in found)
+    return values
+
+
+def groups(values: Mapping[str, tuple[float, ...]]) -> tuple[Group, ...]:
+    """The modules of an adapter, by the last component of their names, in the order in which data flow through them."""
+    names = sorted({module.rsplit(".", 1)[-1] for module in values}, key=flow)
+    return tuple(
+        group_of(name, [found for module, found in values.items() if module.rsplit(".", 1)[-1] == name])
+        for name in names
+    )
+
+
+def group_of(name: str, spectra: Iterable[tuple[float, ...]]) -> Group:
+    """The group of modules with these singular values; a rank beyond a module's own adds nothing to it."""
+    members = list(spectra)
+    squares = [
+        sum(found[place] ** 2 for found in members if place < len(found)) for place in range(max(map(len, members)))
+    ]
+    total = sum(squares)
+    energy = [kept / total if total else 1.0 for kept in accumulate(squares)]
+    return Group(name, len(members), tuple((square / len(members)) ** 0.5 for square in squares), tuple(energy))
+
+
+def flow(name: str) -> tuple[int, str]:
+    """A key that sorts the last components of modules' names by ORDER."""
+    return (ORDER.index(name) if name in ORDER else len(ORDER), name)

@@ -1,0 +1,202 @@
+"""Modules that an adapter holds whole (`modules_to_save`) take the place of the base's own, as in PEFT, and come out again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_adapters import copy_with, merge_by_peft, save_peft_adalora
+from tiny_models import assert_same_tensors, load, stored_tensors
+
+import loratool
+from loratool.errors import LoratoolError
+from loratool.formats.read import read_adapter
+
+if TYPE_CHECKING:
+    from tiny_adapters import TinyAdapters
+    from tiny_models import TinyModels
+
+PREFIX = "base_model.model."
+
+SAVED: dict[str, tuple[str, dict[str, Any]]] = {
+    "a head": ("llama", {"modules_to_save": ["lm_head"]}),
+    "norms by the end of their names": ("llama", {"modules_to_save": ["input_layernorm", "model.norm"]}),
+    "an untied embedding": ("llama", {"modules_to_save": ["embed_tokens"]}),
+    "a linear layer with its bias": ("qwen2", {"modules_to_save": ["k_proj"], "target_modules": ["q_proj"]}),
+    "a module with modules in it": ("llama", {"modules_to_save": ["layers.0.mlp"], "target_modules": ["q_proj"]}),
+    "GPT-2's Conv1D": ("gpt2", {"modules_to_save": ["mlp.c_fc"], "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "a classifier": ("bert", {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", SAVED)
+def test_the_merged_bytes_are_pefts(
+    case: str, dtype: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    architecture, options = SAVED[case]
+    adapter = tiny_adapters.folder(architecture, **options)
+    assert read_adapter(adapter).replacements
+    base = tiny_models.folder(architecture, dtype)
+    merged = loratool.merge(adapter, into=base, out=tmp_path / "merged")
+    assert_same_tensors(stored_tensors(merged.out), merge_by_peft(load(base, architecture), adapter, tmp_path / "peft"))
+    assert any("modules_to_save" in note for note in merged.notes)
+
+
+def test_names_may_differ_by_a_prefix(tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    adapter = tiny_adapters.folder("gpt2", modules_to_save=["ln_f"], fan_in_fan_out=True)
+    merged = loratool.merge(adapter, into=tiny_models.folder("gpt2-without-prefix", "fp32"), out=tmp_path / "merged")
+    expected = load_file(adapter / "adapter_model.safetensors")[f"{PREFIX}transformer.ln_f.weight"]
+    assert torch.equal(load_file(merged.out / "model.safetensors")["ln_f.weight"], expected)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_merge_in_place_comes_out_again(
+    dtype: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("llama", dtype, "sharded")
+    copy = shutil.copytree(base, tmp_path / "copy")
+    adapter = tiny_adapters.folder("llama", modules_to_save=["lm_head", "input_layernorm"])
+    loratool.merge(adapter, into=copy, in_place=True)
+    assert stored_tensors(copy) != stored_tensors(base)
+    assert loratool.verify(copy).replayed == "undo"
+    assert loratool.unmerge(copy, in_place=True).method == "undo"
+    assert_same_tensors(stored_tensors(copy), stored_tensors(base))
+
+
+def test_arithmetic_cannot_take_a_replacement_out_and_says_which(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_models.folder("llama", "bf16"), tmp_path / "base")
+    adapter = tiny_adapters.folder("llama", modules_to_save=["model.norm"])
+    merged = loratool.merge(adapter, into=base, out=tmp_path / "merged")
+    shutil.rmtree(base)
+    result = loratool.unmerge(merged.out, out=tmp_path / "back", approximate=True)
+    assert "model.norm.weight" in result.inexact
+
+
+def test_it_is_catalogued_and_exported_with_all_its_bytes(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    adapter = tiny_adapters.folder("llama", modules_to_save=["lm_head"])
+    record = loratool.add(adapter, name="mine").record
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert record.parameter_count == sum(tensor.numel() for tensor in tensors.values())
+    assert record.target_modules == sorted(set(record.target_modules or ()))
+    assert "lm_head" not in (record.target_modules or ())
+    loratool.export("mine", tmp_path / "single.st")
+    exported = load_file(tmp_path / "single.st")
+    assert exported.keys() == tensors.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("method", ["truncate", "prune", "prune to a LoRA"])
+def test_a_smaller_rank_keeps_what_is_held_whole(
+    method: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    if method == "truncate":
+        adapter = tiny_adapters.folder("llama", modules_to_save=["lm_head"])
+        loratool.truncate(adapter, rank=2, out=tmp_path / "small")
+    else:
+        model = load(tiny_models.folder("llama"), "llama")
+        adapter = save_peft_adalora(model, tmp_path / "adalora", modules_to_save=["lm_head"])
+        loratool.prune(adapter, average_rank=2, as_="lora" if "LoRA" in method else "adalora", out=tmp_path / "small")
+    small, large = read_adapter(tmp_path / "small"), load_file(adapter / "adapter_model.safetensors")
+    assert list(small.replacements) == ["lm_head.weight"]
+    assert small.config["modules_to_save"] == ["lm_head"]
+    kept = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert torch.equal(kept[f"{PREFIX}lm_head.weight"], large[f"{PREFIX}lm_head.weight"])
+
+
+# What is refused
+
+
+def refuses(message: str, adapters: list[Any], base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoratoolError, match=message):
+        loratool.merge(adapters, into=base, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_weight_is_refused(tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    adapter = tiny_adapters.folder("llama", modules_to_save=["lm_head"])
+    refuses(
+        "replaces tensors whole .* leave the weight 0.5 out", [(adapter, 0.5)], tiny_models.folder("llama"), tmp_path
+    )
+
+
+def test_a_tensor_that_two_adapters_change_is_refused(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("llama")
+    whole = [tiny_adapters.folder("llama", seed=seed, modules_to_save=["lm_head"]) for seed in (1, 2)]
+    refuses("'lm_head.weight', which another update changes as well", whole, base, tmp_path)
+    factors = tiny_adapters.folder("llama", target_modules=["lm_head"])
+    refuses("'lm_head.weight', which another update changes as well", [factors, whole[0]], base, tmp_path)
+    together = loratool.merge([whole[0], tiny_adapters.folder("llama", seed=9)], into=base, out=tmp_path / "both")
+    assert len(together.adapters) == 2
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "qwen2"])
+def test_a_tied_embedding_is_refused(
+    architecture: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    saved = "wte" if architecture == "gpt2" else "embed_tokens"
+    adapter = tiny_adapters.folder(architecture, modules_to_save=[saved])
+    refuses("ties to its output head|lacks", [adapter], tiny_models.folder(architecture), tmp_path)
+
+
+def changed(source: Path, folder: Path, name: str, tensor: torch.Tensor | None, **config: Any) -> Path:
+    """A copy of an adapter with one tensor replaced, or taken out."""
+    copy = copy_with(source, folder, **config)
+    tensors = load_file(copy / "adapter_model.safetensors")
+    del tensors[f"{PREFIX}{name}"]
+    if tensor is not None:
+        tensors[f"{PREFIX}{name}"] = tensor
+    save_file(tensors, copy / "adapter_model.safetensors", {"format": "pt"})
+    return copy
+
+
+DAMAGED: dict[str, tuple[torch.Tensor | None, str]] = {
+    "another shape": (torch.ones(140, 64), r"shape \[140, 64\], which has \[131, 64\] there"),
+    "NaN": (torch.full((131, 64), float("nan")), "'base_model.model.lm_head.weight' .* holds NaN"),
+    "whole numbers": (torch.ones(131, 64, dtype=torch.int32), "is I32 and replaces 'lm_head.weight'"),
+    "nothing": (None, "holds none of their tensors"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_replacement_is_refused(
+    case: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    tensor, message = DAMAGED[case]
+    adapter = tiny_adapters.folder("llama", modules_to_save=["lm_head"])
+    damaged = changed(adapter, tmp_path / "damaged", "lm_head.weight", tensor)
+    refuses(message, [damaged], tiny_models.folder("llama"), tmp_path)
+    if case == "NaN":
+        with pytest.raises(LoratoolError, match=message):
+            loratool.add(damaged)
+
+
+@pytest.mark.parametrize("saved", ["lm_head", [3], {"lm_head": 1}, [""]])
+def test_a_list_that_is_none_is_refused(saved: Any, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    adapter = copy_with(tiny_adapters.folder("llama"), tmp_path / "adapter", modules_to_save=saved)
+    with pytest.raises(LoratoolError, match="must be a list of names"):
+        read_adapter(adapter)
+
+
+def test_a_module_that_the_base_lacks_is_refused(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    adapter = tiny_adapters.folder(
+        "bert", modules_to_save=["classifier"], auto=transformers.AutoModelForSequenceClassification
+    )
+    refuses(r"'classifier.bias' .* which the base lacks", [adapter], tiny_models.folder("bert-headless"), tmp_path)
+
+
+def test_it_is_not_combined(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    adapters = [tiny_adapters.folder("llama", modules_to_save=["lm_head"]), tiny_adapters.folder("llama", seed=2)]
+    with pytest.raises(LoratoolError, match=r"'lm_head.weight' whole \(modules_to_save\)"):
+        loratool.combine(adapters, "cat", out=tmp_path / "both.st")
