@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loratool.library.extract import extract
     from loratool.library.merge import merge
     from loratool.library.prune import prune
+    from loratool.library.quantize import quantize
     from loratool.library.spectrum import spectrum
     from loratool.library.truncate import truncate
     from loratool.library.unmerge import unmerge, verify
@@ -52,6 +53,7 @@ __all__ = [
     "list",
     "merge",
     "prune",
+    "quantize",
     "remove",
     "show",
     "spectrum",
@@ -77,6 +79,7 @@ _FUNCTIONS: Final = {
     "list": ("adapters", "list_adapters"),
     "merge": ("merge", "merge"),
     "prune": ("prune", "prune"),
+    "quantize": ("quantize", "quantize"),
     "remove": ("adapters", "remove"),
     "show": ("adapters", "show"),
     "spectrum": ("spectrum", "spectrum"),

@@ -516,7 +516,8 @@ def test_json_of_a_merge_and_back(catalogued: Run, tmp_path: Path) -> None:
     merged = catalogued(*words).json()
     keys = {
         "out", "base", "base_fingerprint", "adapters", "output_fingerprint", "undo_file", "tensors", "survival",
-        "touched_bytes", "size_bytes", "seconds", "dry_run", "notes",
+        "touched_bytes", "size_bytes", "output_size_bytes", "quantize", "base_as", "dequantize", "seconds", "dry_run",
+        "notes",
     }  # fmt: skip
     assert merged.keys() == planned.keys() == keys
     assert merged["tensors"] == planned["tensors"]

@@ -57,6 +57,12 @@ def merge_to_a_new_folder(work: Path) -> None:
     loratool.merge([work / "adapter"], into=work / "base", out=work / "merged", undo=True)
 
 
+def merge_stored_otherwise(work: Path) -> None:
+    import loratool
+
+    loratool.merge([work / "adapter"], into=work / "base", out=work / "merged", base_as="nf4")
+
+
 def merge_over_an_old_folder(work: Path) -> None:
     import loratool
 
@@ -122,6 +128,14 @@ def finish_merging(work: Path) -> None:
     loratool.verify(work / "merged")
 
 
+def finish_merging_stored_otherwise(work: Path) -> None:
+    import loratool
+
+    if not (work / "merged").exists():
+        merge_stored_otherwise(work)
+    loratool.verify(work / "merged")
+
+
 def finish_unmerging(work: Path) -> None:
     if not (work / "restored").exists():
         unmerge_to_a_new_folder(work)
@@ -141,11 +155,13 @@ class Scenario:
 SCENARIOS = {
     "merge to a new folder": Scenario(nothing, merge_to_a_new_folder, finish_merging, True),
     "merge over an old folder": Scenario(merge_the_other, merge_over_an_old_folder, merge_over_an_old_folder, True),
+    "merge stored otherwise": Scenario(nothing, merge_stored_otherwise, finish_merging_stored_otherwise, True),
     "merge in place": Scenario(nothing, merge_in_place, look, False),
     "merge in place on a merge": Scenario(merge_the_other_in_place, merge_in_place, look, False),
     "unmerge in place": Scenario(merge_in_place, unmerge_in_place, look, False),
     "unmerge in place to a merge": Scenario(merge_in_place_twice, unmerge_in_place, look, False),
     "unmerge to a new folder": Scenario(merge_to_a_new_folder, unmerge_to_a_new_folder, finish_unmerging, True),
+    "unmerge to the base": Scenario(merge_stored_otherwise, unmerge_to_a_new_folder, finish_unmerging, True),
 }
 IN_PLACE = [name for name in SCENARIOS if "in place" in name]
 
@@ -491,7 +507,7 @@ def test_a_run_killed_at_any_call_loses_nothing(name: str, run_server: Callable[
     result = run_server(name, "kill_everywhere", step=1 if name in IN_PLACE else 3)
     expect_whole(result, SCENARIOS[name])
     endings = [struck["ending"] for struck in result["strikes"]]
-    assert endings.count("killed by SIGKILL") > 0.9 * len(endings)
+    assert endings.count("killed by SIGKILL") > 0.8 * len(endings)
     if name not in IN_PLACE:
         assert {struck["visible"] for struck in result["strikes"]} <= {"before", "after"}
     finals = [struck["final"] for struck in result["strikes"]]

@@ -53,3 +53,17 @@ def write_exactly(fd: int, buffer: memoryview | bytes, offset: int) -> None:
             done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
         except OSError as error:
             raise OutputError(f"cannot write the output: {error.strerror}; free some space and run again") from None
+
+
+def read_columns(fd: int, buffer: memoryview, offset: int, row_bytes: int, part: slice) -> None:
+    """Fill `buffer` with the bytes `part` of every row of a matrix, which begins at byte `offset` of `fd`."""
+    width = part.stop - part.start
+    for row in range(len(buffer) // width):
+        read_exactly(fd, buffer[row * width : (row + 1) * width], offset + row * row_bytes + part.start)
+
+
+def write_columns(fd: int, buffer: memoryview, offset: int, row_bytes: int, part: slice) -> None:
+    """Write `buffer`, which holds the bytes `part` of every row of a matrix that begins at byte `offset` of `fd`."""
+    width = part.stop - part.start
+    for row in range(len(buffer) // width):
+        write_exactly(fd, buffer[row * width : (row + 1) * width], offset + row * row_bytes + part.start)

@@ -122,18 +122,23 @@ def _hash(tensors: list[TensorInfo], progress: Callable[[int], None]) -> dict[st
 
 def hash_tensor(info: TensorInfo, progress: Callable[[int], None] = lambda count: None) -> str:
     """BLAKE3 of the bytes of one tensor, 64 hexadecimal digits."""
-    hasher = blake3()
-    buffer = memoryview(bytearray(min(READ_BYTES, info.nbytes)))
     try:
         fd = os.open(info.file, os.O_RDONLY)
     except OSError as error:
         raise CheckpointError(f"cannot read {info.file}: {error.strerror}") from None
     try:
-        for start in range(info.start, info.stop, READ_BYTES):
-            part = buffer[: min(READ_BYTES, info.stop - start)]
-            read_exactly(fd, part, start)
-            hasher.update(part)
-            progress(len(part))
+        return hash_range(fd, info.start, info.stop, progress)
     finally:
         os.close(fd)
+
+
+def hash_range(fd: int, start: int, stop: int, progress: Callable[[int], None] = lambda count: None) -> str:
+    """BLAKE3 of the bytes from `start` to `stop` of the open file `fd`, 64 hexadecimal digits."""
+    hasher = blake3()
+    buffer = memoryview(bytearray(min(READ_BYTES, stop - start)))
+    for at in range(start, stop, READ_BYTES):
+        part = buffer[: min(READ_BYTES, stop - at)]
+        read_exactly(fd, part, at)
+        hasher.update(part)
+        progress(len(part))
     return str(hasher.hexdigest())

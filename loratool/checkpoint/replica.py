@@ -54,13 +54,13 @@ def replica(checkpoint: Checkpoint, folder: Path, changing: Collection[str], oth
             os.truncate(target, header.size)
             for start, stop in _changing_ranges(header, changing):
                 os.posix_fallocate(target, start, stop - start)
-                ahead += [partial(copy_range, source, target, *piece) for piece in _pieces(start, stop, CHUNK_BYTES)]
+                ahead += [partial(copy_range, source, target, *piece) for piece in pieces(start, stop, CHUNK_BYTES)]
             files[header.file] = target
             copies += [
                 partial(copy_range, source, target, start, stop, progress=progress)
                 for start, stop in _kept_pieces(header, changing)
             ]
-        copies += [partial(_copy_file, checkpoint.folder / name, folder / name) for name in sorted(others)]
+        copies += [partial(copy_file, checkpoint.folder / name, folder / name) for name in sorted(others)]
         yield Replica(files, copies, ahead[: AHEAD_BYTES // CHUNK_BYTES])
 
 
@@ -81,19 +81,19 @@ def _kept_pieces(header: Header, changing: Collection[str]) -> Iterator[tuple[in
     start = 0
     for info in sorted(header.tensors.values(), key=lambda info: info.start):
         if info.name in changing:
-            yield from _pieces(start, info.start)
+            yield from pieces(start, info.start)
             start = info.stop
-    yield from _pieces(start, header.size)
+    yield from pieces(start, header.size)
 
 
-def _pieces(start: int, stop: int, size: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+def pieces(start: int, stop: int, size: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
     while start < stop:
         end = min(stop, (start // size + 1) * size)
         yield start, end
         start = end
 
 
-def _copy_file(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as reader, open(target, "xb") as writer:
         status = os.fstat(reader.fileno())

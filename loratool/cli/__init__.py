@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "list": "The catalogue of adapters.",
     "merge": "Adapters into the weights of a base model.",
     "prune": "Drop the least ranks of an AdaLoRA.",
+    "quantize": "A full model to NF4.",
     "remove": "Forget an adapter.",
     "show": "One adapter: everything known.",
     "tag": "Put tags on an adapter, or take them off.",

@@ -26,6 +26,7 @@ from loratool.cli.rendering import (
 
 if TYPE_CHECKING:
     from loratool.library.merge import MergeResult
+    from loratool.merging.conversion import Conversion
 
 
 @click.command(
@@ -40,6 +41,21 @@ if TYPE_CHECKING:
 @click.option("--into", required=True, metavar="BASE", help="A catalogued name, a folder, or a Hub id.")
 @click.option("--out", type=PathType(), metavar="DIR", help="The new folder; by default BASE-ADAPTER beside the base.")
 @click.option("--in-place", is_flag=True, help="Change the base's own files; an undo file is always kept.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["nf4"]),
+    help="Dense base to NF4 model: merge, then quantize. Choose it for the best quality in 4 bits.",
+)
+@click.option(
+    "--base-as",
+    type=click.Choice(["nf4"]),
+    help="Dense base to NF4 model: quantize, then merge. Choose it to get what its NF4 image would give, without one.",
+)
+@click.option(
+    "--dequantize",
+    is_flag=True,
+    help="NF4 base to dense model. Choose it for exactly what QLoRA trained, where 16 bits a weight fit.",
+)
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
 @click.option("--force", is_flag=True, help="Merge into another base than recorded; replace an earlier output.")
@@ -53,6 +69,9 @@ def command(
     into: str,
     out: str | None,
     in_place: bool,
+    quantize: str | None,
+    base_as: str | None,
+    dequantize: bool,
     undo: bool,
     dry_run: bool,
     force: bool,
@@ -69,6 +88,10 @@ def command(
 
     if in_place and out:
         raise click.UsageError("give --out or --in-place, not both")
+    if sum((quantize is not None, base_as is not None, dequantize)) > 1:
+        raise click.UsageError("give one of --quantize, --base-as and --dequantize")
+    if in_place and (quantize or base_as or dequantize):
+        raise click.UsageError("a base cannot be stored otherwise --in-place; give --out")
     specs = [parse_spec(word) for word in adapters]
     with ProgressBar() as progress:
         result = merge(
@@ -76,6 +99,9 @@ def command(
             into,
             out=out,
             in_place=in_place,
+            quantize=quantize,
+            base_as=base_as,
+            dequantize=dequantize,
             dry_run=dry_run,
             undo=undo,
             force=force,
@@ -111,11 +137,12 @@ def parse_spec(word: str) -> tuple[str, float]:
 
 
 def _print_plan(result: MergeResult, *, in_place: bool) -> None:
+    becomes = {each.name: each.codec for each in _anew(result)}
     rows = [
         [
             target.name,
             " + ".join(planned.update.kind for planned in target.updates),
-            target.weight.codec,
+            target.weight.codec + (f" to {becomes[target.name]}" if target.name in becomes else ""),
             size(target.nbytes),
         ]
         for target in result.plan.targets
@@ -125,6 +152,7 @@ def _print_plan(result: MergeResult, *, in_place: bool) -> None:
     print_facts(
         [
             ("changes", _changed(result)),
+            ("stored anew", _stored_anew(result)),
             ("in place" if in_place else "would write", shown_path(result.out)),
             ("takes about", duration(result.seconds)),
         ]
@@ -146,6 +174,7 @@ def _print_result(result: MergeResult, *, in_place: bool) -> None:
         [
             ("in place" if in_place else "written to", out),
             ("changed", _changed(result)),
+            ("stored anew", _stored_anew(result)),
             ("survived", survived(**result.survival.to_json()) if result.survival else ""),
             ("time", duration(result.seconds)),
             ("undo file", size(result.undo_file.stat().st_size) if result.undo_file else ""),
@@ -153,6 +182,21 @@ def _print_result(result: MergeResult, *, in_place: bool) -> None:
             ("take it out", f"loratool unmerge {word}{' --in-place' if in_place else ''}"),
         ]
     )
+
+
+def _stored_anew(result: MergeResult) -> str:
+    """Where the model is stored otherwise than its base: how many matrices, and the sizes."""
+    anew = _anew(result)
+    if not anew:
+        return ""
+    sizes = f"{size(result.output_size_bytes)} instead of {size(result.plan.base.nbytes)}"
+    return f"{counted(len(anew), 'tensor')} as {anew[0].codec}, {sizes}"
+
+
+def _anew(result: MergeResult) -> list[Conversion]:
+    """The matrices that are stored otherwise than in the base."""
+    conversions = () if result.conversion is None else result.conversion.conversions
+    return [each for each in conversions if each.codec != each.source.codec]
 
 
 def _changed(result: MergeResult) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loratool.library.unmerge import VerifyResult
 
 WORDS = {
-    "base": "the merge, replayed from the base, gives the same bytes",
+    "base": "made again from the base, it has the same bytes",
     "undo": "taking the merge out gives the base's bytes",
 }
 
@@ -31,7 +31,7 @@ WORDS = {
 @json_option
 @click.pass_obj
 def command(registry: str | None, merged: str, as_json: bool) -> None:
-    """Check a merged model against its manifest, byte by byte, and replay the merge."""
+    """Check a merged or quantized model against its manifest, byte by byte, and make it again."""
     from loratool.library.unmerge import verify
 
     with ProgressBar() as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ from loratool.errors import CheckpointError, NotFoundError, VerificationError, W
 from loratool.library.merge import hold
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import HUB_ID, digest_cache, exists, fetch_from_hub, open_registry, user_path
-from registry import AdapterSummary, BaseRecord, MergeRecord, check_name
+from registry import AdapterSummary, BaseRecord, MergeRecord, Registry, check_name
 
 DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "U8": "uint8"}
 
@@ -75,7 +76,6 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
                 _refuse_other_model(checkpoint, catalogue.bases.find(variant_of))
             watcher.begin("fingerprinting", checkpoint.nbytes)
             digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
-        architectures = checkpoint.config.get("architectures")
         return catalogue.bases.add(
             name,
             text,
@@ -83,12 +83,44 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
             revision=revision,
             fingerprint=fingerprint(checkpoint.tensors, digests),
             variant_of=variant_of,
-            architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
-            model_type=str(checkpoint.config["model_type"]) if "model_type" in checkpoint.config else None,
             parameter_count=sum(_elements(info) for info in checkpoint.tensors.values()),
             size_bytes=checkpoint.nbytes,
             dtype=_main_dtype(checkpoint),
+            **_kind_of_model(checkpoint.config),
         )
+
+
+def add_variant(catalogue: Registry, name: str, path: Path, original: Checkpoint, *, fingerprint: str,
+                variant_of: str | None, size_bytes: int, dtype: str) -> BaseRecord:  # fmt: skip
+    """Catalogue the model at `path`, just made of `original` and stored otherwise; of the same family where it has one.
+
+    An entry of that name of what was at `path` before is changed.
+
+    Raises:
+        registry.RegistryError: the name is taken by another model, or the catalogue cannot be written.
+    """
+    before = catalogue.bases.get(name)
+    if before is not None and before.path == path.absolute():
+        catalogue.bases.update(name, fingerprint=fingerprint)
+    return catalogue.bases.add(
+        name,
+        str(path.absolute()),
+        path=path.absolute(),
+        fingerprint=fingerprint,
+        variant_of=variant_of,
+        parameter_count=sum(_elements(info) for info in original.tensors.values()),
+        size_bytes=size_bytes,
+        dtype=dtype,
+        **_kind_of_model(original.config),
+    )
+
+
+def _kind_of_model(config: Mapping[str, Any]) -> dict[str, str | None]:
+    architectures = config.get("architectures")
+    return {
+        "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        "model_type": str(config["model_type"]) if "model_type" in config else None,
+    }
 
 
 def base_list(*, registry: str | None = None) -> tuple[BaseRecord, ...]:

@@ -30,9 +30,12 @@ from loratool.library.resolve import (
     resolve_base,
     user_path,
 )
-from loratool.merging.apply import BaseIdentity, MergeReport, apply_merge, merge_in_place
+from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
+from loratool.merging.conversion import ConversionPlan, Storage
+from loratool.merging.manifest import read_manifest
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
+from loratool.merging.plan_conversion import plan_conversion
 from loratool.merging.survival import LEAST_SHARE, Survival
 from loratool.merging.undo import UNDO_NAME
 from registry import MergedAdapter, Registry, RegistryError
@@ -60,6 +63,7 @@ class MergeResult:
         survival: of a merge into 4-bit matrices, what of the update the stored codes carry, in all.
         survivals: the same of each matrix, by name.
         seconds: the time taken, or expected.
+        conversion: what is stored otherwise than in the base; None where nothing is.
     """
 
     out: Path
@@ -74,9 +78,16 @@ class MergeResult:
     dry_run: bool
     survival: Survival | None = None
     survivals: Mapping[str, Survival] = field(default_factory=dict)
+    conversion: ConversionPlan | None = None
+
+    @property
+    def output_size_bytes(self) -> int:
+        """Bytes of tensors in the merged model."""
+        return self.plan.base.nbytes if self.conversion is None else self.conversion.layout.nbytes
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
+        way = None if self.conversion is None else self.conversion.storage.way
         return {
             "out": str(self.out),
             "base": self.base,
@@ -98,6 +109,10 @@ class MergeResult:
             "survival": None if self.survival is None else self.survival.to_json(),
             "touched_bytes": self.plan.touched_bytes,
             "size_bytes": self.plan.base.nbytes,
+            "quantize": "nf4" if way == "quantize" else None,
+            "base_as": "nf4" if way == "base_as" else None,
+            "dequantize": way == "dequantize",
+            "output_size_bytes": self.output_size_bytes,
             "seconds": round(self.seconds, 3),
             "dry_run": self.dry_run,
             "notes": list(self.notes),
@@ -105,8 +120,9 @@ class MergeResult:
 
 
 def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: PathLike | None = None,
-          in_place: bool = False, dry_run: bool = False, undo: bool = False, force: bool = False, device: str = "auto",
-          alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
+          in_place: bool = False, quantize: str | None = None, base_as: str | None = None, dequantize: bool = False,
+          dry_run: bool = False, undo: bool = False, force: bool = False, device: str = "auto", alpha: float | None = None,
+          registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
     Args:
@@ -115,6 +131,9 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
         into: the base: a catalogued name, a folder, a safetensors file, or a Hub id.
         out: the new folder; by default ``<base>-<adapter>`` beside the base.
         in_place: change the base's own files instead; an undo file is always kept.
+        quantize: ``nf4``: merge into a dense base, then store its linear modules in NF4; the most exact NF4 model.
+        base_as: ``nf4``: take a dense base as its NF4 image and merge into that, as if it had been quantized before.
+        dequantize: decode an NF4 base and merge densely: W' = dequantized W + the update, rounded once to its own dtype.
         dry_run: plan and check only; write nothing.
         undo: keep an undo file in the new folder, so that the merge can be taken out when the base is gone.
         force: merge into another base than the adapter records, and replace an output that loratool wrote before.
@@ -128,6 +147,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
     """
     if in_place and out is not None:
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
+    storage = _storage(quantize, base_as, dequantize=dequantize)
+    _refuse_beside_storage(storage, in_place=in_place, undo=undo)
     started = time.monotonic()
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
@@ -135,7 +156,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
         base = resolve_base(into, catalogue)
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
-        target = base.path if in_place else _output(out, base, resolved)
+        target = base.path if in_place else _output(out, base, resolved, storage)
         if not in_place:
             refuse_overlap(target, [base.path, *(found.adapter.file for found in resolved)])
             refuse_existing(target, force=force)
@@ -144,6 +165,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
             if in_place:
                 _refuse_in_place(checkpoint)
             plan = plan_merge(weighted, checkpoint)
+            conversion = None if storage is None else plan_conversion(checkpoint, storage, plan)
             for found in resolved if dry_run else ():  # a merge looks when it reads them
                 refuse_not_finite(found.adapter)
             if device.startswith("cuda"):
@@ -153,21 +175,52 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
             if dry_run:
                 known = fingerprint(checkpoint.tensors, digests) if digests else None
                 seconds = _expected_seconds(plan, catalogue, in_place=in_place)
+                all_notes = (*notes, *plan.notes)
                 return MergeResult(
-                    target, base.name, known, merged, None, None, plan, (*notes, *plan.notes), seconds, True
+                    target, base.name, known, merged, None, None, plan, all_notes, seconds, True, conversion=conversion
                 )
             identity = BaseIdentity(base.name, digests)
-            watcher.begin("merging", plan.touched_bytes if in_place else sum(h.size for h in checkpoint.headers))
-            with _remembered(checkpoint, unless=in_place or bool(digests)) as remember:
-                if in_place:
+            with remembered(checkpoint, unless=in_place or bool(digests)) as remember:
+                if conversion is not None:
+                    watcher.begin("merging", conversion.read_bytes)
+                    report = apply_conversion(
+                        conversion, target, identity, device=device, force=force, progress=watcher.advance
+                    )
+                elif in_place:
+                    watcher.begin("merging", plan.touched_bytes)
                     report = merge_in_place(plan, identity, device=device, progress=watcher.advance)
                 else:
+                    watcher.begin("merging", sum(header.size for header in checkpoint.headers))
                     report = apply_merge(
                         plan, target, identity, device=device, undo=undo, force=force, progress=watcher.advance
                     )
                 remember(report.base_digests)
-        result = _result(target, base, merged, report, plan, (*notes, *plan.notes), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        result = _result(target, base, merged, report, plan, conversion, (*notes, *plan.notes), seconds)
         return _recorded(result, catalogue, in_place=in_place)
+
+
+def _storage(quantize: str | None, base_as: str | None, *, dequantize: bool) -> Storage | None:
+    """How the merged model is stored, where it is stored otherwise than its base."""
+    for option, value in (("--quantize", quantize), ("--base-as", base_as)):
+        if value not in (None, "nf4"):
+            raise LoratoolError(f"{option} is {quoted(value)}, and loratool quantizes to nf4 alone; give {option} nf4")
+    if sum((quantize is not None, base_as is not None, dequantize)) > 1:
+        raise LoratoolError("--quantize, --base-as and --dequantize contradict one another; give one of them")
+    if quantize or base_as:
+        return Storage("quantize" if quantize else "base_as")
+    return Storage("dequantize") if dequantize else None
+
+
+def _refuse_beside_storage(storage: Storage | None, *, in_place: bool, undo: bool) -> None:
+    """Raise LoratoolError for what a model cannot have that holds none of its base's bytes."""
+    option = "--in-place" if in_place else "--undo" if undo else None
+    if storage is None or option is None:
+        return
+    raise LoratoolError(
+        f"a model that is stored otherwise than its base cannot be made with {option}: the base's own bytes are not in "
+        f"it; leave {option} out, and keep the base to unmerge from"
+    )
 
 
 def with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
@@ -180,16 +233,22 @@ def with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
     return name, float(weight)
 
 
-def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter]) -> Path:
+def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter],
+            storage: Storage | None) -> Path:  # fmt: skip
     """`out`, or ``<base>-<adapter>-...`` beside the base (in the working folder for a base in the Hub's cache)."""
     if out is not None:
         path = user_path(out)
         if path.suffix in SINGLE_FILE_SUFFIXES:
             raise OutputError(f"a merged model is a folder; give --out a folder's name instead of {quoted(path.name)}")
         return path
-    name = re.sub(r"[^\w.+-]+", "-", "-".join([base.name, *(found.label for found in adapters)]))
+    ending = [] if storage is None else ["dense" if storage.way == "dequantize" else "nf4"]
+    return beside_base(base, "-".join([base.name, *(found.label for found in adapters), *ending]))
+
+
+def beside_base(base: ResolvedBase, name: str) -> Path:
+    """A folder of that name beside the base, or in the working folder for a base in the Hub's cache."""
     parent = Path.cwd() if "snapshots" in base.path.resolve().parts else base.path.resolve().parent
-    return parent / name
+    return parent / re.sub(r"[^\w.+-]+", "-", name)
 
 
 def refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
@@ -228,6 +287,7 @@ def _check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpo
     watcher.begin("fingerprinting the base", checkpoint.nbytes)
     digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
     actual = fingerprint(checkpoint.tensors, digests)
+    original = _original_of(checkpoint, actual)
     notes = []
     if recorded is not None and recorded != actual:
         problem = f"the files of base {quoted(base.name)} are not those that were catalogued"
@@ -237,7 +297,7 @@ def _check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpo
     for found in adapters:
         if found.base_fingerprint is None:
             notes.append(_unrecorded(found))
-        elif not catalogue.bases.same_family(found.base_fingerprint, actual):
+        elif not any(catalogue.bases.same_family(found.base_fingerprint, one) for one in (actual, original) if one):
             problem = (
                 f"{quoted(found.adapter.name)} belongs to the base {_base_label(found.base_fingerprint, catalogue)}, "
                 f"and {quoted(base.name)} is another model ({actual[:12]}…)"
@@ -246,6 +306,15 @@ def _check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpo
                 raise WrongBaseError(f"{problem}; merge it into its own base, or give --force")
             notes.append(f"{problem}; merged all the same, with --force")
     return digests, notes
+
+
+def _original_of(checkpoint: Checkpoint, actual: str) -> str | None:
+    """The fingerprint of the dense model that the base is the NF4 image of, where loratool quantized it."""
+    try:
+        manifest = read_manifest(checkpoint.path, ("quantization",))
+    except LoratoolError:
+        return None
+    return manifest.base_fingerprint if manifest.fingerprint == actual else None
 
 
 def _unrecorded(found: ResolvedAdapter) -> str:
@@ -258,7 +327,7 @@ def _base_label(wanted: str, catalogue: Registry) -> str:
 
 
 @contextmanager
-def _remembered(checkpoint: Checkpoint, *, unless: bool) -> Iterator[Callable[[Mapping[str, str]], None]]:
+def remembered(checkpoint: Checkpoint, *, unless: bool) -> Iterator[Callable[[Mapping[str, str]], None]]:
     """Give a function that caches the base's digests under what its files were before they were read."""
     cache = digest_cache()
     before = [] if unless else [(header, file_identity(header.file)) for header in checkpoint.headers]
@@ -275,7 +344,7 @@ def _merged(found: ResolvedAdapter, weight: float) -> MergedAdapter:
 
 
 def _result(out: Path, base: ResolvedBase, merged: tuple[MergedAdapter, ...], report: MergeReport, plan: MergePlan,
-            notes: tuple[str, ...], seconds: float) -> MergeResult:  # fmt: skip
+            conversion: ConversionPlan | None, notes: tuple[str, ...], seconds: float) -> MergeResult:  # fmt: skip
     manifest = report.manifest
     undo_file = None if manifest.undo is None else out / manifest.undo / UNDO_NAME
     return MergeResult(
@@ -291,6 +360,7 @@ def _result(out: Path, base: ResolvedBase, merged: tuple[MergedAdapter, ...], re
         dry_run=False,
         survival=manifest.survival_of_all,
         survivals=manifest.survival,
+        conversion=conversion,
     )
 
 
@@ -324,6 +394,7 @@ def _record(result: MergeResult, catalogue: Registry, *, in_place: bool) -> None
         in_place=in_place,
         options={
             "seconds": result.seconds,
+            **({} if result.conversion is None else result.conversion.storage.to_options()),
             **({} if result.survival is None else {"survival": result.survival.to_json()}),
             "size_bytes": result.plan.touched_bytes if in_place else result.plan.base.nbytes,
         },

@@ -19,12 +19,13 @@ from loratool.library.merge import hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import digest_cache, exists, open_registry, resolve_merged, user_path
 from loratool.merging.arithmetic import choose_device
-from loratool.merging.manifest import Manifest, MergedAdapter, read_manifest
+from loratool.merging.manifest import KINDS, Manifest, MergedAdapter, read_manifest
 from loratool.merging.survival import Survival
 from loratool.merging.undo import adapter_file
 from loratool.merging.unmerge import (
     Restoration,
     UnmergeReport,
+    copy_base_to,
     restore_approximately,
     restore_by_undo,
     restore_from_base,
@@ -125,11 +126,15 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
         with hold(path, exclusive=in_place):
             manifest = read_manifest(path)
             checkpoint = Checkpoint.open(path)
+            if manifest.converted:
+                _refuse_arithmetic(path, in_place=in_place, approximate=approximate)
             if in_place:
                 refuse_links(path, [header.file for header in checkpoint.headers])
             else:
                 refuse_overlap(target, [path])
                 refuse_existing(target, force=force)
+            if manifest.converted:
+                return _copied_base(checkpoint, manifest, catalogue, target, watcher, force=force)
 
             def take_out(way: Restoration) -> UnmergeReport:
                 if in_place:
@@ -148,13 +153,40 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
     return UnmergeResult(target, report.method, restored, report.inexact, (*notes, *report.notes))
 
 
+def _refuse_arithmetic(path: Path, *, in_place: bool, approximate: bool) -> None:
+    """Raise RestoreError if a model that is stored otherwise than its base is to be restored from itself."""
+    option = "--in-place" if in_place else "--approximate" if approximate else None
+    if option:
+        raise RestoreError(
+            f"{quoted(path)} is stored otherwise than its base, so the base comes back only as a copy of itself; leave "
+            f"{option} out"
+        )
+
+
+def _copied_base(merged: Checkpoint, manifest: Manifest, catalogue: Registry, out: Path, watcher: Progress, *,
+                 force: bool) -> UnmergeResult:  # fmt: skip
+    """The way back from a model that is stored otherwise than its base."""
+    base = _find_base(merged, manifest, catalogue, watcher)
+    if base is None:
+        raise RestoreError(
+            f"{quoted(merged.path)} is stored otherwise than its base {quoted(manifest.base_name)} "
+            f"({manifest.base_fingerprint[:12]}…), and holds nothing to restore that from; put the base back to "
+            f"{quoted(manifest.base_path)}, or catalogue it with 'loratool base add'"
+        )
+    refuse_overlap(out, [base.path])
+    watcher.begin("copying the base", sum(header.size for header in base.headers))
+    with hold(base.path, exclusive=False):
+        report = copy_base_to(base, manifest, out, force=force, progress=watcher.advance)
+    return UnmergeResult(out, report.method, manifest.base_fingerprint, report.inexact, report.notes)
+
+
 def verify(
     merged: str | os.PathLike[str], *, registry: str | None = None, progress: Progress | None = None
 ) -> VerifyResult:
-    """Check a merged model against its manifest, byte by byte, and replay the merge where base or undo is at hand.
+    """Check a merged or quantized model against its manifest, byte by byte, and replay it where base or undo is at hand.
 
     Args:
-        merged: the merged model's folder, or the catalogued name of one.
+        merged: the model's folder, or the catalogued name of one.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 
@@ -166,7 +198,7 @@ def verify(
     with open_registry(registry, read_only=True) as catalogue:
         path = resolve_merged(merged, catalogue)
         with hold(path, exclusive=False):
-            manifest = read_manifest(path)
+            manifest = read_manifest(path, KINDS)
             checkpoint = Checkpoint.open(path)
             watcher.begin("comparing with the manifest", checkpoint.nbytes)
             files, extra = verify_content(checkpoint, manifest, progress=watcher.advance)
@@ -273,7 +305,6 @@ def _replay(
     merged: Checkpoint, manifest: Manifest, catalogue: Registry, watcher: Progress
 ) -> tuple[str, tuple[str, ...]]:
     """Replay the merge from the base, else take it out in memory by the undo file; what was done, and notes."""
-    changing = sum(merged.tensors[name].nbytes for name in manifest.changed)
     why = _why_not_here(manifest)
     base = None if why else _find_base(merged, manifest, catalogue, watcher)
     if base is not None:
@@ -281,18 +312,20 @@ def _replay(
             adapters = _find_adapters(merged.folder, manifest, catalogue)
         except NotFoundError as error:
             return "", (f"the merge was not replayed: {error}",)
-        watcher.begin("replaying the merge", changing)
+        changing = sum(merged.tensors[name].nbytes for name in manifest.changed)
+        watcher.begin(f"replaying the {manifest.kind}", base.nbytes if manifest.converted else changing)
         try:
             differing = replay(base, manifest, adapters, progress=watcher.advance)
         except VerificationError as error:
-            raise VerificationError(f"the merge, replayed, gives other bytes: {error}") from None
+            raise VerificationError(f"the {manifest.kind}, replayed, gives other bytes: {error}") from None
         if differing is None:
             return "base", ()
-        why = f"the merge, replayed with another torch, gives other bytes in {quoted(differing)}"
+        why = f"the {manifest.kind}, replayed with another torch, gives other bytes in {quoted(differing)}"
     if manifest.undo is None:
-        why = why or "the merge was not replayed: neither its base nor an undo file is at hand"
-        return "", (f"{why}; every byte is what the merge wrote",)
-    watcher.begin("taking the merge out in memory", changing)
+        missing = "its base is not" if manifest.converted else "neither its base nor an undo file is"
+        why = why or f"the {manifest.kind} was not replayed: {missing} at hand"
+        return "", (f"{why}; every byte is what the {manifest.kind} wrote",)
+    watcher.begin("taking the merge out in memory", sum(merged.tensors[name].nbytes for name in manifest.changed))
     replay_undo(manifest, restore_by_undo(merged, manifest), progress=watcher.advance)
     return "undo", (f"{why}; every byte is what the merge wrote",) if why else ()
 

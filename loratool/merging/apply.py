@@ -1,14 +1,15 @@
-"""Carrying out a merge plan: a new model folder, or a change of the base in place."""
+"""Carrying out a plan: a new model folder, stored as the base is or otherwise, or a change of the base in place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypedDict
 
 from blake3 import blake3
 
@@ -22,12 +23,14 @@ from loratool.errors import CheckpointError, quoted
 from loratool.formats.adapter import sha256_of
 from loratool.formats.write import write_single_file
 from loratool.merging.arithmetic import Merge, choose_device
+from loratool.merging.conversion import ConversionPlan
+from loratool.merging.convert import write_converted
 from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter
 from loratool.merging.plan import MergePlan, Target, WeightedAdapter
-from loratool.merging.rewrite import Job, Place, Progress, rewrite
-from loratool.merging.survival import SurvivalCount
+from loratool.merging.rewrite import Place, Progress, rewrite
+from loratool.merging.survival import Survival, SurvivalCount
 from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
-from loratool.merging.workers import cpu_workers
+from loratool.merging.workers import Job, cpu_workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge left: its manifest, and the digests of the base's tensors, for a cache."""
+    """What a merge or a conversion left: its manifest, and the digests of the base's tensors, for a cache."""
 
     manifest: Manifest
     base_digests: Mapping[str, str]
@@ -61,6 +64,44 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
             report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, copy.ahead)
         (stage / MANIFEST_NAME).write_text(report.manifest.to_json())
     return report
+
+
+def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, device: str = "cpu", force: bool = False,
+                     check: Callable[[str], None] = lambda base_fingerprint: None,
+                     progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
+    """Write the model that is stored otherwise to the new folder `out`, with the planned merge, if any, in it.
+
+    `check` gets the base's fingerprint before anything appears under the final name, and may raise.
+
+    Raises:
+        OutputError: `out` exists, or cannot be written.
+        CheckpointError, AdapterError: a file changed or is damaged; nothing is written then.
+    """
+    with staged_folder(out, force=force) as stage:
+        converted = write_converted(plan, stage, device=device, known=base.digests or {}, progress=progress)
+        before = fingerprint(plan.base.tensors, converted.before)
+        check(before)
+        manifest = Manifest(
+            kind="merge" if plan.merge else "quantization",
+            base_name=base.name,
+            base_path=str(plan.base.path.absolute()),
+            base_fingerprint=before,
+            fingerprint=fingerprint(plan.layout.tensors, converted.after),
+            adapters=tuple(_merged_adapter(weighted) for weighted in plan.merge.adapters) if plan.merge else (),
+            options=_conversion_options(plan, device),
+            versions=_versions(),
+            changed={},
+            tensors=converted.after,
+            files=_file_digests(Checkpoint.open(stage)),
+            **_survival(converted.survival),
+        )
+        (stage / MANIFEST_NAME).write_text(manifest.to_json())
+    return MergeReport(manifest, converted.before)
+
+
+def _conversion_options(plan: ConversionPlan, device: str) -> dict[str, str]:
+    seed = {"seed": plan.merge.seed} if plan.merge and plan.storage.way == "base_as" else {}
+    return {"device": _kind_of_device(device), **plan.storage.to_options(), **seed}
 
 
 def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
@@ -123,9 +164,8 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         base_fingerprint=fingerprint(plan.base.tensors, before),
         fingerprint=fingerprint(plan.base.tensors, after),
         adapters=tuple(_merged_adapter(weighted) for weighted in plan.adapters),
-        options={"device": "cuda" if choose_device(device).startswith("cuda") else "cpu"}
-        | ({"seed": plan.seed} if merges else {}),
-        versions={name: version(name) for name in ("loratool", "torch", "safetensors")},
+        options={"device": _kind_of_device(device)} | ({"seed": plan.seed} if merges else {}),
+        versions=_versions(),
         changed=changed,
         tensors=after,
         files=_file_digests(plan.base),
@@ -133,12 +173,30 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
         in_place=in_place,
-        survival={name: merge.survival.survival() for name, merge in sorted(merges.items())},
-        survival_of_all=SurvivalCount.of_all(merge.survival for merge in merges.values()).survival()
-        if merges
-        else None,
+        **_survival({name: merge.survival for name, merge in merges.items()}),
     )
     return MergeReport(manifest, before)
+
+
+class _SurvivalFields(TypedDict):
+    survival: dict[str, Survival]
+    survival_of_all: Survival | None
+
+
+def _survival(counts: Mapping[str, SurvivalCount]) -> _SurvivalFields:
+    """What a manifest says of what survived, in each matrix of 4 bits and in all."""
+    return {
+        "survival": {name: count.survival() for name, count in sorted(counts.items())},
+        "survival_of_all": SurvivalCount.of_all(counts.values()).survival() if counts else None,
+    }
+
+
+def _kind_of_device(device: str) -> str:
+    return "cuda" if choose_device(device).startswith("cuda") else "cpu"
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("loratool", "torch", "safetensors")}
 
 
 def _undo_writer(plan: MergePlan, folder: Path, undo_folder: str | None) -> AbstractContextManager[UndoWriter | None]:

@@ -1,4 +1,4 @@
-"""The manifest of a merge, ``loratool.json`` in the merged model: what was merged into what, and every digest.
+"""The manifest of a model that loratool made, ``loratool.json``: what was merged into what, and every digest.
 
 It holds nothing that changes from run to run, so equal merges give equal bytes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,10 @@ from loratool.merging.survival import Survival
 
 MANIFEST_NAME: Final = "loratool.json"
 SCHEMA: Final = 1
+KINDS: Final = ("merge", "quantization")
+CONVERSIONS: Final = frozenset({"quantize", "base_as", "dequantize"})
+"""Options of a model that is stored otherwise than its base."""
+
 MAX_PREVIOUS_BYTES: Final = 1 << 26
 """The largest manifest of a base that a manifest keeps."""
 
@@ -50,7 +54,7 @@ class MergedAdapter:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a merge did.
+    """What a merge did, or a quantization.
 
     Attributes:
         base_name: the base's catalogued name or folder name.
@@ -58,9 +62,9 @@ class Manifest:
         base_fingerprint: BLAKE3 fingerprint of the base.
         fingerprint: of the merged model.
         adapters: in the order in which they were added.
-        options: what else decides the bytes (``device``).
+        options: what else decides the bytes (``device``, ``seed``, and how a model stored otherwise is stored).
         versions: of the programs that computed them.
-        changed: digests before and after, of every tensor that changed.
+        changed: digests before and after, of every tensor that changed; none where the model is stored otherwise.
         tensors: digest of every tensor of the merged model.
         files: digest of every other file, by path relative to the folder.
         undo: folder of the undo file, relative; None where none was written.
@@ -70,6 +74,7 @@ class Manifest:
         in_place: whether the base's own files were changed.
         survival: what of the update each matrix of 4 bits carries.
         survival_of_all: the same of all of them together; None where there is none.
+        kind: ``merge``, or ``quantization``, which has no adapters.
     """
 
     base_name: str
@@ -88,12 +93,18 @@ class Manifest:
     in_place: bool = False
     survival: Mapping[str, Survival] = field(default_factory=dict)
     survival_of_all: Survival | None = None
+    kind: str = "merge"
+
+    @property
+    def converted(self) -> bool:
+        """Whether the model is stored otherwise than its base, so that no tensor of the one need be in the other."""
+        return not CONVERSIONS.isdisjoint(self.options)
 
     def to_json(self) -> str:
         """The text of the manifest file."""
         value = {
             "schema": SCHEMA,
-            "kind": "merge",
+            "kind": self.kind,
             "base": {"name": self.base_name, "path": self.base_path, "fingerprint": self.base_fingerprint},
             "fingerprint": self.fingerprint,
             "adapters": [{key: getattr(adapter, key) for key in MergedAdapter.__slots__} for adapter in self.adapters],
@@ -113,11 +124,11 @@ class Manifest:
         return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the merged model in `folder`.
+def read_manifest(folder: Path, kinds: Collection[str] = ("merge",)) -> Manifest:
+    """The manifest of the model in `folder`, of one of these kinds.
 
     Raises:
-        NotFoundError: the folder has none: loratool did not merge it.
+        NotFoundError: the folder has none: loratool did not make it.
         CheckpointError: it is damaged, or of a later version of loratool.
     """
     file = folder / MANIFEST_NAME
@@ -126,13 +137,13 @@ def read_manifest(folder: Path) -> Manifest:
             f"{quoted(folder)} has no {MANIFEST_NAME}: loratool did not merge it; "
             "give a folder that 'loratool merge' wrote"
         )
-    return parse_manifest(file.read_bytes(), file)
+    return parse_manifest(file.read_bytes(), file, kinds)
 
 
-def parse_manifest(text: bytes, file: Path) -> Manifest:
+def parse_manifest(text: bytes, file: Path, kinds: Collection[str] = ("merge",)) -> Manifest:
     """Check and parse the `text` of a manifest; errors as `read_manifest`, naming `file`."""
     value = parse_json_object(text, file)
-    if value.get("kind") != "merge":
+    if value.get("kind") not in kinds:
         raise NotFoundError(f"{quoted(file)} does not describe a merge; give the folder of a merged model")
     if value.get("schema") != SCHEMA:
         raise CheckpointError(f"{quoted(file)} was written by another version of loratool; use that one")
@@ -167,6 +178,7 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         in_place=_truth(value.get("in_place", False)),
         survival={_text(name): Survival.from_json(entry) for name, entry in survival.get("tensors", {}).items()},
         survival_of_all=Survival.from_json(survival["all"]) if survival else None,
+        kind=_text(value["kind"]),
     )
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,17 +20,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_exactly, write_exactly
-from loratool.checkpoint.copying import flushing
 from loratool.errors import CheckpointError, quoted
 from loratool.merging.plan import Target
+from loratool.merging.workers import Job, work_through
 
 if TYPE_CHECKING:
     import torch
 
 Progress = Callable[[int], None]
 """Called, from any thread, with the number of bytes of the model done since the last call."""
-
-Job = Callable[[], None]
 
 
 class Change(Protocol):
@@ -67,53 +65,22 @@ def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], place
             known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Digests]:  # fmt: skip
     """Stream every target through its change and write each of its tensors to its place; those without are digested.
 
-    `beside` are other jobs (copies) that the same workers do, first: they can begin before torch is imported. Those of
-    `ahead` are done only until it is. From then on what is written is also sent to the disk.
-    `known` are digests, by name, that tensors are known to have before the change; they are not made again.
-    The first error stops everything and is raised. Returns the digests of the targets' tensors, by name.
+    `beside` and `ahead` are other jobs of the same workers (`work_through`). `known` are digests, by name, that tensors are
+    known to have before the change; they are not made again. Returns the digests of the targets' tensors, by name.
     """
-    stop, ready = threading.Event(), threading.Event()
     digests: dict[str, Digests] = {}
 
-    def one(target: Target) -> None:
-        if not stop.is_set():
-            digests.update(_stream(target, change(target), places, known, progress, stop))
+    def one(target: Target, stop: threading.Event) -> None:
+        digests.update(_stream(target, change(target), places, known, progress, stop))
 
-    def until_ready(job: Job) -> None:
-        if not ready.is_set():
-            job()
-
-    with ThreadPoolExecutor(workers) as pool:
-        futures: list[Future[None]] = [pool.submit(job) for job in beside]
-        early = [pool.submit(until_ready, job) for job in ahead]
-        try:
-            with _one_thread_a_block(), flushing({place.fd for place in places.values()}):
-                ready.set()
-                wait(early)  # none may overwrite what a change wrote
-                futures += early
-                futures += [pool.submit(one, target) for target in sorted(targets, key=lambda target: -target.nbytes)]
-                wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            ready.set()
-            stop.set()
-            for future in [*futures, *early]:
-                future.cancel()
-        for future in futures:
-            if not future.cancelled():
-                future.result()
+    work_through(
+        [partial(one, target) for target in sorted(targets, key=lambda target: -target.nbytes)],
+        workers=workers,
+        beside=beside,
+        ahead=ahead,
+        files={place.fd for place in places.values()},
+    )
     return digests
-
-
-@contextmanager
-def _one_thread_a_block() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _stream(target: Target, change: Change, places: Mapping[str, Place], known: Mapping[str, str],

@@ -39,5 +39,5 @@ def refuse_other_storage(base: Checkpoint) -> None:
     if found:
         raise UnsupportedError(
             f"{quoted(base.path)} stores its weights as {quoted(found)}; loratool merges into fp32, fp16, bf16 and "
-            "bitsandbytes NF4 and FP4 weights: merge into the model that it was quantized from"
+            "bitsandbytes NF4 and FP4 weights: use the model that it was quantized from"
         )

@@ -14,6 +14,10 @@ LEAST_SHARE: Final = 0.9
 """A merge that keeps less of its update than this is warned of."""
 
 
+MOST_NOISE: Final = 1e18
+"""Stands for noise whose square is beyond fp32."""
+
+
 @dataclass(frozen=True, slots=True)
 class Survival:
     """What became of an update, delta, in one matrix or in several.
@@ -48,9 +52,12 @@ class SurvivalCount:
         self._carried = self._delta = self._noise = self._weight = 0.0
         self._changed = self._elements = 0
 
-    def add(self, before: torch.Tensor, wanted: torch.Tensor, after: torch.Tensor) -> None:
-        """Count a block: W as it was decoded, W + delta, and W' as it decodes now; the last two are overwritten."""
-        self._changed += int((after != before).sum())
+    def add(self, before: torch.Tensor, wanted: torch.Tensor, after: torch.Tensor, changed: int | None = None) -> None:
+        """Count a block: W as it was decoded, W + delta, and W' as it decodes now; the last two are overwritten.
+
+        `changed` is how many codes are other ones, where scales are, too; else other numbers are other codes.
+        """
+        self._changed += int((after != before).sum()) if changed is None else changed
         self._elements += before.numel()
         self._weight += _dot(before, before)
         delta, change = wanted.sub_(before), after.sub_(before)
@@ -69,12 +76,16 @@ class SurvivalCount:
         return total
 
     def survival(self) -> Survival:
-        """Six decimals of each figure; an update of nothing but zeros survives whole."""
+        """Six decimals of each figure; an update of nothing but zeros survives whole, one whose square no fp32 holds not."""
         return Survival(
-            share=round(self._carried / self._delta, 6) if self._delta else 1.0,
-            noise=round(math.sqrt(self._noise / self._weight), 6) if self._weight else 0.0,
+            share=_finite(round(self._carried / self._delta, 6), 0.0) if self._delta else 1.0,
+            noise=_finite(round(math.sqrt(self._noise / self._weight), 6), MOST_NOISE) if self._weight else 0.0,
             changed=round(self._changed / self._elements, 6) if self._elements else 0.0,
         )
+
+
+def _finite(figure: float, otherwise: float) -> float:
+    return figure if math.isfinite(figure) else otherwise
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:

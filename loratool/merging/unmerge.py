@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.checkpoint.blocks import read_exactly, row_blocks
-from loratool.checkpoint.fingerprint import file_digest, hash_tensor
+from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tensor, tensor_digests
 from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.checkpoint.replica import replica
@@ -174,6 +174,27 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
         if manifest.previous is not None:
             (stage / MANIFEST_NAME).write_bytes(manifest.previous)
     return _report(way, inexact, merged, manifest)
+
+
+def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool = False,
+                 progress: Progress = lambda count: None) -> UnmergeReport:  # fmt: skip
+    """Write all that is in the folder of `base`, whose fingerprint is the manifest's, to the new folder `out`.
+
+    It is the way back from a model that is stored otherwise than its base, which holds none of the base's bytes.
+
+    Raises:
+        RestoreError: the base changed while it was copied; nothing is written then.
+        OutputError: `out` exists, or cannot be written.
+    """
+    with staged_folder(out, force=force) as stage:
+        with replica(base, stage, (), list(base.other_files()), progress) as copy, \
+                ThreadPoolExecutor(cpu_workers()) as pool:  # fmt: skip
+            for done in [pool.submit(job) for job in copy.copies]:
+                done.result()
+        copied = Checkpoint.open(stage)
+        if fingerprint(copied.tensors, tensor_digests(copied)) != manifest.base_fingerprint:
+            raise RestoreError(f"{quoted(base.path)} changed while it was copied; run again")
+    return UnmergeReport("base", (), ())
 
 
 def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *,

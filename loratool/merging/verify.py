@@ -1,7 +1,8 @@
-"""Verifying a merged model: its bytes against its manifest, and the merge replayed."""
+"""Verifying a merged or quantized model: its bytes against its manifest, and what made it replayed."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +13,11 @@ from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint, has_file
 from loratool.errors import VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.merging.arithmetic import Merge, choose_device
+from loratool.merging.conversion import Storage
+from loratool.merging.convert import compute_converted
 from loratool.merging.manifest import MANIFEST_NAME, Manifest
-from loratool.merging.plan import OTHER_WEIGHTS, WeightedAdapter, plan_merge
+from loratool.merging.plan import OTHER_WEIGHTS, MergePlan, WeightedAdapter, plan_merge
+from loratool.merging.plan_conversion import plan_conversion
 from loratool.merging.rewrite import Progress, rewrite
 from loratool.merging.unmerge import Restoration, check_restored
 from loratool.merging.workers import cpu_workers
@@ -76,7 +80,7 @@ def _extra_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
 def replay(
     base: Checkpoint, manifest: Manifest, adapters: list[Adapter], progress: Progress = lambda count: None
 ) -> str | None:
-    """Compute the merge again from `base` and compare every changed tensor.
+    """Compute the merge again from `base` and compare every changed tensor; of a conversion, every tensor.
 
     Returns None where all come out alike. Another version of torch may round otherwise; under one, the name of the first
     tensor that differs is returned.
@@ -87,19 +91,43 @@ def replay(
     weighted = [
         WeightedAdapter(entry.restored(a), entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)
     ]
-    plan = plan_merge(weighted, base, manifest.options.get("seed"))
-    device = manifest.options.get("device", "cpu")
-    digests = rewrite(
-        plan.targets, lambda target: Merge(target, choose_device(device)), {}, workers=cpu_workers(), progress=progress
-    )
-    for name in sorted(digests.keys() | manifest.changed.keys()):
-        found = digests[name].after if name in digests else "not merged"
-        recorded = manifest.changed[name].after if name in manifest.changed else "not merged"
-        merged_in_both = name in digests and name in manifest.changed
+    plan = plan_merge(weighted, base, manifest.options.get("seed")) if weighted else None
+    digests, expected = _computed_again(base, manifest, plan, progress)
+    for name in sorted(digests.keys() | expected.keys()):
+        found, recorded = digests.get(name, "not merged"), expected.get(name, "not merged")
+        merged_in_both = name in digests and name in expected
         if found != recorded and merged_in_both and manifest.versions.get("torch") != version("torch"):
             return name
         _compare(name, found, recorded, base.path)
     return None
+
+
+def _computed_again(base: Checkpoint, manifest: Manifest, plan: MergePlan | None,
+                    progress: Progress) -> tuple[Mapping[str, str], Mapping[str, str]]:  # fmt: skip
+    """Digests of what comes out now, by name, and those that the manifest has."""
+    device = manifest.options.get("device", "cpu")
+    if manifest.converted:
+        conversion = plan_conversion(base, _storage(manifest), plan)
+        return compute_converted(conversion, device=device, progress=progress).after, manifest.tensors
+    digests = rewrite(
+        plan.targets if plan else (),
+        lambda target: Merge(target, choose_device(device)),
+        {},
+        workers=cpu_workers(),
+        progress=progress,
+    )
+    after = {name: pair.after for name, pair in digests.items()}
+    return after, {name: pair.after for name, pair in manifest.changed.items()}
+
+
+def _storage(manifest: Manifest) -> Storage:
+    try:
+        storage = Storage.from_options(manifest.options)
+    except (KeyError, ValueError):
+        storage = None
+    if storage is None:
+        raise VerificationError("the manifest does not say how the model is stored; it was changed")
+    return storage
 
 
 def replay_undo(manifest: Manifest, way: Restoration, progress: Progress = lambda count: None) -> None:

@@ -1,14 +1,73 @@
-"""How many workers stream a model."""
+"""Several workers that stream matrices: parallelism is over matrices, one of torch's threads a block."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Final
+
+from loratool.checkpoint.copying import flushing
 
 MOST: Final = 4
 """More workers than this only wait for memory and disk."""
+
+Job = Callable[[], None]
+Task = Callable[[threading.Event], None]
+"""Work on one matrix; it ends early when the event is set."""
 
 
 def cpu_workers() -> int:
     """One worker for each core that this process may use, at least two so that reading and arithmetic overlap."""
     return max(2, min(MOST, len(os.sched_getaffinity(0))))
+
+
+def work_through(tasks: Iterable[Task], *, workers: int, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),
+                 files: Collection[int] = ()) -> None:  # fmt: skip
+    """Do all `tasks`, which need torch, in their order, on several workers; the first error stops everything and is raised.
+
+    `beside` are other jobs (copies) that the same workers do, first: they can begin before torch is imported. Those of
+    `ahead` are done only until it is. From then on what is written to the open `files` is also sent to the disk.
+    """
+    stop, ready = threading.Event(), threading.Event()
+
+    def one(task: Task) -> None:
+        if not stop.is_set():
+            task(stop)
+
+    def until_ready(job: Job) -> None:
+        if not ready.is_set():
+            job()
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures: list[Future[None]] = [pool.submit(job) for job in beside]
+        early = [pool.submit(until_ready, job) for job in ahead]
+        try:
+            with _one_thread_a_block(), flushing(files):
+                ready.set()
+                wait(early)  # none may overwrite what a task wrote
+                futures += early
+                futures += [pool.submit(one, task) for task in tasks]
+                wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            ready.set()
+            stop.set()
+            for future in [*futures, *early]:
+                future.cancel()
+        for future in futures:
+            if not future.cancelled():
+                future.result()
+
+
+@contextmanager
+def _one_thread_a_block() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -71,6 +71,11 @@ class FourBitWeight:
     @property
     def codec(self) -> str:
         return self.state.kind
+
+    @property
+    def state_name(self) -> str:
+        """The name of the tensor that holds its quant_state."""
+        return f"{self.name}{STATE}{self.state.kind}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -268,7 +273,7 @@ def claim(tensors: Mapping[str, TensorInfo], name: str) -> FourBitWeight | None:
         return None
     info = tensors[name + STATE + kinds[0]]
     try:
-        state = _parse(json_of(info), kinds[0])
+        state = parse_state(json_of(info), kinds[0])
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(
             f"{quoted(info.name)} in {quoted(info.file)} is damaged; download the model again"
@@ -280,6 +285,16 @@ def claim(tensors: Mapping[str, TensorInfo], name: str) -> FourBitWeight | None:
 
 
 _PARTS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def names(tensors: Iterable[str]) -> tuple[str, ...]:
+    """The names of the matrices that the names of `tensors` say are stored in 4 bits, sorted.
+
+    A part that is all that is left of one counts: `claim` then says what is missing, or finds nothing.
+    """
+    ends = (*(STATE + kind for kind in KINDS), *(f".{part}" for part in _PARTS))
+    found = {name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)}
+    return tuple(sorted(found))
 
 
 def json_of(info: TensorInfo) -> dict[str, Any]:
@@ -294,7 +309,9 @@ def json_of(info: TensorInfo) -> dict[str, Any]:
         ) from None
 
 
-def _parse(value: Mapping[str, Any], kind: str) -> QuantState:
+def parse_state(value: Mapping[str, Any], kind: str) -> QuantState:
+    """What the JSON of a quant_state says; KeyError, TypeError or ValueError where it does not say it."""
+
     def whole(key: str) -> int:
         if type(value[key]) is not int or not 0 < value[key] <= 1 << 20:
             raise ValueError(key)
@@ -361,15 +378,21 @@ def _read_scales(weight: FourBitWeight) -> torch.Tensor:
         scales = _floats(weight.scales["absmax"])
     else:
         indices = torch.frombuffer(bytearray(_read(weight.scales["absmax"])), dtype=torch.uint8)
-        scales = _floats(weight.scales["nested_quant_map"])[indices.int()]
-        outer = _floats(weight.scales["nested_absmax"]).repeat_interleave(weight.state.nested_blocksize)
-        scales = scales.mul_(outer[: len(scales)]).add_(weight.state.nested_offset)
+        values, outer = (_floats(weight.scales[part]) for part in ("nested_quant_map", "nested_absmax"))
+        scales = nested_scales(indices, values, outer, weight.state)
     if not torch.isfinite(scales).all():
         raise CheckpointError(
             f"the scales of {quoted(weight.name)} in {quoted(weight.codes.file)} hold NaN or infinity; "
             "download the model again"
         )
     return scales
+
+
+def nested_scales(indices: torch.Tensor, values: torch.Tensor, outer: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """Scales that are quantized themselves, fp32: of the 256 `values` those at `indices`, times `outer`, plus the offset."""
+    assert state.nested_blocksize is not None
+    scales = values[indices.int()]
+    return scales.mul_(outer.repeat_interleave(state.nested_blocksize)[: len(scales)]).add_(state.nested_offset)
 
 
 def _floats(info: TensorInfo) -> torch.Tensor:

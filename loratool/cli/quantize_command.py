@@ -1,0 +1,111 @@
+"""``loratool quantize``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from loratool.cli.options import PathType, example, force_option, json_option
+from loratool.cli.rendering import (
+    ProgressBar,
+    counted,
+    duration,
+    print_facts,
+    print_json,
+    print_notes,
+    print_table,
+    shown,
+    shown_path,
+    size,
+)
+
+if TYPE_CHECKING:
+    from loratool.library.quantize import QuantizeResult
+
+
+@click.command(
+    "quantize", **example("loratool quantize smollm2\nloratool quantize models/llama3-8b --out llama3-8b-nf4")
+)
+@click.argument("base")
+@click.option("--out", type=PathType(), metavar="DIR", help="The new folder; by default BASE-nf4 beside the base.")
+@click.option("--name", metavar="N", help="Catalogue it under this name; a catalogued base's default is BASE-nf4.")
+@click.option("--blocksize", type=int, default=64, show_default=True, metavar="B", help="Elements that share a scale.")
+@click.option(
+    "--double-quant/--no-double-quant", default=True, show_default=True, help="Store the scales in 8 bits, too."
+)
+@click.option(
+    "--compute-dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="What the loaded model multiplies in; by default the base's own.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
+@force_option
+@json_option
+@click.pass_obj
+def command(
+    registry: str | None,
+    base: str,
+    out: str | None,
+    name: str | None,
+    blocksize: int,
+    double_quant: bool,
+    compute_dtype: str | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Store the linear modules of a full model in NF4, streamed, with the bits that bitsandbytes gives.
+
+    transformers loads the result as a 4-bit model. BASE is a catalogued name, a folder, or a Hub id.
+    """
+    from loratool.library.quantize import quantize
+
+    with ProgressBar() as progress:
+        result = quantize(
+            base,
+            out=out,
+            name=name,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            compute_dtype=compute_dtype,
+            dry_run=dry_run,
+            force=force,
+            registry=registry,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_json())
+        return
+    if dry_run:
+        _print_plan(result)
+    else:
+        _print_result(result)
+    print_notes(result.notes)
+
+
+def _print_plan(result: QuantizeResult) -> None:
+    rows = [
+        [each.name, each.source.codec, "nf4", size(each.nbytes), size(sum(new.nbytes for new in each.outcome))]
+        for each in result.plan.conversions
+    ]
+    print_table(["TENSOR", "CODEC", "TO", "SIZE", "THEN"], rows, right=("SIZE", "THEN"), wide="TENSOR")
+    click.echo()
+    print_facts([("size", _sizes(result)), ("would write", shown_path(result.out))])
+
+
+def _print_result(result: QuantizeResult) -> None:
+    click.echo(f"Quantized {click.style(shown(result.base), bold=True)}")
+    print_facts(
+        [
+            ("written to", shown_path(result.out)),
+            ("in NF4", counted(len(result.plan.conversions), "tensor")),
+            ("size", _sizes(result)),
+            ("time", duration(result.seconds)),
+            ("catalogued", result.name or ""),
+        ]
+    )
+
+
+def _sizes(result: QuantizeResult) -> str:
+    return f"{size(result.plan.layout.nbytes)} instead of {size(result.plan.base.nbytes)}"

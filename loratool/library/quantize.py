@@ -1,0 +1,187 @@
+"""`loratool.quantize`: a full model to NF4."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.staging import refuse_existing
+from loratool.errors import LoratoolError, WrongBaseError, quoted
+from loratool.library.bases import add_variant
+from loratool.library.merge import beside_base, hold, refuse_overlap, remembered
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import ResolvedBase, open_registry, resolve_base, user_path
+from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
+from loratool.merging.conversion import ConversionPlan, Storage
+from loratool.merging.plan_conversion import plan_conversion
+from loratool.weights.nf4 import BLOCKSIZES, Nf4Options
+from registry import Registry, RegistryError, check_name, is_name
+
+COMPUTE_DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What a quantization did, or with ``dry_run`` would do. Sizes in bytes.
+
+    Attributes:
+        out: the quantized model's folder.
+        name: under which it was catalogued as a variant of its base; None where it was not.
+        base, base_fingerprint: the base's name, and its fingerprint (None in a dry run).
+        output_fingerprint: of the quantized model.
+        plan: the matrices that are stored in 4 bits.
+        seconds: the time taken.
+    """
+
+    out: Path
+    name: str | None
+    base: str
+    base_fingerprint: str | None
+    output_fingerprint: str | None
+    plan: ConversionPlan
+    notes: tuple[str, ...]
+    seconds: float
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "out": str(self.out),
+            "name": self.name,
+            "base": self.base,
+            "base_fingerprint": self.base_fingerprint,
+            "output_fingerprint": self.output_fingerprint,
+            "blocksize": self.plan.storage.nf4.blocksize,
+            "double_quant": self.plan.storage.nf4.double_quant,
+            "tensors": [
+                {
+                    "name": each.name,
+                    "codec": each.source.codec,
+                    "shape": list(each.dense.shape),
+                    "size_bytes": each.nbytes,
+                }
+                for each in self.plan.conversions
+            ],
+            "base_size_bytes": self.plan.base.nbytes,
+            "size_bytes": self.plan.layout.nbytes,
+            "seconds": round(self.seconds, 3),
+            "dry_run": self.dry_run,
+            "notes": list(self.notes),
+        }
+
+
+def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None, name: str | None = None,
+             blocksize: int = 64, double_quant: bool = True, compute_dtype: str | None = None, dry_run: bool = False,
+             force: bool = False, registry: str | None = None, progress: Progress | None = None) -> QuantizeResult:  # fmt: skip
+    """Store the linear modules of a dense model in NF4, with the bits that bitsandbytes gives on a CPU.
+
+    transformers loads the result as a 4-bit model. A catalogued base gets it as a variant.
+
+    Args:
+        base: a catalogued name, a folder, or a Hub id.
+        out: the new folder; by default ``<base>-nf4`` beside the base.
+        name: under which the result is catalogued; by default ``<base>-nf4`` where the base is catalogued.
+        blocksize: elements that share a scale: 32, 64, 128, ... 4096.
+        double_quant: whether the scales are quantized themselves, to 8 bits.
+        compute_dtype: ``fp32``, ``fp16`` or ``bf16``: what a program multiplies in; by default the base's own.
+        dry_run: plan and check only; write nothing.
+        force: replace an output that loratool wrote before; quantize a base that is not what was catalogued.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes are done.
+
+    Raises:
+        LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
+    """
+    started = time.monotonic()
+    watcher = progress or Silent()
+    storage = _storage(blocksize, compute_dtype, double_quant=double_quant)
+    if name is not None:
+        check_name(name, "base")
+    with open_registry(registry, read_only=dry_run) as catalogue:
+        source = resolve_base(base, catalogue)
+        target = beside_base(source, f"{source.name}-nf4") if out is None else user_path(out)
+        refuse_overlap(target, [source.path])
+        refuse_existing(target, force=force)
+        _refuse_taken(name, target, catalogue)
+        with hold(source.path, exclusive=False):
+            checkpoint = Checkpoint.open(source.path)
+            plan = plan_conversion(checkpoint, storage)
+            if dry_run:
+                seconds = time.monotonic() - started
+                return QuantizeResult(target, name, source.name, None, None, plan, (), seconds, dry_run=True)
+            watcher.begin("quantizing", plan.read_bytes)
+            with remembered(checkpoint, unless=False) as remember:
+                report = apply_conversion(
+                    plan,
+                    target,
+                    BaseIdentity(source.name),
+                    force=force,
+                    check=lambda found: None if force else _refuse_changed(source, found),
+                    progress=watcher.advance,
+                )
+                remember(report.base_digests)
+        catalogued, notes = _catalogued(name, source, target, report, plan, catalogue)
+    return QuantizeResult(
+        out=target,
+        name=catalogued,
+        base=source.name,
+        base_fingerprint=report.manifest.base_fingerprint,
+        output_fingerprint=report.manifest.fingerprint,
+        plan=plan,
+        notes=notes,
+        seconds=time.monotonic() - started,
+        dry_run=False,
+    )
+
+
+def _storage(blocksize: int, compute_dtype: str | None, *, double_quant: bool) -> Storage:
+    if blocksize not in BLOCKSIZES:
+        sizes = ", ".join(map(str, BLOCKSIZES))
+        raise LoratoolError(f"the block size is {quoted(blocksize)} and must be one of {sizes}")
+    if compute_dtype not in (None, *COMPUTE_DTYPES):
+        raise LoratoolError(f"{quoted(compute_dtype)} is no dtype to compute in; use fp32, fp16 or bf16")
+    computed_in = None if compute_dtype is None else COMPUTE_DTYPES[compute_dtype]
+    return Storage("quantize", Nf4Options(blocksize, double_quant), computed_in)
+
+
+def _refuse_taken(name: str | None, target: Path, catalogue: Registry) -> None:
+    """Raise LoratoolError, before minutes are spent, if another model has the name that is asked for."""
+    record = catalogue.bases.get(name) if name else None
+    if record is not None and record.path != target.absolute():
+        raise LoratoolError(f"the base {quoted(name)} is in the catalogue already; choose another --name")
+
+
+def _refuse_changed(source: ResolvedBase, found: str) -> None:
+    if source.record is not None and source.record.fingerprint not in (None, found):
+        raise WrongBaseError(
+            f"the files of base {quoted(source.name)} are not those that were catalogued; "
+            f"see 'loratool base verify {source.name}', or give --force"
+        )
+
+
+def _catalogued(name: str | None, source: ResolvedBase, out: Path, report: MergeReport, plan: ConversionPlan,
+                catalogue: Registry) -> tuple[str | None, tuple[str, ...]]:  # fmt: skip
+    """The name that the result has in the catalogue now, and notes. The model is written: what fails now is a note."""
+    record = source.record
+    is_known = record is not None and record.fingerprint == report.manifest.base_fingerprint
+    chosen = name or (f"{source.name}-nf4" if is_known else None)
+    if chosen is None or not is_name(chosen):
+        return None, ()
+    try:
+        added = add_variant(
+            catalogue,
+            chosen,
+            out,
+            plan.base,
+            fingerprint=report.manifest.fingerprint,
+            variant_of=source.name if is_known else None,
+            size_bytes=plan.layout.nbytes,
+            dtype="nf4",
+        )
+    except RegistryError as error:
+        return None, (f"the model is written but not catalogued: {error}",)
+    return added.name, ()

@@ -1,0 +1,79 @@
+"""The dense matrix that stands between two storages, (out_features, in_features), as its rows are read from the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from loratool.checkpoint.blocks import read_columns, read_exactly
+from loratool.merging.conversion import TORCH_NAMES, Conversion
+from loratool.merging.rewrite import bytes_of
+from loratool.weights.dense import DenseWeight
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Reader:
+    """Reads rows of the matrix in between from the files of the base; what it reads goes to `digest`."""
+
+    def __init__(self, conversion: Conversion, sources: Mapping[Path, int], digest: blake3 | None) -> None:
+        self._conversion, self._sources, self._digest = conversion, sources, digest
+        self._codec = None if isinstance(conversion.source, DenseWeight) else conversion.source.load("cpu")
+
+    def rows(self, rows: range) -> torch.Tensor:
+        """Some rows as bytes, uint8."""
+        if self._codec is not None:
+            return self._decoded(rows)
+        return self._turned_columns(rows) if self._conversion.turned else self._stored(rows)
+
+    def _stored(self, rows: range) -> torch.Tensor:
+        import torch
+
+        ((info, start, stop),) = self._conversion.source.extents(rows)
+        raw = torch.empty(stop - start, dtype=torch.uint8)
+        read_exactly(self._sources[info.file], bytes_of(raw), start)
+        if self._digest is not None:
+            self._digest.update(bytes_of(raw))
+        return raw
+
+    def _turned_columns(self, rows: range) -> torch.Tensor:
+        import torch
+
+        outputs, inputs = self._conversion.dense.shape
+        width = self._conversion.dense.element_bytes
+        (info,) = self._conversion.source.tensors
+        raw = torch.empty(inputs * len(rows) * width, dtype=torch.uint8)
+        part = slice(rows.start * width, rows.stop * width)
+        read_columns(self._sources[info.file], bytes_of(raw), info.start, outputs * width, part)
+        return turned(raw, inputs, width)
+
+    def _decoded(self, rows: range) -> torch.Tensor:
+        import torch
+
+        assert self._codec is not None
+        dense = self._conversion.dense
+        block = torch.empty(len(rows), dense.shape[1])
+        self._codec.decode(rows, (self._stored(rows),), block)
+        raw = torch.empty(block.numel() * dense.element_bytes, dtype=torch.uint8)
+        elements(raw, dense).copy_(block.view(-1))
+        return raw
+
+
+def elements(raw: torch.Tensor, dense: DenseWeight) -> torch.Tensor:
+    """Bytes of a dense matrix as its elements, flat."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[dense.tensor.dtype])
+    return raw.view(dtype)
+
+
+def turned(raw: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+    """The bytes of the transpose of a matrix of `rows` rows, whose elements have `width` bytes."""
+    import torch
+
+    integer = {2: torch.int16, 4: torch.int32}[width]
+    return raw.view(integer).view(rows, -1).T.contiguous().view(-1).view(torch.uint8)

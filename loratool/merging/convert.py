@@ -1,0 +1,317 @@
+"""Streaming matrices into another storage: dense to NF4, or 4 bits to dense, with updates on the way or without.
+
+Between the two a matrix is dense, in the dtype that it has or decodes to, and its rows are outputs. So what is merged on
+the way has the bytes of a merge into the dense model, and what is quantized those of the dense model quantized.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from blake3 import blake3
+
+from loratool.checkpoint.blocks import row_blocks
+from loratool.checkpoint.fingerprint import hash_tensor
+from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.layout import Layout, NewFiles, new_files
+from loratool.errors import CheckpointError, quoted
+from loratool.merging.arithmetic import Merge, choose_device
+from loratool.merging.between import Reader, elements, turned
+from loratool.merging.conversion import CONFIG_NAME, Conversion, ConversionPlan
+from loratool.merging.outlet import Outlet
+from loratool.merging.rewrite import Progress, opened
+from loratool.merging.survival import SurvivalCount
+from loratool.merging.workers import Job, cpu_workers, work_through
+from loratool.weights.nf4 import Nf4Layout, Nf4Quantizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+STRETCH: Final = 1 << 18
+"""Elements that are quantized at a time: few enough to stay in a cache, and a multiple of every block size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What a conversion gave.
+
+    Attributes:
+        before, after: BLAKE3 digests, by name: of the base's tensors, and of those of the new model.
+        survival: of each matrix that is merged into and stored in 4 bits, by name.
+    """
+
+    before: Mapping[str, str]
+    after: Mapping[str, str]
+    survival: Mapping[str, SurvivalCount]
+
+
+def write_converted(plan: ConversionPlan, folder: Path, *, device: str, known: Mapping[str, str],
+                    progress: Progress) -> Converted:  # fmt: skip
+    """Write the planned model into the empty `folder`. `known` are digests that the base's tensors are known to have.
+
+    Raises:
+        CheckpointError, AdapterError: a matrix is damaged, or a sum is beyond its dtype.
+        OutputError: the disk takes no more.
+    """
+    if plan.config is not None:
+        (folder / CONFIG_NAME).write_text(json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+    with new_files(plan.layout, folder, plan.others, progress) as new:
+        return _convert(plan, new, device, known, progress)
+
+
+def compute_converted(plan: ConversionPlan, *, device: str, progress: Progress) -> Converted:
+    """The digests that the planned model would have; nothing is written.
+
+    Raises:
+        CheckpointError, AdapterError: as `write_converted`.
+    """
+    return _convert(plan, None, device, {}, progress)
+
+
+def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Mapping[str, str],
+             progress: Progress) -> Converted:  # fmt: skip
+    """Write every matrix to its place in the new files while the other tensors are copied and digested."""
+    conversions = sorted(plan.conversions, key=lambda conversion: -conversion.nbytes)
+    before, after = dict(known), dict[str, str]()
+    survival: dict[str, SurvivalCount] = {}
+    digested = {name for conversion in conversions for name in conversion.digested}
+    unknown = [info for name, info in plan.base.tensors.items() if name not in known and name not in digested]
+
+    def digest(info: TensorInfo) -> None:
+        before[info.name] = hash_tensor(info, progress if new is None else lambda count: None)
+
+    def one(conversion: Conversion, stop: threading.Event) -> None:
+        with suppress(_Stopped), _Stream(conversion, plan.layout, new, device, progress, stop) as stream:
+            stream.store()
+            after.update(stream.digests())
+            if stream.survival is not None:
+                survival[conversion.name] = stream.survival
+            for name in conversion.digested:
+                before.setdefault(name, stream.source_digest())
+
+    jobs: list[Job] = [*(new.copies if new else ()), *(partial(digest, info) for info in unknown)]
+    tasks = [partial(one, conversion) for conversion in conversions]
+    files = set(new.files.values()) if new else set()
+    work_through(tasks, workers=cpu_workers(), beside=jobs, files=files)
+    return Converted(before, after | {name: before[name] for name in plan.layout.kept}, survival)
+
+
+class _Stopped(Exception):  # noqa: N818 (nothing is wrong with this matrix)
+    """Another worker failed."""
+
+
+class _Stream:
+    """One matrix on its way, from the files of the base to those of the new model, or with none to digests alone."""
+
+    def __init__(self, conversion: Conversion, layout: Layout, new: NewFiles | None, device: str, progress: Progress,
+                 stop: threading.Event) -> None:  # fmt: skip
+        self.survival: SurvivalCount | None = None
+        self._conversion, self._device = conversion, device
+        self._progress, self._stop = progress, stop
+        self._outlet = Outlet(layout, new)
+        self._sources: Mapping[Path, int] = {}
+        self._read_digest = blake3()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Stream:
+        self._sources = self._stack.enter_context(opened({info.file for info in self._conversion.source.tensors}))
+        self._stack.enter_context(self._outlet)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def source_digest(self) -> str:
+        """Of the bytes that were read, once all are."""
+        return str(self._read_digest.hexdigest())
+
+    def digests(self) -> dict[str, str]:
+        """Of the tensors that were written, by name."""
+        return self._outlet.digests()
+
+    def store(self) -> None:
+        """Read, convert and write the whole matrix."""
+        nf4 = self._conversion.nf4
+        if nf4 is None:
+            self._store_dense()
+        elif self._conversion.into_image:
+            self._store_merged_image(nf4)
+        else:
+            self._store_nf4(nf4)
+
+    def _store_dense(self) -> None:
+        conversion = self._conversion
+        width = conversion.dense.element_bytes
+        row_bytes = conversion.dense.shape[0] * width
+        for block in self._merged_blocks():
+            if conversion.turned:
+                part = slice(block.rows.start * width, block.rows.stop * width)
+                columns = turned(block.dense, len(block.rows), width)
+                self._outlet.put_columns(conversion.name, columns, row_bytes, part)
+            else:
+                self._outlet.append(conversion.name, block.dense)
+
+    def _store_nf4(self, nf4: Nf4Layout) -> None:
+        """Quantize the matrix as it comes.
+
+        Where it is merged into, what survives is what it is quantized to beside what it would have been quantized to,
+        both under scales that are not quantized themselves yet.
+        """
+        import torch
+
+        quantizer = Nf4Quantizer(nf4.options.blocksize)
+        survival = None if self._conversion.merge is None else SurvivalCount()
+        scales: list[torch.Tensor] = []
+        for stretch in self._stretches(self._merged_blocks(), nf4.options.blocksize):
+            absmax = self._scales(quantizer, stretch.numbers)
+            codes = quantizer.codes(stretch.numbers, absmax)
+            self._outlet.append(self._conversion.name, codes)
+            scales.append(absmax)
+            if survival is not None:
+                self._measure(survival, quantizer, stretch, codes, absmax)
+        self._write_scales(nf4, torch.cat(scales))
+        self.survival = survival
+
+    def _measure(self, survival: SurvivalCount, quantizer: Nf4Quantizer, stretch: _Stretch, codes: torch.Tensor,
+                 absmax: torch.Tensor) -> None:  # fmt: skip
+        """Count what the codes of a stretch carry beside those that it would have had before the merge."""
+        count, scales = len(stretch.originals), self._scales(quantizer, stretch.originals)
+        before = quantizer.codes(stretch.originals, scales)
+        image = quantizer.decode(before, scales, count)
+        wanted = stretch.numbers.sub(stretch.originals).add_(image)
+        apart = before ^ codes
+        changed = int((apart & 15).count_nonzero() + (apart >> 4).count_nonzero())
+        survival.add(image[None], wanted[None], quantizer.decode(codes, absmax, count)[None], changed)
+
+    def _store_merged_image(self, nf4: Nf4Layout) -> None:
+        """Quantize the matrix, then move its codes, as a merge into the quantized model would.
+
+        The scales depend on the whole matrix, so that it is read twice.
+        """
+        import torch
+
+        quantizer = Nf4Quantizer(nf4.options.blocksize)
+        target, name = self._conversion.merge, self._conversion.name
+        assert target is not None
+        first = self._stretches(self._blocks(digest=True), nf4.options.blocksize)
+        absmax = torch.cat([self._scales(quantizer, stretch.numbers) for stretch in first])
+        image = nf4.image(self._write_scales(nf4, absmax), self._outlet.info(name))
+        merge = Merge(replace(target, weight=image, transposed=False), choose_device(self._device))
+        codes = self._image_codes(quantizer, nf4, absmax)
+        blocks = list(merge.blocks())
+        sizes = [-(-rows.stop * nf4.shape[1] // 2) - rows.start * nf4.shape[1] // 2 for rows in blocks]
+        for rows, part in zip(blocks, _recut(codes, sizes), strict=True):
+            merge.change(rows, (part,))
+            self._outlet.append(name, part)
+        self.survival = merge.survival
+
+    def _image_codes(self, quantizer: Nf4Quantizer, nf4: Nf4Layout, absmax: torch.Tensor) -> Iterator[torch.Tensor]:
+        done = 0
+        for stretch in self._stretches(self._blocks(digest=False), nf4.options.blocksize):
+            count = -(-len(stretch.numbers) // nf4.options.blocksize)
+            yield quantizer.codes(stretch.numbers, absmax[done : done + count])
+            done += count
+
+    def _write_scales(self, nf4: Nf4Layout, absmax: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Write every tensor but the codes; what was written."""
+        import torch
+
+        parts = nf4.scales(absmax)
+        for name, part in parts.items():
+            self._outlet.append(name, part.contiguous().view(-1).view(torch.uint8))
+        return parts
+
+    def _scales(self, quantizer: Nf4Quantizer, numbers: torch.Tensor) -> torch.Tensor:
+        absmax = quantizer.absmax(numbers)
+        if not absmax.isfinite().all():
+            raise CheckpointError(
+                f"{quoted(self._conversion.name)} in {quoted(self._conversion.source.tensors[0].file)} holds NaN or "
+                "infinity, which cannot be quantized; download the model again"
+            )
+        return absmax
+
+    def _merged_blocks(self) -> Iterator[_Block]:
+        """The matrix in between block by block, merged into where there are updates."""
+        target = self._conversion.merge
+        if target is None:
+            yield from self._blocks(digest=True)
+            return
+        merge = Merge(target, choose_device(self._device))
+        for block in self._blocks(digest=True, cut=merge.blocks()):
+            original = block.dense.clone() if self._conversion.nf4 else block.dense
+            merge.change(block.rows, (block.dense,))
+            yield _Block(block.rows, block.dense, original)
+
+    def _blocks(self, *, digest: bool, cut: Iterable[range] | None = None) -> Iterator[_Block]:
+        """The matrix in between block by block as the base has it; `digest`: what is read is digested."""
+        rows, columns = self._conversion.dense.shape
+        read = Reader(self._conversion, self._sources, self._read_digest if digest else None)
+        for block in cut or row_blocks(rows, columns * 4):
+            if self._stop.is_set():
+                raise _Stopped
+            dense = read.rows(block)
+            yield _Block(block, dense, dense)
+            self._progress(self._conversion.nbytes * len(block) // rows)
+
+    def _stretches(self, blocks: Iterable[_Block], blocksize: int) -> Iterator[_Stretch]:
+        """The same in whole blocks of elements that share a scale: rows need not end where one of these ends."""
+        import torch
+
+        rest = _Stretch(torch.empty(0), torch.empty(0))
+        for block in blocks:
+            numbers = self._joined(rest.numbers, block.dense)
+            originals = numbers if block.original is block.dense else self._joined(rest.originals, block.original)
+            whole = len(numbers) // blocksize * blocksize
+            for start in range(0, whole, STRETCH):
+                part = slice(start, min(start + STRETCH, whole))
+                yield _Stretch(numbers[part], originals[part])
+            rest = _Stretch(numbers[whole:].clone(), originals[whole:].clone())
+        if len(rest.numbers):
+            yield rest
+
+    def _joined(self, rest: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
+        """Elements, fp32, and after them those of some bytes of the matrix in between."""
+        import torch
+
+        numbers = elements(raw, self._conversion.dense).float()
+        return torch.cat([rest, numbers]) if len(rest) else numbers
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows of the matrix in between, as bytes, uint8, and what they were before anything was merged."""
+
+    rows: range
+    dense: torch.Tensor
+    original: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Elements of the matrix in between, fp32, and what they were before anything was merged."""
+
+    numbers: torch.Tensor
+    originals: torch.Tensor
+
+
+def _recut(parts: Iterator[torch.Tensor], sizes: Iterable[int]) -> Iterator[torch.Tensor]:
+    """The same bytes, uint8, in parts of `sizes`."""
+    import torch
+
+    rest = torch.empty(0, dtype=torch.uint8)
+    for size in sizes:
+        pieces, length = [rest], len(rest)
+        while length < size:
+            pieces.append(next(parts))
+            length += len(pieces[-1])
+        rest = torch.cat(pieces)
+        yield rest[:size]
+        rest = rest[size:]

@@ -1,0 +1,100 @@
+"""Which matrices of a model are the weights of linear modules that transformers stores in 4 bits.
+
+transformers replaces every linear module except the output head, modules tied to it and the model's last module
+(``get_keys_to_not_convert``). It asks the modules; here the names of the tensors and ``config.json`` tell, so that no model
+is built. Compared with the modules of all causal, sequence-to-sequence and classification models of transformers 5.23, the
+names tell the same but for the model types of `UNLIKE`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Final
+
+from loratool.checkpoint.header import TensorInfo
+from loratool.errors import UnsupportedError, quoted
+from loratool.formats.names import SUFFIX
+
+EMBEDDING: Final = re.compile(
+    r"wte|wpe|shared|relative_attention_bias|(\w+_)?(embed|emb|embeddings?|embeds)(_(tokens|positions|in|tokens_per_layer|\w+_tokens))?"
+)
+"""The last components of the names of embeddings."""
+
+HEAD: Final = re.compile(
+    r"(.*\.)?(lm_head|lm_head\.decoder|lm_head\.out_proj|embed_out|predictions\.decoder|head\.attention\.out_proj)"
+    r"|score|proj_out|output|output_projection|head|decoder|generator_lm_head|lm_loss"
+)
+"""The names of output heads; those that other modules have as well only at the top of a model."""
+
+ROUTED: Final = re.compile(r"((?:.*\.)?(?:experts|router|gate))(?:\..*)?")
+"""Experts and what chooses them: modules of their own kind, not linear ones, in transformers 5."""
+
+T5_TYPES: Final = frozenset({"t5", "mt5", "umt5"})
+"""Model types that keep the modules called ``wo`` in fp32."""
+
+UNLIKE: Final = frozenset({
+    "afmoe", "axk2", "canine", "ctrl", "deepseek_v32", "deepseek_v4", "falcon", "fsmt", "fuyu", "gemma3n", "gemma3n_text",
+    "glm_moe_dsa", "ibert", "jetmoe", "lilt", "longcat_flash", "markuplm", "nllb-moe", "pegasus_x", "phi4_multimodal",
+    "prophetnet", "switch_transformers", "tapas", "voxtral_realtime", "xlm", "zamba", "zamba2", "zaya",
+})  # fmt: skip
+"""Model types whose linear modules cannot be told by their names."""
+
+CONV1D_TYPES: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_LEAVES: Final = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
+
+
+def linear_weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the weights of linear modules that are stored in 4 bits, sorted.
+
+    Raises:
+        UnsupportedError: the names of this type of model do not tell.
+    """
+    model_type = _model_type(config)
+    if model_type in UNLIKE:
+        raise UnsupportedError(
+            f"the names of a {quoted(model_type)} model do not tell which of its modules are stored in 4 bits; "
+            "quantize it with transformers and bitsandbytes"
+        )
+    keeps_wo = model_type in T5_TYPES
+    return tuple(
+        name
+        for name in sorted(tensors)
+        if _is_linear(name, tensors[name]) and not (keeps_wo and name.endswith(".wo" + SUFFIX))
+    )
+
+
+def skipped_modules(tensors: Collection[str]) -> list[str] | None:
+    """What ``llm_int8_skip_modules`` of a quantization_config must say; None where transformers' own choice is the same.
+
+    Versions of transformers before 5 take experts for linear modules unless they are named.
+    """
+    modules = [name.removesuffix(SUFFIX) for name in tensors if name.endswith(SUFFIX)]
+    routed = {found[1] for found in map(ROUTED.fullmatch, modules) if found}
+    if not routed:
+        return None
+    return sorted({*routed, "lm_head", *(module for module in modules if HEAD.fullmatch(module))})
+
+
+def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether the dense weight `name` belongs to a Conv1D, which stores it as (in_features, out_features).
+
+    In 4 bits it is stored as that of a linear module, (out_features, in_features).
+    """
+    leaf = name.removesuffix(SUFFIX).rpartition(".")[2]
+    return _model_type(config) in CONV1D_TYPES and leaf in CONV1D_LEAVES
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    return str(config.get("model_type", ""))
+
+
+def _is_linear(name: str, info: TensorInfo) -> bool:
+    module = name.removesuffix(SUFFIX)
+    patterns: Iterable[tuple[re.Pattern[str], str]] = (
+        (EMBEDDING, module.rpartition(".")[2]),
+        (HEAD, module),
+        (ROUTED, module),
+    )
+    is_matrix = module != name and len(info.shape) == 2 and 0 not in info.shape
+    return is_matrix and all(pattern.fullmatch(text) is None for pattern, text in patterns)

@@ -1,0 +1,242 @@
+"""Quantizing a dense matrix to NF4, with the bits that bitsandbytes gives on a CPU.
+
+The arithmetic is that of bitsandbytes 0.50. Codes: ``quantize_4bit`` of its default backend. A block's numbers are
+multiplied by the reciprocal of their largest magnitude (those of an incomplete last block are divided by it), and each
+goes to the code of the nearest value, to the lower one of two that are equally near. Scales, with double quantization:
+``quantize_blockwise`` of its C++ kernel, ``csrc/cpu_ops.cpp``, of the scales less their mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.layout import NewTensor
+from loratool.weights.four_bit import NF4, STATE, FourBitWeight, LoadedFourBit, nested_scales, parse_state
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCKSIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""The numbers of elements that bitsandbytes lets share a scale."""
+
+NESTED_BLOCKSIZE: Final = 256
+LEAST_SCALE: Final = 1e-38
+"""A block's numbers are divided by no less."""
+
+ZERO: Final = 7
+"""The code of 0.0."""
+
+OFFSET_CHARACTERS: Final = 24
+"""The longest text of an fp32 number as JSON. The text of a state has one length, whatever its offset: a header with it
+is written before the matrix is read."""
+
+CELLS: Final = 1024
+"""Equal cells, the middles of the outer ones at -1 and 1, so small that none holds two boundaries between codes."""
+
+WHOLE: Final = 0x4B000000
+"""The bits of the fp32 number 2**23 (IEEE 754 binary32)."""
+
+PLACES: Final = 65535
+"""Steps from -1 to 1 that the C++ kernel rounds a scale to before it looks up the nearest value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Options:
+    """How a matrix is quantized: elements that share a scale, and whether the scales are quantized themselves."""
+
+    blocksize: int = 64
+    double_quant: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Layout:
+    """The tensors that a matrix `name` of `shape` is stored as; it decodes to `dtype`, as torch calls it."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    options: Nf4Options
+
+    @property
+    def tensors(self) -> tuple[NewTensor, ...]:
+        """Codes and scales, in bitsandbytes' names, dtypes and shapes."""
+        count = self.shape[0] * self.shape[1]
+        blocks = -(-count // self.options.blocksize)
+        parts = [
+            NewTensor(self.name, "U8", (-(-count // 2), 1)),
+            NewTensor(f"{self.name}.quant_map", "F32", (16,)),
+            NewTensor(self.state_name, "U8", (len(self.state(0.0)),)),
+            NewTensor(f"{self.name}.absmax", "U8" if self.options.double_quant else "F32", (blocks,)),
+        ]
+        if self.options.double_quant:
+            parts.append(NewTensor(f"{self.name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCKSIZE),)))
+            parts.append(NewTensor(f"{self.name}.nested_quant_map", "F32", (256,)))
+        return tuple(parts)
+
+    @property
+    def state_name(self) -> str:
+        return f"{self.name}{STATE}nf4"
+
+    def state(self, offset: float) -> bytes:
+        """The JSON of bitsandbytes' quant_state, padded to one length by spaces."""
+        value: dict[str, object] = {
+            "quant_type": "nf4",
+            "blocksize": self.options.blocksize,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
+        if not self.options.double_quant:
+            return json.dumps(value).encode()
+        value |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32", "nested_offset": offset}
+        padding = OFFSET_CHARACTERS - len(json.dumps(offset))
+        return (json.dumps(value) + " " * padding).encode()
+
+    def scales(self, absmax: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Every tensor but the codes, for the scales `absmax`, fp32, one for each block; called on one torch thread.
+
+        How a mean is rounded depends on the number of torch's threads.
+        """
+        import torch
+
+        parts = {f"{self.name}.quant_map": torch.tensor(NF4)}
+        offset = 0.0
+        if self.options.double_quant:
+            mean = absmax.mean()
+            offset = mean.item()
+            codes, outer = _quantize_scales(absmax - mean)
+            parts[f"{self.name}.absmax"] = codes
+            parts[f"{self.name}.nested_absmax"] = outer
+            parts[f"{self.name}.nested_quant_map"] = dynamic_map()
+        else:
+            parts[f"{self.name}.absmax"] = absmax
+        parts[self.state_name] = torch.frombuffer(bytearray(self.state(offset)), dtype=torch.uint8)
+        return parts
+
+    def image(self, parts: Mapping[str, torch.Tensor], codes: TensorInfo) -> Nf4Image:
+        """The matrix as it is quantized: `parts` are those of `scales`, `codes` is where its codes will be."""
+        state = parse_state(json.loads(bytes(parts[self.state_name].tolist())), "nf4")
+        scales = parts[f"{self.name}.absmax"]
+        if state.nested_blocksize is not None:
+            values, outer = (parts[f"{self.name}.{part}"] for part in ("nested_quant_map", "nested_absmax"))
+            scales = nested_scales(scales, values, outer, state)
+        return Nf4Image(self.name, state, codes, {}, scales)
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Image(FourBitWeight):
+    """What a dense matrix is quantized to, before it lies in a file: its scales, fp32, one a block, are in memory."""
+
+    absmax: torch.Tensor
+
+    def load(self, device: str) -> LoadedFourBit:
+        return LoadedFourBit(self, self.absmax.to(device))
+
+
+class Nf4Quantizer:
+    """Quantizes stretches of a matrix to the nearest codes; may be shared by threads."""
+
+    def __init__(self, blocksize: int) -> None:
+        import torch
+
+        self._blocksize = blocksize
+        values = torch.tensor(NF4)
+        # Two fp32 numbers, looked up as one integer of 64 bits.
+        self._pairs = torch.cartesian_prod(values, values).view(torch.int64).view(256)
+        bounds = (values[:-1] + values[1:]) / 2
+        # A number in a cell is above the bounds below the cell and maybe above the next one.
+        edges = (torch.arange(CELLS + 1, dtype=torch.float64) - 0.5) * (2 / CELLS) - 1
+        self._below = torch.searchsorted(bounds.double(), edges).to(torch.uint8)
+        self._next = torch.cat([bounds, torch.tensor([torch.inf])])[self._below.long()]
+
+    def absmax(self, flat: torch.Tensor) -> torch.Tensor:
+        """The scale of each block of `flat`, fp32; NaN or infinity where the block holds one.
+
+        `flat`, fp32, begins with a block, and unless it ends the matrix it ends with one.
+        """
+        import torch
+
+        whole = len(flat) // self._blocksize * self._blocksize
+        absmax = flat[:whole].view(-1, self._blocksize).abs().amax(1)
+        if whole == len(flat):
+            return absmax
+        return torch.cat([absmax, flat[whole:].abs().amax().clamp(min=LEAST_SCALE)[None]])
+
+    def codes(self, flat: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+        """The codes of the finite numbers of `flat` under their scales, packed in ``ceil(n / 2)`` bytes."""
+        import torch
+
+        whole = len(flat) // self._blocksize * self._blocksize
+        blocks = flat[:whole].view(-1, self._blocksize)
+        reciprocals = 1.0 / absmax[: len(blocks)].clamp(min=LEAST_SCALE)
+        scaled = torch.empty_like(flat)
+        torch.mul(blocks, reciprocals[:, None], out=scaled[:whole].view(blocks.shape))
+        if whole < len(flat):
+            torch.div(flat[whole:], absmax[-1], out=scaled[whole:])
+        return _packed(self._nearest(scaled.clamp_(-1, 1)))
+
+    def decode(self, codes: torch.Tensor, absmax: torch.Tensor, count: int) -> torch.Tensor:
+        """The `count` numbers, fp32, that packed `codes` stand for under scales that are not quantized themselves."""
+        import torch
+
+        numbers = self._pairs.index_select(0, codes.int()).view(torch.float32)[:count]
+        whole = count // self._blocksize * self._blocksize
+        numbers[:whole].view(-1, self._blocksize).mul_(absmax[: whole // self._blocksize, None])
+        numbers[whole:].mul_(absmax[-1])
+        return numbers
+
+    def _nearest(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The code of the value nearest to each number from -1 to 1: how many of the bounds between codes are below it."""
+        import torch
+
+        # fp32 numbers from 2**23 on are whole: the sum is rounded to a cell, whose number is in its last bits. It is several
+        # times quicker than a conversion to integers.
+        cell = scaled.mul(CELLS // 2).add_(2.0**23 + CELLS // 2).view(torch.int32).sub_(WHOLE)
+        above = scaled > self._next.index_select(0, cell)
+        return self._below.index_select(0, cell).add_(above.view(torch.uint8))
+
+
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte, the first in the upper half."""
+    import torch
+
+    if len(codes) % 2:
+        codes = torch.cat([codes, codes.new_full((1,), ZERO)])
+    pairs = codes.view(torch.int16)  # the first code is the lower byte
+    return ((pairs << 4) + (pairs >> 8)).to(torch.uint8)
+
+
+@cache
+def dynamic_map() -> torch.Tensor:
+    """The 256 values of scales that are quantized themselves, fp32, sorted: signed dynamic 8-bit numbers.
+
+    Dettmers 2015, arXiv:1511.04561; bitsandbytes, ``create_dynamic_map``.
+    """
+    import torch
+
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2.0
+        values += (10.0 ** (exponent - 6) * middles).tolist()
+        values += (-(10.0 ** (exponent - 6)) * middles).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def _quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 8-bit codes of `scales`, fp32, less their mean, and the largest magnitude of every 256 of them."""
+    import torch
+
+    padded = torch.nn.functional.pad(scales, (0, -len(scales) % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    absmax = padded.abs().amax(1)
+    unit = (padded * (1.0 / absmax)[:, None]).clamp_(-1, 1)
+    # The kernel computes ((unit + 1) / 2) * 65535 + 0.5 with one rounding of the last two steps; fp64 is exact there.
+    place = (unit.add_(1).mul_(0.5).double() * PLACES + 0.5).float().nan_to_num_(0).to(torch.int32)
+    values = dynamic_map()
+    codes = torch.bucketize(place.mul(2.0) / PLACES - 1, (values[:-1] + values[1:]) * 0.5).to(torch.uint8)
+    codes[absmax == 0] = 0
+    return codes.view(-1)[: len(scales)].clone(), absmax

@@ -1,0 +1,449 @@
+"""Merges whose output is stored otherwise than its base: quantized, dequantized, or into the base's NF4 image."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from click.testing import CliRunner
+from four_bit_models import (
+    codes_apart,
+    decoded_by_bitsandbytes,
+    four_bit_names,
+    save_by_transformers,
+    without_padding,
+)
+from safetensors.torch import load_file, save_file
+from tiny_adapters import TinyAdapters, save_plain_adapter
+from tiny_models import (
+    DTYPES,
+    Layout,
+    TinyModels,
+    as_stored,
+    as_torch,
+    assert_same_tensors,
+    digest,
+    load,
+    save_plain_model,
+    stored_tensors,
+)
+
+import loratool
+from loratool.cli import cli
+from loratool.errors import CheckpointError, LoratoolError, NotFoundError, RestoreError, VerificationError
+
+NF4 = "nf4"
+WAYS: dict[str, dict[str, Any]] = {
+    "quantize": {"quantize": NF4},
+    "base-as": {"base_as": NF4},
+    "dequantize": {"dequantize": True},
+}
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """NF4 models as transformers quantizes and saves them, of tiny models; without double quantization on request."""
+    root = tmp_path_factory.mktemp("quantized")
+
+    def build(architecture: str, dtype: str, *, double_quant: bool = True) -> Path:
+        folder = root / f"{architecture}-{dtype}-{double_quant}"
+        if not folder.exists():
+            source = tiny_models.folder(architecture, dtype)
+            save_by_transformers(source, folder, architecture, dtype, double_quant=double_quant)
+        return folder
+
+    return build
+
+
+@pytest.fixture
+def base_for(tiny_models: TinyModels, quantized: Callable[..., Path]) -> Callable[..., Path]:
+    """The base that a way starts from: dense, or for dequantizing NF4."""
+
+    def build(way: str, architecture: str = "llama", dtype: str = "bf16") -> Path:
+        return quantized(architecture, dtype) if way == "dequantize" else tiny_models.folder(architecture, dtype)
+
+    return build
+
+
+def delta(adapter: Path, name: str) -> torch.Tensor:
+    """What the adapter adds to a matrix, fp32, as PEFT computes it."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    factors = load_file(adapter / "adapter_model.safetensors")
+    key = "base_model.model." + name.removesuffix(".weight")
+    product = factors[f"{key}.lora_B.weight"].float() @ factors[f"{key}.lora_A.weight"].float()
+    return product * (config["lora_alpha"] / config["r"])
+
+
+# --dequantize
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("llama", "bf16"), ("llama", "fp16"), ("llama-many-blocks", "fp32"), ("llama-odd", "fp32"), ("gpt2", "bf16")],
+)
+def test_dequantizing_is_what_bitsandbytes_decodes_plus_the_update_rounded_once(
+    quantized: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path,
+    architecture: str, dtype: str, double_quant: bool
+) -> None:  # fmt: skip
+    base, adapter = quantized(architecture, dtype, double_quant=double_quant), tiny_adapters.folder(architecture)
+    result = loratool.merge(adapter, base, out=tmp_path / "out", dequantize=True)
+    before = stored_tensors(base)
+    decoded = decoded_by_bitsandbytes(base)
+    expected = {name: part for name, part in before.items() if ".weight." not in name and name not in decoded}
+    for name, matrix in decoded.items():
+        merged = (matrix.float() + delta(adapter, name)).to(DTYPES[dtype])
+        expected[name] = as_stored(merged.T if architecture == "gpt2" else merged)
+    assert_same_tensors(stored_tensors(result.out), expected)
+    assert {target.name for target in result.plan.targets} == decoded.keys()
+
+
+def test_a_dequantized_model_says_nothing_of_quantization_and_transformers_loads_it_densely(
+    quantized: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = quantized("llama", "bf16")
+    out = loratool.merge(tiny_adapters.folder("llama"), base, out=tmp_path / "out", dequantize=True).out
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (base, out))
+    del before["quantization_config"]
+    assert list(after.items()) == list(before.items())
+    model = load(out, "llama")
+    assert not getattr(model, "is_loaded_in_4bit", False)
+    stored = stored_tensors(out)
+    assert all(torch.equal(parameter, as_torch(stored[name])) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_model_that_is_partly_dense_is_dequantized_and_merged_into_everywhere(tmp_path: Path, kind: str) -> None:
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)).bfloat16() * 0.05
+    codes, state = bnb.quantize_4bit(weight, quant_type=kind, compress_statistics=True)
+    parts = {f"a.up_proj.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    base = save_plain_model(
+        tmp_path / "base",
+        {"a.up_proj.weight": codes, "b.up_proj.weight": weight, "norm.weight": weight[0].clone()} | parts,
+    )
+    adapter = save_plain_adapter(tmp_path / "adapter", {"a.up_proj": (64, 128), "b.up_proj": (64, 128)})
+    out = loratool.merge(adapter, base, out=tmp_path / "out", dequantize=True).out
+    decoded = bnb.dequantize_4bit(codes, state).float()
+    expected = {
+        "a.up_proj.weight": (decoded + delta(adapter, "a.up_proj.weight")).bfloat16(),
+        "b.up_proj.weight": (weight.float() + delta(adapter, "b.up_proj.weight")).bfloat16(),
+        "norm.weight": weight[0],
+    }
+    assert_same_tensors(stored_tensors(out), {name: as_stored(tensor) for name, tensor in expected.items()})
+
+
+# --quantize nf4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [("llama", "bf16"), ("llama-odd", "fp32"), ("llama-many-blocks", "bf16"), ("gpt2", "fp32"), ("bert", "fp16")],
+)
+def test_quantizing_a_merge_is_what_peft_merges_and_transformers_quantizes(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path, architecture: str, dtype: str
+) -> None:
+    base, adapter = tiny_models.folder(architecture, dtype), tiny_adapters.folder(architecture)
+    out = loratool.merge(adapter, base, out=tmp_path / "out", quantize=NF4).out
+    merged = shutil.copytree(base, tmp_path / "merged")
+    peft = tiny_adapters.merged_by_peft(architecture, dtype, adapter)
+    save_file({name: as_torch(part) for name, part in peft.items()}, merged / "model.safetensors", {"format": "pt"})
+    theirs = save_by_transformers(merged, tmp_path / "theirs", architecture, dtype)
+    assert without_padding(stored_tensors(out)) == without_padding(stored_tensors(theirs))
+
+
+@pytest.mark.parametrize("way", ["quantize", "base-as"])
+def test_an_nf4_output_loads_as_a_4_bit_model_without_further_words(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    out = loratool.merge(tiny_adapters.folder("llama"), base_for(way), out=tmp_path / "out", **WAYS[way]).out
+    model = load(out, "llama")
+    assert model.is_loaded_in_4bit
+    stored = stored_tensors(out)
+    for name in four_bit_names(stored):
+        assert model.get_parameter(name).data.numpy().tobytes() == stored[name].data
+
+
+def test_an_adapter_on_what_stays_dense_is_merged_there(tiny_models: TinyModels, tmp_path: Path) -> None:
+    base = tiny_models.folder("llama", "fp32")
+    shapes = {"lm_head": (131, 64), "model.layers.0.self_attn.q_proj": (64, 64)}
+    adapter = save_plain_adapter(tmp_path / "adapter", shapes)
+    expected = as_torch(stored_tensors(base)["lm_head.weight"]) + delta(adapter, "lm_head.weight")
+    for way in ("quantize", "base-as"):
+        out = loratool.merge(adapter, base, out=tmp_path / way, **WAYS[way]).out
+        assert stored_tensors(out)["lm_head.weight"] == as_stored(expected)
+        assert loratool.verify(out).replayed == "base"
+
+
+def test_what_survives_quantizing_is_measured_beside_the_plain_image(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base, adapter = tiny_models.folder("llama-many-blocks", "fp32"), tiny_adapters.folder("llama-many-blocks")
+    result = loratool.merge(adapter, base, out=tmp_path / "out", quantize=NF4)
+    plain = loratool.quantize(base, out=tmp_path / "plain").out
+    before, after = stored_tensors(plain), stored_tensors(result.out)
+    images, merged_images = decoded_by_bitsandbytes(plain), decoded_by_bitsandbytes(result.out)
+    for name, survival in result.survivals.items():
+        image, merged = images[name], merged_images[name]
+        change, added = (merged - image).double(), delta(adapter, name).double()
+        assert survival.share == pytest.approx(float((change * added).sum() / (added * added).sum()), rel=0.01)
+        noise = ((change - added).square().sum() / image.double().square().sum()).sqrt()
+        assert survival.noise == pytest.approx(float(noise), rel=0.05)
+        assert survival.changed == pytest.approx(codes_apart(before[name].data, after[name].data), abs=1e-6)
+    assert set(result.survivals) == {target.name for target in result.plan.targets}
+    assert result.survival is not None
+    assert 0.97 < result.survival.share < 1.03
+
+
+# --base-as nf4
+
+
+@pytest.mark.parametrize("layout", ["single", "sharded"])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", "bf16"), ("llama-odd", "fp32"), ("llama-many-blocks", "bf16"), ("gpt2", "fp16")]
+)  # fmt: skip
+def test_merging_into_the_image_is_quantizing_and_then_merging(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path,
+    architecture: str, dtype: str, layout: Layout
+) -> None:  # fmt: skip
+    base, adapter = tiny_models.folder(architecture, dtype, layout), tiny_adapters.folder(architecture)
+    at_once = loratool.merge(adapter, base, out=tmp_path / "at-once", base_as=NF4)
+    image = loratool.quantize(base, out=tmp_path / "image").out
+    in_turn = loratool.merge(adapter, image, out=tmp_path / "in-turn")
+    assert stored_tensors(at_once.out) == stored_tensors(in_turn.out)
+    assert at_once.output_fingerprint == in_turn.output_fingerprint
+    assert at_once.survivals == in_turn.survivals
+    ours, theirs = ((folder / "config.json").read_bytes() for folder in (at_once.out, in_turn.out))
+    assert ours == theirs
+
+
+# What holds of all three
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_merges_give_equal_bytes(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    base, adapter = base_for(way, "llama-many-blocks"), tiny_adapters.folder("llama-many-blocks")
+    one, other = (loratool.merge(adapter, base, out=tmp_path / name, **WAYS[way]).out for name in ("one", "other"))
+    assert digest(one) == digest(other)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("way", WAYS)
+def test_verify_replays_it_from_its_base(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str, architecture: str
+) -> None:
+    base = shutil.copytree(base_for(way, architecture), tmp_path / "base")
+    adapter = tiny_adapters.folder(architecture)
+    result = loratool.merge([(adapter, 0.5)], base, out=tmp_path / "out", **WAYS[way])
+    before = digest(tmp_path)
+    verified = loratool.verify(result.out)
+    assert (verified.replayed, verified.fingerprint) == ("base", result.output_fingerprint)
+    assert digest(tmp_path) == before
+    shutil.rmtree(base)
+    assert loratool.verify(result.out).replayed == ""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_verify_finds_a_tensor_that_the_merge_would_not_give(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    """The record is forged with the bytes, so that only the replay can tell."""
+    base, adapter = base_for(way), tiny_adapters.folder("llama")
+    out = loratool.merge(adapter, base, out=tmp_path / "out", **WAYS[way]).out
+    other = loratool.merge([(adapter, 2.0)], base, out=tmp_path / "other", **WAYS[way]).out
+    forged = json.loads((other / "loratool.json").read_text())
+    forged["adapters"][0]["weight"] = 1.0
+    shutil.copyfile(other / "model.safetensors", out / "model.safetensors")
+    (out / "loratool.json").write_text(json.dumps(forged))
+    with pytest.raises(VerificationError, match="replayed, gives other bytes"):
+        loratool.verify(out)
+
+
+def test_verify_replays_a_quantization(tiny_models: TinyModels, tmp_path: Path) -> None:
+    out = loratool.quantize(tiny_models.folder("llama"), out=tmp_path / "out", blocksize=128, double_quant=False).out
+    assert loratool.verify(out).replayed == "base"
+    with pytest.raises(NotFoundError, match="does not describe a merge"):
+        loratool.unmerge(out, out=tmp_path / "back")
+    tensors = load_file(out / "model.safetensors")
+    name = four_bit_names(stored_tensors(out))[0]
+    tensors[name][0] ^= 1
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=name):
+        loratool.verify(out)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_unmerge_gives_the_base_back_file_by_file(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    base = shutil.copytree(base_for(way), tmp_path / "base")
+    (base / "notes").mkdir()
+    (base / "notes" / "a.txt").write_text("kept")
+    out = loratool.merge(tiny_adapters.folder("llama"), base, out=tmp_path / "out", **WAYS[way]).out
+    result = loratool.unmerge(out, out=tmp_path / "back")
+    assert (result.method, result.inexact) == ("base", ())
+    assert digest(tmp_path / "back") == digest(base)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_unmerge_gives_back_a_base_that_was_merged_into_before(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    first = loratool.merge(tiny_adapters.folder("llama"), base_for(way), out=tmp_path / "first", undo=True).out
+    out = loratool.merge(tiny_adapters.folder("llama", seed=2), first, out=tmp_path / "out", **WAYS[way]).out
+    assert not (out / "loratool-undo").exists()
+    loratool.unmerge(out, out=tmp_path / "back")
+    assert digest(tmp_path / "back") == digest(first)
+    loratool.unmerge(tmp_path / "back", out=tmp_path / "base")
+    assert digest(tmp_path / "base") == digest(base_for(way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_without_its_base_unmerge_refuses_and_says_why(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    base = shutil.copytree(base_for(way), tmp_path / "base")
+    out = loratool.merge(tiny_adapters.folder("llama"), base, out=tmp_path / "out", **WAYS[way]).out
+    for option in ("in_place", "approximate"):
+        with pytest.raises(RestoreError, match="--" + option.replace("_", "-")):
+            loratool.unmerge(out, **{option: True})
+    shutil.rmtree(base)
+    with pytest.raises(RestoreError, match="stored otherwise than its base 'base'"):
+        loratool.unmerge(out, out=tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_another_merge_into_it_is_taken_out_alone(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    first = loratool.merge(tiny_adapters.folder("llama"), base_for(way), out=tmp_path / "first", **WAYS[way]).out
+    second = loratool.merge(tiny_adapters.folder("llama", seed=2), first, out=tmp_path / "second", undo=True).out
+    loratool.unmerge(second, out=tmp_path / "back")
+    assert digest(tmp_path / "back") == digest(first)
+
+
+def test_an_adapter_of_the_dense_base_fits_its_catalogued_image_and_the_other_way_round(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_models.folder("llama"), tmp_path / "base")
+    loratool.base_add("tiny", base)
+    loratool.quantize("tiny")
+    loratool.add(tiny_adapters.folder("llama"), name="of-dense", base="tiny")
+    loratool.add(tiny_adapters.folder("llama", seed=2), name="of-image", base="tiny-nf4")
+    results = [
+        loratool.merge("of-dense", "tiny-nf4", dequantize=True),
+        loratool.merge("of-image", "tiny", quantize=NF4),
+        loratool.merge("of-image", "tiny", base_as=NF4, out=tmp_path / "as"),
+    ]
+    assert [result.out.name for result in results] == ["tiny-nf4-of-dense-dense", "tiny-of-image-nf4", "as"]
+    (merge,) = loratool.show("of-dense").merges
+    assert (merge.options or {})["dequantize"] == "true"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dry_run_says_what_would_be_stored_and_writes_nothing(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    adapter = tiny_adapters.folder("llama")
+    planned = loratool.merge(adapter, base_for(way), out=tmp_path / "out", dry_run=True, **WAYS[way])
+    assert list(tmp_path.iterdir()) == []
+    done = loratool.merge(adapter, base_for(way), out=tmp_path / "out", **WAYS[way])
+    size = sum(len(part.data) for part in stored_tensors(done.out).values())
+    assert planned.to_json()["output_size_bytes"] == done.to_json()["output_size_bytes"] == size
+    option = way.replace("-", "_")
+    assert planned.to_json()[option] == WAYS[way][option]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_refused_in_place_with_an_undo_file_and_with_another_of_its_kind(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    base, adapter = shutil.copytree(base_for(way), tmp_path / "base"), tiny_adapters.folder("llama")
+    before = digest(base)
+    others = [options for name, options in WAYS.items() if name != way]
+    for options in ({"in_place": True}, {"undo": True}, *others):
+        with pytest.raises(LoratoolError, match="--"):
+            loratool.merge(adapter, base, **WAYS[way], **options)
+    assert digest(base) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_base_of_the_wrong_storage_is_refused(
+    tiny_models: TinyModels, quantized: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    dense, nf4, adapter = tiny_models.folder("llama"), quantized("llama", "bf16"), tiny_adapters.folder("llama")
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (dense, WAYS["dequantize"], "has no 4-bit matrices"),
+        (nf4, WAYS["quantize"], "is quantized already"),
+        (nf4, WAYS["base-as"], "is quantized already"),
+        (dense, {"quantize": "fp4"}, "nf4 alone"),
+        (dense, {"base_as": "int8"}, "nf4 alone"),
+    ]
+    for base, options, message in cases:
+        with pytest.raises(LoratoolError, match=message):
+            loratool.merge(adapter, base, out=tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", ["absmax", "quant_state.bitsandbytes__nf4", ""])
+def test_a_part_that_is_missing_is_named_before_anything_is_written(tmp_path: Path, missing: str) -> None:
+    codes, state = bnb.quantize_4bit(torch.ones(64, 128), quant_type="nf4", compress_statistics=False)
+    tensors = {"m.weight": codes} | {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    del tensors[f"m.weight.{missing}".removesuffix(".")]
+    base = save_plain_model(tmp_path / "base", tensors | {"b.weight": torch.ones(64, 128)})
+    adapter = save_plain_adapter(tmp_path / "adapter", {"b": (64, 128)})
+    with pytest.raises(CheckpointError, match="missing"):
+        loratool.merge(adapter, base, out=tmp_path / "out", dequantize=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quantize": "nf4", "blocksize": "0", "double_quant": "true"},
+        {"quantize": "nf4", "blocksize": "many", "double_quant": "true"},
+        {"base_as": "nf4"},
+    ],
+)
+def test_a_forged_record_of_the_storage_is_refused(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, options: dict[str, str]
+) -> None:
+    out = loratool.merge(tiny_adapters.folder("llama"), base_for("quantize"), out=tmp_path / "out", quantize=NF4).out
+    manifest = json.loads((out / "loratool.json").read_text())
+    (out / "loratool.json").write_text(json.dumps(manifest | {"options": {"device": "cpu"} | options}))
+    with pytest.raises(LoratoolError, match="does not say how the model is stored"):
+        loratool.verify(out)
+
+
+def test_the_command_line_tells_the_sizes_and_refuses_contradictions(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    words = ["merge", str(tiny_adapters.folder("llama")), "--into", str(base_for("quantize"))]
+    out = ["--out", str(tmp_path / "out")]
+    runner = CliRunner()
+    planned = runner.invoke(cli, [*words, *out, "--quantize", "nf4", "--dry-run"])
+    assert "bf16 to nf4" in planned.stdout
+    done = runner.invoke(cli, [*words, *out, "--quantize", "nf4"])
+    assert "as nf4" in done.stdout
+    for more in (["--dequantize"], ["--base-as", "nf4"], ["--in-place"]):
+        assert runner.invoke(cli, [*words, "--quantize", "nf4", *more]).exit_code == 2
+    restored = runner.invoke(cli, ["unmerge", str(tmp_path / "out"), "--out", str(tmp_path / "back"), "--json"])
+    assert json.loads(restored.stdout)["method"] == "base"
+
+
+def test_figures_of_an_update_too_large_to_be_squared_are_numbers(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base, adapter = tiny_models.folder("llama", "fp32"), tiny_adapters.folder("llama")
+    result = loratool.merge([(adapter, 1e37)], base, out=tmp_path / "out", quantize=NF4)
+    assert json.dumps(result.to_json(), allow_nan=False)
+    assert not any("catalogue" in note for note in result.notes)
+    assert loratool.verify(result.out).replayed == "base"
