@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_exactly, write_exactly
+from loratool.checkpoint.straight import PAGE_BYTES, lying_as_at, write_straight
 from loratool.errors import CheckpointError, quoted
 from loratool.merging.plan import Target
 from loratool.merging.workers import Job, work_through
@@ -46,10 +47,21 @@ class Change(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor's new bytes go: the open file `fd`, at their offset in the source plus `shift`."""
+    """Where a tensor's new bytes go: the open file `fd`, at their offset in the source plus `shift`.
+
+    `straight` is the same file, open for writing past the page cache, where it can be (`loratool.checkpoint.straight`).
+    """
 
     fd: int
     shift: int = 0
+    straight: int | None = None
+
+    def write(self, view: memoryview, start: int) -> None:
+        """Write bytes that begin at `start` in the source."""
+        if self.straight is None:
+            write_exactly(self.fd, view, start + self.shift)
+        else:
+            write_straight(self.straight, self.fd, view, start + self.shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +90,7 @@ def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], place
         workers=workers,
         beside=beside,
         ahead=ahead,
-        files={place.fd for place in places.values()},
+        files={place.fd for place in places.values() if place.straight is None},
     )
     return digests
 
@@ -94,9 +106,13 @@ def _stream(target: Target, change: Change, places: Mapping[str, Place], known: 
             if stop.is_set():
                 break
             extents = weight.extents(rows)
-            if not buffers or any(len(b) < end - start for b, (_, start, end) in zip(buffers, extents, strict=True)):
-                buffers = [change.buffer(end - start) for _, start, end in extents]
-            parts = tuple(b[: end - start] for b, (_, start, end) in zip(buffers, extents, strict=True))
+            room = [end - start + PAGE_BYTES for _, start, end in extents]
+            if not buffers or any(len(buffer) < size for buffer, size in zip(buffers, room, strict=True)):
+                buffers = [change.buffer(size) for size in room]
+            parts = tuple(
+                lying_as_at(buffer, end - start, start + places[info.name].shift if info.name in places else start)
+                for buffer, (info, start, end) in zip(buffers, extents, strict=True)
+            )
             views = [bytes_of(part) for part in parts]
             for (info, start, _), view in zip(extents, views, strict=True):
                 read_exactly(sources[info.file], view, start)
@@ -105,9 +121,8 @@ def _stream(target: Target, change: Change, places: Mapping[str, Place], known: 
             change.change(rows, parts)
             for (info, start, _), view in zip(extents, views, strict=True):
                 after[info.name].update(view)
-                place = places.get(info.name)
-                if place is not None:
-                    write_exactly(place.fd, view, start + place.shift)
+                if info.name in places:
+                    places[info.name].write(view, start)
                 progress(len(view))
     found = {name: hasher.hexdigest() for name, hasher in before.items()}
     return {name: Digests(found.get(name) or known[name], hasher.hexdigest()) for name, hasher in after.items()}
