@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 PAGE_BYTES: Final = 4096
 """What is written straight begins and ends at a multiple of this, in the file and in memory (open(2), O_DIRECT)."""
 
+SLACK_BYTES: Final = 2 * PAGE_BYTES
+
 
 def open_straight(file: Path) -> int | None:
     """`file` open for writing past the page cache; None where the file system cannot (tmpfs, some network ones)."""
@@ -29,35 +31,61 @@ def open_straight(file: Path) -> int | None:
         return None
 
 
-def lying_as_at(buffer: torch.Tensor, nbytes: int, offset: int) -> torch.Tensor:
-    """`nbytes` of a CPU `buffer`, uint8, that lie in their page of memory as the bytes from `offset` do in a file's.
+def skip_to_lie_as_at(buffer: torch.Tensor, offset: int) -> int:
+    """How far into a CPU `buffer`, uint8, bytes lie in a page of memory as those from `offset` do in a page of a file.
 
-    `buffer` is longer by a page. At an offset that no element of a tensor could lie at, they are simply its first.
+    The beginning of that page is in the buffer as well, and the buffer must be longer than the bytes by `SLACK_BYTES`. At an
+    offset that no element of a tensor could lie at it is 0.
     """
-    skip = (offset - buffer.data_ptr()) % PAGE_BYTES
-    return buffer[skip : skip + nbytes] if skip % 8 == 0 else buffer[:nbytes]
+    return -buffer.data_ptr() % PAGE_BYTES + offset % PAGE_BYTES if offset % 8 == 0 else 0
 
 
-def write_straight(straight: int, fd: int, view: memoryview, offset: int) -> None:
-    """Write all of `view` at byte `offset`: whole pages to `straight`, what is left over at both ends to `fd`.
+class TensorWriter:
+    """Writes the bytes of one tensor, block after block in their order, to the open file `fd`.
 
-    Both are the same file. No page of it is written both ways, so it does not matter which way is done first.
-
-    Raises:
-        OutputError: the disk takes no more.
+    Where `straight` is the same file open for writing past the page cache, whole pages go there. A page that a block begins
+    and the next one ends waits for that; what the tensor has of its first and its last page goes to `fd`. So no page is
+    written both ways.
     """
-    address = ctypes.addressof(ctypes.c_char.from_buffer(view)) if len(view) else 0
-    begin, end = -offset % PAGE_BYTES, len(view) - (offset + len(view)) % PAGE_BYTES
-    if begin >= end or (address + begin) % PAGE_BYTES:
-        write_exactly(fd, view, offset)
-        return
-    done = begin
-    try:
-        while done < end:
-            done += os.pwrite(straight, view[done:end], offset + done)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # the disk wants to have it otherwise than in pages of this size
-            raise out_of_room(error) from None
-        end = done
-    write_exactly(fd, view[:begin], offset)
-    write_exactly(fd, view[end:], offset + end)
+
+    def __init__(self, fd: int, straight: int | None) -> None:
+        self._fd, self._straight = fd, straight
+        self._begun, self._at = b"", 0
+
+    def write(self, buffer: memoryview, block: slice, offset: int) -> None:
+        """Write `block` of `buffer` at byte `offset`; what lies before the block in its page of memory is overwritten.
+
+        Raises:
+            OutputError: the disk takes no more.
+        """
+        if self._straight is None:
+            write_exactly(self._fd, buffer[block], offset)
+            return
+        start = block.start - len(self._begun)
+        buffer[start : block.start] = self._begun
+        view, at = buffer[start : block.stop], offset - len(self._begun)
+        first, last = -at % PAGE_BYTES, len(view) - (at + len(view)) % PAGE_BYTES
+        if first >= last or (_address(view) + first) % PAGE_BYTES:
+            first = last = len(view)
+        write_exactly(self._fd, view[:first], at)
+        self._write_pages(self._straight, view[first:last], at + first)
+        self._begun, self._at = bytes(view[last:]), at + last
+
+    def close(self) -> None:
+        """Write what is left when the tensor's last block is written."""
+        write_exactly(self._fd, self._begun, self._at)
+
+    def _write_pages(self, straight: int, pages: memoryview, offset: int) -> None:
+        done = 0
+        try:
+            while done < len(pages):
+                done += os.pwrite(straight, pages[done:], offset + done)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the disk wants to have it otherwise than in pages of this size
+                raise out_of_room(error) from None
+            write_exactly(self._fd, pages[done:], offset + done)
+
+
+def _address(view: memoryview) -> int:
+    """Where in memory a view begins that is not empty."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import MetaData, create_engine
 
 from registry import Registry
 
@@ -30,12 +32,26 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SERVER = os.environ.get("LORATOOL_TEST_DATABASE")
+"""URL of an empty database on a server, to run on it what else runs on a SQLite file: its tables are dropped."""
+
+
 @pytest.fixture
 def catalogue(home: Path, empty_home: Path) -> Iterator[Registry]:
-    """An empty catalogue in `home`, open for writing."""
+    """An empty catalogue, open for writing; its store is in `home`."""
     shutil.copytree(empty_home, home)
-    with Registry.open(home) as registry:
+    with Registry.open(home, SERVER) as registry:
         yield registry
+    if SERVER:
+        _drop_tables(SERVER)
+
+
+def _drop_tables(url: str) -> None:
+    engine = create_engine(url)
+    tables = MetaData()
+    tables.reflect(engine)
+    tables.drop_all(engine)
+    engine.dispose()
 
 
 @pytest.fixture
