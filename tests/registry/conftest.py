@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from registry import Registry
 # What the tests share is imported by its plain name, by the processes that they start too.
 sys.path.append(str(Path(__file__).parent))
 
+from catalogued import SERVER
+
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
@@ -30,10 +31,6 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("registry") / "home"
     Registry.open(folder).close()
     return folder
-
-
-SERVER = os.environ.get("LORATOOL_TEST_DATABASE")
-"""URL of an empty database on a server, to run on it what else runs on a SQLite file: its tables are dropped."""
 
 
 @pytest.fixture
