@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loratool.library.extract import extract
     from loratool.library.merge import merge
     from loratool.library.prune import prune
+    from loratool.library.push import push
     from loratool.library.quantize import quantize
     from loratool.library.spectrum import spectrum
     from loratool.library.truncate import truncate
@@ -53,6 +54,7 @@ __all__ = [
     "list",
     "merge",
     "prune",
+    "push",
     "quantize",
     "remove",
     "show",
@@ -79,6 +81,7 @@ _FUNCTIONS: Final = {
     "list": ("adapters", "list_adapters"),
     "merge": ("merge", "merge"),
     "prune": ("prune", "prune"),
+    "push": ("push", "push"),
     "quantize": ("quantize", "quantize"),
     "remove": ("adapters", "remove"),
     "show": ("adapters", "show"),

@@ -113,7 +113,8 @@ class Repository:
     """What was uploaded for git-lfs, by sha256; committed or not."""
     allowed: set[str] = field(default_factory=set)
     """Who was let into a gated repository."""
-    pull_requests: int = 0
+    pull_requests: dict[int, str] = field(default_factory=dict)
+    """``open`` or ``closed``, by their numbers."""
 
     def __post_init__(self) -> None:
         if not self.refs:
@@ -199,10 +200,11 @@ class Repository:
     def card(self, commit: Commit) -> dict[str, Any]:
         """The front matter of the README; empty where there is none."""
         readme = commit.files.get("README.md")
-        text = readme.data.decode() if readme else ""
-        if not text.startswith("---\n"):
-            return {}
-        data = yaml.safe_load(text[4:].partition("\n---")[0])
+        text = readme.data.decode(errors="replace") if readme else ""
+        try:
+            data = yaml.safe_load(text[4:].partition("\n---")[0]) if text.startswith("---\n") else None
+        except yaml.YAMLError:
+            data = None
         return data if isinstance(data, dict) else {}
 
     def tags(self, commit: Commit) -> list[str]:

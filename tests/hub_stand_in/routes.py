@@ -120,6 +120,18 @@ def commits(hub: HubStandIn, request: Request, repo: str, revision: str) -> Answ
     return _page(hub, request, [describe_commit(each) for each in repository.log(repository.find(revision))])
 
 
+def discussions(hub: HubStandIn, request: Request, repo: str) -> Answer:
+    repository = _readable(hub, request, repo)
+    found = []
+    for number, status in sorted(repository.pull_requests.items(), reverse=True):
+        top = repository.commits[repository.refs[f"refs/pr/{number}"]]
+        if request.first("status") in (None, "all", status):
+            facts = {"num": number, "title": top.title, "status": status, "isPullRequest": True}
+            more = {"author": {"name": top.author}, "createdAt": describe_commit(top)["date"]}
+            found.append(facts | more | {"repo": {"name": repository.id, "type": "model"}})
+    return Answer.of({"discussions": found, "count": len(found), "start": 0})
+
+
 def create_branch(hub: HubStandIn, request: Request, repo: str, branch: str) -> Answer:
     return _new_ref(_writable(hub, request, repo), f"refs/heads/{branch}", request.json.get("startingPoint") or "main")
 
@@ -177,9 +189,10 @@ def commit(hub: HubStandIn, request: Request, repo: str, revision: str) -> Answe
     ref = repository.find_ref(revision)
     opened = None
     if request.first("create_pr"):
-        repository.pull_requests += 1
-        ref = f"refs/pr/{repository.pull_requests}"
-        opened = f"{hub.endpoint}/{repository.id}/discussions/{repository.pull_requests}"
+        number = len(repository.pull_requests) + 1
+        repository.pull_requests[number] = "open"
+        ref = f"refs/pr/{number}"
+        opened = f"{hub.endpoint}/{repository.id}/discussions/{number}"
     if ref is None or ref.startswith("refs/tags/"):
         raise RefusedError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
     assert request.account is not None
@@ -390,6 +403,7 @@ ROUTES: Final = [
         ("PUT", rf"/api/models/{REPO}/settings", settings),
         ("GET", rf"/api/models/{REPO}/refs", refs),
         ("GET", rf"/api/models/{REPO}/commits/{REVISION}", commits),
+        ("GET", rf"/api/models/{REPO}/discussions", discussions),
         ("GET", rf"/api/models/{REPO}/revision/{REVISION}", model),
         ("GET", rf"/api/models/{REPO}/tree/{REVISION}(?:/(?P<path>.+))?", list_tree),
         ("POST", rf"/api/models/{REPO}/paths-info/{REVISION}", paths_info),
