@@ -165,16 +165,22 @@ class AdapterCard:
     def _with_peft(self) -> str:
         auto = TASKS[self.task].auto_class if self.task in TASKS else "AutoModelForCausalLM"
         base = f'"{self.base}"' if self.base else '"path/to/the/base"'
-        return f"""With PEFT:
-
-```python
-from peft import PeftModel
-from transformers import AutoTokenizer, {auto}
-
-base = {base}
-tokenizer = AutoTokenizer.from_pretrained(base)
-model = PeftModel.from_pretrained({auto}.from_pretrained(base), "{self.repository}")
-```"""
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import {', '.join(sorted([auto, 'AutoTokenizer']))}",
+            "",
+            f"base = {base}",
+            "tokenizer = AutoTokenizer.from_pretrained(base)",
+            f'model = PeftModel.from_pretrained({auto}.from_pretrained(base), "{self.repository}")',
+        ]
+        if auto == "AutoModelForCausalLM":
+            lines += [
+                "",
+                'prompt = tokenizer("Hello, ", return_tensors="pt")',
+                "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
+            ]
+        code_block = "\n".join(lines)
+        return f"With PEFT:\n\n```python\n{code_block}\n```"
 
     def _with_loratool(self) -> str:
         name = self.repository.rpartition("/")[2]

@@ -115,7 +115,7 @@ class ModelCard:
     def _use(self) -> str:
         auto = TASKS[self.task].auto_class if self.task in TASKS else "AutoModel"
         return f"""```python
-from transformers import AutoTokenizer, {auto}
+from transformers import {", ".join(sorted([auto, "AutoTokenizer"]))}
 
 tokenizer = AutoTokenizer.from_pretrained("{self.repository}")
 model = {auto}.from_pretrained("{self.repository}")
