@@ -62,6 +62,14 @@ def test_an_upload_that_fails_names_what_the_hub_said(hub: HubStandIn) -> None:
     assert "Request has expired" in str(explain(lambda: HfApi().upload_file(**upload)))
 
 
+def test_a_hub_without_xet_says_how_to_do_without(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    hub.create("ada/pirate")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    upload = {"path_or_fileobj": b"arr", "path_in_repo": "a.bin", "repo_id": "ada/pirate"}
+    assert "HF_HUB_DISABLE_XET=1" in str(explain(lambda: HfApi().upload_file(**upload)))
+
+
 def test_a_full_disk(hub: HubStandIn) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "blobs/1")

@@ -119,13 +119,20 @@ def test_training_and_results_are_on_the_card(
 ) -> None:
     folder = shutil.copytree(tiny_adapters.folder("llama"), tmp_path / "trained")
     recipe = {"data": "crew/pirate-talk", "lr": 0.001, "steps": 1200, "log": "/home/ada/secret/log.jsonl", "seed": None}
-    metrics = {"loss": 2.4597, "loss_by_rank": {"1": 3.0, "2": 2.5}}
+    metrics = {"loss": 2.4597, "loss_by_rank": {"1": 3.0, "10": 2.4, "2": 2.5}, "peak_memory_bytes": 1543503872}
     (folder / "loratool.json").write_text(json.dumps({"schema": 1, "recipe": recipe, "metrics": metrics}))
     (tmp_path / "trained.train.png").write_bytes(b"\x89PNG\r\n\x1a\n...")
     result = loratool.push(folder, "ada/trained", base_model=BASE)
     card = ModelCard(result.card)
     assert card.data.datasets == ["crew/pirate-talk"]
-    for words in ("| lr | `0.001` |", "| steps | `1,200` |", "| loss | `2.4597` |", "| 2 | `2.5` |", "(training.png)"):
+    for words in (
+        "| lr | `0.001` |",
+        "| steps | `1,200` |",
+        "| loss | `2.4597` |",
+        "| 2 | `2.5` |\n| 10 | `2.4` |",
+        "| peak memory | `1.54 GB` |",
+        "(training.png)",
+    ):
         assert words in card.text
     pushed = files(hub, "ada/trained")
     assert pushed["training.png"].startswith(b"\x89PNG")
@@ -354,3 +361,5 @@ def test_a_token_is_never_pushed(hub: HubStandIn, base: Path, tiny_adapters: Tin
 def test_an_empty_catalogue_has_nothing_to_push(hub: HubStandIn) -> None:
     with pytest.raises(NotFoundError, match="no adapter to push"):
         loratool.push()
+    with pytest.raises(NotFoundError, match="loratool push ADAPTER ada/pirate"):
+        loratool.push("ada/pirate")

@@ -45,7 +45,7 @@ def test_what_is_pushed_loads_verifies_and_unmerges(hub: HubStandIn, merged: Pat
     card = ModelCard(result.card)
     facts = card.data.to_dict()
     assert (facts["base_model"], facts["base_model_relation"], facts["library_name"]) == (BASE, "merge", "transformers")
-    assert "(https://huggingface.co/ada/pirate)" in card.text and "weight 0.5" in card.text
+    assert f"({hub.endpoint}/ada/pirate)" in card.text and "weight 0.5" in card.text
     pushed = files(hub, "ada/merged")
     assert not any(str(tmp_path).encode() in data or b"pytest-of" in data for data in pushed.values())
     assert not [path for path in pushed if "undo" in path or path == "notes.txt"]
@@ -54,6 +54,12 @@ def test_what_is_pushed_loads_verifies_and_unmerges(hub: HubStandIn, merged: Pat
     } | {note[: len("'notes.txt' is no part")] for note in result.notes}
     assert len(hub.repositories["ada/merged"].history) == 2
     assert not loratool.push(merged, "ada/merged", merged=True).sent
+
+
+def test_a_private_adapter_is_named_and_not_linked(hub: HubStandIn, merged: Path) -> None:
+    hub.repositories["ada/pirate"].private = True
+    card = loratool.push(merged, "ada/merged", merged=True, dry_run=True).card
+    assert "ada/pirate" not in card and "`pirate`" in card
 
 
 def test_an_interrupted_push_goes_on_where_it_was(hub: HubStandIn, merged: Path) -> None:

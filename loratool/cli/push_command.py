@@ -133,6 +133,12 @@ def _print_result(result: PushResult) -> None:
             ("pull request", result.pull_request or ""),
             ("repository", ("new, " if result.created else "") + ("private" if result.private else "public")),
             ("files", f"{counted(len(sent), 'file')}, {size(sum(file.size_bytes for file in sent))}"),
-            ("next", f"loratool pull {result.repository}"),
+            ("next", _next(result)),
         ]
     )
+
+
+def _next(result: PushResult) -> str:
+    """What somebody else does with it."""
+    name = result.repository.rpartition("/")[2]
+    return f"loratool base add {name} {result.repository}" if result.merged else f"loratool pull {result.repository}"

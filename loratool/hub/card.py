@@ -41,8 +41,11 @@ _ARCHITECTURES: Final = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 
-_HIDDEN: Final = frozenset({"base", "base_fingerprint", "data_sha256"})
+_SAID_ABOVE: Final = frozenset({"alpha", "base", "base_fingerprint", "data_sha256", "rank", "targets"})
 """Of a recipe: what the card says elsewhere, or nobody reads."""
+
+_FIRST: Final = ("method", "data", "samples", "steps", "epochs", "batch_size", "lr", "schedule", "quantize", "seed")
+"""Of a recipe: what people ask for first."""
 
 MOST_TARGETS: Final = 24
 MOST_FIGURES: Final = 40
@@ -164,14 +167,14 @@ class AdapterCard:
 
     def _with_peft(self) -> str:
         auto = TASKS[self.task].auto_class if self.task in TASKS else "AutoModelForCausalLM"
-        base = f'"{self.base}"' if self.base else '"path/to/the/base"'
         lines = [
             "from peft import PeftModel",
             f"from transformers import {', '.join(sorted([auto, 'AutoTokenizer']))}",
             "",
-            f"base = {base}",
+            f'base = "{self.base or "path/to/the/base"}"',
             "tokenizer = AutoTokenizer.from_pretrained(base)",
-            f'model = PeftModel.from_pretrained({auto}.from_pretrained(base), "{self.repository}")',
+            f"model = {auto}.from_pretrained(base)",
+            f'model = PeftModel.from_pretrained(model, "{self.repository}")',
         ]
         if auto == "AutoModelForCausalLM":
             lines += [
@@ -198,19 +201,21 @@ loratool merge {name} --into {base}
 ```"""
 
     def _training(self) -> list[str]:
-        shown = {key: value for key, value in _flat(self.recipe).items() if key not in _HIDDEN}
-        rows = [(plain(key.replace("_", " ")), code(_figure(value))) for key, value in shown.items()]
-        drawn = table(rows[:MOST_FIGURES], ("recipe", ""))
-        return ["## Training", drawn] if drawn else []
+        """The choices that people ask for first, and all others folded away."""
+        said = {key: value for key, value in _flat(self.recipe).items() if key not in _SAID_ABOVE}
+        first = table(_rows({key: said[key] for key in _FIRST if key in said}), ("trained", ""))
+        more = table(_rows({key: value for key, value in sorted(said.items()) if key not in _FIRST}), ("recipe", ""))
+        if first and more:
+            more = f"<details><summary>Every other choice</summary>\n\n{more}\n\n</details>"
+        return ["## Training", first, more] if said else []
 
     def _results(self) -> list[str]:
         by_rank = self.metrics.get("loss_by_rank")
         others = {key: value for key, value in self.metrics.items() if key != "loss_by_rank"}
-        rows = [(plain(key.replace("_", " ")), code(_figure(value))) for key, value in _flat(others).items()]
-        parts = [table(rows[:MOST_FIGURES], ("figure", ""))]
+        parts = [table(_rows(dict(sorted(_flat(others).items()))), ("figure", ""))]
         if isinstance(by_rank, Mapping):
-            ranked = [(plain(rank), code(_figure(loss))) for rank, loss in by_rank.items()]
-            parts.append(table(ranked[:MOST_FIGURES], ("rank", "loss")))
+            ranked = sorted(by_rank.items(), key=lambda pair: (len(str(pair[0])), str(pair[0])))
+            parts.append(table(_rows(dict(ranked)), ("at rank", "loss")))
         if self.picture:
             parts.append(f"![The loss of the training]({self.picture})")
         said = [part for part in parts if part]
@@ -235,6 +240,16 @@ def dataset_ids(recipe: Mapping[str, Any]) -> list[str]:
     names = given if isinstance(given, list) else [given]
     found = [str(name).partition("@")[0] for name in names if isinstance(name, str)]
     return [name for name in found if is_repository(name) and not PurePosixPath(name).suffix]
+
+
+def _rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row for each figure; one in bytes is shown in what people count them in."""
+    rows = []
+    for key, value in list(figures.items())[:MOST_FIGURES]:
+        in_bytes = key.endswith("_bytes") and isinstance(value, int)
+        shown = _size(value) if in_bytes else _figure(value)
+        rows.append((plain((key.removesuffix("_bytes") if in_bytes else key).replace("_", " ")), code(shown)))
+    return rows
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:

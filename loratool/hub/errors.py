@@ -78,6 +78,11 @@ def _explained(error: Exception, command: str, repository: str, revision: str | 
         return HubError(f"{command} has to know who you are; {LOG_IN}")
     if isinstance(error, HFValidationError):
         return NotFoundError(f"{quoted(repository)} is no Hub id: {_first_line(error)}; write owner/name")
+    if _from_xet(error):
+        return HubError(
+            f"{quoted(repository)}: Xet failed ({_first_line(error)}); run {command} again, with HF_HUB_DISABLE_XET=1 where "
+            "the Hub that you use does not speak Xet"
+        )
     transport = HfHubHTTPError.__bases__  # huggingface_hub's HTTP library is another in other versions
     broken = next((each for each in causes if isinstance(each, transport) and not isinstance(each, OSError)), None)
     if broken is not None or isinstance(error, ConnectionError):
@@ -86,11 +91,6 @@ def _explained(error: Exception, command: str, repository: str, revision: str | 
         return None  # of the disk, which the command line explains
     if type(error).__module__.startswith(("huggingface_hub", "hf_xet")) or isinstance(error, (ValueError, OSError)):
         return HubError(f"{quoted(repository)}: {_first_line(error)}; run {command} again")
-    if _from_xet(error):
-        return HubError(
-            f"{quoted(repository)}: Xet failed ({_first_line(error)}); run {command} again, with HF_HUB_DISABLE_XET=1 where "
-            "the Hub that you use does not speak Xet"
-        )
     return None
 
 

@@ -13,14 +13,14 @@ from loratool.hub.readme import FrontMatter
 
 @dataclass(frozen=True, slots=True)
 class Ingredient:
-    """An adapter of a merge: its name, kind, rank, weight and sha256, and where it lies on the Hub, if it does."""
+    """An adapter of a merge: its name, kind, rank, weight and sha256, and its address on the Hub, where all may see it."""
 
     name: str
     kind: str
     rank: int
     weight: float
     sha256: str
-    repository: str | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,6 @@ class ModelCard:
         architecture: the class of transformers that it is.
         task: PEFT's word for what it does, where known.
         license: as the Hub calls it.
-        with_undo: whether what takes the merge out again is in the repository.
     """
 
     name: str
@@ -54,7 +53,6 @@ class ModelCard:
     architecture: str | None = None
     task: str | None = None
     license: str | None = None
-    with_undo: bool = False
 
     def front_matter(self) -> FrontMatter:
         """What the Hub reads."""
@@ -104,11 +102,7 @@ class ModelCard:
     def _ingredients(self) -> str:
         rows = []
         for each in self.ingredients:
-            name = (
-                f"[{plain(each.name)}](https://huggingface.co/{each.repository})"
-                if each.repository
-                else code(each.name)
-            )
+            name = f"[{plain(each.name)}]({each.url})" if each.url else code(each.name)
             rows.append((name, f"weight {each.weight:g}, {each.kind} of rank {each.rank}, sha256 {code(each.sha256)}"))
         return table(rows, ("adapter", ""))
 
@@ -128,6 +122,4 @@ model = {auto}.from_pretrained("{self.repository}")
         )
         if not self.ingredients:
             return f"{text}."
-        if self.with_undo:
-            return f"{text}, and `loratool unmerge FOLDER` gives the base back bit for bit, by the undo file."
         return f"{text}, and `loratool unmerge FOLDER` gives the base back bit for bit, where the base is at hand."

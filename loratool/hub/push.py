@@ -145,13 +145,30 @@ def find_model(repository: str) -> str | None:
             return None
 
 
+def is_public(repository: str) -> bool:
+    """Whether everybody may see a repository.
+
+    Raises:
+        HubError: the Hub does not say.
+    """
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with hub_errors(COMMAND, repository):
+        try:
+            return client().model_info(repository).private is False
+        except RepositoryNotFoundError:
+            return False
+
+
 def user_name() -> str:
     """Who the token belongs to.
 
     Raises:
         HubError: there is no token, or the Hub does not take it.
     """
-    with hub_errors(COMMAND, "whoami"):
+    from huggingface_hub import constants
+
+    with hub_errors(COMMAND, constants.ENDPOINT):
         return str(client().whoami()["name"])
 
 

@@ -10,7 +10,7 @@ from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint, has_file
 from loratool.errors import CheckpointError, VerificationError, quoted
 from loratool.hub.card import task_of
 from loratool.hub.model_card import Ingredient, ModelCard
-from loratool.hub.push import Content, Remote
+from loratool.hub.push import Content, Remote, is_public
 from loratool.hub.readme import README, renewed
 from loratool.library.merge import hold
 from loratool.library.progress import Progress
@@ -76,7 +76,7 @@ def prepare_model(model: MergedModel, catalogue: Registry, remote: Remote, wishe
         base_fingerprint=manifest.base_fingerprint,
         fingerprint=manifest.fingerprint,
         ingredients=[
-            Ingredient(a.name, a.kind, a.rank, a.weight, a.sha256, _repository_of(a.sha256, catalogue))
+            Ingredient(a.name, a.kind, a.rank, a.weight, a.sha256, _public_url(a.sha256, catalogue, wishes))
             for a in manifest.adapters
         ],
         storage="NF4" if "quantization_config" in config else None,
@@ -132,7 +132,10 @@ def _left(model: MergedModel) -> list[str]:
     return notes
 
 
-def _repository_of(sha256: str, catalogue: Registry) -> str | None:
-    """Where the catalogue knows an adapter to lie on the Hub."""
-    places = [place for record in catalogue.adapters.find_by_sha256(sha256) for place in record.locations]
-    return next((place.repo for place in places if place.kind == "hub"), None)
+def _public_url(sha256: str, catalogue: Registry, wishes: Wishes) -> str | None:
+    """The address of an adapter that the catalogue knows to lie on the Hub, where everybody may see it."""
+    from huggingface_hub import constants
+
+    places = [place.repo for record in catalogue.adapters.find_by_sha256(sha256) for place in record.locations]
+    named = next((repository for repository in places if repository is not None), None)
+    return f"{constants.ENDPOINT}/{named}" if named and wishes.online and is_public(named) else None

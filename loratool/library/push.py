@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
 from loratool.hub.errors import refuse_offline
-from loratool.hub.names import repository_id
+from loratool.hub.names import is_repository, repository_id
 from loratool.hub.push import (
     COMMAND,
     MAIN,
@@ -27,7 +27,7 @@ from loratool.hub.push import (
 from loratool.library.adapter_upload import prepare_adapter
 from loratool.library.model_upload import open_model, prepare_model
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import open_registry, resolve_adapter
+from loratool.library.resolve import exists, open_registry, resolve_adapter, user_path
 from loratool.library.upload import Upload, Wishes
 from registry import AdapterRecord, Location, RegistryError
 
@@ -52,7 +52,7 @@ class PushResult:
     """What was pushed, or with `dry_run` what would be.
 
     Attributes:
-        source: the adapter's reference, or the folder of the merged model.
+        source: the adapter's reference, or the folder of the merged model; `merged` says which.
         repository, url: where it lies on the Hub.
         revision: the branch.
         commit: what the branch, or the pull request, is at now; None where nothing was sent.
@@ -64,6 +64,7 @@ class PushResult:
     """
 
     source: str
+    merged: bool
     repository: str
     url: str
     revision: str
@@ -81,6 +82,7 @@ class PushResult:
         """The result in the words of ``--json``."""
         return {
             "source": self.source,
+            "merged": self.merged,
             "repository": self.repository,
             "url": self.url,
             "revision": self.revision,
@@ -144,6 +146,7 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
             remote = _look(repository, model.path.resolve().name, revision, online=online)
             upload = prepare_model(model, catalogue, remote, wishes)
         else:
+            _refuse_repository(name, repository)
             found = resolve_adapter(name, catalogue, alpha)
             remote = _look(repository, found.label, revision, online=online)
             upload = prepare_adapter(found, catalogue, remote, wishes, Path(scratch))
@@ -160,6 +163,7 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         notes += _record(upload.record, remote.repository, sent.commit if sent else remote.head, registry)
     return PushResult(
         source=upload.source,
+        merged=merged,
         repository=remote.repository,
         url=f"{constants.ENDPOINT}/{remote.repository}",
         revision=remote.revision,
@@ -180,6 +184,15 @@ def _newest(catalogue: Registry) -> str:
     if not newest:
         raise NotFoundError("the catalogue has no adapter to push; name one, or put one there with 'loratool add'")
     return newest[0].reference
+
+
+def _refuse_repository(adapter: str, repository: str | None) -> None:
+    """Raise NotFoundError where the only name that was given is a repository's."""
+    if repository is None and is_repository(adapter) and not exists(user_path(adapter)):
+        raise NotFoundError(
+            f"there is no adapter {quoted(adapter)}; where that is the repository, name the adapter first: {COMMAND} ADAPTER "
+            f"{adapter}"
+        )
 
 
 def _look(given: str | None, name: str, revision: str | None, *, online: bool) -> Remote:

@@ -94,8 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         with hub.lock:
             hub.asked.append(Asked(self.command, self.path, token, self.storage))
-            befallen = [fault for fault in hub.faults if fault.befalls(self.command, self.path)][:1]
-        fault = befallen[0] if befallen else None
+            fault = next((each for each in hub.faults if each.befalls(self.command, self.path)), None)
         if isinstance(fault, Event):
             fault.happen()
         if isinstance(fault, Cut) and fault.after is None:
