@@ -12,6 +12,7 @@ import pytest
 import torch
 from hub_stand_in import Cut, Event, Failure, HubStandIn
 from huggingface_hub import ModelCard, constants, snapshot_download
+from markdown_it import MarkdownIt
 from tiny_adapters import TinyAdapters, copy_with, save_kohya_dylora, save_single_file
 from tiny_models import TinyModels, load
 
@@ -138,6 +139,25 @@ def test_training_and_results_are_on_the_card(
     assert pushed["training.png"].startswith(b"\x89PNG")
     assert not any(b"secret" in data or b"/home" in data for data in pushed.values())
     assert json.loads(pushed["loratool.json"])["recipe"]["log"] == "log.jsonl"
+
+
+def test_names_from_outside_are_only_names_on_the_card(
+    hub: HubStandIn, base: Path, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_adapters.folder("llama"), tmp_path / "mine")
+    nasty = f"</details><script>x</script>{END} | `a` ![i](http://evil) \x1b[2J\nline"
+    facts = {
+        "recipe": {"method": nasty, "note": nasty, nasty: 1},
+        "metrics": {"loss": nasty},
+        "lineage": {"operation": nasty, "parents": [{"name": nasty}]},
+    }
+    (folder / "loratool.json").write_text(json.dumps(facts))
+    card = loratool.push(folder, "ada/pirate", base_model=BASE).card
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(ModelCard(card).text)
+    assert "<script" not in html and "<img" not in html and "\x1b" not in html
+    assert html.count("<details>") == html.count("</details>") == 1
+    assert not loratool.push(folder, "ada/pirate", base_model=BASE).sent
+    assert card.count(END) == 1
 
 
 def test_no_path_of_this_machine_is_pushed(
@@ -346,8 +366,11 @@ def test_who_may_not_push(hub: HubStandIn, pirate: Path, monkeypatch: pytest.Mon
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(HubError, match="hf auth login"):
         loratool.push("pirate")
-    with pytest.raises(LoratoolError, match="hf auth login"):
+    with pytest.raises(HubError, match="hf auth login"):
         loratool.push("pirate", "ada/pirate")
+    assert loratool.push("pirate", "ada/pirate", dry_run=True).files
+    with pytest.raises(LoratoolError, match="--merged pushes a model"):
+        loratool.push("pirate", "ada/pirate", merged=True, alpha=2.0)
 
 
 def test_a_token_is_never_pushed(hub: HubStandIn, base: Path, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
@@ -356,6 +379,10 @@ def test_a_token_is_never_pushed(hub: HubStandIn, base: Path, tiny_adapters: Tin
     with pytest.raises(HubError, match="would show your token") as refused:
         loratool.push(folder, "ada/pirate", base_model=BASE)
     assert hub.token not in str(refused.value)
+    (folder / "README.md").unlink()
+    (folder / "loratool.json").write_text(json.dumps({"recipe": {"tracker": f"--token {hub.token}"}}))
+    with pytest.raises(HubError, match="would show your token"):
+        loratool.push(folder, "ada/pirate", base_model=BASE)
 
 
 def test_an_empty_catalogue_has_nothing_to_push(hub: HubStandIn) -> None:

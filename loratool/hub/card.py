@@ -144,10 +144,8 @@ class AdapterCard:
         if self.kind == "adalora":
             text += " PEFT loads it; for engines that know only LoRA, `loratool prune --as lora` makes an ordinary one of it."
         for operation, parents in self.lineage[:1]:
-            made_of = ", ".join(code(parent) for parent in parents)
-            text += (
-                f" Made by `loratool {operation}` from {made_of}." if made_of else f" Made by `loratool {operation}`."
-            )
+            made_by, made_of = code(f"loratool {operation}"), ", ".join(map(code, parents[:MOST_TARGETS]))
+            text += f" Made by {made_by} from {made_of}." if made_of else f" Made by {made_by}."
         return text
 
     def _facts(self) -> list[tuple[str, str]]:

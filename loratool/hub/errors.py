@@ -51,6 +51,18 @@ def refuse_offline(command: str) -> None:
         raise _offline(command)
 
 
+def refuse_anonymous(command: str) -> None:
+    """Raise where there is no token, which `command` needs.
+
+    Raises:
+        HubError: there is none.
+    """
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise _anonymous(command)
+
+
 def without_secrets(text: str) -> str:
     """`text` without tokens, and without the queries of addresses, which may be signatures."""
     from huggingface_hub import get_token
@@ -75,7 +87,7 @@ def _explained(error: Exception, command: str, repository: str, revision: str | 
         where = f" for {quoted(full.filename)}" if full.filename else ""
         return HubError(f"there is no room left on the disk{where}; free some, and run {command} again")
     if isinstance(error, LocalTokenNotFoundError):
-        return HubError(f"{command} has to know who you are; {LOG_IN}")
+        return _anonymous(command)
     if isinstance(error, HFValidationError):
         return NotFoundError(f"{quoted(repository)} is no Hub id: {_first_line(error)}; write owner/name")
     if _from_xet(error):
@@ -146,6 +158,10 @@ def _offline(command: str, repository: str | None = None) -> HubError:
         else f"{command} needs the network for {quoted(repository)}"
     )
     return HubError(f"{subject}, and HF_HUB_OFFLINE forbids it; unset HF_HUB_OFFLINE and run it again")
+
+
+def _anonymous(command: str) -> HubError:
+    return HubError(f"{command} has to know who you are; {LOG_IN}")
 
 
 def _unreachable(error: BaseException, command: str) -> HubError:

@@ -19,7 +19,8 @@ def plain(text: object) -> str:
 
 def code(text: object) -> str:
     """`text` between backticks, as many as it takes; fit for the cell of a table."""
-    line = _line(text).replace("|", "¦")
+    # A bar would end the cell, and a comment might be the mark at the end of loratool's part.
+    line = _line(text).replace("|", "¦").replace("<!--", "<! --")
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     if longest == 0:
         return f"`{line}`"

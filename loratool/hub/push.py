@@ -72,7 +72,7 @@ class Remote:
     """What is in a repository now.
 
     Attributes:
-        repository, revision: where to push to; a `revision` is a branch.
+        repository, revision: where to push to: the name that it has now, and a branch.
         exists: whether there is such a repository.
         private: whether it is private, where it exists.
         head: the commit that the branch is at; None where there is no such branch yet.
@@ -127,7 +127,7 @@ def look(repository: str, revision: str | None = None) -> Remote:
             return Remote(repository, branch)
         files = _files(info)
         readme = _read_readme(repository, info.sha) if README in files else None
-    return Remote(repository, branch, True, bool(info.private), head, files, readme)
+    return Remote(info.id, branch, True, bool(info.private), head, files, readme)
 
 
 def find_model(repository: str) -> str | None:
@@ -196,7 +196,10 @@ def refuse_token(contents: Sequence[Content]) -> None:
 
     token = (get_token() or "").encode()
     for content in contents:
-        if token and isinstance(content.source, bytes) and token in content.source:
+        if not token or content.path.endswith(".safetensors"):
+            continue
+        data = content.source if isinstance(content.source, bytes) else content.source.read_bytes()
+        if token in data:
             raise HubError(f"{quoted(content.path)} would show your token to everybody; take it out of there")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
-from loratool.hub.errors import refuse_offline
+from loratool.hub.errors import refuse_anonymous, refuse_offline
 from loratool.hub.names import is_repository, repository_id
 from loratool.hub.push import (
     COMMAND,
@@ -132,9 +132,12 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
 
     if message is not None and not message.strip():
         raise LoratoolError("the commit message is empty; say something with --message, or leave it out")
+    if merged and alpha is not None:
+        raise LoratoolError("--alpha is for an adapter, and --merged pushes a model; leave one of them out")
     online = not constants.HF_HUB_OFFLINE
-    if not (online or dry_run):
+    if not dry_run:
         refuse_offline(COMMAND)
+        refuse_anonymous(COMMAND)
     wishes = Wishes(license, base_model, online)
     with (
         open_registry(registry, read_only=True) as catalogue,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from loratool.errors import HubError, quoted
@@ -98,9 +99,12 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
-    if isinstance(value, str) and _PATH.fullmatch(value):
+    if not isinstance(value, str):
+        return value
+    if _PATH.fullmatch(value):
         return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
-    return value
+    own = str(Path.home())
+    return value.replace(own, "~") if len(own) > 1 else value
 
 
 def is_path(text: str) -> bool:
