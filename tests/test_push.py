@@ -13,7 +13,7 @@ import torch
 from hub_stand_in import Cut, Event, Failure, HubStandIn
 from huggingface_hub import ModelCard, constants, snapshot_download
 from markdown_it import MarkdownIt
-from tiny_adapters import TinyAdapters, copy_with, save_kohya_dylora, save_single_file
+from tiny_adapters import TinyAdapters, copy_with, save_kohya_dylora, save_peft_adalora, save_single_file
 from tiny_models import TinyModels, load
 
 import loratool
@@ -326,6 +326,25 @@ def test_other_kinds_are_pushed_as_peft_loads_them(
     layer = loaded.get_submodule(f"base_model.model.{key}")
     expected = raw[f"{flat}.lora_up.weight"] @ raw[f"{flat}.lora_down.weight"] * (8.0 / 4)
     torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+
+
+def test_an_adalora_and_a_child_of_it(hub: HubStandIn, base: Path, tmp_path: Path) -> None:
+    inputs = torch.arange(8)[None]
+    folder = save_peft_adalora(load(base, "llama"), tmp_path / "ada", task_type="CAUSAL_LM")
+    loratool.add(folder, name="full", base="tiny")
+    card = ModelCard(loratool.push("full", "ada/full").card)
+    assert card.data.tags == ["lora", "adalora", "loratool"] and "loratool prune --as lora" in card.text
+    snapshots = [snapshot_download("ada/full"), folder]
+    ours, theirs = (peft.PeftModel.from_pretrained(load(base, "llama"), each)(inputs).logits for each in snapshots)
+    assert torch.equal(ours, theirs)
+
+    loratool.prune("full", average_rank=2, as_="lora", out=tmp_path / "small", name="small")
+    card = ModelCard(loratool.push("small", "ada/small").card)
+    assert "Made by `loratool prune` from `full" in card.text
+    facts = json.loads(files(hub, "ada/small")["loratool.json"])
+    assert facts["lineage"]["operation"] == "prune"
+    assert facts["lineage"]["parents"][0]["sha256"] == loratool.show("full").record.sha256
+    peft.PeftModel.from_pretrained(load(base, "llama"), snapshot_download("ada/small"))
 
 
 def test_faults_of_a_push_pass_or_are_said(hub: HubStandIn, hub_waits: list[float], pirate: Path) -> None:
