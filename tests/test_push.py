@@ -208,6 +208,7 @@ def test_a_hand_written_readme_is_kept(hub: HubStandIn, pirate: Path) -> None:
         (BEGIN.encode() + b"\n", "without the other"),
         (b"\xff\xfe", "no UTF-8"),
         (b"---\nlicense: beer\n---\n", "does not accept"),
+        (b"---\n1: 2\n---\n", "does not accept"),
     ],
 )
 def test_a_readme_that_cannot_be_renewed_is_refused(hub: HubStandIn, pirate: Path, readme: bytes, words: str) -> None:
@@ -409,3 +410,5 @@ def test_an_empty_catalogue_has_nothing_to_push(hub: HubStandIn) -> None:
         loratool.push()
     with pytest.raises(NotFoundError, match="loratool push ADAPTER ada/pirate"):
         loratool.push("ada/pirate")
+    with pytest.raises(NotFoundError, match="loratool truncate"):
+        loratool.push("dylora@rank=4", "ada/pirate")

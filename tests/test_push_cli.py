@@ -31,11 +31,17 @@ def pirate(hub: HubStandIn, tiny_models: TinyModels, tiny_adapters: TinyAdapters
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run ``loratool push WORDS...`` in this process: its exit status, and what it printed."""
+def run(command: Run) -> Run:
+    """Run ``loratool push WORDS...``."""
+    return lambda *words: command("push", *words)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``loratool WORDS...`` in this process: its exit status, and what it printed."""
 
     def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["loratool", "push", *words])
+        monkeypatch.setattr(sys, "argv", ["loratool", *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             main()
@@ -45,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def test_what_it_prints(hub: HubStandIn, pirate: str, run: Run) -> None:
+def test_what_it_prints(hub: HubStandIn, pirate: str, run: Run, command: Run) -> None:
     status, out, err = run("--dry-run", "--license", "mit")
     assert (status, err) == (0, "")
     assert "4 files to send" in out and "license: mit" in out and "README.md" in out
@@ -54,6 +60,8 @@ def test_what_it_prints(hub: HubStandIn, pirate: str, run: Run) -> None:
     assert f"Pushed pirate@1 to {hub.endpoint}/ada/pirate" in out
     assert "loratool pull ada/pirate" in out and "new, public" in out
     assert "Already there" in run("pirate", "ada/pirate")[1]
+    (commit,) = [place.revision for place in loratool.show("pirate").record.locations if place.repo == "ada/pirate"]
+    assert f"ada/pirate ({commit[:12]})" in command("show", "pirate")[1]
     status, out, _ = run("pirate", "--json", "--license", "apache-2.0")
     assert json.loads(out)["sent"] is True
     assert {file["path"]: file["state"] for file in json.loads(out)["files"]}["README.md"] == "changed"

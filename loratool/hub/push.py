@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 COMMAND: Final = "loratool push"
 MAIN: Final = "main"
+TIMEOUT: Final = 60.0
+"""Seconds that the Hub may take to say what is in a repository; by itself huggingface_hub waits for ever."""
+
 MOST_PROPOSALS: Final = 10
 """How many open pull requests are looked at for one that proposes the same."""
 
@@ -115,12 +118,12 @@ def look(repository: str, revision: str | None = None) -> Remote:
     api = client()
     with hub_errors(COMMAND, repository, branch):
         try:
-            info = api.model_info(repository, revision=branch, files_metadata=True)
+            info = api.model_info(repository, revision=branch, files_metadata=True, timeout=TIMEOUT)
             head = info.sha
         except RevisionNotFoundError:
             if branch.startswith("refs/") or branch == MAIN:
                 raise
-            info, head = api.model_info(repository, files_metadata=True), None
+            info, head = api.model_info(repository, files_metadata=True, timeout=TIMEOUT), None
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
@@ -140,7 +143,7 @@ def find_model(repository: str) -> str | None:
 
     with hub_errors(COMMAND, repository):
         try:
-            return client().model_info(repository).id
+            return client().model_info(repository, timeout=TIMEOUT).id
         except RepositoryNotFoundError:
             return None
 
@@ -155,7 +158,7 @@ def is_public(repository: str) -> bool:
 
     with hub_errors(COMMAND, repository):
         try:
-            return client().model_info(repository).private is False
+            return client().model_info(repository, timeout=TIMEOUT).private is False
         except RepositoryNotFoundError:
             return False
 
@@ -183,7 +186,7 @@ def check_card(readme: str) -> None:
     with hub_errors(COMMAND, README):
         try:
             ModelCard(readme).validate()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError of keys that are no words
             if isinstance(error, OSError):
                 raise
             said = " ".join(str(error).split())
@@ -244,7 +247,7 @@ def find_proposal(remote: Remote, contents: Sequence[Content]) -> Sent | None:
         opened = api.get_repo_discussions(remote.repository, discussion_type="pull_request", discussion_status="open")
         for proposal, _ in zip(opened, range(MOST_PROPOSALS), strict=False):
             ref = f"refs/pr/{proposal.num}"
-            info = api.model_info(remote.repository, revision=ref, files_metadata=True)
+            info = api.model_info(remote.repository, revision=ref, files_metadata=True, timeout=TIMEOUT)
             files = _files(info)
             if all(each.path in files and files[each.path].holds(each) for each in contents):
                 return Sent(info.sha or ref, proposal.url, is_new=False)

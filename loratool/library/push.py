@@ -27,7 +27,7 @@ from loratool.hub.push import (
 from loratool.library.adapter_upload import prepare_adapter
 from loratool.library.model_upload import open_model, prepare_model
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import exists, open_registry, resolve_adapter, user_path
+from loratool.library.resolve import RANK_SIGN, exists, open_registry, resolve_adapter, user_path
 from loratool.library.upload import Upload, Wishes
 from registry import AdapterRecord, Location, RegistryError
 
@@ -190,7 +190,11 @@ def _newest(catalogue: Registry) -> str:
 
 
 def _refuse_repository(adapter: str, repository: str | None) -> None:
-    """Raise NotFoundError where the only name that was given is a repository's."""
+    """Raise NotFoundError where the only name that was given is a repository's, and for an adapter at a rank."""
+    if RANK_SIGN in adapter and not exists(user_path(adapter)):
+        raise NotFoundError(
+            f"{quoted(adapter)} has no file of its own to push; make one with 'loratool truncate', or push the whole adapter"
+        )
     if repository is None and is_repository(adapter) and not exists(user_path(adapter)):
         raise NotFoundError(
             f"there is no adapter {quoted(adapter)}; where that is the repository, name the adapter first: {COMMAND} ADAPTER "
