@@ -250,6 +250,10 @@ def test_branches_pull_requests_and_privacy(hub: HubStandIn, pirate: Path, monke
     loratool.push("pirate", "ada/pirate", revision="next", license="mit")
     assert len(repository.history) == 2 and len(repository.log(repository.find("next"))) == 3
     assert not loratool.push("pirate", "ada/pirate", revision="next").sent
+    assert loratool.push("pirate", "ada/pirate", revision="same").commit == repository.find("same").oid
+    assert len(repository.log(repository.find("same"))) == 2
+    with pytest.raises(HubError, match="has no branch 'gone'"):
+        loratool.push("pirate", "ada/pirate", revision="gone", create_pr=True)
 
     hub.create("org/pirate").put({"notes.txt": b"arr"})
     proposed = loratool.push("pirate", "org/pirate", create_pr=True)

@@ -224,9 +224,13 @@ def send(
             api.create_repo(remote.repository, private=private)
         if remote.head is None and remote.revision != MAIN:
             api.create_branch(remote.repository, branch=remote.revision)
+        differing = [each for each in contents if remote.state_of(each) != "same"]
+        if not differing:  # of a new branch, which begins with all that there is
+            info = api.model_info(remote.repository, revision=remote.revision, timeout=TIMEOUT)
+            return Sent(info.sha or remote.revision, None, is_new=False)
         done = api.create_commit(
             remote.repository,
-            [CommitOperationAdd(each.path, each.source) for each in contents if remote.state_of(each) != "same"],
+            [CommitOperationAdd(each.path, each.source) for each in differing],
             commit_message=message,
             revision=remote.revision,
             create_pr=create_pr,

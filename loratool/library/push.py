@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
@@ -138,28 +138,19 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
     if not dry_run:
         refuse_offline(COMMAND)
         refuse_anonymous(COMMAND)
-    wishes = Wishes(license, base_model, online)
-    with (
-        open_registry(registry, read_only=True) as catalogue,
-        tempfile.TemporaryDirectory(prefix="loratool-") as scratch,
-    ):
-        name = _newest(catalogue) if adapter is None and not merged else os.fspath(adapter or "")
-        if merged:
-            model = open_model(name, catalogue, progress or Silent())
-            remote = _look(repository, model.path.resolve().name, revision, online=online)
-            upload = prepare_model(model, catalogue, remote, wishes)
-        else:
-            _refuse_repository(name, repository)
-            found = resolve_adapter(name, catalogue, alpha)
-            remote = _look(repository, found.label, revision, online=online)
-            upload = prepare_adapter(found, catalogue, remote, wishes, Path(scratch))
+    with open_registry(registry, read_only=True) as catalogue, TemporaryDirectory(prefix="loratool-") as scratch:
+        remote, upload = _prepare(
+            adapter, repository, revision, catalogue, Path(scratch), merged=merged, alpha=alpha,
+            wishes=Wishes(license, base_model, online), watcher=progress or Silent(),
+        )  # fmt: skip
         _refuse_impossible(remote, private=private, create_pr=create_pr)
         if online:
             check_card(upload.card)
         refuse_token(upload.contents)
         files = tuple(PushedFile(each.path, each.size, remote.state_of(each)) for each in upload.contents)
+        differs = remote.head is None or any(each.state != "same" for each in files)
         sent = None
-        if not dry_run and any(each.state != "same" for each in files):
+        if differs and not dry_run:
             sent = _send(upload, remote, message, private=private, create_pr=create_pr, confirm=confirm)
     notes = [*upload.notes, *([] if online else ["the Hub was not asked what is there: HF_HUB_OFFLINE forbids it"])]
     if upload.record is not None and not dry_run:
@@ -180,6 +171,21 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         sent=sent is not None and sent.is_new,
         dry_run=dry_run,
     )
+
+
+def _prepare(adapter: str | os.PathLike[str] | None, repository: str | None, revision: str | None, catalogue: Registry,
+             scratch: Path, *, merged: bool, alpha: float | None, wishes: Wishes,
+             watcher: Progress) -> tuple[Remote, Upload]:  # fmt: skip
+    """What is in the repository that is meant, and what is to be in it."""
+    if merged:
+        model = open_model(os.fspath(adapter or ""), catalogue, watcher)
+        remote = _look(repository, model.path.resolve().name, revision, online=wishes.online)
+        return remote, prepare_model(model, catalogue, remote, wishes)
+    name = _newest(catalogue) if adapter is None else os.fspath(adapter)
+    _refuse_repository(name, repository)
+    found = resolve_adapter(name, catalogue, alpha)
+    remote = _look(repository, found.label, revision, online=wishes.online)
+    return remote, prepare_adapter(found, catalogue, remote, wishes, scratch)
 
 
 def _newest(catalogue: Registry) -> str:
@@ -220,6 +226,10 @@ def _refuse_impossible(remote: Remote, *, private: bool, create_pr: bool) -> Non
     if create_pr and not remote.exists:
         raise HubError(
             f"there is no repository {quoted(remote.repository)} to propose anything to; leave --create-pr out"
+        )
+    if create_pr and remote.head is None:
+        raise HubError(
+            f"{quoted(remote.repository)} has no branch {quoted(remote.revision)} to propose anything to; leave --revision out"
         )
     if private and remote.exists and not remote.private:
         raise HubError(
