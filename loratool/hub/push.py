@@ -190,7 +190,9 @@ def check_card(readme: str) -> None:
             if isinstance(error, OSError):
                 raise
             said = " ".join(str(error).split())
-            raise HubError(f"the Hub does not accept the front matter of {README}: {said}; mend it there") from None
+            raise HubError(
+                f"the Hub does not accept the front matter of {README}: {said}; mend --license, or the file on the Hub"
+            ) from None
 
 
 def refuse_token(contents: Sequence[Content]) -> None:
