@@ -177,7 +177,7 @@ class AdapterCard:
         if auto == "AutoModelForCausalLM":
             lines += [
                 "",
-                'prompt = tokenizer("Hello, ", return_tensors="pt")',
+                'prompt = tokenizer("Once upon a time", return_tensors="pt")',
                 "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
             ]
         code_block = "\n".join(lines)
