@@ -676,6 +676,9 @@ def test_every_command_is_one_function_with_the_same_name_and_the_same_words() -
         if name == "show":
             words -= {"with_spectrum"}
             parameters |= set(inspect.signature(loratool.spectrum).parameters)
+        if name == "push":  # who is asked on a terminal, and is not with --yes
+            words -= {"yes"}
+            parameters -= {"confirm"}
         assert words <= parameters, name
         assert parameters - words <= {"registry", "progress"}, name
 

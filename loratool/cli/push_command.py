@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--create-pr", is_flag=True, help="Propose it in a pull request.")
 @click.option("--revision", metavar="R", help="The branch; it is made where it is missing.")
 @click.option("--message", metavar="M", help="The commit's message.")
-@click.option("--license", "license_id", metavar="L", help="The license, as the Hub calls it: apache-2.0, mit, ...")
+@click.option("--license", metavar="L", help="The license, as the Hub calls it: apache-2.0, mit, ...")
 @click.option(
     "--base-model", metavar="ID", help="The Hub id of its base, where it is not known; 'none' where it is on no Hub."
 )
@@ -46,7 +46,7 @@ def command(
     create_pr: bool,
     revision: str | None,
     message: str | None,
-    license_id: str | None,
+    license: str | None,  # noqa: A002 (the library's word)
     base_model: str | None,
     dry_run: bool,
     yes: bool,
@@ -70,7 +70,7 @@ def command(
         (repository, "REPO"),
         (revision, "--revision"),
         (base_model, "--base-model"),
-        (license_id, "--license"),
+        (license, "--license"),
     ):
         if value == "":
             raise click.BadParameter("it is empty", click.get_current_context(), param_hint=f"'{option}'")
@@ -86,7 +86,7 @@ def command(
             create_pr=create_pr,
             revision=revision,
             message=message,
-            license=license_id,
+            license=license,
             base_model=base_model,
             alpha=alpha,
             dry_run=dry_run,
