@@ -106,6 +106,19 @@ class Adapters:
             query = _adapters.where(adapters.c.sha256 == sha256).order_by(adapters.c.id.desc())
             return tuple(_record(connection, row) for row in connection.execute(query).all())
 
+    def find_by_repo(self, repo: str, path_in_repo: str | None = None) -> tuple[AdapterRecord, ...]:
+        """All versions, of whatever name, that lie in the Hub repository `repo` at that path, the newest first.
+
+        The letters' case does not matter in the names of repositories.
+        """
+        place = locations.c.path_in_repo.is_(None) if path_in_repo is None else locations.c.path_in_repo == path_in_repo
+        there = select(locations.c.adapter_id).where(
+            locations.c.kind == "hub", func.lower(locations.c.repo) == repo.lower(), place
+        )
+        with self._database.reading() as connection:
+            query = _adapters.where(adapters.c.id.in_(there)).order_by(adapters.c.id.desc())
+            return tuple(_record(connection, row) for row in connection.execute(query).all())
+
     def versions(self, name: str) -> tuple[AdapterRecord, ...]:
         """All versions of one name, the oldest first; none where the name is unknown."""
         with self._database.reading() as connection:
@@ -332,17 +345,15 @@ def _add_location(connection: Connection, adapter_id: int, location: Location) -
             path=location.path,
             repo=location.repo,
             revision=location.revision,
+            path_in_repo=location.path_in_repo,
             created_at=datetime.now(UTC),
         )
     )
 
 
 def _locations(connection: Connection, adapter_id: int) -> tuple[Location, ...]:
-    rows = connection.execute(
-        select(locations.c.kind, locations.c.store_key, locations.c.path, locations.c.repo, locations.c.revision)
-        .where(locations.c.adapter_id == adapter_id)
-        .order_by(locations.c.id)
-    )
+    columns = [locations.c[name] for name in Location.__dataclass_fields__]
+    rows = connection.execute(select(*columns).where(locations.c.adapter_id == adapter_id).order_by(locations.c.id))
     return tuple(Location(**row._mapping) for row in rows)
 
 

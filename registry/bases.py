@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,13 @@ class Bases:
         parameter_count: int | None = None,
         size_bytes: int | None = None,
         dtype: str | None = None,
+        files: Mapping[str, Any] | None = None,
     ) -> BaseRecord:
         """Catalogues a base. The same name with the same content again only updates where it lies.
 
         `source` is the folder or Hub id as it was given, `path` the folder where its files are, `fingerprint` BLAKE3 in
-        hex. `variant_of` names a catalogued base that is the same model stored otherwise. Adapters that recorded this
-        fingerprint before are linked to the base.
+        hex, `files` what the Hub says of its weight files. `variant_of` names a catalogued base that is the same model
+        stored otherwise. Adapters that recorded this fingerprint before are linked to the base.
 
         Raises InvalidNameError, NotFoundError (`variant_of`), AlreadyExistsError.
         """
@@ -63,6 +65,7 @@ class Bases:
             "parameter_count": parameter_count,
             "size_bytes": size_bytes,
             "dtype": dtype,
+            "files": files,
         }
         with self._database.writing() as connection:
             existing = _find(connection, name)

@@ -36,7 +36,8 @@ class Registry:
     Every method is a transaction of its own; `with registry.writing():` makes several calls one.
     """
 
-    def __init__(self, database: Database, store: Store) -> None:
+    def __init__(self, database: Database, store: Store, url: str | None = None) -> None:
+        self._url = url
         self.database = database
         self.store = store
         self.bases = Bases(database)
@@ -64,7 +65,7 @@ class Registry:
         if path is not None:
             _refuse_under_a_file(path.parent)
         if read_only and (db.is_in_memory(target) or (path is not None and not path.exists())):
-            return cls(_empty(where), store)
+            return cls(_empty(where), store, url)
         if url is None and not read_only:
             _make_home(home)
         engine = db.make_engine(target, read_only=read_only, busy_timeout=busy_timeout)
@@ -81,7 +82,19 @@ class Registry:
                 if path is not None:
                     _use_write_ahead_log(changing, busy_timeout)
                 _upgrade(changing, where)
-        return cls(Database(engine, where, read_only=read_only), store)
+        return cls(Database(engine, where, read_only=read_only), store, url)
+
+    @contextmanager
+    def for_writing(self) -> Iterator[Registry]:
+        """The catalogue as it can be changed: itself, or where it was opened to read only, opened once more.
+
+        Raises RegistryError.
+        """
+        if not self.database.read_only:
+            yield self
+            return
+        with Registry.open(self.store.root.parent, self._url) as writable:
+            yield writable
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -42,7 +42,8 @@ class Doctor:
 
     def _missing_bases(self) -> Iterator[Finding]:
         for base in self._bases.list():
-            if base.path is not None and not base.path.exists():
+            # One whose files on the Hub are known is downloaded again when it is needed.
+            if base.path is not None and not base.path.exists() and not (base.files and base.revision):
                 yield Finding(
                     kind="base-missing",
                     subject=base.name,

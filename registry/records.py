@@ -18,6 +18,8 @@ class BaseRecord:
 
     `fingerprint` is BLAKE3 in hex and None until the content is known (a Hub base that was not downloaded yet).
     `variant_of` names the base whose model this one stores otherwise; it always names the family's root.
+    `files` says of a base from the Hub what its weight files are at `revision`, by name: `size` in bytes, and `sha256` or
+    git's `blob_id` in hex. A download is checked against it.
     """
 
     id: int
@@ -33,6 +35,7 @@ class BaseRecord:
     size_bytes: int | None
     dtype: str | None
     created_at: datetime
+    files: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ class Location:
     """Where the files of an adapter lie.
 
     `store`: in the content store, under `store_key`. `path`: a file or a PEFT folder at `path`. `hub`: in the Hub
-    repository `repo` at the commit `revision`.
+    repository `repo` at the commit `revision`, in the folder or file `path_in_repo` where it is not at its top.
     """
 
     kind: LocationKind
@@ -48,6 +51,7 @@ class Location:
     path: Path | None = None
     repo: str | None = None
     revision: str | None = None
+    path_in_repo: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,6 +102,7 @@ bases = Table(
     Column("size_bytes", BigInteger),
     Column("dtype", String(32)),
     Column("created_at", UTCDateTime, nullable=False),
+    Column("files", _JSON),
 )
 
 adapters = Table(
@@ -148,6 +149,7 @@ locations = Table(
     Column("repo", String(255)),
     Column("revision", String(255)),
     Column("created_at", UTCDateTime, nullable=False),
+    Column("path_in_repo", Text),
 )
 
 lineage = Table(

@@ -207,3 +207,19 @@ def test_a_path_that_is_no_text_is_refused(catalogue: Registry) -> None:
     with pytest.raises(RegistryError, match="UTF-8"):
         catalogue.bases.add("llama", "somewhere", path=Path("/models/\udcff"))
     assert catalogue.counts().versions == catalogue.counts().bases == 0
+
+
+def test_adapters_are_found_by_the_repository_that_they_came_from(catalogue: Registry) -> None:
+    def pulled(name: str, seed: str, revision: str, path_in_repo: str | None = None) -> str:
+        place = Location(kind="hub", repo="Me/Pirate", revision=revision, path_in_repo=path_in_repo)
+        return catalogue.adapters.add(name, facts(seed), locations=[place])[0].reference
+
+    pulled("pirate", "one", "abc")
+    pulled("pirate", "two", "def")
+    pulled("other", "one", "abc")
+    pulled("inside", "three", "abc", "more/inside")
+    catalogue.adapters.add("beside", facts("one"), locations=[Location(kind="hub", repo="me/pirate2")])
+    assert [r.reference for r in catalogue.adapters.find_by_repo("me/pirate")] == ["other@1", "pirate@2", "pirate@1"]
+    (inside,) = catalogue.adapters.find_by_repo("Me/Pirate", "more/inside")
+    assert inside.locations == (Location(kind="hub", repo="Me/Pirate", revision="abc", path_in_repo="more/inside"),)
+    assert catalogue.adapters.find_by_repo("me/pirat_") == ()

@@ -18,7 +18,15 @@ from alembic.script import ScriptDirectory
 from catalogued import SERVER, facts, without_privileges
 from sqlalchemy import create_engine, event, inspect
 
-from registry import Registry, RegistryBusyError, RegistryError, RegistryReadOnlyError, SchemaTooNewError, list_adapters
+from registry import (
+    Location,
+    Registry,
+    RegistryBusyError,
+    RegistryError,
+    RegistryReadOnlyError,
+    SchemaTooNewError,
+    list_adapters,
+)
 from registry.database import write_transaction
 from registry.places import DATABASE_NAME, home, registry_url
 from registry.schema import MIGRATIONS, recorded_version, upgrade
@@ -27,12 +35,12 @@ from registry.version import HEAD, VERSION_TABLE
 
 REPOSITORY = Path(__file__).parents[2]
 
-SECOND_REVISION = """
+NEXT_REVISION = f"""
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "9999"
+down_revision = "{HEAD}"
 
 def upgrade():
     with op.batch_alter_table("adapters") as table:
@@ -95,19 +103,48 @@ def test_an_older_catalogue_is_upgraded_with_its_rows_and_then_too_new_for_the_o
         registry.adapters.add("pirate", facts(), tags=["speech"])
         newer = tmp_path / "migrations"
         shutil.copytree(MIGRATIONS, newer, ignore=shutil.ignore_patterns("__pycache__"))
-        (newer / "versions" / "0002_licence.py").write_text(SECOND_REVISION)
+        (newer / "versions" / "9999_licence.py").write_text(NEXT_REVISION)
         with write_transaction(registry.database.engine) as connection:
-            upgrade(connection, "here", migrations=newer, head="0002")
+            upgrade(connection, "here", migrations=newer, head="9999")
         with registry.database.engine.connect() as connection:
-            assert recorded_version(connection) == "0002"
+            assert recorded_version(connection) == "9999"
             assert "licence" in {column["name"] for column in inspect(connection).get_columns("adapters")}
         assert registry.adapters.find("pirate").tags == ("speech",)
     for read_only in (True, False):
         with pytest.raises(SchemaTooNewError) as raised:
             Registry.open(home, read_only=read_only)
-        assert "0002" in one_sentence(raised.value)
+        assert "9999" in one_sentence(raised.value)
     with pytest.raises(SchemaTooNewError):
         list_adapters(home)
+
+
+def test_a_catalogue_of_the_first_schema_keeps_its_rows_and_learns_of_files_on_the_hub(home: Path) -> None:
+    from alembic import command
+
+    database = home / DATABASE_NAME
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("sqlalchemy.url", f"sqlite:///{database}")
+    home.mkdir(exist_ok=True)
+    command.upgrade(config, "0001")
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute(
+            "INSERT INTO bases (name, source, created_at) VALUES ('llama', 'org/llama', '2026-01-01 00:00:00')"
+        )
+        connection.execute(
+            "INSERT INTO adapters (name, version, kind, sha256, size_bytes, base_id, created_at) "
+            "VALUES ('pirate', 1, 'lora', 'ab', 1, 1, '2026-01-01 00:00:00')"
+        )
+        connection.execute(
+            "INSERT INTO locations (adapter_id, kind, repo, revision, created_at) "
+            "VALUES (1, 'hub', 'me/pirate', 'abc', '2026-01-01 00:00:00')"
+        )
+    files = {"model.safetensors": {"size": 8, "sha256": "00"}}
+    with Registry.open(home) as registry:
+        assert registry.bases.find("llama").files is None
+        assert registry.bases.update("llama", files=files).files == files
+        (pirate,) = registry.adapters.find_by_repo("me/pirate")
+        assert (pirate.base, pirate.locations) == ("llama", (Location(kind="hub", repo="me/pirate", revision="abc"),))
 
 
 def test_an_upgrade_that_fails_leaves_the_catalogue_as_it_was(home: Path, tmp_path: Path) -> None:
@@ -115,12 +152,12 @@ def test_an_upgrade_that_fails_leaves_the_catalogue_as_it_was(home: Path, tmp_pa
         registry.adapters.add("pirate", facts())
         newer = tmp_path / "migrations"
         shutil.copytree(MIGRATIONS, newer, ignore=shutil.ignore_patterns("__pycache__"))
-        (newer / "versions" / "0002_licence.py").write_text(SECOND_REVISION + "    raise OSError('power cut')\n")
+        (newer / "versions" / "9999_licence.py").write_text(NEXT_REVISION + "    raise OSError('power cut')\n")
         with (
             pytest.raises(OSError, match="power cut"),
             write_transaction(registry.database.engine) as connection,
         ):
-            upgrade(connection, "here", migrations=newer, head="0002")
+            upgrade(connection, "here", migrations=newer, head="9999")
     with Registry.open(home) as registry:
         assert registry.adapters.find("pirate").version == 1
         with registry.database.engine.connect() as connection:
