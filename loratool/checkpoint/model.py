@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,12 +59,29 @@ class Checkpoint:
             raise NotFoundError(
                 f"there is no model at {quoted(path)}; give a folder, a safetensors file or a known name"
             )
-        index = _choose_weights(path)
+        index = path / choose_weights([file.name for file in path.iterdir()], path)
         if not index.name.endswith(INDEX_SUFFIX):
             return cls._of_files(path, (read_header(index),), None)
-        shards = _read_index(index)
-        headers = tuple(read_header(path / name) for name in sorted(set(shards.values())))
-        checkpoint = cls._of_files(path, headers, index)
+        shards = read_index(index)
+        for shard in shards.values():
+            if not has_file(path / shard):
+                raise CheckpointError(
+                    f"{quoted(index)} names {quoted(shard)}, which is not there; download the model again"
+                )
+        return cls.of_headers(path, [read_header(path / name) for name in sorted(set(shards.values()))], index, shards)
+
+    @classmethod
+    def of_headers(
+        cls, path: Path, headers: Iterable[Header], index: Path | None, shards: Mapping[str, str]
+    ) -> Checkpoint:
+        """The model whose files have these headers, of which nothing else need be there; enough for a plan.
+
+        `shards` is what `index` says: tensor name to file name; empty where the model is one file.
+
+        Raises:
+            CheckpointError: a tensor is twice there, or not where the index says.
+        """
+        checkpoint = cls._of_files(path, tuple(headers), index)
         for tensor, shard in shards.items():
             found = checkpoint.tensors.get(tensor)
             if found is None or found.file.name != shard:
@@ -148,35 +165,43 @@ def _walk(folder: Path) -> Iterator[Path]:
             raise CheckpointError(f"{quoted(entry.path)} is neither a file nor a folder; remove it from the model")
 
 
-def _choose_weights(folder: Path) -> Path:
-    """The file that says where a folder's weights are, chosen as transformers chooses: one file first, then an index."""
+def choose_weights(names: Collection[str], folder: Path | str) -> str:
+    """Which of a folder's files says where its weights are, as transformers chooses: one file first, then an index.
+
+    Raises:
+        CheckpointError: none does, or several do; `folder` is what to call it.
+    """
     for name in (WEIGHTS_NAME, "model" + INDEX_SUFFIX):
-        if (folder / name).exists():
-            return folder / name
-    indexes = sorted(folder.glob("*" + INDEX_SUFFIX))
-    files = sorted(folder.glob("*.safetensors"))
+        if name in names:
+            return name
+    indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIX))
+    files = sorted(name for name in names if name.endswith(".safetensors"))
     if len(indexes) == 1:
         return indexes[0]
     if len(files) == 1 and not indexes:
         return files[0]
     if files:
-        names = ", ".join(quoted(file.name, 40) for file in (indexes or files)[:4])
-        raise CheckpointError(f"{quoted(folder)} holds several models ({names}); name one file")
-    for file in sorted(folder.iterdir()):
-        if file.suffix in PICKLE_SUFFIXES:
-            raise CheckpointError(_pickle_advice(file))
+        several = ", ".join(quoted(name, 40) for name in (indexes or files)[:4])
+        raise CheckpointError(f"{quoted(folder)} holds several models ({several}); name one file")
+    for name in sorted(names):
+        if Path(name).suffix in PICKLE_SUFFIXES:
+            raise CheckpointError(_pickle_advice(f"{folder}/{name}"))
     raise CheckpointError(f"{quoted(folder)} holds no safetensors weights; give the folder of a saved model")
 
 
-def _pickle_advice(file: Path) -> str:
+def _pickle_advice(file: Path | str) -> str:
     return (
         f"{quoted(file)} is a pickle, which can run code when it is opened, so loratool never does; "
         "load the model where you trust it and save it with model.save_pretrained(folder)"
     )
 
 
-def _read_index(file: Path) -> dict[str, str]:
-    """The index's map from tensor name to shard name; a shard is a plain file name in the index's own folder."""
+def read_index(file: Path) -> dict[str, str]:
+    """An index's map from tensor name to shard name; a shard is a plain file name in the index's own folder.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no such index.
+    """
     if not file.is_file():
         raise CheckpointError(f"{quoted(file)} is not a regular file; download the model again")
     try:
@@ -192,8 +217,6 @@ def _read_index(file: Path) -> dict[str, str]:
                 f"{quoted(file)} puts {quoted(tensor)} into {quoted(shard)}, which is not a safetensors file in its own "
                 "folder; do not use this model"
             )
-        if not has_file(file.parent / shard):
-            raise CheckpointError(f"{quoted(file)} names {quoted(shard)}, which is not there; download the model again")
     return shards
 
 

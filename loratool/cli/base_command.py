@@ -33,16 +33,35 @@ command = base
     "--variant-of", metavar="BASE", help="The catalogued base that this is the same model as, stored otherwise."
 )
 @click.option("--hub-id", metavar="ID", help="The Hub model that the folder holds; adapters that are pushed name it.")
+@click.option("--download", is_flag=True, help="Get a base on the Hub at once, not when it is first needed.")
 @json_option
 @click.pass_obj
 def add_base(
-    registry: str | None, name: str, source: str, variant_of: str | None, hub_id: str | None, as_json: bool
+    registry: str | None,
+    name: str,
+    source: str,
+    variant_of: str | None,
+    hub_id: str | None,
+    download: bool,
+    as_json: bool,
 ) -> None:
-    """Catalogue the model in a folder or at a Hub id under NAME, with the fingerprint of its content."""
+    """Catalogue the model in a folder or at a Hub id under NAME, with the fingerprint of its content.
+
+    A base on the Hub is catalogued by what the Hub and its headers say, and downloaded when its weights are needed.
+    """
     from loratool.library.bases import base_add, base_json
+    from loratool.library.hub_bases import is_away
 
     with ProgressBar() as progress:
-        record = base_add(name, source, variant_of=variant_of, hub_id=hub_id, registry=registry, progress=progress)
+        record = base_add(
+            name,
+            source,
+            variant_of=variant_of,
+            hub_id=hub_id,
+            download=download,
+            registry=registry,
+            progress=progress,
+        )
     if as_json:
         print_json(base_json(record))
         return
@@ -51,8 +70,10 @@ def add_base(
         [
             ("model", " ".join(filter(None, [record.architecture, count(record.parameter_count), record.dtype]))),
             ("size", size(record.size_bytes or 0)),
-            ("fingerprint", f"{(record.fingerprint or '')[:16]}…"),
-            ("at", shown_path(record.path) if record.path else ""),
+            ("fingerprint", f"{record.fingerprint[:16]}…" if record.fingerprint else ""),
+            ("from", "" if record.revision is None else f"{record.source}@{record.revision[:12]}"),
+            ("weights", "not downloaded: when they are needed, or with --download" if is_away(record) else ""),
+            ("at", shown_path(record.path) if record.path and not is_away(record) else ""),
             ("variant of", record.variant_of or ""),
             ("next", f"loratool add ADAPTER --base {record.name}"),
         ]
@@ -65,6 +86,7 @@ def add_base(
 def list_bases(registry: str | None, as_json: bool) -> None:
     """The catalogued bases."""
     from loratool.library.bases import base_json, base_list
+    from loratool.library.hub_bases import is_away
 
     found = base_list(registry=registry)
     if as_json:
@@ -80,7 +102,7 @@ def list_bases(registry: str | None, as_json: bool) -> None:
             count(record.parameter_count),
             record.dtype or "-",
             size(record.size_bytes or 0),
-            (record.fingerprint or "-")[:12],
+            "not downloaded" if is_away(record) else (record.fingerprint or "-")[:12],
             record.variant_of or "-",
             age(record.created_at),
         ]
@@ -97,6 +119,7 @@ def list_bases(registry: str | None, as_json: bool) -> None:
 def show_base(registry: str | None, name: str, as_json: bool) -> None:
     """One base: everything known of it, its adapters and the merges into it."""
     from loratool.library.bases import base_show
+    from loratool.library.hub_bases import is_away
 
     result = base_show(name, registry=registry)
     if as_json:
@@ -109,9 +132,10 @@ def show_base(registry: str | None, name: str, as_json: bool) -> None:
             ("model", " ".join(filter(None, [record.architecture, count(record.parameter_count), record.dtype]))),
             ("size", size(record.size_bytes or 0)),
             ("fingerprint", record.fingerprint or ""),
+            ("weights", "not downloaded" if is_away(record) else ""),
             ("from", "" if record.source == str(record.path) else record.source),
             ("revision", record.revision or ""),
-            ("at", shown_path(record.path) if record.path else ""),
+            ("at", shown_path(record.path) if record.path and not is_away(record) else ""),
             ("variant of", record.variant_of or ""),
             ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
             ("adapters", listed([adapter.reference for adapter in result.adapters])),

@@ -13,10 +13,12 @@ from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, NotFoundError, VerificationError, WrongBaseError, quoted
+from loratool.hub.address import HubAddress
 from loratool.hub.names import repository_id
+from loratool.library.hub_bases import HubBase, find_hub_base, is_away
 from loratool.library.merge import hold
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import HUB_ID, digest_cache, exists, fetch_from_hub, open_registry, user_path
+from loratool.library.resolve import HUB_ID, digest_cache, exists, open_registry, user_path
 from registry import AdapterSummary, BaseRecord, MergeRecord, Registry, check_name
 
 DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "U8": "uint8"}
@@ -40,14 +42,19 @@ class BaseShowResult:
 
 
 def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | None = None, hub_id: str | None = None,
-             registry: str | None = None, progress: Progress | None = None) -> BaseRecord:  # fmt: skip
+             download: bool = False, registry: str | None = None, progress: Progress | None = None) -> BaseRecord:  # fmt: skip
     """Catalogue a base model under `name`, with the fingerprint of its content. Its files stay where they are.
+
+    One on the Hub is catalogued by what the Hub and its headers say, and downloaded, checked and fingerprinted when its
+    weights are first needed; at once where they are in huggingface_hub's cache.
 
     Args:
         name: letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit, 96 at most.
         source: its folder or safetensors file, or a Hub id (``owner/name`` or ``owner/name@revision``).
-        variant_of: the catalogued base that this is the same model as, stored otherwise.
+        variant_of: the catalogued base that this is the same model as, stored otherwise; one on the Hub is downloaded, to
+            compare them.
         hub_id: of a folder or file, the Hub model that it is (``owner/name``), which adapters that are pushed name.
+        download: get one on the Hub at once.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 
@@ -56,7 +63,7 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
     """
     watcher = progress or Silent()
     text = os.fspath(source)
-    path, revision = user_path(text), None
+    path, base = user_path(text), None
     _check_name(name)
     if variant_of is not None:
         _check_name(variant_of)
@@ -69,8 +76,11 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
         elif hub_id is not None:
             raise NotFoundError(f"there is no model at {quoted(text)}; --hub-id is for a folder or file of yours")
         elif HUB_ID.fullmatch(text):
-            text, path = fetch_from_hub(text)
-            revision = path.name
+            base = _find_on_hub(name, text, catalogue)
+            text = base.snapshot.repo
+            if not (download or variant_of or base.is_here) and base.can_wait:
+                return _add_headers(name, base, catalogue)
+            path = base.download(watcher, recheck=download)
         else:
             raise NotFoundError(
                 f"there is no model at {quoted(text)}; give its folder, its safetensors file or a Hub id"
@@ -86,14 +96,41 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
             name,
             text,
             path=path,
-            revision=revision,
             fingerprint=fingerprint(checkpoint.tensors, digests),
             variant_of=variant_of,
-            parameter_count=sum(_elements(info) for info in checkpoint.tensors.values()),
-            size_bytes=checkpoint.nbytes,
-            dtype=_main_dtype(checkpoint),
-            **_kind_of_model(checkpoint.config),
+            **({} if base is None else _place_on_hub(base)),
+            **_facts(checkpoint),
         )
+
+
+def _find_on_hub(name: str, hub_id: str, catalogue: Registry) -> HubBase:
+    """The base at a Hub id; of one that is catalogued under `name` already, at the commit that it was catalogued at."""
+    address = HubAddress.parse(hub_id)
+    known = catalogue.bases.get(name)
+    if known is not None and known.source == address.repo and address.revision is None:
+        address = address.at(known.revision)
+    return find_hub_base(address, f"loratool base add {name} {hub_id}")
+
+
+def _add_headers(name: str, base: HubBase, catalogue: Registry) -> BaseRecord:
+    """Catalogue a base by its headers, without its weights."""
+    checkpoint = base.headers()
+    _refuse_adapter(checkpoint)
+    return catalogue.bases.add(name, base.snapshot.repo, **_place_on_hub(base), **_facts(checkpoint))
+
+
+def _place_on_hub(base: HubBase) -> dict[str, Any]:
+    files = base.weights.to_json() if base.can_wait else None
+    return {"revision": base.snapshot.commit, "files": files}
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "parameter_count": sum(_elements(info) for info in checkpoint.tensors.values()),
+        "size_bytes": checkpoint.nbytes,
+        "dtype": _main_dtype(checkpoint),
+        **_kind_of_model(checkpoint.config),
+    }
 
 
 def add_variant(catalogue: Registry, name: str, path: Path, original: Checkpoint, *, fingerprint: str,
@@ -121,7 +158,7 @@ def add_variant(catalogue: Registry, name: str, path: Path, original: Checkpoint
     )
 
 
-def _kind_of_model(config: Mapping[str, Any]) -> dict[str, str | None]:
+def _kind_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
     architectures = config.get("architectures")
     return {
         "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else None,
@@ -175,6 +212,11 @@ def base_verify(name: str, *, registry: str | None = None, progress: Progress | 
     _check_name(name)
     with open_registry(registry, read_only=True) as catalogue:
         record = catalogue.bases.find(name)
+    if is_away(record):
+        raise VerificationError(
+            f"base {quoted(name)} is not downloaded, so there are no bytes to verify; get them with "
+            f"'loratool base add {name} {record.source} --download'"
+        )
     if record.path is None or not exists(record.path):
         raise VerificationError(
             f"the files of base {quoted(name)} are no longer at {quoted(record.path)}; say where they are with "
@@ -215,6 +257,7 @@ def base_json(record: BaseRecord) -> dict[str, Any]:
         "source": record.source,
         "revision": record.revision,
         "path": None if record.path is None else str(record.path),
+        "downloaded": not is_away(record),
         "base_fingerprint": record.fingerprint,
         "variant_of": record.variant_of,
         "architecture": record.architecture,

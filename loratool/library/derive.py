@@ -13,7 +13,7 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.formats.write import staged_adapter
 from loratool.library.adapters import AddResult, name_from, staged_entry
-from loratool.library.resolve import ResolvedAdapter, user_path
+from loratool.library.resolve import ResolvedAdapter, exists, user_path
 from registry import AdapterRecord, Registry
 
 
@@ -43,6 +43,8 @@ def default_output(source: ResolvedAdapter, given: str | os.PathLike[str], suffi
     path = user_path(given)
     if source.record is not None and source.record.name == os.fspath(given).partition("@")[0]:
         return Path(f"{source.record.name}-{suffix}.safetensors")
+    if not exists(path):  # a Hub id
+        return Path(f"{source.adapter.name}-{suffix}.safetensors")
     if path.is_dir():
         return path.resolve().with_name(f"{path.resolve().name}-{suffix}")
     return path.with_name(f"{path.stem}-{suffix}{path.suffix}")

@@ -92,7 +92,7 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
     chosen = check_name(default_name(target) if name is None else name, "adapter")
     watcher, wanted = progress or Silent(), Wanted(rank, energy)
     with open_registry(registry) as catalogue, ExitStack() as held:
-        models = [resolve_base(given, catalogue) for given in (tuned, base)]
+        models = [resolve_base(given, catalogue, watcher) for given in (tuned, base)]
         refuse_overlap(target, [model.path for model in models])
         refuse_existing(target, force=force)
         for path in dict.fromkeys(model.path.resolve() for model in models):

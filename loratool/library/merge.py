@@ -17,7 +17,7 @@ from loratool.checkpoint.fingerprint import file_identity, fingerprint, tensor_d
 from loratool.checkpoint.journal import locked, refuse_links
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.staging import refuse_existing, refuse_impossible
-from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
+from loratool.errors import CheckpointError, LoratoolError, OutputError, WrongBaseError, quoted
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.library.progress import Progress, Silent
@@ -153,7 +153,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=dry_run) as catalogue:
-        base = resolve_base(into, catalogue)
+        base = resolve_base(into, catalogue, watcher, download=not dry_run)
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
         target = base.path if in_place else _output(out, base, resolved, storage)
@@ -161,10 +161,11 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
             refuse_overlap(target, [base.path, *(found.adapter.file for found in resolved)])
             refuse_existing(target, force=force)
         with hold(base.path, exclusive=in_place and not dry_run):
-            checkpoint = Checkpoint.open(base.path)
+            checkpoint = base.open()
             if in_place:
                 _refuse_in_place(checkpoint)
-            plan = plan_merge(weighted, checkpoint)
+            with explained_without_weights(base):
+                plan = plan_merge(weighted, checkpoint)
             conversion = None if storage is None else plan_conversion(checkpoint, storage, plan)
             for found in resolved if dry_run else ():  # a merge looks when it reads them
                 refuse_not_finite(found.adapter)
@@ -281,6 +282,8 @@ def _check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpo
     Raises:
         WrongBaseError: an adapter records another base, or the base is not what was catalogued under its name.
     """
+    if base.headers is not None:
+        return None, [f"base {quoted(base.name)} is not downloaded: its content is checked when it is"]
     recorded = base.record.fingerprint if base.record else None
     if recorded is None and not any(found.base_fingerprint for found in adapters):
         return None, [_unrecorded(found) for found in adapters]
@@ -306,6 +309,20 @@ def _check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpo
                 raise WrongBaseError(f"{problem}; merge it into its own base, or give --force")
             notes.append(f"{problem}; merged all the same, with --force")
     return digests, notes
+
+
+@contextmanager
+def explained_without_weights(base: ResolvedBase) -> Iterator[None]:
+    """Say of a base of which only the headers are there that a plan needs more, where it does (a 4-bit matrix's facts)."""
+    try:
+        yield
+    except CheckpointError as error:
+        if base.headers is None:
+            raise
+        how = f"'loratool base add NAME {base.record.source if base.record else base.name} --download'"
+        raise CheckpointError(
+            f"a plan for base {quoted(base.name)} needs its weights, which are not downloaded; get them with {how} ({error})"
+        ) from None
 
 
 def _original_of(checkpoint: Checkpoint, actual: str) -> str | None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, WrongBaseError, quoted
 from loratool.library.bases import add_variant
@@ -102,13 +101,13 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
     if name is not None:
         check_name(name, "base")
     with open_registry(registry, read_only=dry_run) as catalogue:
-        source = resolve_base(base, catalogue)
+        source = resolve_base(base, catalogue, watcher, download=not dry_run)
         target = beside_base(source, f"{source.name}-nf4") if out is None else user_path(out)
         refuse_overlap(target, [source.path])
         refuse_existing(target, force=force)
         _refuse_taken(name, target, catalogue)
         with hold(source.path, exclusive=False):
-            checkpoint = Checkpoint.open(source.path)
+            checkpoint = source.open()
             plan = plan_conversion(checkpoint, storage)
             if dry_run:
                 seconds = time.monotonic() - started

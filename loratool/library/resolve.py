@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.fingerprint import DigestCache
+from loratool.checkpoint.model import Checkpoint
 from loratool.errors import AdapterError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.dylora import at_rank
 from loratool.formats.lora_config import MOST_DIGITS
 from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
-from registry import AdapterRecord, BaseRecord, Registry, home, is_name, is_reference, registry_url
+from loratool.hub.address import HubAddress
+from loratool.library.progress import Progress, Silent
+from registry import AdapterRecord, BaseRecord, Registry, RegistryError, home, is_name, is_reference, registry_url
 
 RANK_SIGN: Final = "@rank="
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -31,11 +34,13 @@ class ResolvedAdapter:
     adapter: Adapter
     record: AdapterRecord | None
     rank: int | None = None
+    hub_id: str | None = None
 
     @property
     def reference(self) -> str:
-        """``name@version``, or the path of an adapter that is not catalogued; with ``@rank=b`` where one was chosen."""
-        reference = self.record.reference if self.record else str(self.adapter.file)
+        """``name@version``, or of an adapter that is not catalogued its path, or ``owner/name@commit`` where it is from the
+        Hub; with ``@rank=b`` where one was chosen."""
+        reference = self.record.reference if self.record else self.hub_id or str(self.adapter.file)
         return reference if self.rank is None else f"{reference}{RANK_SIGN}{self.rank}"
 
     @property
@@ -53,11 +58,23 @@ class ResolvedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedBase:
-    """A base's folder or file, and its entry in the catalogue where it has one."""
+    """A base's folder or file, and its entry in the catalogue where it has one.
+
+    Of one on the Hub that is not downloaded, `headers` says what its headers do, and `path` where it would be.
+    """
 
     path: Path
     name: str
     record: BaseRecord | None
+    headers: Checkpoint | None = None
+
+    def open(self) -> Checkpoint:
+        """Its checkpoint; of one that is not downloaded, what its headers say: enough for a plan.
+
+        Raises:
+            CheckpointError: it is damaged, or no model.
+        """
+        return Checkpoint.open(self.path) if self.headers is None else self.headers
 
 
 def open_registry(url: str | None = None, *, read_only: bool = False) -> Registry:
@@ -71,10 +88,11 @@ def digest_cache() -> DigestCache:
 
 
 def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: float | None = None) -> ResolvedAdapter:
-    """Find and read an adapter.
+    """Find and read an adapter. One on the Hub is downloaded and checked as `pull` does, and not catalogued.
 
     Raises:
         NotFoundError, AdapterError: nothing is called `name`, it cannot be read, or it says its alpha and one is given.
+        HubError: it is on the Hub, and cannot be got.
         RegistryError: a version that is not catalogued is asked for.
     """
     text = os.fspath(name)
@@ -88,6 +106,8 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
             return ResolvedAdapter(replace(read_adapter(registry.adapters.files(record)), name=record.name), record)
         if not exists(path):
             registry.adapters.find(text)  # raises, with the nearest names
+    if not _is_plainly_a_path(text) and HUB_ID.fullmatch(text) and not exists(path):
+        return _adapter_on_hub(HubAddress.parse(text), registry, alpha)
     if not text or not exists(path):
         if RANK_SIGN in text:
             raise NotFoundError(
@@ -98,8 +118,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
             f"there is no adapter {quoted(text)}: neither a catalogued name nor a path; 'loratool list' shows the names"
         )
     adapter = read_adapter(path, alpha)
-    known = registry.adapters.find_by_sha256(adapter.sha256)
-    return ResolvedAdapter(adapter, next((record for record in known if record.alpha == adapter.alpha), None))
+    return ResolvedAdapter(adapter, _entry_of(adapter, registry))
 
 
 def resolve_at_rank(name: str | os.PathLike[str], registry: Registry, alpha: float | None = None) -> ResolvedAdapter:
@@ -117,25 +136,26 @@ def resolve_at_rank(name: str | os.PathLike[str], registry: Registry, alpha: flo
     return replace(found, adapter=at_rank(found.adapter, int(rank)), rank=int(rank))
 
 
-def resolve_base(name: str | os.PathLike[str], registry: Registry) -> ResolvedBase:
-    """Find the folder or file of a base model.
+def resolve_base(name: str | os.PathLike[str], registry: Registry, progress: Progress | None = None, *,
+                 download: bool = True) -> ResolvedBase:  # fmt: skip
+    """Find the folder or file of a base model; one that is only on the Hub is downloaded, unless `download` is off.
 
     Raises:
         NotFoundError: nothing is called `name`, or the files of the catalogued base are gone.
+        HubError: it is on the Hub, and cannot be got.
     """
     text = os.fspath(name)
     path = user_path(text)
     if not _is_plainly_a_path(text) and is_name(text):
         record = registry.bases.get(text)
         if record is not None:
-            return _catalogued(record)
+            return _catalogued(record, registry, progress, download=download)
         if not exists(path):
             registry.bases.find(text)  # raises, with the nearest names
     if text and exists(path):
         return ResolvedBase(path, path.resolve().stem if path.is_file() else path.resolve().name, _at(path, registry))
     if not _is_plainly_a_path(text) and HUB_ID.fullmatch(text):
-        repo, path = fetch_from_hub(text)
-        return ResolvedBase(path, repo.rsplit("/", 1)[-1], None)
+        return _on_hub(text, progress, download=download)
     raise NotFoundError(
         f"there is no model {quoted(text)}: neither a catalogued name, nor a folder, nor a Hub id; "
         "'loratool base list' shows the names"
@@ -158,19 +178,25 @@ def resolve_merged(name: str | os.PathLike[str], registry: Registry) -> Path:
     return path
 
 
-def fetch_from_hub(hub_id: str) -> tuple[str, Path]:
-    """The repository of ``owner/name`` or ``owner/name@revision``, and the folder of its files.
+def pulled_from(address: HubAddress, registry: Registry) -> tuple[AdapterRecord, ...]:
+    """The catalogued adapters from an address on the Hub, the newest first.
 
-    Raises:
-        NotFoundError: the Hub has no such repository or revision, or cannot be reached.
+    Without a revision those of any commit; with one, those pulled at that commit. What a branch or a tag stands for only the
+    Hub knows: of those there are none.
     """
-    from loratool.hub.bases import fetch_base
+    known = registry.adapters.find_by_repo(address.repo, address.path)
+    if address.revision is None:
+        return known
+    return tuple(record for record in known if any(place.revision == address.revision for place in record.locations))
 
-    repo, _, revision = hub_id.partition("@")
+
+def is_here(record: AdapterRecord, registry: Registry) -> bool:
+    """Whether the files of a catalogued adapter are on this disk."""
     try:
-        return repo, fetch_base(repo, revision or None)
-    except NotFoundError as error:
-        raise NotFoundError(f"there is no folder {quoted(hub_id)}, and as a Hub id {error}") from None
+        registry.adapters.files(record)
+    except RegistryError:
+        return False
+    return True
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
@@ -189,13 +215,54 @@ def exists(path: Path) -> bool:
         return False
 
 
-def _catalogued(record: BaseRecord) -> ResolvedBase:
+def _catalogued(record: BaseRecord, registry: Registry, progress: Progress | None, *, download: bool) -> ResolvedBase:
+    from loratool.library.hub_bases import hub_base, is_away, known_headers, obtain
+
+    if is_away(record):
+        if not download:
+            headers = known_headers(record) or hub_base(record).headers()
+            return ResolvedBase(headers.path, record.name, record, headers)
+        record = obtain(record, registry, progress)
     if record.path is None or not exists(record.path):
         raise NotFoundError(
             f"the files of base {quoted(record.name)} are no longer at {quoted(record.path)}; "
             f"say where they are with 'loratool base add {record.name} FOLDER'"
         )
     return ResolvedBase(record.path, record.name, record)
+
+
+def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: float | None) -> ResolvedAdapter:
+    """An adapter by its Hub id: as it is catalogued, if it was pulled, else out of huggingface_hub's cache or the Hub."""
+    from loratool.hub.pull import pull_adapter
+
+    for record in pulled_from(address, registry):
+        if alpha in (None, record.alpha) and is_here(record, registry):
+            return ResolvedAdapter(replace(read_adapter(registry.adapters.files(record)), name=record.name), record)
+    try:
+        pulled = pull_adapter(address, f"loratool pull {address}", alpha=alpha)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"there is no adapter {quoted(address)}: neither a catalogued name nor a path, and as a Hub id: {error}"
+        ) from None
+    commit = pulled.snapshot.commit
+    return ResolvedAdapter(pulled.adapter, _entry_of(pulled.adapter, registry), hub_id=f"{address.repo}@{commit[:12]}")
+
+
+def _entry_of(adapter: Adapter, registry: Registry) -> AdapterRecord | None:
+    """The entry of an adapter's content in the catalogue."""
+    known = registry.adapters.find_by_sha256(adapter.sha256)
+    return next((record for record in known if record.alpha == adapter.alpha), None)
+
+
+def _on_hub(hub_id: str, progress: Progress | None, *, download: bool) -> ResolvedBase:
+    from loratool.library.hub_bases import find_hub_base
+
+    address = HubAddress.parse(hub_id)
+    base = find_hub_base(address, f"loratool base add NAME {address} --download")
+    if download or base.is_here:
+        return ResolvedBase(base.download(progress or Silent(), recheck=False), address.name, None)
+    headers = base.headers()
+    return ResolvedBase(headers.path, address.name, None, headers)
 
 
 def _at(path: Path, registry: Registry) -> BaseRecord | None:

@@ -1,0 +1,107 @@
+"""What a person writes for a place on the Hub: ``owner/name``, ``owner/name@revision``, ``owner/name/path/inside``."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote
+
+from loratool.errors import NotFoundError, printable, quoted
+
+NAME: Final = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[\w-])?", re.ASCII)
+"""A part of ``owner/name``, by the rules that huggingface_hub checks."""
+
+LINK_HOSTS: Final = ("https://huggingface.co/", "https://hf.co/", "hf://")
+LINK_WORDS: Final = frozenset({"tree", "blob", "resolve"})
+MAIN: Final = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class HubAddress:
+    """A repository on the Hub, a revision of it (a branch, a tag, a commit), and a folder or file inside it."""
+
+    repo: str
+    revision: str | None = None
+    path: str | None = None
+
+    @classmethod
+    def parse(cls, text: str, path: str | None = None) -> HubAddress:
+        """Read ``owner/name[/path/inside][@revision]``, or the link to a repository; `path` names what is inside, too.
+
+        Raises:
+            NotFoundError: it is no such thing, says the path twice, or would leave the repository.
+        """
+        place, at, revision = _without_host(text).partition("@")
+        owner, name, *inside = [*place.rstrip("/").split("/"), ""]
+        inside = [step for step in inside if step]
+        if len(inside) > 1 and inside[0] in LINK_WORDS and _is_link(text):
+            _, revision, *inside = inside
+            revision, at = unquote(revision), "@"
+        if not NAME.fullmatch(owner) or not NAME.fullmatch(name):
+            raise NotFoundError(
+                f"{quoted(text)} is no repository on the Hub; write owner/name, owner/name@revision or "
+                "owner/name/path/inside"
+            )
+        if path is not None and inside:
+            raise NotFoundError(f"{quoted(text)} says already what is wanted inside the repository; leave --path out")
+        within = path.strip("/") if path is not None else "/".join(inside)
+        if within and not is_safe(within):
+            raise NotFoundError(f"{quoted(within)} is no path inside a repository; write it as the Hub shows it")
+        if at and not (revision and is_safe(revision)):
+            raise NotFoundError(f"{quoted(revision)} is no revision; write a branch, a tag or a commit after the @")
+        return cls(f"{owner}/{name}", revision or None, within or None)
+
+    def at(self, revision: str | None) -> HubAddress:
+        """The same place at another revision."""
+        return replace(self, revision=revision)
+
+    def __str__(self) -> str:
+        inside = "" if self.path is None else f"/{self.path}"
+        return f"{self.repo}{inside}" + ("" if self.revision is None else f"@{self.revision}")
+
+    @property
+    def name(self) -> str:
+        """The last word of it: what an adapter from there is called where nothing else is said."""
+        steps = [*self.repo.split("/"), *(self.path or "").split("/")]
+        steps = [step for step in steps if step and not step.startswith(("adapter_model.", "adapter_config."))]
+        return steps[-1].removesuffix(".safetensors").removesuffix(".st")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads ``owner/name``, as a base is called in a configuration or a card, and is no relative path here."""
+    owner, slash, last = name.partition("/")
+    return bool(slash and NAME.fullmatch(owner) and NAME.fullmatch(last)) and not Path(name).exists()
+
+
+def is_safe(path: str) -> bool:
+    """Whether a path from outside stays in its folder, on any system, and prints as what it is."""
+    steps = path.split("/")
+    return (
+        0 < len(path) <= 1024
+        and not any(step in {"", ".", ".."} or len(step.encode(errors="replace")) > 255 for step in steps)
+        and not set(path) & set('\\:*?"<>|')
+        and printable(path) == path
+    )
+
+
+def leaves_its_folder(path: str) -> bool:
+    """Whether a name that a repository lists is absolute or goes up, on any system: no git repository holds such a name."""
+    steps = path.replace("\\", "/").split("/")
+    return steps[0] == "" or ".." in steps or steps[0].endswith(":")
+
+
+def _without_host(text: str) -> str:
+    host = next((host for host in _hosts() if text.startswith(host)), None)
+    return text if host is None else re.split("[?#]", text.removeprefix(host))[0]
+
+
+def _is_link(text: str) -> bool:
+    return text.startswith(_hosts())
+
+
+def _hosts() -> tuple[str, ...]:
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    return (*LINK_HOSTS, *([f"{endpoint}/"] if endpoint else []))

@@ -1,0 +1,181 @@
+"""Files of a repository in huggingface_hub's cache: downloaded where they are not there yet, and checked byte by byte.
+
+Each is compared with what the Hub says of it: the sha256 of a large file, git's blob id of a small one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import threading
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Protocol
+
+from loratool.errors import HubError, NotFoundError, quoted
+from loratool.hub.errors import hub_errors
+from loratool.hub.logs import keep_logs_clean
+from loratool.hub.patience import patiently
+from loratool.hub.repository import HubFile, Snapshot
+
+DOWNLOADS_AT_ONCE: Final = 4
+READ_BYTES: Final = 1 << 20
+
+
+class _StoppedError(Exception):
+    """A download is not wanted any more, since another failed or the user interrupted."""
+
+
+class Watcher(Protocol):
+    """What is told how many bytes are to come, and of each that has come."""
+
+    def begin(self, label: str, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+def fetch(snapshot: Snapshot, paths: Collection[str], command: str, watcher: Watcher | None = None, *,
+          recheck: bool = True) -> Path:  # fmt: skip
+    """Have these files of a snapshot in the cache, downloaded where need be and checked; the snapshot's folder.
+
+    `command` is what the user ran, for the error. With `recheck` off, what is in the cache already is taken as it is.
+
+    Raises:
+        NotFoundError: one is not there.
+        HubError: it cannot be downloaded, or is not what the Hub says that it is.
+    """
+    wanted = [snapshot.files.get(path, HubFile(path)) for path in paths]
+    keep_logs_clean()
+    if watcher is not None:
+        watcher.begin("downloading", sum(file.size or 0 for file in wanted))
+    stopped = threading.Event()
+
+    def advance(count: int) -> None:
+        if stopped.is_set():
+            raise _StoppedError
+        if watcher is not None:
+            watcher.advance(count)
+
+    with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
+        jobs = [pool.submit(_fetch_one, snapshot, file, command, advance, recheck) for file in wanted]
+        try:
+            found = [job.result() for job in jobs]
+        except BaseException:
+            # The other downloads end at their next bytes, so that neither an error nor the user waits for them.
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found[0].parents[wanted[0].path.count("/")]
+
+
+def is_cached(snapshot: Snapshot, paths: Iterable[str]) -> bool:
+    """Whether all these files of the snapshot are in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return all(isinstance(try_to_load_from_cache(snapshot.repo, path, revision=snapshot.commit), str) for path in paths)
+
+
+def _fetch_one(snapshot: Snapshot, file: HubFile, command: str, advance: Callable[[int], None],
+               recheck: bool) -> Path:  # fmt: skip
+    label = f"{quoted(file.path)} of {quoted(snapshot.repo)}"
+    if snapshot.folder is not None:
+        if not (snapshot.folder / file.path).is_file():
+            raise NotFoundError(f"{label} is not in the cache; run '{command}' once with the network")
+        wrong = _why_wrong(snapshot.folder / file.path, file) if recheck else None
+        if wrong is not None:
+            raise HubError(f"{label} is damaged in the cache ({wrong}); run '{command}' with the network")
+        return snapshot.folder / file.path
+    taken_as_it_is = not recheck and is_cached(snapshot, [file.path])
+    path = _download(snapshot, file, command, advance)
+    if taken_as_it_is:
+        return path
+    wrong = _why_wrong(path, file)
+    if wrong is not None:
+        # Damaged on the way, or in the cache since: once more, from the Hub.
+        path = _download(snapshot, file, command, advance, force=True)
+        wrong = _why_wrong(path, file)
+    if wrong is not None:
+        _forget(path)
+        raise HubError(
+            f"{label} is not what the Hub says it is, twice ({wrong}); it was not kept: run '{command}' again later, "
+            "and if it stays so, tell the repository's owner"
+        )
+    return path
+
+
+def _download(snapshot: Snapshot, file: HubFile, command: str, advance: Callable[[int], None], *,
+              force: bool = False) -> Path:  # fmt: skip
+    from huggingface_hub import hf_hub_download
+
+    watching: dict[str, Any] = {}
+    if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
+        watching["tqdm_class"] = _bar(advance)
+    with hub_errors(command, snapshot.repo, snapshot.commit):
+        return Path(
+            patiently(
+                lambda: hf_hub_download(
+                    snapshot.repo, file.path, revision=snapshot.commit, force_download=force, **watching
+                )
+            )
+        )
+
+
+def _bar(advance: Callable[[int], None]) -> type:
+    """What huggingface_hub takes for a progress bar: it draws nothing, and tells `advance` of every byte."""
+
+    class Bar:
+        n = 0
+        total: int | None = None
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def update(self, n: float | None = 1) -> None:
+            advance(int(n or 0))
+
+        def ignored(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        close = refresh = set_description = set_description_str = ignored
+        set_postfix_str = update_transfer = set_transfer_postfix_str = ignored
+
+    return Bar
+
+
+def _why_wrong(path: Path, file: HubFile) -> str | None:
+    """Why a file is not what the Hub says of it; None where it is, or nothing is said."""
+    with open(path, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if file.size is not None and size != file.size:
+            return f"it has {size:,} bytes and should have {file.size:,}"
+        if file.sha256 is not None:
+            expected, found = file.sha256, hashlib.file_digest(stream, "sha256").hexdigest()
+        elif file.blob_id is not None:
+            expected, found = file.blob_id, _git_blob_id(stream, size)
+        else:
+            return None
+    kind = "sha256" if file.sha256 is not None else "git id"
+    return None if found == expected else f"its {kind} is {found[:12]}… and should be {expected[:12]}…"
+
+
+def _git_blob_id(stream: BinaryIO, size: int) -> str:
+    """git's name for a file's content: SHA-1 of ``blob <size>\\0`` and the content."""
+    hasher = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    while chunk := stream.read(READ_BYTES):
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def _forget(path: Path) -> None:
+    """Take a wrong file out of the cache, so that nobody else loads it: the link, and what it leads to."""
+    real = Path(os.path.realpath(path))
+    path.unlink(missing_ok=True)
+    real.unlink(missing_ok=True)

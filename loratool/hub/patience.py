@@ -1,0 +1,55 @@
+"""Asking the Hub again where huggingface_hub asks once only: when it is busy, fails for a moment, or hangs up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+WAITS: Final = (1.0, 2.0, 4.0, 8.0)
+"""Seconds between five attempts."""
+
+LONGEST_WAIT: Final = 60.0
+PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
+"""HTTP statuses that may be another at the next attempt."""
+
+
+def patiently(ask: Callable[[], T]) -> T:
+    """What `ask` returns, asked again while the error that it raises may pass; the last error is raised."""
+    for wait in WAITS:
+        try:
+            return ask()
+        except Exception as error:
+            asked_to_wait = _wait(error)
+            if asked_to_wait is None:
+                raise
+            time.sleep(min(max(wait, asked_to_wait), LONGEST_WAIT))
+    return ask()
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether huggingface_hub's HTTP library gave no answer at all."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    transport = tuple(each for each in HfHubHTTPError.__bases__ if each is not OSError)
+    return isinstance(error, (*transport, ConnectionError)) and not isinstance(
+        error, (HfHubHTTPError, OfflineModeIsEnabled)
+    )
+
+
+def _wait(error: Exception) -> float | None:
+    """How long to wait at least before the next attempt, in seconds; None where there is no sense in one."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        response: Any = error.response
+        return _retry_after(response) if response.status_code in PASSING else None
+    # Where nobody answers at all, waiting is of little use; where somebody hung up, it is.
+    return 0.0 if is_unreachable(error) and "Connect" not in type(error).__name__ else None
+
+
+def _retry_after(response: Any) -> float:
+    text = response.headers.get("Retry-After", "")
+    return float(text) if text.isdecimal() and len(text) < 6 else 0.0

@@ -1,0 +1,226 @@
+"""A model repository at one commit, and what the Hub says of its files; offline, what huggingface_hub's cache has of it.
+
+Everything is asked of one commit, so a repository that changes meanwhile changes nothing here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loratool.errors import HubError, NotFoundError, quoted
+from loratool.hub.address import HubAddress, leaves_its_folder
+from loratool.hub.client import client
+from loratool.hub.errors import hub_errors
+from loratool.hub.logs import keep_logs_clean
+from loratool.hub.patience import is_unreachable, patiently
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+SHA256: Final = re.compile(r"[0-9a-f]{64}")
+TIMEOUT: Final = 60.0
+"""Seconds that the Hub may take to say what is in a repository; by itself huggingface_hub waits for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """What the Hub says of one file: its size in bytes, and the sha256 of its content, or for a small file git's blob id."""
+
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+    blob_id: str | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether enough is said to check a download."""
+        return self.size is not None and (self.sha256 is not None or self.blob_id is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A repository at one commit.
+
+    Attributes:
+        repo: ``owner/name``, as it was asked for.
+        commit: 40 hexadecimal digits.
+        files: what it lists, by path; of one in the cache alone, what of it is there.
+        base_models: the bases that its card names.
+        folder: where it lies in the cache, if that is all there is to go by: nobody could ask the Hub.
+    """
+
+    repo: str
+    commit: str
+    files: Mapping[str, HubFile]
+    base_models: tuple[str, ...] = ()
+    folder: Path | None = None
+
+    @property
+    def is_from_cache(self) -> bool:
+        return self.folder is not None
+
+    def names_in(self, folder: str) -> list[str]:
+        """The names of the files directly in a folder (``""`` is the top), sorted."""
+        prefix = f"{folder}/" if folder else ""
+        inside = (path.removeprefix(prefix) for path in self.files if path.startswith(prefix))
+        return sorted(name for name in inside if "/" not in name)
+
+
+def look(address: HubAddress, command: str, *, fresh: bool = False) -> Snapshot:
+    """The repository at the commit that its revision stands for now, asked of the Hub.
+
+    Offline, and where the Hub cannot be reached, as the cache has it; never with `fresh`. `command` is what the user ran,
+    for the error.
+
+    Raises:
+        NotFoundError: there is no such repository or revision, or it is not yours to see; or the cache does not have it.
+        HubError: the Hub cannot be asked, fails for good, or gives no sensible answer.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE and not fresh:
+        return look_in_cache(address, command)
+    keep_logs_clean()
+    with hub_errors(command, address.repo, address.revision), sensible_answers(address.repo):
+        try:
+            info = patiently(
+                lambda: client().model_info(
+                    address.repo, revision=address.revision, files_metadata=True, timeout=TIMEOUT
+                )
+            )
+        except Exception as error:
+            if not fresh and is_unreachable(error):
+                cached = _in_cache(address)
+                if cached is not None:
+                    return cached
+            raise
+        return _snapshot(address.repo, info)
+
+
+def cache_folder(repo: str) -> Path:
+    """The folder of a repository in huggingface_hub's cache, whether it is there or not."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+@contextmanager
+def sensible_answers(subject: str) -> Iterator[None]:
+    """Say of what the Hub answers and huggingface_hub's own classes do not take that it makes no sense.
+
+    Raises:
+        HubError: it does not.
+    """
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError) as error:
+        raise HubError(
+            f"what the Hub says of {quoted(subject)} makes no sense ({type(error).__name__}); is there a Hub at HF_ENDPOINT?"
+        ) from error
+
+
+def look_in_cache(address: HubAddress, command: str) -> Snapshot:
+    """The same as the cache has it, without a question to the Hub.
+
+    Raises:
+        NotFoundError: the cache has nothing of it.
+    """
+    found = _in_cache(address)
+    if found is None:
+        raise NotFoundError(
+            f"{quoted(address)} is not in the cache and the Hub may not be asked (HF_HUB_OFFLINE); "
+            f"run '{command}' once with the network"
+        )
+    return found
+
+
+def _in_cache(address: HubAddress) -> Snapshot | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(address.repo, revision=address.revision, allow_patterns=[], local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    if COMMIT.fullmatch(folder.name) is None:
+        return None
+    files = {path: _cached_file(folder, path) for path in _files_below(folder)}
+    return Snapshot(address.repo, folder.name, files, folder=folder)
+
+
+def remember(snapshot: Snapshot, revision: str | None) -> None:
+    """Note in the cache which commit a branch or a tag stands for, as huggingface_hub does, so that it is found offline.
+
+    The cache's layout is documented: ``refs/<revision>`` holds the commit. One that cannot be written is no error.
+    """
+    from huggingface_hub import constants
+
+    name = revision or constants.DEFAULT_REVISION
+    if snapshot.is_from_cache or name == snapshot.commit:
+        return
+    ref = cache_folder(snapshot.repo) / "refs" / name
+    draft = ref.with_name(f".{ref.name}.{os.getpid()}")
+    with suppress(OSError):
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(snapshot.commit)
+        draft.replace(ref)
+
+
+def _snapshot(repo: str, info: ModelInfo) -> Snapshot:
+    """What the Hub's answer says, every part of it checked."""
+    if not isinstance(info.sha, str) or COMMIT.fullmatch(info.sha) is None:
+        raise HubError(f"the Hub names no commit of {quoted(repo)}; is there a Hub at HF_ENDPOINT?")
+    files = {}
+    for sibling in info.siblings or ():
+        path = sibling.rfilename
+        if not isinstance(path, str) or leaves_its_folder(path):
+            raise HubError(
+                f"{quoted(repo)} lists a file {quoted(path)}, which would lie outside of its folder; do not use this repository"
+            )
+        files[path] = _listed_file(path, sibling)
+    return Snapshot(repo, info.sha, files, _base_models(info))
+
+
+def _listed_file(path: str, sibling: RepoSibling) -> HubFile:
+    large = sibling.lfs
+    size = large.size if large is not None else sibling.size
+    return HubFile(
+        path,
+        size if type(size) is int and size >= 0 else None,
+        _matching(SHA256, large.sha256 if large is not None else None),
+        # Of a large file, it is the id of the pointer to it.
+        None if large is not None else _matching(COMMIT, sibling.blob_id),
+    )
+
+
+def _cached_file(folder: Path, path: str) -> HubFile:
+    """A file in the cache, whose name among the blobs is its sha256 or git's id."""
+    try:
+        blob = (folder / path).readlink().name
+    except OSError:
+        blob = ""
+    return HubFile(path, None, _matching(SHA256, blob), _matching(COMMIT, blob))
+
+
+def _files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _matching(pattern: re.Pattern[str], text: object) -> str | None:
+    return text if isinstance(text, str) and pattern.fullmatch(text) else None
+
+
+def _base_models(info: ModelInfo) -> tuple[str, ...]:
+    recorded = getattr(info.card_data, "base_model", None)
+    named = recorded if isinstance(recorded, list) else [recorded]
+    return tuple(name for name in named if isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable())
