@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from loratool.library.evaluate import evaluate as eval  # noqa: A004
     from loratool.library.evaluate import evaluate as evaluate
     from loratool.library.extract import extract
+    from loratool.library.hub import hub_search
     from loratool.library.merge import merge
     from loratool.library.prune import prune
+    from loratool.library.pull import pull
     from loratool.library.push import push
     from loratool.library.quantize import quantize
     from loratool.library.spectrum import spectrum
@@ -51,9 +53,11 @@ __all__ = [
     "eval",
     "export",
     "extract",
+    "hub_search",
     "list",
     "merge",
     "prune",
+    "pull",
     "push",
     "quantize",
     "remove",
@@ -78,9 +82,11 @@ _FUNCTIONS: Final = {
     "evaluate": ("evaluate", "evaluate"),
     "export": ("adapters", "export"),
     "extract": ("extract", "extract"),
+    "hub_search": ("hub", "hub_search"),
     "list": ("adapters", "list_adapters"),
     "merge": ("merge", "merge"),
     "prune": ("prune", "prune"),
+    "pull": ("pull", "pull"),
     "push": ("push", "push"),
     "quantize": ("quantize", "quantize"),
     "remove": ("adapters", "remove"),

@@ -27,6 +27,7 @@ from loratool.cli.spectrum_view import print_spectrum
 if TYPE_CHECKING:
     from loratool.library.adapters import ShowResult
     from loratool.library.spectrum import SpectrumResult
+    from registry import AdapterRecord
 
 
 MOST_RANKS: Final = 12
@@ -86,10 +87,7 @@ def _print_card(result: ShowResult) -> None:
         ("parameters", f"{count(record.parameter_count)}, {record.dtype}, {size(record.size_bytes)}"),
         ("sha256", record.sha256),
         ("base", _base(record.base, record.base_fingerprint, record.base_model)),
-        (
-            "on the Hub",
-            listed([f"{p.repo} ({(p.revision or '')[:12]})" for p in reversed(record.locations) if p.repo], 3),
-        ),
+        ("on the Hub", listed(hub_places(record), 3)),
         ("tags", " ".join(record.tags)),
         ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
         ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),
@@ -100,6 +98,15 @@ def _print_card(result: ShowResult) -> None:
         if value:
             card.add_row(key, Text("\n".join(map(shown, value.split("\n")))))
     console().print(Panel(card, title=Text(record.reference, style="bold"), title_align="left", expand=False))
+
+
+def hub_places(record: AdapterRecord) -> list[str]:
+    """Where an adapter lies on the Hub: ``owner/name/path@commit``, the latest first."""
+    return [
+        "/".join(filter(None, [place.repo, place.path_in_repo])) + (f"@{place.revision[:12]}" if place.revision else "")
+        for place in reversed(record.locations)
+        if place.repo
+    ]
 
 
 def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:

@@ -6,8 +6,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,9 +17,10 @@ from registry import (
     AdapterSummary,
     BaseRecord,
     LineageRecord,
+    Location,
     MergeRecord,
+    RegistryError,
     SortKey,
-    check_name,
     home,
     is_name,
     is_reference,
@@ -47,6 +48,14 @@ class AddResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an adapter from the Hub lies there, and its base's name as its configuration or else its card says it."""
+
+    location: Location
+    base_model: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ShowResult:
     """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies."""
 
@@ -65,6 +74,11 @@ class ShowResult:
             "versions": [record.version for record in self.versions],
             "ancestors": [_edge_json(edge) for edge in self.ancestors],
             "descendants": [_edge_json(edge) for edge in self.descendants],
+            "hub": [
+                {"repo": place.repo, "revision": place.revision, "path_in_repo": place.path_in_repo}
+                for place in self.record.locations
+                if place.repo
+            ],
             "merges": [
                 {"output": str(m.output), "base": m.base, "state": m.state, "created_at": m.created_at.isoformat()}
                 for m in self.merges
@@ -104,32 +118,46 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | No
         return enter(adapter, catalogue, name=chosen, base=base, tags=tags)
 
 
-def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None,
-          tags: Sequence[str] = ()) -> AddResult:  # fmt: skip
+def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None, tags: Sequence[str] = (),
+          origin: Origin | None = None) -> AddResult:  # fmt: skip
     """Put an adapter that was read, or was just written, into the catalogue and its files into the content store.
+
+    Of one that has an `origin`, what its facts say that it came from is recorded as well; they must have been checked.
 
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the name is taken wrongly.
     """
-    with staged_entry(adapter, catalogue, base=base) as entry:
-        return entry.add(name, tags)
+    named = None if origin is None else origin.base_model
+    with staged_entry(adapter, catalogue, base=base, base_model=named) as entry:
+        if origin is None:
+            return entry.add(name, tags)
+        with catalogue.writing():
+            added = entry.add(name, tags, [origin.location])
+            _record_lineage(added.record, adapter, catalogue)
+            return added
 
 
 @contextmanager
-def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = None) -> Iterator[StagedEntry]:
+def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = None,
+                 base_model: str | None = None) -> Iterator[StagedEntry]:  # fmt: skip
     """Copy the files of an adapter to where one step more takes them into the store; gone if that is not made.
+
+    `base_model` is its base's name, by default as its configuration records it.
 
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
     """
-    owner, notes = _owner(adapter, base, catalogue)
+    from loratool.library.owner import find_owner
+
+    base_model = base_model or adapter.base_model
+    owner, notes = find_owner(adapter, base, base_model, catalogue)
     files: dict[str, Path | bytes] = {
         "adapter_model.safetensors": adapter.file,
         "adapter_config.json": _json_bytes(adapter.config),
     }
     if adapter.facts:
         files["loratool.json"] = _json_bytes(adapter.facts)
-    facts = _facts(adapter, owner)
+    facts = replace(_facts(adapter, owner), base_model=base_model)
     with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
         yield StagedEntry(catalogue, facts, owner, staged, adapter.notes, tuple(notes))
 
@@ -145,14 +173,16 @@ class StagedEntry:
     notes: tuple[str, ...]
     base_notes: tuple[str, ...]
 
-    def add(self, name: str, tags: Sequence[str] = ()) -> AddResult:
-        """Enter it under `name`.
+    def add(self, name: str, tags: Sequence[str] = (), locations: Sequence[Location] = ()) -> AddResult:
+        """Enter it under `name`, and that it lies at `locations` too.
 
         Raises:
             registry.RegistryError: the name is taken wrongly, or the catalogue cannot be written.
         """
         owner = self.owner.name if self.owner else None
-        record, new = self.catalogue.adapters.add(name, self.facts, base=owner, tags=tags, staged=self.staged)
+        record, new = self.catalogue.adapters.add(
+            name, self.facts, base=owner, tags=tags, locations=locations, staged=self.staged
+        )
         # One that was tied before stays so, whatever this file and this call say.
         tied_before = self.owner is None and record.base is not None
         return AddResult(record, new, self.notes if tied_before else (*self.notes, *self.base_notes))
@@ -250,8 +280,6 @@ def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alph
     Raises:
         LoratoolError, registry.RegistryError: there is no such adapter, or `out` exists.
     """
-    from dataclasses import replace
-
     from loratool.errors import OutputError
     from loratool.formats.read import SINGLE_FILE_SUFFIXES
     from loratool.formats.write import write_peft, write_single_file
@@ -321,41 +349,23 @@ def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:
     )
 
 
-def _owner(adapter: Adapter, base: str | None, catalogue: Registry) -> tuple[BaseRecord | None, list[str]]:
-    """The catalogued base that the adapter belongs to, checked by names and shapes, and notes on how it was found."""
-    from loratool.errors import LoratoolError, WrongBaseError, quoted
+def _record_lineage(record: AdapterRecord, adapter: Adapter, catalogue: Registry) -> None:
+    """Record what an adapter's facts say that it came from; a parent that is catalogued is known by its sha256."""
+    from loratool.formats.facts import lineage_of
 
-    recorded = adapter.base_fingerprint
-    if base is not None:
-        record = catalogue.bases.find(check_name(base, "base"))
-        if recorded and record.fingerprint and not catalogue.bases.same_family(recorded, record.fingerprint):
-            raise WrongBaseError(
-                f"{quoted(adapter.name)} records another base ({recorded[:12]}…) than {quoted(base)}; leave --base out"
+    found = lineage_of(adapter.facts)
+    if found is None:
+        return
+    operation, parents, details = found
+    for parent in parents:
+        known = catalogue.adapters.find_by_sha256(parent.sha256) if parent.sha256 else ()
+        if any(each.sha256 == record.sha256 for each in known):
+            continue
+        # A stranger's file may say that it came from what came from it.
+        with suppress(RegistryError):
+            catalogue.lineage.record(
+                record, known[0] if known else parent.name, operation, parent_sha256=parent.sha256, details=details
             )
-        _refuse_unfit(adapter, record)
-        return record, []
-    if recorded:
-        known = catalogue.bases.find_by_fingerprint(recorded)
-        return (known[0], []) if known else (None, ["its base is not catalogued yet; add it with 'loratool base add'"])
-    named = [record for record in catalogue.bases.list() if adapter.base_model and adapter.base_model == record.source]
-    for record in named[:1]:
-        try:
-            _refuse_unfit(adapter, record)
-        except LoratoolError:
-            break
-        return record, [f"it names {quoted(record.source)} as its base, which is catalogued as {quoted(record.name)}"]
-    hint = f" (its configuration names {quoted(adapter.base_model)})" if adapter.base_model else ""
-    return None, [f"it is tied to no base yet{hint}; add it again with --base NAME to tie it to one"]
-
-
-def _refuse_unfit(adapter: Adapter, record: BaseRecord) -> None:
-    """Raise LoratoolError if the adapter does not land on the base; one whose files are away is taken at its word."""
-    from loratool.checkpoint.model import Checkpoint
-    from loratool.library.resolve import exists
-    from loratool.merging.plan import WeightedAdapter, plan_merge
-
-    if record.path is not None and exists(record.path):
-        plan_merge([WeightedAdapter(adapter)], Checkpoint.open(record.path))
 
 
 def name_from(stem: str, source: Path) -> str:

@@ -1,0 +1,64 @@
+"""``loratool hub``."""
+
+from __future__ import annotations
+
+import click
+
+from loratool.cli.options import ExampleGroup, example, json_option
+from loratool.cli.rendering import age, print_json, print_table
+
+SORTS = ["downloads", "likes", "updated", "created"]
+
+
+@click.group("hub", cls=ExampleGroup, epilog="loratool hub search pirate\nloratool hub search --base smollm2")
+def hub() -> None:
+    """Search the Hugging Face Hub."""
+
+
+command = hub
+
+
+@hub.command("search", **example("loratool hub search --base smollm2\nloratool hub search pirate --sort updated"))
+@click.argument("text", required=False)
+@click.option("--base", metavar="BASE", help="Adapters of this base: a catalogued one from the Hub, or a Hub id.")
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=20, show_default=True, metavar="N", help="How many to list."
+)
+@click.option(
+    "--sort",
+    type=click.Choice(SORTS),
+    default="downloads",
+    show_default=True,
+    help="The most or newest first; downloads are those of the last 30 days.",
+)
+@json_option
+@click.pass_obj
+def search(registry: str | None, text: str | None, base: str | None, limit: int, sort: str, as_json: bool) -> None:
+    """List adapters on the Hub: those whose names hold TEXT, those of a base, or both."""
+    from loratool.library.hub import hub_search
+
+    if not text and base is None:
+        raise click.UsageError("give a TEXT, or --base BASE")
+    found = hub_search(text, base=base, limit=limit, sort=sort, registry=registry)  # type: ignore[arg-type]
+    if as_json:
+        print_json([each.to_json() for each in found])
+        return
+    if not found:
+        click.echo("The Hub knows no such adapter.")
+        return
+    rows = [
+        [
+            each.repo,
+            "-" if each.downloads is None else f"{each.downloads:,}",
+            "-" if each.likes is None else f"{each.likes:,}",
+            "-" if each.updated_at is None else age(each.updated_at),
+            (each.license or "-") + (" (gated)" if each.gated else ""),
+        ]
+        for each in found
+    ]
+    columns = ["REPO", "DOWNLOADS", "LIKES", "UPDATED", "LICENCE"]
+    print_table(columns, rows, right=("DOWNLOADS", "LIKES", "UPDATED"), wide="REPO")
+    if len(found) == limit:
+        click.echo(f"The first {limit}; --limit shows more. Bring one in with 'loratool pull REPO'.")
+    else:
+        click.echo("Bring one in with 'loratool pull REPO'.")

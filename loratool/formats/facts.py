@@ -1,0 +1,131 @@
+"""What loratool records beside an adapter (``loratool.json``, or ``loratool`` in a single file's metadata), from a stranger.
+
+It says what the adapter is and came from: ``schema``, ``kind``, ``scaling``, ``base_fingerprint``, ``lineage``, ``recipe``,
+``metrics``. Nothing in it is ever run, opened or trusted; here it is held to what loratool writes, so that nothing else
+gets into a catalogue or onto a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loratool.errors import AdapterError, printable, quoted
+
+SCHEMA: Final = 1
+KINDS: Final = frozenset({"lora", "dylora", "adalora"})
+LARGEST_FACTS: Final = 1 << 20
+"""Bytes as JSON."""
+
+DEEPEST: Final = 32
+MOST_PARENTS: Final = 64
+LONGEST_NAME: Final = 200
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_OPERATION: Final = re.compile(r"[a-z][a-z_-]{0,31}")
+_HARMLESS: Final = str.maketrans("", "", "\n\t\r\u200c\u200d")
+"""Line ends in a text, and what joins letters and emoji."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """What an adapter came from, as its facts record it."""
+
+    name: str
+    sha256: str | None
+
+
+def check_facts(facts: Mapping[str, Any], source: str) -> None:
+    """Hold the facts of an adapter from elsewhere to what loratool writes; `source` names their file.
+
+    Raises:
+        AdapterError: they are too large or deep, hold control characters or impossible numbers, or a key that loratool
+            knows has another type; or they are of a newer loratool.
+    """
+    reason = _why_wrong(facts)
+    if reason is not None:
+        raise AdapterError(
+            f"{quoted(source)} is not what loratool writes: {reason}; ask whoever made it, or do not use it"
+        )
+    if isinstance(facts.get("schema"), int) and facts["schema"] > SCHEMA:
+        raise AdapterError(
+            f"{quoted(source)} was written by a newer loratool (schema {facts['schema']}); upgrade loratool"
+        )
+
+
+def lineage_of(facts: Mapping[str, Any]) -> tuple[str, tuple[Parent, ...], dict[str, Any]] | None:
+    """The operation that checked facts say an adapter came from, its parents, and the figures that belong to it."""
+    lineage = facts.get("lineage")
+    if not isinstance(lineage, dict) or not lineage.get("parents"):
+        return None
+    parents = tuple(Parent(parent["name"], parent.get("sha256")) for parent in lineage["parents"])
+    return lineage["operation"], parents, {k: v for k, v in lineage.items() if k not in {"operation", "parents"}}
+
+
+def _why_wrong(facts: Mapping[str, Any]) -> str | None:
+    if _depth(facts) > DEEPEST:
+        return f"it is nested more than {DEEPEST} deep"
+    if len(json.dumps(facts)) > LARGEST_FACTS:
+        return f"it has more than {LARGEST_FACTS:,} bytes"
+    odd = _odd_text(facts)
+    if odd is not None:
+        return f"it holds control characters in {quoted(odd, 40)}"
+    for key, allowed in (("kind", KINDS), ("scaling", {"paper", "kohya"})):
+        if key in facts and not (isinstance(facts[key], str) and facts[key] in allowed):
+            return f"its {key} is {quoted(facts[key], 40)}"
+    if "schema" in facts and type(facts["schema"]) is not int:
+        return f"its schema is {quoted(facts['schema'], 40)}"
+    if facts.get("base_fingerprint") is not None and not _is_digest(facts["base_fingerprint"]):
+        return f"its base_fingerprint is {quoted(facts['base_fingerprint'], 40)}"
+    for key in ("recipe", "metrics", "lineage"):
+        if not isinstance(facts.get(key, {}), dict | None):
+            return f"its {key} is no object"
+    return _why_no_lineage(facts.get("lineage") or {})
+
+
+def _why_no_lineage(lineage: Mapping[str, Any]) -> str | None:
+    parents = lineage.get("parents", [])
+    if not isinstance(parents, list) or len(parents) > MOST_PARENTS:
+        return f"its lineage is no list of at most {MOST_PARENTS} parents"
+    if parents and not (isinstance(lineage.get("operation"), str) and _OPERATION.fullmatch(lineage["operation"])):
+        return f"the operation of its lineage is {quoted(lineage.get('operation'), 40)}"
+    for parent in parents:
+        named = isinstance(parent, dict) and isinstance(parent.get("name"), str) and len(parent["name"]) <= LONGEST_NAME
+        if not named or (parent.get("sha256") is not None and not _is_digest(parent["sha256"])):
+            return f"a parent in its lineage is {quoted(parent, 60)}"
+    return None
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
+def _depth(value: object) -> int:
+    """How deep JSON is nested, as far as it matters; counted without recursion."""
+    depth, level = 0, [value]
+    while level and depth <= DEEPEST:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, Mapping | list)
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer)
+        ]
+    return depth
+
+
+def _odd_text(value: object) -> str | None:
+    """A text in JSON, key or value, that could drive a terminal."""
+    match value:
+        case str():
+            plain = value.translate(_HARMLESS)
+            return None if printable(plain) == plain else value
+        case Mapping():
+            parts = [*value.keys(), *value.values()]
+        case list():
+            parts = value
+        case _:
+            return None
+    return next((odd for part in parts if (odd := _odd_text(part)) is not None), None)

@@ -1,0 +1,49 @@
+"""`loratool.hub_search`: adapters that the Hugging Face Hub knows."""
+
+from __future__ import annotations
+
+from loratool.errors import LoratoolError, NotFoundError, quoted
+from loratool.hub.address import HubAddress, is_hub_id
+from loratool.hub.search import SORTS, FoundAdapter, HubSort, search_adapters
+from loratool.library.resolve import open_registry
+from registry import is_name
+
+MOST: int = 1000
+
+
+def hub_search(text: str | None = None, *, base: str | None = None, limit: int = 20, sort: HubSort = "downloads",
+               registry: str | None = None) -> tuple[FoundAdapter, ...]:  # fmt: skip
+    """Adapters on the Hugging Face Hub: those of a base, or those whose names hold a text, or both.
+
+    Args:
+        text: what the repository's name holds.
+        base: a catalogued base that came from the Hub, or a Hub id.
+        limit: how many, 1000 at most.
+        sort: ``downloads`` (of the last 30 days), ``likes``, ``updated`` or ``created``; the most or newest first.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
+    Raises:
+        LoratoolError, registry.RegistryError: neither is given, there is no such base, or the Hub cannot be asked.
+    """
+    if not text and base is None:
+        raise LoratoolError("nothing is searched for; give a text, or --base BASE")
+    if not 1 <= limit <= MOST:
+        raise LoratoolError(f"{limit} adapters are none or too many; give a --limit of 1 to {MOST}")
+    if sort not in SORTS:
+        raise LoratoolError(f"{quoted(sort)} is nothing to sort by; use one of {', '.join(SORTS)}")
+    return search_adapters(text or None, None if base is None else _hub_id(base, registry), limit, sort)
+
+
+def _hub_id(base: str, registry: str | None) -> str:
+    """The Hub id of a catalogued base, or `base` itself."""
+    if not is_name(base):
+        return HubAddress.parse(base).repo
+    with open_registry(registry, read_only=True) as catalogue:
+        record = catalogue.bases.find(base)
+        family = [record, *(each for each in catalogue.bases.list() if each.name == record.variant_of)]
+    for each in family:
+        if is_hub_id(each.source):
+            return each.source
+    raise NotFoundError(
+        f"base {quoted(base)} is not from the Hub, so the Hub has no name for it; give its Hub id: --base owner/name"
+    )

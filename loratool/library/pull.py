@@ -1,0 +1,157 @@
+"""`loratool.pull`: an adapter from the Hugging Face Hub into the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loratool.errors import LoratoolError, NotFoundError, quoted
+from loratool.formats.read import read_adapter
+from loratool.hub.address import HubAddress
+from loratool.hub.pull import pull_adapter
+from loratool.hub.repository import Snapshot, look
+from loratool.library.adapters import Origin, adapter_json, enter, name_from
+from loratool.library.progress import Progress
+from loratool.library.resolve import exists, is_here, open_registry, pulled_from, user_path
+from registry import AdapterRecord, Location, Registry, check_name
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """An adapter's entry in the catalogue, the commit that it is from, and what was done for it.
+
+    Attributes:
+        record: its entry.
+        repo, revision, path_in_repo: the repository, the commit, and the folder or file inside it (None: its top).
+        new: whether the entry is new.
+        downloaded: whether files of it came from the Hub or its cache; not where the catalogue had them.
+        notes: how it was read and tied to its base.
+    """
+
+    record: AdapterRecord
+    repo: str
+    revision: str
+    path_in_repo: str | None
+    new: bool
+    downloaded: bool
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            **adapter_json(self.record),
+            "repo": self.repo,
+            "revision": self.revision,
+            "path_in_repo": self.path_in_repo,
+            "new": self.new,
+            "downloaded": self.downloaded,
+            "notes": list(self.notes),
+        }
+
+
+def pull(repo: str, *, name: str | None = None, path: str | None = None, base: str | None = None,
+         alpha: float | None = None, update: bool = False, registry: str | None = None,
+         progress: Progress | None = None) -> PullResult:  # fmt: skip
+    """Bring an adapter from the Hugging Face Hub into the catalogue: downloaded, checked, copied into the content store.
+
+    Pulling again what is catalogued does nothing and asks nobody; with `update` the branch is looked at again, and what is
+    new becomes the next version of the name.
+
+    Args:
+        repo: ``owner/name``, ``owner/name@revision``, or either with a path inside: ``owner/name/folder@revision``.
+        name: in the catalogue; by default the repository's, or the last word of the path inside.
+        path: the folder or file inside the repository.
+        base: the catalogued base that it belongs to. By default the one whose fingerprint it records, else the one that
+            was catalogued from the Hub id that its configuration or its card names.
+        alpha: for a bare file that does not say its own.
+        update: follow the branch.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes are done.
+
+    Raises:
+        LoratoolError, registry.RegistryError: there is no such repository, revision or adapter; it is no adapter that
+            loratool reads, or not what the Hub says it is; the name is taken by another adapter.
+    """
+    address = HubAddress.parse(repo, path)
+    if name is not None:
+        check_name(name)
+    command = f"loratool pull {address}"
+    with open_registry(registry) as catalogue:
+        if not update:
+            kept = next((each for each in pulled_from(address, catalogue) if _is_wanted(each, name, alpha)), None)
+            if kept is not None and is_here(kept, catalogue):
+                return _again(kept, address, catalogue, base=base)
+        try:
+            snapshot = look(address, command, fresh=update)
+        except NotFoundError as error:
+            if exists(user_path(repo)):
+                raise NotFoundError(
+                    f"{quoted(repo)} is on this disk; catalogue it with 'loratool add {repo}'"
+                ) from error
+            raise
+        kept = next(
+            (each for each in pulled_from(_pinned(address, snapshot), catalogue) if _is_wanted(each, name, alpha)), None
+        )
+        if kept is not None and is_here(kept, catalogue):
+            return _again(kept, _pinned(address, snapshot), catalogue, base=base)
+        chosen = name or _name(address, catalogue)
+        pulled = pull_adapter(address, command, alpha=alpha, snapshot=snapshot, watcher=progress)
+        if name is None:
+            _refuse_taken(chosen, address, pulled.adapter.sha256, catalogue)
+        origin = Origin(
+            Location(kind="hub", repo=address.repo, revision=snapshot.commit, path_in_repo=address.path),
+            pulled.base_model,
+        )
+        added = enter(replace(pulled.adapter, name=chosen), catalogue, name=chosen, base=base, origin=origin)
+    notes = (*pulled.notes, *added.notes[len(pulled.adapter.notes) :])
+    return PullResult(added.record, address.repo, snapshot.commit, address.path, added.new, True, notes)
+
+
+def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, *, base: str | None) -> PullResult:
+    """What is catalogued already; tied to its base now, where that has become possible."""
+    place = _place(record, address)
+    notes: tuple[str, ...] = ()
+    if base is not None or record.base is None:
+        adapter = replace(read_adapter(catalogue.adapters.files(record)), name=record.name)
+        added = enter(adapter, catalogue, name=record.name, base=base, origin=Origin(place, record.base_model))
+        record, notes = added.record, added.notes
+    return PullResult(record, address.repo, str(place.revision), address.path, False, False, notes)
+
+
+def _place(record: AdapterRecord, address: HubAddress) -> Location:
+    """Where on the Hub a catalogued adapter is from, at the commit that was asked for, else the last that it was pulled at."""
+    places = [place for place in record.locations if _is_at(place, address)]
+    exact = [place for place in places if place.revision == address.revision]
+    return (exact or places)[-1]
+
+
+def _is_at(place: Location, address: HubAddress) -> bool:
+    return place.repo is not None and (place.repo.lower(), place.path_in_repo) == (address.repo.lower(), address.path)
+
+
+def _pinned(address: HubAddress, snapshot: Snapshot) -> HubAddress:
+    return address.at(snapshot.commit)
+
+
+def _is_wanted(record: AdapterRecord, name: str | None, alpha: float | None) -> bool:
+    return name in (None, record.name) and alpha in (None, record.alpha)
+
+
+def _name(address: HubAddress, catalogue: Registry) -> str:
+    """What was pulled from there before keeps its name; else the last word of the address."""
+    known = catalogue.adapters.find_by_repo(address.repo, address.path)
+    return known[0].name if known else name_from(address.name, user_path(address.name))
+
+
+def _refuse_taken(name: str, address: HubAddress, sha256: str, catalogue: Registry) -> None:
+    """Raise LoratoolError if the name is that of an adapter from elsewhere, whose next version a stranger's would become."""
+    versions: Sequence[AdapterRecord] = catalogue.adapters.versions(name)
+    if not versions or any(
+        each.sha256 == sha256 or any(_is_at(place, address) for place in each.locations) for each in versions
+    ):
+        return
+    raise LoratoolError(
+        f"{quoted(name)} is catalogued already and is not from {quoted(address)}; give it another name with --name, such "
+        f"as '{address.repo.replace('/', '-')}', or --name {name} to make it the next version of that one"
+    )
