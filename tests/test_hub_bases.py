@@ -17,7 +17,7 @@ from tiny_models import TinyModels, assert_same_tensors, stored_tensors
 
 import loratool
 from loratool.cli import cli
-from loratool.errors import CheckpointError, HubError, NotFoundError, VerificationError
+from loratool.errors import CheckpointError, HubError, NotFoundError, OutputError, VerificationError
 from registry import Registry
 
 REPO = "org/llama"
@@ -257,6 +257,29 @@ def test_an_adapter_may_be_a_hub_id(hub: HubStandIn, llama: Path, pirate: Path, 
     assert hub.asked == []
     with pytest.raises(NotFoundError, match="neither a catalogued name nor a path, and as a Hub id"):
         loratool.merge(["ada/nothing"], into=llama, out=tmp_path / "nothing")
+
+
+def test_a_merge_is_taken_out_with_a_base_that_is_downloaded_again(
+    hub: HubStandIn, on_hub: Repository, llama: Path, pirate: Path, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    loratool.base_add("llama", REPO)
+    merged = loratool.merge([pirate], into="llama", out=tmp_path / "merged").out
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    hub.asked.clear()
+    loratool.verify(merged)
+    assert hub.asked == []
+    back = loratool.unmerge(merged, out=tmp_path / "back").out
+    assert_same_tensors(stored_tensors(back), stored_tensors(llama))
+
+
+def test_a_base_on_the_hub_is_not_downloaded_to_be_refused(hub: HubStandIn, on_hub: Repository, pirate: Path) -> None:
+    loratool.base_add("llama", REPO)
+    for into in ("llama", REPO):
+        with pytest.raises(OutputError, match="--out"):
+            loratool.merge([pirate], into=into, in_place=True)
+    assert cached_weights() == []
 
 
 def test_an_adapter_is_no_base(hub: HubStandIn, pirate: Path) -> None:

@@ -153,7 +153,11 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=dry_run) as catalogue:
-        base = resolve_base(into, catalogue, watcher, download=not dry_run)
+        base = resolve_base(into, catalogue, watcher, download=not (dry_run or in_place))
+        if in_place and base.headers is not None:
+            raise OutputError(
+                f"base {quoted(base.name)} is on the Hub, which nothing changes in place; merge with --out instead"
+            )
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
         target = base.path if in_place else _output(out, base, resolved, storage)

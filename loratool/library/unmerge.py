@@ -15,6 +15,7 @@ from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, NotFoundError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
+from loratool.library.hub_bases import is_away, obtain
 from loratool.library.merge import hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import digest_cache, exists, open_registry, resolve_merged, user_path
@@ -221,6 +222,8 @@ def _ways(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: s
 
     def from_base() -> Restoration:
         base = _find_base(merged, manifest, catalogue, watcher)
+        if base is None and _downloaded(manifest, catalogue, watcher):
+            base = _find_base(merged, manifest, catalogue, watcher)
         if base is None:
             name = f"{quoted(manifest.base_name)} ({manifest.base_fingerprint[:12]}…)"
             raise RestoreError(f"its base {name} is not at hand")
@@ -270,6 +273,15 @@ def _find_base(merged: Checkpoint, manifest: Manifest, catalogue: Registry, watc
         if fingerprint(checkpoint.tensors, digests) == manifest.base_fingerprint:
             return checkpoint
     return None
+
+
+def _downloaded(manifest: Manifest, catalogue: Registry, watcher: Progress) -> bool:
+    """Whether the base is catalogued from the Hub and could be downloaded again."""
+    for record in catalogue.bases.find_by_fingerprint(manifest.base_fingerprint):
+        if is_away(record):
+            obtain(record, catalogue, watcher)
+            return True
+    return False
 
 
 def _find_adapters(folder: Path, manifest: Manifest, catalogue: Registry) -> list[Adapter]:
