@@ -318,3 +318,17 @@ def test_the_base_of_an_evaluation_is_recorded_although_the_catalogue_is_only_re
         found = resolve_base("llama", catalogue)
     assert found.path.is_dir()
     assert loratool.base_list()[0].fingerprint
+
+
+def test_a_plan_for_a_base_in_4_bits_needs_its_weights(
+    hub: HubStandIn, llama: Path, pirate: Path, tmp_path: Path
+) -> None:
+    loratool.base_add("llama", llama)
+    nf4 = loratool.quantize("llama", out=tmp_path / "nf4").out
+    hub.create("org/nf4").put(files_of(nf4))
+    loratool.base_add("four", "org/nf4")
+    with pytest.raises(CheckpointError, match="loratool base add NAME org/nf4 --download"):
+        loratool.merge([pirate], into="four", out=tmp_path / "merged", dry_run=True)
+    loratool.base_add("four", "org/nf4", download=True)
+    planned = loratool.merge([pirate], into="four", out=tmp_path / "merged", dry_run=True, force=True)
+    assert planned.plan.targets

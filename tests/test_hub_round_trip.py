@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +168,19 @@ def test_adapters_of_a_base_are_found_by_its_name_or_id(filled: HubStandIn, llam
 
 
 def test_the_table_of_a_search_fits_a_terminal(filled: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("loratool.cli.rendering.sys.stdout.isatty", lambda: True, raising=False)
-    result = run("hub", "search", "--base", BASE)
-    lines = result.stdout.splitlines()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", terminal)
+        cli.main(["hub", "search", "--base", BASE], standalone_mode=False)
+    lines = [re.sub(r"\x1b\[\d*m", "", line) for line in terminal.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["REPO", "DOWNLOADS", "LIKES", "UPDATED", "LICENCE"]
-    assert "apache-2.0 (gated)" in lines[2]
+    assert lines[2].endswith("apache-2.0 (gated)")
     assert "loratool pull REPO" in lines[-1]
     listed = json.loads(run("hub", "search", "pirate", "--json").stdout)
     assert [set(each) for each in listed] == [{"repo", "downloads", "likes", "updated_at", "license", "gated"}] * 2

@@ -279,6 +279,34 @@ def test_files_that_went_from_the_store_are_pulled_again(hub: HubStandIn, pirate
     assert len(stored(home_of_its_own)) == 1
 
 
+# Its base
+
+
+@pytest.mark.parametrize(
+    ("config", "card", "expected"),
+    [
+        ("org/base", "org/other", "org/base"),
+        ("/home/ada/models/base", "org/base", "org/base"),
+        ("C:\\models\\base", ["org/base", "org/second"], "org/base"),
+        (None, "org/base", "org/base"),
+        ("models/base/3", None, "models/base/3"),
+        (None, None, None),
+        (7, {"a": 1}, None),
+    ],
+)
+def test_the_base_is_what_the_configuration_or_else_the_card_names(
+    config: Any, card: Any, expected: str | None, hub: HubStandIn, pirate: Path
+) -> None:
+    facts = json.loads((pirate / "adapter_config.json").read_text()) | {"base_model_name_or_path": config}
+    readme = f"---\n{json.dumps({} if card is None else {'base_model': card})}\n---\n"
+    others = {"adapter_config.json": json.dumps(facts).encode(), "README.md": readme.encode()}
+    publish(hub, "ada/pirate", pirate, others=others)
+    result = loratool.pull("ada/pirate")
+    assert result.record.base_model == expected
+    assert result.record.config == facts
+    assert ("loratool base add base org/base" in result.notes[-1]) == (expected == "org/base")
+
+
 # Offline
 
 
@@ -330,6 +358,14 @@ def test_what_the_command_prints(hub: HubStandIn, pirate: Path, newer: Path) -> 
     shown = json.loads(run("show", "pirate@1", "--json").stdout)
     assert shown["hub"] == [{"repo": "ada/many", "revision": commit, "path_in_repo": "pirate"}]
     assert f"ada/many/pirate@{commit[:12]}" in run("show", "pirate@1").stdout
+
+
+def test_show_takes_the_hub_id_of_what_was_pulled(hub: HubStandIn, pirate: Path) -> None:
+    commit = publish(hub, "ada/pirate", pirate).head.oid
+    with pytest.raises(NotFoundError, match="loratool pull ada/pirate"):
+        loratool.show("ada/pirate")
+    record = loratool.pull("ada/pirate", name="mine").record
+    assert loratool.show("ada/pirate").record == loratool.show(f"ada/pirate@{commit}").record == record
 
 
 def test_a_pull_imports_no_torch(hub: HubStandIn, pirate: Path, tmp_path: Path) -> None:

@@ -295,6 +295,17 @@ def test_an_answer_that_makes_no_sense_is_a_clear_error(
     one_sentence(raised.value)
 
 
+@pytest.mark.usefixtures("nothing_is_left")
+def test_another_commit_than_the_one_that_was_asked_for_is_refused(
+    hub: HubStandIn, pirate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = publish(hub, "ada/pirate", pirate)
+    old = repository.history[-1].oid
+    monkeypatch.setattr(type(repository), "find", lambda self, revision: self.head)
+    with pytest.raises(HubError, match="another commit"):
+        loratool.pull(f"ada/pirate@{old}")
+
+
 def test_a_repository_that_changes_meanwhile_is_pulled_at_the_commit_that_was_listed(
     hub: HubStandIn, pirate: Path
 ) -> None:

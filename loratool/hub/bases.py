@@ -176,9 +176,9 @@ def recorded_weights(files: Mapping[str, Any]) -> HubWeights:
     """
     found = {}
     for name, facts in files.items():
-        size, sha256, blob_id = facts.get("size"), facts.get("sha256"), facts.get("blob_id")
+        size, sha256, blob_id = (facts.get(key) for key in ("size", "sha256", "blob_id"))
         is_sound = is_safe(name) and "/" not in name and type(size) is int
-        if not is_sound or not (SHA256.fullmatch(sha256 or "") or COMMIT.fullmatch(blob_id or "")):
+        if not is_sound or not (SHA256.fullmatch(str(sha256)) or COMMIT.fullmatch(str(blob_id))):
             raise CheckpointError(
                 f"the catalogue's entry for {quoted(name)} is damaged; remove the base and add it again"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.model import PICKLE_SUFFIXES
-from loratool.errors import AdapterError, NotFoundError, quoted
+from loratool.errors import AdapterError, HubError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.facts import check_facts
 from loratool.formats.finite import refuse_not_finite
@@ -70,6 +70,11 @@ def pull_adapter(address: HubAddress, command: str, *, alpha: float | None = Non
         read = read_adapter(folder / paths[0] if single else (folder / paths[0]).parent, alpha)
         adapter = replace(read, name=address.name)
         refuse_not_finite(adapter)
+    listed = snapshot.files[paths[0] if single else paths[1]].sha256
+    if listed not in (None, adapter.sha256):
+        raise HubError(
+            f"the weights of {quoted(address)} changed in the cache while they were read; run '{command}' again"
+        )
     check_facts(adapter.facts, f"{address.repo}/{paths[-1]}")
     return PulledAdapter(adapter, snapshot, (*adapter.notes, *_notes(snapshot, paths)))
 

@@ -101,7 +101,7 @@ def look(address: HubAddress, command: str, *, fresh: bool = False) -> Snapshot:
                 if cached is not None:
                     return cached
             raise
-        return _snapshot(address.repo, info)
+        return _snapshot(address.repo, address.revision, info)
 
 
 def cache_folder(repo: str) -> Path:
@@ -176,10 +176,14 @@ def remember(snapshot: Snapshot, revision: str | None) -> None:
         draft.replace(ref)
 
 
-def _snapshot(repo: str, info: ModelInfo) -> Snapshot:
+def _snapshot(repo: str, revision: str | None, info: ModelInfo) -> Snapshot:
     """What the Hub's answer says, every part of it checked."""
     if not isinstance(info.sha, str) or COMMIT.fullmatch(info.sha) is None:
         raise HubError(f"the Hub names no commit of {quoted(repo)}; is there a Hub at HF_ENDPOINT?")
+    if revision is not None and COMMIT.fullmatch(revision) and info.sha != revision:
+        raise HubError(
+            f"the Hub answers with another commit of {quoted(repo)} than the {revision[:12]}… that was asked for"
+        )
     files = {}
     for sibling in info.siblings or ():
         path = sibling.rfilename

@@ -210,7 +210,7 @@ def show(adapter: str | os.PathLike[str], *, registry: str | None = None) -> Sho
     """Everything the catalogue knows of one adapter.
 
     Args:
-        adapter: ``name``, ``name@version``, or the path of a file or folder whose content is catalogued.
+        adapter: ``name``, ``name@version``, the path of a file or folder whose content is catalogued, or a Hub id.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
@@ -271,7 +271,7 @@ def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alph
     """Write an adapter as a PEFT directory or as a single file; the path of what was written.
 
     Args:
-        adapter: a catalogued name or a path.
+        adapter: a catalogued name, a path or a Hub id.
         out: a folder, or a file where it ends in ``.safetensors`` or ``.st``.
         alpha: for a bare adapter file that does not say its own.
         force: replace an output that loratool wrote before.
@@ -307,14 +307,19 @@ def adapter_json(record: AdapterSummary) -> dict[str, Any]:
 
 
 def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
-    """The entry that a name or a path means; a path by the sha256 of its weights."""
+    """The entry that a name, a path or a Hub id means; a path by the sha256 of its weights."""
     from loratool.checkpoint.model import has_file
     from loratool.errors import NotFoundError, quoted
     from loratool.formats.adapter import sha256_of
     from loratool.formats.read import WEIGHTS_NAME
-    from loratool.library.resolve import exists, user_path
+    from loratool.hub.address import HubAddress
+    from loratool.library.resolve import HUB_ID, exists, pulled_from, user_path
 
     path = user_path(adapter)
+    if HUB_ID.fullmatch(adapter) and not exists(path):
+        for record in pulled_from(HubAddress.parse(adapter), catalogue):
+            return record
+        raise NotFoundError(f"{quoted(adapter)} is not in the catalogue; bring it in with 'loratool pull {adapter}'")
     file = path / WEIGHTS_NAME if exists(path) and path.is_dir() else path
     if not adapter or not has_file(file) or (is_reference(adapter) and catalogue.adapters.versions(adapter)):
         return catalogue.adapters.find(adapter)

@@ -72,8 +72,8 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
     """Make one adapter of several, with the numbers of PEFT's ``add_weighted_adapter``, and catalogue it as their child.
 
     Args:
-        adapters: catalogued names or paths, each alone or as (adapter, weight); weights may be negative. A DyLoRA acts at
-            its full rank, or as ``ADAPTER@rank=b`` at rank b.
+        adapters: catalogued names, paths or Hub ids, each alone or as (adapter, weight); weights may be negative. A DyLoRA
+            acts at its full rank, or as ``ADAPTER@rank=b`` at rank b.
         method: ``linear``, ``cat``, ``svd``, ``ties``, ``dare-linear``, ``dare-ties`` or ``magnitude-prune``; see
             `loratool.ranks.methods`.
         out: the new file (``.safetensors``, ``.st``) or PEFT folder. Its factors are fp32, its scaling is 1.

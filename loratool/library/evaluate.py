@@ -123,7 +123,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         model: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it.
         data: a JSONL file of ``text``, ``prompt`` and ``completion``, or ``messages``, or a ``.txt`` file, which is cut
             into windows; see `loratool.train.data` for what counts.
-        adapter: a catalogued name or a path. The model is then measured alone and with the adapter beside it.
+        adapter: a catalogued name, a path or a Hub id. The model is then measured alone and with it beside the model.
         ranks: measure the adapter also cut to each of these ranks; see `loratool.ranks.truncate`.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a picture of the loss by rank.
         max_length: the most tokens of a sample, and the length of a window; by default the model's context, but 2,048 at

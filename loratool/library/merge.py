@@ -17,7 +17,7 @@ from loratool.checkpoint.fingerprint import file_identity, fingerprint, tensor_d
 from loratool.checkpoint.journal import locked, refuse_links
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.staging import refuse_existing, refuse_impossible
-from loratool.errors import CheckpointError, LoratoolError, OutputError, WrongBaseError, quoted
+from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.library.progress import Progress, Silent
@@ -126,7 +126,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
     Args:
-        adapters: catalogued names or paths, each alone or as (adapter, weight); a single one may stand alone. A DyLoRA
+        adapters: catalogued names, paths or Hub ids, each alone or as (adapter, weight); one may stand alone. A DyLoRA
             acts at its full rank, or as ``ADAPTER@rank=b`` at rank b.
         into: the base: a catalogued name, a folder, a safetensors file, or a Hub id.
         out: the new folder; by default ``<base>-<adapter>`` beside the base.
@@ -168,7 +168,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
             checkpoint = base.open()
             if in_place:
                 _refuse_in_place(checkpoint)
-            with explained_without_weights(base):
+            with base.explained():
                 plan = plan_merge(weighted, checkpoint)
             conversion = None if storage is None else plan_conversion(checkpoint, storage, plan)
             for found in resolved if dry_run else ():  # a merge looks when it reads them
@@ -313,20 +313,6 @@ def _check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpo
                 raise WrongBaseError(f"{problem}; merge it into its own base, or give --force")
             notes.append(f"{problem}; merged all the same, with --force")
     return digests, notes
-
-
-@contextmanager
-def explained_without_weights(base: ResolvedBase) -> Iterator[None]:
-    """Say of a base of which only the headers are there that a plan needs more, where it does (a 4-bit matrix's facts)."""
-    try:
-        yield
-    except CheckpointError as error:
-        if base.headers is None:
-            raise
-        how = f"'loratool base add NAME {base.record.source if base.record else base.name} --download'"
-        raise CheckpointError(
-            f"a plan for base {quoted(base.name)} needs its weights, which are not downloaded; get them with {how} ({error})"
-        ) from None
 
 
 def _original_of(checkpoint: Checkpoint, actual: str) -> str | None:

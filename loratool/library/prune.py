@@ -79,7 +79,7 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
     They are ranked by the importance scores that the file's facts hold, else by ``|E|``. Modules may fall to rank 0.
 
     Args:
-        adapter: a catalogued name or a path.
+        adapter: a catalogued name, a path or a Hub id.
         budget: how many triplets stay, exactly.
         average_rank: instead, how many a module on average: the budget is the modules times this, rounded down.
         threshold: instead, those stay that score above it.

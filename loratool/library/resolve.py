@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.fingerprint import DigestCache
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import AdapterError, NotFoundError, quoted
+from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.dylora import at_rank
 from loratool.formats.lora_config import MOST_DIGITS
@@ -75,6 +77,23 @@ class ResolvedBase:
             CheckpointError: it is damaged, or no model.
         """
         return Checkpoint.open(self.path) if self.headers is None else self.headers
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say where a plan needs more of a base than its headers, which are all that is here (a 4-bit matrix's facts).
+
+        Raises:
+            CheckpointError: it does, or the plan itself finds the base damaged.
+        """
+        try:
+            yield
+        except CheckpointError as error:
+            if self.headers is None:
+                raise
+            how = f"'loratool base add NAME {self.record.source if self.record else self.name} --download'"
+            raise CheckpointError(
+                f"a plan for base {quoted(self.name)} needs its weights, which are not downloaded; get them with {how} ({error})"
+            ) from None
 
 
 def open_registry(url: str | None = None, *, read_only: bool = False) -> Registry:

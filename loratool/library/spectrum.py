@@ -57,7 +57,7 @@ def spectrum(adapter: str | os.PathLike[str], *, plot: str | os.PathLike[str] | 
     """The singular values of an adapter's updates, through QR of its factors.
 
     Args:
-        adapter: a catalogued name or a path.
+        adapter: a catalogued name, a path or a Hub id.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a heat map by layer and module, of ranks and of norms.
         force: replace the picture if it exists.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.

@@ -85,7 +85,7 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
     approximation in the Frobenius norm (Eckart and Young 1936), from the factors alone.
 
     Args:
-        adapter: a catalogued name or a path.
+        adapter: a catalogued name, a path or a Hub id.
         rank: the new rank, or several; a module that has less keeps what it has.
         energy: instead, the share of each module's squared singular values to keep, by the smallest rank that does.
         error: instead, the Frobenius norm that each module may lose, relative to its update's.
