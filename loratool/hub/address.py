@@ -16,7 +16,6 @@ NAME: Final = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[\w-])?",
 
 LINK_HOSTS: Final = ("https://huggingface.co/", "https://hf.co/", "hf://")
 LINK_WORDS: Final = frozenset({"tree", "blob", "resolve"})
-MAIN: Final = "main"
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,23 +78,14 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
         check_name(name)
     command = f"loratool pull {address}"
     with open_registry(registry) as catalogue:
-        if not update:
-            kept = next((each for each in pulled_from(address, catalogue) if _is_wanted(each, name, alpha)), None)
-            if kept is not None and is_here(kept, catalogue):
-                return _again(kept, address, catalogue, base=base)
-        try:
-            snapshot = look(address, command, fresh=update)
-        except NotFoundError as error:
-            if exists(user_path(repo)):
-                raise NotFoundError(
-                    f"{quoted(repo)} is on this disk; catalogue it with 'loratool add {repo}'"
-                ) from error
-            raise
-        kept = next(
-            (each for each in pulled_from(_pinned(address, snapshot), catalogue) if _is_wanted(each, name, alpha)), None
-        )
-        if kept is not None and is_here(kept, catalogue):
-            return _again(kept, _pinned(address, snapshot), catalogue, base=base)
+        kept = None if update else _kept(address, catalogue, name, alpha)
+        if kept is not None:
+            return _again(kept, address, catalogue, base=base)
+        snapshot = _look(address, repo, command, fresh=update)
+        pinned = address.at(snapshot.commit)
+        kept = _kept(pinned, catalogue, name, alpha)
+        if kept is not None:
+            return _again(kept, pinned, catalogue, base=base)
         chosen = name or _name(address, catalogue)
         pulled = pull_adapter(address, command, alpha=alpha, snapshot=snapshot, watcher=progress)
         if name is None:
@@ -106,6 +97,23 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
         added = enter(replace(pulled.adapter, name=chosen), catalogue, name=chosen, base=base, origin=origin)
     notes = (*pulled.notes, *added.notes[len(pulled.adapter.notes) :])
     return PullResult(added.record, address.repo, snapshot.commit, address.path, added.new, True, notes)
+
+
+def _look(address: HubAddress, given: str, command: str, *, fresh: bool) -> Snapshot:
+    try:
+        return look(address, command, fresh=fresh)
+    except NotFoundError as error:
+        if exists(user_path(given)):
+            raise NotFoundError(f"{quoted(given)} is on this disk; catalogue it with 'loratool add {given}'") from error
+        raise
+
+
+def _kept(address: HubAddress, catalogue: Registry, name: str | None, alpha: float | None) -> AdapterRecord | None:
+    """The newest version from an address that is catalogued as it is wanted, if its files are here."""
+    for record in pulled_from(address, catalogue):
+        if name in (None, record.name) and alpha in (None, record.alpha):
+            return record if is_here(record, catalogue) else None
+    return None
 
 
 def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, *, base: str | None) -> PullResult:
@@ -128,14 +136,6 @@ def _place(record: AdapterRecord, address: HubAddress) -> Location:
 
 def _is_at(place: Location, address: HubAddress) -> bool:
     return place.repo is not None and (place.repo.lower(), place.path_in_repo) == (address.repo.lower(), address.path)
-
-
-def _pinned(address: HubAddress, snapshot: Snapshot) -> HubAddress:
-    return address.at(snapshot.commit)
-
-
-def _is_wanted(record: AdapterRecord, name: str | None, alpha: float | None) -> bool:
-    return name in (None, record.name) and alpha in (None, record.alpha)
 
 
 def _name(address: HubAddress, catalogue: Registry) -> str:
