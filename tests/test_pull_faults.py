@@ -9,8 +9,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,6 +295,37 @@ def test_an_answer_that_makes_no_sense_is_a_clear_error(
     with pytest.raises(LoratoolError) as raised:
         loratool.pull("ada/pirate")
     one_sentence(raised.value)
+
+
+class WebPage(BaseHTTPRequestHandler):
+    """A web server that is no Hub."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>")
+
+    def log_message(self, *words: Any) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_what_is_no_hub_is_said_to_be_none(
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    page = ThreadingHTTPServer(("127.0.0.1", 0), WebPage)
+    threading.Thread(target=page.serve_forever, args=(0.01,), daemon=True).start()
+    endpoints = {f"http://127.0.0.1:{page.server_port}": "makes no sense", "http://127.0.0.1:9": "cannot be reached",
+                 "nonsense": "cannot be reached"}  # fmt: skip
+    for endpoint, message in endpoints.items():
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        with pytest.raises(HubError, match=rf"{message}.*HF_ENDPOINT"):
+            loratool.pull("ada/pirate")
+        with pytest.raises(HubError, match=rf"{message}.*HF_ENDPOINT"):
+            loratool.hub_search("pirate")
+    page.shutdown()
+    page.server_close()
+    assert waits == []
 
 
 @pytest.mark.usefixtures("nothing_is_left")

@@ -15,6 +15,10 @@ LONGEST_WAIT: Final = 60.0
 PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP statuses that may be another at the next attempt."""
 
+HUNG_UP: Final = frozenset({"ReadError", "ReadTimeout", "RemoteProtocolError", "ChunkedEncodingError"})
+"""What the HTTP libraries of huggingface_hub raise where somebody answered and hung up; where nobody answers at all, or the
+address is none, asking again is of little use."""
+
 
 def patiently(ask: Callable[[], T]) -> T:
     """What `ask` returns, asked again while the error that it raises may pass; the last error is raised."""
@@ -46,8 +50,7 @@ def _wait(error: Exception) -> float | None:
     if isinstance(error, HfHubHTTPError):
         response: Any = error.response
         return _retry_after(response) if response.status_code in PASSING else None
-    # Where nobody answers at all, waiting is of little use; where somebody hung up, it is.
-    return 0.0 if is_unreachable(error) and "Connect" not in type(error).__name__ else None
+    return 0.0 if is_unreachable(error) and type(error).__name__ in HUNG_UP else None
 
 
 def _retry_after(response: Any) -> float:

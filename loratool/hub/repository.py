@@ -5,6 +5,7 @@ Everything is asked of one commit, so a repository that changes meanwhile change
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from loratool.errors import HubError, NotFoundError, quoted
 from loratool.hub.address import HubAddress, leaves_its_folder
 from loratool.hub.client import client
-from loratool.hub.errors import hub_errors
+from loratool.hub.errors import LOG_IN, hub_errors
 from loratool.hub.logs import keep_logs_clean
 from loratool.hub.patience import is_unreachable, patiently
 
@@ -117,11 +118,15 @@ def sensible_answers(subject: str) -> Iterator[None]:
     """Say of what the Hub answers and huggingface_hub's own classes do not take that it makes no sense.
 
     Raises:
-        HubError: it does not.
+        HubError: it does not; or the user's token is none.
     """
     try:
         yield
-    except (TypeError, KeyError, AttributeError) as error:
+    except UnicodeEncodeError:
+        raise HubError(
+            f"the token in HF_TOKEN, or of 'hf auth login', holds a letter that no token has; {LOG_IN}"
+        ) from None
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise HubError(
             f"what the Hub says of {quoted(subject)} makes no sense ({type(error).__name__}); is there a Hub at HF_ENDPOINT?"
         ) from error
