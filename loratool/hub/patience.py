@@ -15,6 +15,7 @@ LONGEST_WAIT: Final = 60.0
 PASSING: Final = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP statuses that may be another at the next attempt."""
 
+HTTP_LIBRARIES: Final = frozenset({"httpx", "httpx2", "requests"})
 HUNG_UP: Final = frozenset({"ReadError", "ReadTimeout", "RemoteProtocolError", "ChunkedEncodingError"})
 """What the HTTP libraries of huggingface_hub raise where somebody answered and hung up; where nobody answers at all, or the
 address is none, asking again is of little use."""
@@ -34,13 +35,11 @@ def patiently(ask: Callable[[], T]) -> T:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether huggingface_hub's HTTP library gave no answer at all."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    """Whether huggingface_hub's HTTP library, which is another in other versions, gave no answer at all."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-    transport = tuple(each for each in HfHubHTTPError.__bases__ if each is not OSError)
-    return isinstance(error, (*transport, ConnectionError)) and not isinstance(
-        error, (HfHubHTTPError, OfflineModeIsEnabled)
-    )
+    library = type(error).__module__.partition(".")[0]
+    return library in HTTP_LIBRARIES and not isinstance(error, HfHubHTTPError)
 
 
 def _wait(error: Exception) -> float | None:
@@ -50,7 +49,8 @@ def _wait(error: Exception) -> float | None:
     if isinstance(error, HfHubHTTPError):
         response: Any = error.response
         return _retry_after(response) if response.status_code in PASSING else None
-    return 0.0 if is_unreachable(error) and type(error).__name__ in HUNG_UP else None
+    hung_up = type(error).__name__ in HUNG_UP or "Connection aborted" in str(error)
+    return 0.0 if is_unreachable(error) and hung_up else None
 
 
 def _retry_after(response: Any) -> float:
