@@ -471,7 +471,7 @@ SUMMARY = {
 RECORD = SUMMARY | {"ranks", "scaling", "recipe", "metrics", "config"}
 BASE = {
     "name", "source", "revision", "path", "base_fingerprint", "variant_of", "architecture", "model_type",
-    "parameter_count", "size_bytes", "dtype", "created_at",
+    "parameter_count", "size_bytes", "dtype", "created_at", "downloaded",
 }  # fmt: skip
 
 
@@ -484,7 +484,7 @@ def test_json_of_adapters_has_the_catalogues_words(run: Run, base: Path, adapter
     (summary,) = run("list", "--json").json()
     assert summary.keys() == SUMMARY
     shown = run("show", "pirate", "--json").json()
-    assert shown.keys() == RECORD | {"parent", "versions", "ancestors", "descendants", "merges"}
+    assert shown.keys() == RECORD | {"parent", "versions", "ancestors", "descendants", "hub", "merges"}
     assert {key: shown[key] for key in SUMMARY} == summary
     assert (summary["rank"], summary["alpha"], summary["base"]) == (4, 8.0, "llama")
     assert set(shown["ranks"].values()) == {4}
