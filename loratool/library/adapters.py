@@ -48,7 +48,7 @@ class AddResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class HubPlace:
     """Where an adapter from the Hub lies there, and its base's name as its configuration or else its card says it."""
 
     location: Location
@@ -119,20 +119,20 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | No
 
 
 def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None, tags: Sequence[str] = (),
-          origin: Origin | None = None) -> AddResult:  # fmt: skip
+          place: HubPlace | None = None) -> AddResult:  # fmt: skip
     """Put an adapter that was read, or was just written, into the catalogue and its files into the content store.
 
-    Of one that has an `origin`, what its facts say that it came from is recorded as well; they must have been checked.
+    Of one with a `place` on the Hub, what its facts say that it came from is recorded as well; they must have been checked.
 
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the name is taken wrongly.
     """
-    named = None if origin is None else origin.base_model
+    named = None if place is None else place.base_model
     with staged_entry(adapter, catalogue, base=base, base_model=named) as entry:
-        if origin is None:
+        if place is None:
             return entry.add(name, tags)
         with catalogue.writing():
-            added = entry.add(name, tags, [origin.location])
+            added = entry.add(name, tags, [place.location])
             _record_lineage(added.record, adapter, catalogue)
             return added
 

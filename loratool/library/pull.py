@@ -11,7 +11,7 @@ from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress
 from loratool.hub.pull import pull_adapter
 from loratool.hub.repository import Snapshot, look
-from loratool.library.adapters import Origin, adapter_json, enter, name_from
+from loratool.library.adapters import HubPlace, adapter_json, enter, name_from
 from loratool.library.progress import Progress
 from loratool.library.resolve import exists, is_here, open_registry, pulled_from, user_path
 from registry import AdapterRecord, Location, Registry, check_name
@@ -90,11 +90,11 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
         pulled = pull_adapter(address, command, alpha=alpha, snapshot=snapshot, watcher=progress)
         if name is None:
             _refuse_taken(chosen, address, pulled.adapter.sha256, catalogue)
-        origin = Origin(
+        place = HubPlace(
             Location(kind="hub", repo=address.repo, revision=snapshot.commit, path_in_repo=address.path),
             pulled.base_model,
         )
-        added = enter(replace(pulled.adapter, name=chosen), catalogue, name=chosen, base=base, origin=origin)
+        added = enter(replace(pulled.adapter, name=chosen), catalogue, name=chosen, base=base, place=place)
     notes = (*pulled.notes, *added.notes[len(pulled.adapter.notes) :])
     return PullResult(added.record, address.repo, snapshot.commit, address.path, added.new, True, notes)
 
@@ -122,7 +122,7 @@ def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, *, b
     notes: tuple[str, ...] = ()
     if base is not None or record.base is None:
         adapter = replace(read_adapter(catalogue.adapters.files(record)), name=record.name)
-        added = enter(adapter, catalogue, name=record.name, base=base, origin=Origin(place, record.base_model))
+        added = enter(adapter, catalogue, name=record.name, base=base, place=HubPlace(place, record.base_model))
         record, notes = added.record, added.notes
     return PullResult(record, address.repo, str(place.revision), address.path, False, False, notes)
 
