@@ -61,7 +61,7 @@ def test_what_it_prints(hub: HubStandIn, pirate: str, run: Run, command: Run) ->
     assert "loratool pull ada/pirate" in out and "new, public" in out
     assert "Already there" in run("pirate", "ada/pirate")[1]
     (commit,) = [place.revision for place in loratool.show("pirate").record.locations if place.repo == "ada/pirate"]
-    assert f"ada/pirate ({commit[:12]})" in command("show", "pirate")[1]
+    assert f"ada/pirate@{commit[:12]}" in command("show", "pirate")[1]
     status, out, _ = run("pirate", "--json", "--license", "apache-2.0")
     assert json.loads(out)["sent"] is True
     assert {file["path"]: file["state"] for file in json.loads(out)["files"]}["README.md"] == "changed"
