@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from loratool.library.prune import prune
     from loratool.library.quantize import quantize
     from loratool.library.spectrum import spectrum
+    from loratool.library.train import train
     from loratool.library.truncate import truncate
     from loratool.library.unmerge import unmerge, verify
 
@@ -58,6 +59,7 @@ __all__ = [
     "show",
     "spectrum",
     "tag",
+    "train",
     "truncate",
     "unmerge",
     "verify",
@@ -84,6 +86,7 @@ _FUNCTIONS: Final = {
     "show": ("adapters", "show"),
     "spectrum": ("spectrum", "spectrum"),
     "tag": ("adapters", "tag"),
+    "train": ("train", "train"),
     "truncate": ("truncate", "truncate"),
     "unmerge": ("unmerge", "unmerge"),
     "verify": ("unmerge", "verify"),

@@ -155,8 +155,8 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         Checkpoint.open(base.path)  # raises for what is damaged, incomplete or a pickle
         place = choose_device(device)
         config = load_config(base.path)
-        length = _max_length(max_length, config)
-        samples = _tokenized(content, base.path, config, length, plain=plain)
+        length = checked_max_length(max_length, config)
+        samples = tokenized_for(content, base.path, config, length, plain=plain)
         watcher.begin("loading the model", len(samples))
         loaded = load_model(base.path, config, place)
         scorer = _Scorer(samples, batch_size, place, watcher)
@@ -285,10 +285,15 @@ def _right_base(found: ResolvedAdapter, base: ResolvedBase, catalogue: Registry)
     ]
 
 
-def _max_length(asked: int | None, config: PreTrainedConfig) -> int:
+def checked_max_length(asked: int | None, config: PreTrainedConfig, most: int = DEFAULT_MAX_LENGTH) -> int:
+    """The most tokens of a sample: `asked`, or the model's context but `most` at most.
+
+    Raises:
+        LoratoolError: the model does not read so many, or they leave nothing to foretell.
+    """
     context = context_length(config)
     if asked is None:
-        return min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+        return min(context or DEFAULT_MAX_LENGTH, most)
     if asked < 2:
         raise LoratoolError(f"{asked} tokens leave nothing to foretell; give a --max-length of at least 2")
     if context is not None and asked > context:
@@ -298,9 +303,14 @@ def _max_length(asked: int | None, config: PreTrainedConfig) -> int:
     return asked
 
 
-def _tokenized(data: Data, folder: Path, config: PreTrainedConfig, max_length: int, *,
-               plain: bool) -> list[TokenizedSample]:  # fmt: skip
-    """The samples as tokens that the model knows."""
+def tokenized_for(data: Data, folder: Path, config: PreTrainedConfig, max_length: int, *,
+                  plain: bool) -> list[TokenizedSample]:  # fmt: skip
+    """The samples as tokens that the model in `folder` knows.
+
+    Raises:
+        DataError: a sample, whose line is named, cannot be used.
+        CheckpointError: there is no tokenizer, or it belongs to another model.
+    """
     samples = tokenize_data(data, load_tokenizer(folder), max_length, plain=plain)
     vocabulary = config.get_text_config().vocab_size
     largest = max(max(sample.input_ids) for sample in samples)
