@@ -151,6 +151,7 @@ class TrainCommand(ExampleCommand):
 @click.pass_obj
 def command(
     registry: str | None,
+    /,
     base: str | None,
     data: str | None,
     name: str | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +101,7 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
     watcher: TrainProgress = progress or SilentTraining()
     run = run_folder(name)
     with open_registry(registry, read_only=not is_first()) as catalogue, held(run) if is_first() else nullcontext():
-        request = _request(run, base, data, out, device, checked(choices), resume=resume, force=force)
+        request = _request(run, base, data, out, device, choices, resume=resume, force=force)
         output = TrainingOutput(user_path(request["out"]), request["force"])
         if not resume:
             _refuse_taken(run, catalogue, force=force)
@@ -129,12 +129,13 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
 
 
 def _request(run: RunFolder, base: PathLike | None, data: PathLike | None, out: PathLike | None, device: str | None,
-             choices: Choices, *, resume: bool, force: bool) -> dict[str, Any]:  # fmt: skip
+             choices: Mapping[str, Any], *, resume: bool, force: bool) -> dict[str, Any]:  # fmt: skip
     """What is asked for; with `resume` what the run began with, but for what is said now.
 
     Raises:
         LoratoolError: something is missing, or there is no run to go on with.
     """
+    chosen = {key: value for key, value in choices.items() if value is not None}
     places = {"base": base, "data": data, "out": out}
     named = {key: _absolute(os.fspath(value)) for key, value in places.items() if value is not None}
     if not resume:
@@ -142,14 +143,13 @@ def _request(run: RunFolder, base: PathLike | None, data: PathLike | None, out: 
             if not named.get(key):
                 raise LoratoolError(f"--{key} is missing; say what to train {'on' if key == 'base' else 'with'}")
         out_by_default = {"out": os.path.abspath(f"{run.name}.safetensors")}
-        return out_by_default | named | {"choices": dict(choices), "device": device or "auto", "force": force}
+        return out_by_default | named | {"choices": checked(chosen), "device": device or "auto", "force": force}
     if run.kept_step() is None:
         raise LoratoolError(f"there is no run {quoted(run.name)} to go on with; leave --resume out")
     before = run.recorded()
-    chosen = before["choices"]
-    if "steps" in choices or "epochs" in choices:
-        chosen = {key: value for key, value in chosen.items() if key not in ("steps", "epochs")}
-    said = {"choices": chosen | dict(choices), "device": device or before["device"], "force": force or before["force"]}
+    length = ("steps", "epochs") if {"steps", "epochs"} & chosen.keys() else ()
+    chosen = {key: value for key, value in before["choices"].items() if key not in length} | chosen
+    said = {"choices": checked(chosen), "device": device or before["device"], "force": force or before["force"]}
     return before | named | said
 
 

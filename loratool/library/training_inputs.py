@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Final
 
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import CheckpointError, DataError, LoratoolError, WrongBaseError, quoted
+from loratool.errors import CheckpointError, DataError, LoratoolError, UnsupportedError, WrongBaseError, quoted
 from loratool.library.evaluate import checked_max_length, tokenized_for
 from loratool.library.progress import Progress
 from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, resolve_base, user_path
 from loratool.merging.arithmetic import choose_device
-from loratool.train.batches import plan_epoch, split_validation
+from loratool.train.batches import packs_cleanly, plan_epoch, split_validation
 from loratool.train.data import TokenizedSample, read_data
 from loratool.train.model import load_config, load_model, quiet_libraries
+from loratool.train.options import AdaLoRA
 from loratool.train.processes import Processes
 from loratool.train.recipe import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_LR,
     EVALUATIONS,
     LEAST_EPOCHS,
     LEAST_STEPS,
@@ -98,7 +101,7 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
             f"{quoted(data)} has {len(tokenized):,} samples, and --validation {count:,} leaves none to train on; hold out fewer"
         )
     samples, held_out = split_validation(tokenized, count, seed)
-    batch_size, accumulate = choices.get("batch_size", 8), choices.get("accumulate", 1)
+    batch_size, accumulate = choices.get("batch_size", DEFAULT_BATCH_SIZE), choices.get("accumulate", 1)
     if accumulate > batch_size:
         raise LoratoolError(
             f"a step of {batch_size} samples cannot go in {accumulate} passes; give a smaller --accumulate or a larger "
@@ -137,7 +140,7 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
         pack=pack,
         validation=count,
         eval_every=choices.get("eval_every", math.ceil(steps / EVALUATIONS)),
-        keep=_kept(choices.get("keep"), count),
+        keep=_kept(choices, count),
     )
     notes = (
         ("the base is in NF4 already, and is trained beside as it is",)
@@ -163,17 +166,18 @@ def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
     with quiet_libraries():
         watcher.begin("loading the model", 1)
         model = load_model(inputs.base.path, inputs.config, processes.device, quantize=recipe.quantize is not None)
+        if recipe.pack and not packs_cleanly(model):
+            raise UnsupportedError(
+                f"packed samples would see one another in a {type(model).__name__}; leave --pack out"
+            )
         targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
         adaptation = attach(model, recipe.adapter, targets=targets, seed=recipe.seed, total_steps=recipe.steps)
         if recipe.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         parameters = adaptation.parameters()
         optimizer = make_optimizer(parameters, recipe, paged=quantized and processes.device != "cpu")
         processes.prepare(model, optimizer, parameters)
     return Training(recipe, model, adaptation, optimizer, processes, inputs.samples, inputs.held_out)
-
-
-DEFAULT_LR: Final = 1e-3
 
 
 def _checked_fingerprint(base: ResolvedBase, watcher: Progress) -> str:
@@ -209,10 +213,15 @@ def _targets(choices: Choices) -> str | tuple[str, ...]:
     return targets if isinstance(targets, str) else tuple(targets)
 
 
-def _kept(asked: str | None, held_out: int) -> str:
+def _kept(choices: Choices, held_out: int) -> str:
+    """``best`` where that can be told. An AdaLoRA has more than its budget until near the end, so its last is kept."""
+    is_adalora = choices["method"] == AdaLoRA.method
+    asked = choices.get("keep", "best" if held_out and not is_adalora else "last")
+    if asked == "best" and is_adalora:
+        raise LoratoolError("an AdaLoRA comes down to its budget near the end only; give --keep last")
     if asked == "best" and not held_out:
         raise LoratoolError("--keep best needs samples to validate with; give --validation N, or --keep last")
-    return asked or ("best" if held_out else "last")
+    return asked
 
 
 def _sha256(samples: Sequence[TokenizedSample]) -> str:

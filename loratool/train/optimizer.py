@@ -18,11 +18,10 @@ def make_optimizer(
     import torch
 
     if paged:
-        from bitsandbytes.optim import PagedAdamW32bit
+        from bitsandbytes import optim
 
-        made: torch.optim.Optimizer = PagedAdamW32bit(
-            parameters.values(), lr=recipe.lr, weight_decay=recipe.weight_decay
-        )
+        paged_adamw: Any = optim.PagedAdamW32bit  # type: ignore[attr-defined]
+        made: torch.optim.Optimizer = paged_adamw(parameters.values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
         return made
     return torch.optim.AdamW(parameters.values(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
 

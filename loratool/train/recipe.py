@@ -79,6 +79,8 @@ class Choices(TypedDict, total=False):
     keep: str
 
 
+DEFAULT_BATCH_SIZE: Final = 8
+DEFAULT_LR: Final = 1e-3
 LEAST_EPOCHS: Final = 3
 LEAST_STEPS: Final = 60
 """By default a run takes so many epochs, and of few samples as many as make so many steps."""
@@ -137,7 +139,7 @@ class Recipe:
         for each in fields(self):
             item = getattr(self, each.name)
             if each.name == "adapter":
-                flat |= {"method": self.adapter.method, **asdict(self.adapter)}
+                flat |= {"method": self.adapter.method, **asdict(self.adapter), "alpha": self.adapter.lora_alpha}
             else:
                 flat[each.name] = list(item) if isinstance(item, tuple) else item
         return flat
@@ -168,13 +170,13 @@ def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[
     return list(dict.fromkeys(FLAGS.get(key, key) for key in keys if recorded.get(key) != wanted.get(key)))
 
 
-def checked(choices: Choices) -> Choices:
-    """The choices that were made, each checked by itself, and `method` among them.
+def checked(choices: Mapping[str, Any]) -> Choices:
+    """The choices, each checked by itself, and `method` among them.
 
     Raises:
         LoratoolError: one cannot be, or belongs to another method; the message names it as the command line does.
     """
-    given = cast("dict[str, Any]", {key: value for key, value in choices.items() if value is not None})
+    given = dict(choices)
     for key, value in given.items():
         if key not in Choices.__annotations__:
             raise LoratoolError(f"there is no option {quoted(key)} of training; see 'loratool train --help'")
