@@ -86,7 +86,7 @@ def _summed_loss(model: Module, batch: Sequence[TokenizedSample], device: str) -
     input_ids = _padded([sample.input_ids for sample in batch], width, 0).to(device)
     attention_mask = _padded([[1] * len(sample.input_ids) for sample in batch], width, 0).to(device)
     labels = _padded([sample.labels for sample in batch], width + 1, IGNORED).to(device)[:, 1:]
-    with torch.inference_mode():
+    with torch.no_grad():  # what FSDP gathers in inference mode could not be trained through afterwards
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         logits, wanted = logits.flatten(0, 1), labels.flatten()
         losses = [

@@ -34,16 +34,21 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def _asked_to_spread() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 class Processes:
     """This process and those beside it.
 
     Attributes:
         rank, count: its number, from 0, and how many there are.
         device: ``cpu`` or ``cuda:N``.
+        spread: whether FSDP2 spreads the base over them.
     """
 
     def __init__(self, device: str) -> None:
-        self.rank, self.count, self.device = 0, 1, device
+        self.rank, self.count, self.device, self.spread = 0, 1, device, False
         self._accelerator: Any = None
 
     @classmethod
@@ -57,9 +62,13 @@ class Processes:
         if not launched():
             return alone
         from accelerate import Accelerator
-        from accelerate.utils import DistributedType
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
         accelerator = Accelerator(cpu=device == "cpu")
+        if accelerator.distributed_type == DistributedType.MULTI_CPU and _asked_to_spread():
+            # accelerate takes note of FSDP on GPUs only; what it does then works on a CPU as well.
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            accelerator.state.distributed_type = DistributedType.FSDP
         way = accelerator.distributed_type
         data_parallel = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if not (way in data_parallel or (way == DistributedType.FSDP and accelerator.is_fsdp2)):
@@ -69,13 +78,9 @@ class Processes:
             )
         alone.rank, alone.count = accelerator.process_index, accelerator.num_processes
         alone.device = "cpu" if accelerator.device.type == "cpu" else f"cuda:{accelerator.local_process_index}"
+        alone.spread = way == DistributedType.FSDP
         alone._accelerator = accelerator
         return alone
-
-    @property
-    def spread(self) -> bool:
-        """Whether FSDP2 spreads the base over the processes."""
-        return self._accelerator is not None and bool(self._accelerator.is_fsdp2)
 
     def refuse_to_spread(self, *, quantized: bool) -> None:
         """Raise UnsupportedError for a model that FSDP2 does not spread: one in 4 bits."""
