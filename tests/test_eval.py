@@ -861,6 +861,7 @@ KEYS = {
     "adapter",
     "data",
     "samples",
+    "truncated",
     "tokens",
     "loss",
     "perplexity",

@@ -14,10 +14,10 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, DataError, LoratoolError, UnsupportedError, WrongBaseError, quoted
 from loratool.library.evaluate import checked_max_length, tokenized_for
 from loratool.library.progress import Progress
-from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, resolve_base, user_path
+from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, resolve_base, resolve_data
 from loratool.merging.arithmetic import choose_device
 from loratool.train.batches import packs_cleanly, plan_epoch, split_validation
-from loratool.train.data import TokenizedSample, read_data
+from loratool.train.data import TokenizedSample
 from loratool.train.model import load_config, load_model, quiet_libraries
 from loratool.train.options import AdaLoRA
 from loratool.train.processes import Processes
@@ -83,7 +83,7 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
     Raises:
         LoratoolError, registry.RegistryError: says what is wrong with them.
     """
-    content = read_data(user_path(data))
+    content = resolve_data(data)
     found = resolve_base(base, catalogue)
     if not found.path.is_dir():
         raise CheckpointError(f"{quoted(found.path)} is a single file; give the model's folder, with its tokenizer")
@@ -92,7 +92,14 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
         processes = Processes.joined(choose_device(device))
         config = load_config(found.path)
         length = checked_max_length(choices.get("max_length"), config, UNLIMITED)
-        tokenized = tokenized_for(content, found.path, config, length, plain=choices.get("plain", False))
+        tokenized = tokenized_for(
+            content,
+            found.path,
+            config,
+            length,
+            plain=choices.get("plain", False),
+            truncate=choices.get("truncate", False),
+        )
     is_quantized = getattr(config, "quantization_config", None) is not None
     seed = choices.get("seed", 0)
     count = choices.get("validation", default_validation(len(tokenized)))
@@ -147,7 +154,7 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
         if is_quantized and "quantize" in choices
         else ()
     )
-    return TrainingInputs(found, config, samples, held_out, recipe, processes, is_quantized, notes)
+    return TrainingInputs(found, config, samples, held_out, recipe, processes, is_quantized, tuple(notes))
 
 
 def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
