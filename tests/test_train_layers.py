@@ -243,7 +243,7 @@ def test_what_a_merge_keeps_is_a_small_part_of_a_bf16_weight(tiny_models: TinyMo
     model = tiny(tiny_models, "llama-many-blocks", "bf16")
     adaptation = attach(model, LoRA(rank=4))
     generator = torch.Generator().manual_seed(1)
-    for name, factor in adaptation.parameters().items():
+    for factor in adaptation.parameters().values():
         factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.01)
     adaptation.merge()
     layers = adaptation.layers.values()  # type: ignore[attr-defined]

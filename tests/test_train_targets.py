@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import peft
 import pytest
 import torch
-from adaptations import NF4, in_peft, tiny, written
+from adaptations import NF4, tiny, written
 from torch import nn
 
 from loratool.errors import AdapterError, LoratoolError, NotFoundError, UnsupportedError
