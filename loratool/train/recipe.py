@@ -82,7 +82,7 @@ class Choices(TypedDict, total=False):
 DEFAULT_BATCH_SIZE: Final = 8
 DEFAULT_LR: Final = 1e-3
 LEAST_EPOCHS: Final = 3
-LEAST_STEPS: Final = 60
+LEAST_STEPS: Final = 40
 """By default a run takes so many epochs, and of few samples as many as make so many steps."""
 
 LEAST_FOR_VALIDATION: Final = 20
