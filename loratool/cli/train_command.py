@@ -80,7 +80,12 @@ class TrainCommand(ExampleCommand):
 
 @click.command("train", **example(EXAMPLES) | {"cls": TrainCommand})
 @click.option("--base", metavar="B", help="The model: a catalogued name, a folder or a Hub id.")
-@click.option("--data", type=PathType(), metavar="FILE", help="Samples: JSONL, JSON, CSV, Parquet, a data set of the Hub (owner/name:split), or a text (.txt).")
+@click.option(
+    "--data",
+    type=PathType(),
+    metavar="FILE",
+    help="Samples: JSONL, JSON, CSV, Parquet, a data set of the Hub (owner/name:split), or a text (.txt).",
+)
 @click.option("--name", metavar="N", help="The adapter's name in the catalogue.")
 @click.option("--out", type=PathType(), metavar="FILE", help="A file or folder; by default N.safetensors.")
 @click.option("--resume", is_flag=True, help="Go on with the run N where its last state was kept.")
