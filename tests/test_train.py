@@ -63,7 +63,8 @@ def run(base: Path, data: Path, tmp_path: Path) -> Callable[..., TrainResult]:
     """Train for a few steps on the CPU, by default into ``<name>.safetensors`` in the test's folder."""
 
     def trained(name: str = "cat", **options: Any) -> TrainResult:
-        settings = {"base": base, "data": data, "steps": STEPS, "lr": LR, "validation": 4, "batch_size": 8, "device": "cpu"} | options
+        settings = {"base": base, "data": data, "steps": STEPS, "batch_size": 8, "lr": LR, "validation": 4} | options
+        settings.setdefault("device", "cpu")
         settings.setdefault("out", tmp_path / f"{name}.safetensors")
         return train(name=name, **settings)
 

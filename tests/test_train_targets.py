@@ -77,6 +77,21 @@ def test_what_cannot_be_a_target_is_refused(
     assert all(parameter.requires_grad for parameter in model.parameters())  # nothing was touched
 
 
+def test_a_tied_head_is_refused_as_a_merge_refuses_it(tiny_models: TinyModels) -> None:
+    with pytest.raises(UnsupportedError, match=r"'lm_head' shares its weight with 'model\.embed_tokens'"):
+        choose_targets(tiny(tiny_models, "llama-tied"), "q_proj,lm_head")
+
+
+def test_a_second_adapter_is_refused(tiny_models: TinyModels) -> None:
+    model = tiny(tiny_models, "llama")
+    first = attach(model, LoRA(), targets="v_proj")
+    for targets in (None, "v_proj", "q_proj"):
+        with pytest.raises(LoratoolError, match=r"an adapter at 'model\.layers\.0\.self_attn\.v_proj' already"):
+            attach(model, LoRA(), targets=targets)
+    first.detach()
+    attach(model, LoRA())
+
+
 def test_a_layer_that_its_model_never_calls_is_left_out() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 8)})
     assert list(choose_targets(model).modules) == ["out"]

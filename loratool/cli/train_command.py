@@ -84,7 +84,7 @@ class TrainCommand(ExampleCommand):
     "--data",
     type=PathType(),
     metavar="FILE",
-    help="JSONL, JSON, CSV, Parquet, a data set of the Hub (owner/name:split) or .txt.",
+    help="Samples: JSONL, JSON, CSV, Parquet, a data set of the Hub (owner/name:split), or a text (.txt).",
 )
 @click.option("--name", metavar="N", help="The adapter's name in the catalogue.")
 @click.option("--out", type=PathType(), metavar="FILE", help="A file or folder; by default N.safetensors.")
@@ -122,7 +122,7 @@ class TrainCommand(ExampleCommand):
     "--batch-size",
     type=int,
     metavar="N",
-    help="Samples of a step, of all its passes and processes; by default 4, of many samples 16.",
+    help="Samples of a step, of all processes; by default 4, and 16 where there are many.",
 )
 @click.option("--accumulate", type=int, metavar="N", help="Passes in which a step takes its samples; saves memory.")
 @click.option("--lr", type=float, metavar="X", help="The largest learning rate.")

@@ -19,7 +19,7 @@ from loratool.formats.adalora import PEFT_TYPE, pattern_key
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
 from loratool.train.budget import BudgetSchedule, budget_schedule, most_important
-from loratool.train.layers import AdaptedLinear, fill_randomly, new_factor, placed_like, whole
+from loratool.train.layers import AdaptedLinear, fill_randomly, new_factor
 from loratool.train.lora import TASK, LowRankAdaptation
 from loratool.train.options import AdaLoRA
 from loratool.train.targets import Targets, is_conv1d
@@ -79,7 +79,7 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
             return None
         alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for layer in self.layers.values():
-            for rows in (whole(layer.lora_A), whole(layer.lora_B).T):
+            for rows in (layer.lora_A, layer.lora_B.T):
                 alike[rows.shape].append(rows)
         norms = []
         for group in alike.values():
@@ -111,22 +111,23 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
         elif step <= self.schedule.last_allocation:
             return
         for name, layer in self.layers.items():
-            layer.lora_E.mul_(placed_like(layer.lora_E, self.kept[name][:, None]))
+            layer.lora_E.mul_(self.kept[name][:, None].to(layer.lora_E.device))
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
         """Of each module's components, (r,) fp32 on the CPU: ``s(Lambda) + mean s(P) + mean s(Q)`` (equation 7), where
         ``s = sensitivity * uncertainty`` (equation 11)."""
+
+        def score(name: str, factor: Tensor) -> Tensor:
+            if name not in self.sensitivity:
+                return torch.zeros_like(factor)
+            return self.sensitivity[name] * self.uncertainty[name]
+
         found = {}
-        for name, layer in self.layers.items():
-            score = {
-                letter: whole(self.sensitivity[f"{name}.{letter}"] * self.uncertainty[f"{name}.{letter}"])
-                if f"{name}.{letter}" in self.sensitivity
-                else torch.zeros_like(whole(factor))
-                for letter, factor in layer.factors()
-            }
-            found[name] = score["E"].squeeze(1) + (score["A"].mean(1) + score["B"].mean(0))
-        return {name: score.cpu() for name, score in found.items()}
+        for module, layer in self.layers.items():
+            of = {letter: score(f"{module}.{letter}", factor) for letter, factor in layer.factors()}
+            found[module] = (of["E"].squeeze(1) + (of["A"].mean(1) + of["B"].mean(0))).cpu()
+        return found
 
     def buffers(self) -> dict[str, Tensor]:
         averages = {f"{name}.sensitivity": value for name, value in self.sensitivity.items()}
@@ -144,7 +145,7 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
         for average, what in ((self.sensitivity, "sensitivity"), (self.uncertainty, "uncertainty")):
             average.clear()
             for name in averaged:
-                average[name] = placed_like(factors[name], buffers[f"{name}.{what}"]).clone()
+                average[name] = buffers[f"{name}.{what}"].to(factors[name].device, copy=True)
 
     def figures(self) -> dict[str, Any]:
         ranks = {name: int(mask.sum()) for name, mask in self.kept.items()}
@@ -179,15 +180,15 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
                 facts: Mapping[str, Any] | None = None) -> Adapter:  # fmt: skip
         for module, mask in self._present().items():
             layer = self.layers[module]
-            a, e, b = (whole(factor.detach()).cpu() for factor in (layer.lora_A, layer.lora_E, layer.lora_B))
-            draft.put_factors(module, {"A": a[mask], "E": e[mask], "B": b[:, mask]})
+            places = mask.nonzero().squeeze(1).to(layer.lora_E.device)
+            a, e, b = layer.lora_A[places], layer.lora_E[places], layer.lora_B[:, places]
+            draft.put_factors(module, {"A": a, "E": e, "B": b})
         return draft.adapter(name, self.config() | dict(config or {}), self.facts() | dict(facts or {}))
 
     def _present(self) -> dict[str, Tensor]:
         """Which components a file holds: those that are kept, and between allocations those that a step revived."""
         return {
-            name: self.kept[name] | (whole(layer.lora_E.detach()).cpu().squeeze(1) != 0)
-            for name, layer in self.layers.items()
+            name: self.kept[name] | (layer.lora_E.detach().cpu().squeeze(1) != 0) for name, layer in self.layers.items()
         }
 
 

@@ -121,25 +121,6 @@ def fill_randomly(factor: nn.Parameter, name: str, seed: int, *, uniform: float 
         factor.copy_(numbers)
 
 
-def whole(factor: Tensor) -> Tensor:
-    """The factor itself, with its gradient; gathered from all processes where FSDP has spread it over them (a DTensor)."""
-    gather = getattr(factor, "full_tensor", None)
-    tensor: Tensor = factor if gather is None else gather()
-    return tensor
-
-
-def placed_like(factor: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, whole, as an operand beside `factor`: on its device, and spread as it is spread."""
-    tensor = tensor.to(factor.device)
-    mesh = getattr(factor, "device_mesh", None)
-    if mesh is None:
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    spread: Tensor = distribute_tensor(tensor, mesh, factor.placements)  # type: ignore[attr-defined]
-    return spread
-
-
 def _features(base: nn.Module) -> tuple[int, int]:
     """in_features and out_features; a Conv1D stores its weight as (in_features, out_features)."""
     if is_conv1d(base):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loratool.errors import LoratoolError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.train.layers import AdaptedLinear, fill_randomly, new_factor, whole
+from loratool.train.layers import AdaptedLinear, fill_randomly, new_factor
 from loratool.train.options import DyLoRA, Initialisation, LoRA
 from loratool.train.targets import Targets
 
@@ -99,7 +99,7 @@ class LowRankAdaptation(Generic[Layer, Chosen]):
     def adapter(self, draft: Draft, name: str, config: Mapping[str, Any] | None = None,
                 facts: Mapping[str, Any] | None = None) -> Adapter:  # fmt: skip
         for module, layer in self.layers.items():
-            draft.put_factors(module, {letter: whole(factor.detach()) for letter, factor in layer.factors()})
+            draft.put_factors(module, dict(layer.factors()))
         return draft.adapter(name, self.config() | dict(config or {}), self.facts() | dict(facts or {}))
 
     def merge(self) -> None:

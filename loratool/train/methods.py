@@ -32,10 +32,7 @@ class Adaptation(Protocol):
         """The ranks that it can act at, ascending: those of a DyLoRA, else its one (an AdaLoRA's initial) rank."""
 
     def parameters(self) -> Mapping[str, torch.nn.Parameter]:
-        """What is trained, fp32: module and factor (``model.layers.0.self_attn.q_proj.A``), in the model's order.
-
-        They are looked up each time, so they are right after FSDP has put its own in their place.
-        """
+        """What is trained, fp32: module and factor (``model.layers.0.self_attn.q_proj.A``), in the model's order."""
 
     def act_at(self, rank: int) -> None:
         """Act at one of `ranks` from now on, until the next `begin_step`; for evaluation."""
@@ -76,7 +73,7 @@ class Adaptation(Protocol):
                 facts: Mapping[str, Any] | None = None) -> Adapter:  # fmt: skip
         """The adapter as it is now, its factors in `draft`, fp32, cut to the ranks that are left.
 
-        `config` and `facts` are added to its own. With FSDP all processes have to call this together.
+        `config` and `facts` are added to its own.
         """
 
     def merge(self) -> None:

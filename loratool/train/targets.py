@@ -41,10 +41,12 @@ def choose_targets(model: Module, targets: str | Sequence[str] | None = None) ->
 
     Raises:
         NotFoundError: a name, or the pattern, means no module.
-        UnsupportedError: one that it means is no linear layer, or is in 8 bits.
+        UnsupportedError: one that it means is no linear layer, is in 8 bits, or shares its weight with another module.
         AdapterError: the pattern is none, or takes too long.
+        LoratoolError: an adapter is at work in the model.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    _refuse_adapted(modules)
     if targets is None or targets == ALL_LINEAR:
         head = _output_head(model)
         chosen = {name: module for name, module in modules.items() if is_linear(module) and module is not head}
@@ -60,6 +62,7 @@ def choose_targets(model: Module, targets: str | Sequence[str] | None = None) ->
                 f"{quoted(name)} is a {type(module).__name__}, and adapters go on linear layers only (Linear, Conv1D, "
                 "Linear4bit); mend --targets"
             )
+        _refuse_shared(name, module, modules)
     return Targets(chosen, _names(chosen, modules), any(is_conv1d(module) for module in chosen.values()))
 
 
@@ -75,6 +78,30 @@ def is_linear(module: Module) -> bool:
 def is_conv1d(module: Module) -> bool:
     """Whether it is transformers' Conv1D, told by its name so that transformers need not be there."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _refuse_adapted(modules: Mapping[str, Module]) -> None:
+    """Raise LoratoolError if one has factors, ours or PEFT's, around a layer."""
+    adapted = next((name for name, module in modules.items() if hasattr(module, "lora_A")), None)
+    if adapted is not None:
+        raise LoratoolError(
+            f"there is an adapter at {quoted(adapted)} already; detach or merge it before another is put on"
+        )
+
+
+def _refuse_shared(name: str, module: Module, modules: Mapping[str, Module]) -> None:
+    """Raise UnsupportedError if the weight is another module's too, as a tied output head's is: a merge would change both."""
+    weight = module.get_parameter("weight")
+    other = next((path for path, each in modules.items() if path != name and _own(each) is weight), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"{quoted(name)} shares its weight with {quoted(other)}, which a merge would change as well; leave it out of "
+            "--targets"
+        )
+
+
+def _own(module: Module) -> object:
+    return module._parameters.get("weight")
 
 
 def _output_head(model: Any) -> Module | None:
