@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
     from loratool.library.combine import combine
     from loratool.library.doctor import doctor
+    from loratool.library.estimate import estimate
     from loratool.library.evaluate import evaluate as eval  # noqa: A004
     from loratool.library.evaluate import evaluate as evaluate
     from loratool.library.extract import extract
@@ -47,6 +48,7 @@ __all__ = [
     "base_verify",
     "combine",
     "doctor",
+    "estimate",
     "eval",
     "export",
     "extract",
@@ -72,6 +74,7 @@ _FUNCTIONS: Final = {
     "base_verify": ("bases", "base_verify"),
     "combine": ("combine", "combine"),
     "doctor": ("doctor", "doctor"),
+    "estimate": ("estimate", "estimate"),
     "eval": ("evaluate", "evaluate"),
     "evaluate": ("evaluate", "evaluate"),
     "export": ("adapters", "export"),
