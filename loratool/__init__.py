@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
     from loratool.library.combine import combine
     from loratool.library.doctor import doctor
+    from loratool.library.estimate import estimate
     from loratool.library.evaluate import evaluate as eval  # noqa: A004
     from loratool.library.evaluate import evaluate as evaluate
     from loratool.library.extract import extract
@@ -48,6 +49,7 @@ __all__ = [
     "base_verify",
     "combine",
     "doctor",
+    "estimate",
     "eval",
     "export",
     "extract",
@@ -74,6 +76,7 @@ _FUNCTIONS: Final = {
     "base_verify": ("bases", "base_verify"),
     "combine": ("combine", "combine"),
     "doctor": ("doctor", "doctor"),
+    "estimate": ("estimate", "estimate"),
     "eval": ("evaluate", "evaluate"),
     "evaluate": ("evaluate", "evaluate"),
     "export": ("adapters", "export"),

@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "base": "Name and fingerprint base models.",
     "combine": "Several adapters into one.",
     "doctor": "Check the catalogue against the disk.",
+    "estimate": "Parameters, file size and memory of a training.",
     "eval": "Loss and perplexity on your own text, with an adapter or without.",
     "export": "Write an adapter as a PEFT folder or a single file.",
     "extract": "A fine-tuned model into an adapter.",
