@@ -119,7 +119,10 @@ class TrainCommand(ExampleCommand):
 @click.option("--steps", type=int, metavar="N", help="Steps of the optimizer.")
 @click.option("--epochs", type=int, metavar="E", help="Instead: times through the samples.")
 @click.option(
-    "--batch-size", type=int, metavar="N", help="Samples of a step, of all passes and processes. By default 8."
+    "--batch-size",
+    type=int,
+    metavar="N",
+    help="Samples of a step, of all processes; by default 4, and 16 where there are many.",
 )
 @click.option("--accumulate", type=int, metavar="N", help="Passes in which a step takes its samples; saves memory.")
 @click.option("--lr", type=float, metavar="X", help="The largest learning rate.")

@@ -123,8 +123,11 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
                 published = publish(training, outcome, inputs, run, replace(output, force=True), catalogue)
                 run.remove()
             training.processes.wait()
-        record = published.record if is_first() else catalogue.adapters.find(name)
-        picture, notes = (published.picture, published.notes) if is_first() else (None, ())
+        if is_first():
+            record, picture, notes = published.record, published.picture, published.notes
+        else:
+            with open_registry(registry, read_only=True) as written:  # the first process may have made the catalogue
+                record, picture, notes = written.adapters.find(name), None, ()
         return TrainResult(output.adapter, output.log, picture, record, inputs.recipe, outcome, (*inputs.notes, *notes))
 
 

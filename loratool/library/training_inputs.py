@@ -22,9 +22,11 @@ from loratool.train.model import load_config, load_model, quiet_libraries
 from loratool.train.options import AdaLoRA
 from loratool.train.processes import Processes
 from loratool.train.recipe import (
-    DEFAULT_BATCH_SIZE,
+    BATCH_OF_FEW,
+    BATCH_OF_MANY,
     DEFAULT_LR,
     EVALUATIONS,
+    FEW_SAMPLES,
     LEAST_EPOCHS,
     LEAST_STEPS,
     MOST_WARMUP,
@@ -108,7 +110,8 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
             f"{quoted(data)} has {len(tokenized):,} samples, and --validation {count:,} leaves none to train on; hold out fewer"
         )
     samples, held_out = split_validation(tokenized, count, seed)
-    batch_size, accumulate = choices.get("batch_size", DEFAULT_BATCH_SIZE), choices.get("accumulate", 1)
+    usual = BATCH_OF_FEW if len(samples) < FEW_SAMPLES else BATCH_OF_MANY
+    batch_size, accumulate = choices.get("batch_size", usual), choices.get("accumulate", 1)
     if accumulate > batch_size:
         raise LoratoolError(
             f"a step of {batch_size} samples cannot go in {accumulate} passes; give a smaller --accumulate or a larger "

@@ -112,7 +112,8 @@ class RunFolder:
         self.record(request)
 
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove the folder; its state first, without which the rest is nothing to go on with."""
+        self.state.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -79,10 +79,14 @@ class Choices(TypedDict, total=False):
     keep: str
 
 
-DEFAULT_BATCH_SIZE: Final = 8
+FEW_SAMPLES: Final = 500
+BATCH_OF_FEW: Final = 4
+BATCH_OF_MANY: Final = 16
+"""Samples of a step where nobody says: of fewer samples than `FEW_SAMPLES`, and of more."""
+
 DEFAULT_LR: Final = 1e-3
 LEAST_EPOCHS: Final = 3
-LEAST_STEPS: Final = 60
+LEAST_STEPS: Final = 50
 """By default a run takes so many epochs, and of few samples as many as make so many steps."""
 
 LEAST_FOR_VALIDATION: Final = 20
@@ -115,7 +119,7 @@ class Recipe:
     targets: str | tuple[str, ...] = ALL_LINEAR
     quantize: str | None = None
     steps: int = LEAST_STEPS
-    batch_size: int = 8
+    batch_size: int = 4
     accumulate: int = 1
     lr: float = 1e-3
     schedule: str = "cosine"
