@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from training_runs import BATCH, SEED, WARMUP, samples
 
 from loratool.formats.draft import Draft
 from loratool.formats.write import write_peft
-from loratool.train.batches import collate
+from loratool.train.batches import Row, collate
 from loratool.train.loop import Training, batches
 from loratool.train.memory import peak_memory
 from loratool.train.methods import attach
@@ -44,20 +45,29 @@ def main() -> None:
     )  # fmt: skip
     with quiet_libraries():
         model = load_model(smollm2(), load_config(smollm2()), "cpu", quantize=kind == "qlora")
-        losses, seconds = (ours if program == "loratool" else theirs)(model, recipe, train)
-    tokens = [sum(row.tokens for row in rows) for rows in islice(batches(train, recipe), steps)]
-    print(json.dumps({"losses": losses, "seconds": seconds, "tokens": tokens, "peak": peak_memory("cpu")}))
+        begin = ours if program == "loratool" else theirs
+        make_step = begin(model, recipe, train)
+        found: list[dict[str, float]] = []
+        for rows in islice(batches(train, recipe), steps):
+            wall, cpu = time.perf_counter(), time.process_time()
+            loss = make_step(rows)
+            found.append({
+                "loss": loss,
+                "tokens": sum(row.tokens for row in rows),
+                "wall": time.perf_counter() - wall,
+                "cpu": time.process_time() - cpu,
+            })  # fmt: skip
+    print(json.dumps({"steps": found, "peak": peak_memory("cpu")}))
 
 
-def ours(model: Any, recipe: Recipe, train: Any) -> tuple[list[float], list[float]]:
+def ours(model: Any, recipe: Recipe, train: Any) -> Callable[[Sequence[Row]], float]:
     adaptation = attach(model, OPTIONS, seed=SEED)
     optimizer = make_optimizer(adaptation.parameters(), recipe, paged=False)
     training = Training(recipe, model, adaptation, optimizer, Processes("cpu"), train, [])
-    reports = [training.make_step(rows) for rows in islice(batches(train, recipe), recipe.steps)]
-    return [report.loss for report in reports], [report.seconds for report in reports]
+    return lambda rows: training.make_step(rows).loss
 
 
-def theirs(model: Any, recipe: Recipe, train: Any) -> tuple[list[float], list[float]]:
+def theirs(model: Any, recipe: Recipe, train: Any) -> Callable[[Sequence[Row]], float]:
     import peft
 
     begun = attach(model, OPTIONS, seed=SEED)
@@ -69,18 +79,17 @@ def theirs(model: Any, recipe: Recipe, train: Any) -> tuple[list[float], list[fl
     trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.learning_rate(step) / recipe.lr)
-    losses, seconds = [], []
-    for rows in islice(batches(train, recipe), recipe.steps):
-        began = time.perf_counter()
+
+    def make_step(rows: Sequence[Row]) -> float:
         loss = wrapped(**collate(rows), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        seconds.append(time.perf_counter() - began)
-    return losses, seconds
+        return float(loss.detach())
+
+    return make_step
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """An update in a live model's weight, and out of it again, bit for bit.
 
 The weight takes the update in fp32 and one rounding, as a merge of files does. Taking it out by arithmetic gives most numbers
-back; which it does not, and their bits, is kept: some hundredths of a bf16 weight. Where that would be more than the weight
-itself, as in fp32, the weight is kept.
+back; which it does not, and their bits, is kept: of a trained LoRA some hundredths of the weight. Where that would be more
+than a block of the weight itself, because the update is as large, the block is kept.
 """
 
 from __future__ import annotations
