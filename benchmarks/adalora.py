@@ -10,7 +10,7 @@ from pathlib import Path
 from results import FILE, holds, report, table
 from training_runs import Run, run
 
-from loratool.train.options import AdaLoRA, LoRA
+from loratool.training.options import AdaLoRA, LoRA
 
 STYLES = os.environ.get("STYLES", "pirate,orders").split(",")
 STEPS = int(os.environ.get("STEPS", "40"))

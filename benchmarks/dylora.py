@@ -8,7 +8,7 @@ import sys
 from results import holds, report, table
 from training_runs import run
 
-from loratool.train.options import DyLoRA, LoRA
+from loratool.training.options import DyLoRA, LoRA
 
 STYLES = os.environ.get("STYLES", "pirate,orders").split(",")
 STEPS = int(os.environ.get("STEPS", "40"))

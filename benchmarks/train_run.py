@@ -22,15 +22,15 @@ from training_runs import BATCH, SEED, WARMUP, samples
 
 from loratool.formats.draft import Draft
 from loratool.formats.write import write_peft
-from loratool.train.batches import Row, collate
-from loratool.train.loop import Training, batches
-from loratool.train.memory import peak_memory
-from loratool.train.methods import attach
-from loratool.train.model import load_config, load_model, quiet_libraries
-from loratool.train.optimizer import make_optimizer
-from loratool.train.options import LoRA
-from loratool.train.processes import Processes
-from loratool.train.recipe import Recipe
+from loratool.training.batches import Row, collate
+from loratool.training.loop import Training, batches
+from loratool.training.memory import peak_memory
+from loratool.training.methods import attach
+from loratool.training.model import load_config, load_model, quiet_libraries
+from loratool.training.optimizer import make_optimizer
+from loratool.training.options import LoRA
+from loratool.training.processes import Processes
+from loratool.training.recipe import Recipe
 
 OPTIONS = LoRA(rank=8)
 STYLE = "pirate"

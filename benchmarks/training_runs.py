@@ -14,16 +14,16 @@ from typing import Any
 from models import smollm2
 from styles import HELD_OUT, style_file
 
-from loratool.train.batches import split_validation
-from loratool.train.checkpoints import TrainingState
-from loratool.train.data import TokenizedSample, read_data, tokenize_data
-from loratool.train.loop import StepReport, Training
-from loratool.train.methods import attach
-from loratool.train.model import load_config, load_model, load_tokenizer, quiet_libraries
-from loratool.train.optimizer import make_optimizer
-from loratool.train.options import Options
-from loratool.train.processes import Processes
-from loratool.train.recipe import Recipe
+from loratool.training.batches import split_validation
+from loratool.training.checkpoints import TrainingState
+from loratool.training.data import TokenizedSample, read_data, tokenize_data
+from loratool.training.loop import StepReport, Training
+from loratool.training.methods import attach
+from loratool.training.model import load_config, load_model, load_tokenizer, quiet_libraries
+from loratool.training.optimizer import make_optimizer
+from loratool.training.options import Options
+from loratool.training.processes import Processes
+from loratool.training.recipe import Recipe
 
 BATCH = 4
 WARMUP = 4

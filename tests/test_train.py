@@ -21,14 +21,14 @@ from torch.nn.functional import cross_entropy
 import loratool
 from loratool.cli import main
 from loratool.errors import DataError, LoratoolError, OutputError
-from loratool.library.train import TrainingStopped, TrainResult, train
+from loratool.library.train import TrainingStopped, TrainResult
 from loratool.library.training_progress import SilentTraining
 from loratool.library.training_run import run_folder
-from loratool.train.batches import collate, plan_epoch, split_validation
-from loratool.train.data import IGNORED, read_data, tokenize_data
-from loratool.train.log import read_log
-from loratool.train.methods import attach
-from loratool.train.recipe import differences
+from loratool.training.batches import collate, plan_epoch, split_validation
+from loratool.training.data import IGNORED, read_data, tokenize_data
+from loratool.training.log import read_log
+from loratool.training.methods import attach
+from loratool.training.recipe import differences
 from registry import RegistryError, home
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def run(base: Path, data: Path, tmp_path: Path) -> Callable[..., TrainResult]:
         settings = {"base": base, "data": data, "steps": STEPS, "batch_size": 8, "lr": LR, "validation": 4} | options
         settings.setdefault("device", "cpu")
         settings.setdefault("out", tmp_path / f"{name}.safetensors")
-        return train(name=name, **settings)
+        return loratool.train(name=name, **settings)
 
     return trained
 
@@ -296,8 +296,8 @@ def test_a_run_that_was_interrupted_ends_with_the_bytes_of_one_that_was_not(
         run(progress=InterruptedAt(3), **options)
     assert loratool.list() == ()
     with pytest.raises(TrainingStopped, match="after step 6 of 8"):
-        train(name="cat", resume=True, progress=InterruptedAt(6))
-    result = train(name="cat", resume=True)
+        loratool.train(name="cat", resume=True, progress=InterruptedAt(6))
+    result = loratool.train(name="cat", resume=True)
     assert result.out == tmp_path / "cat.safetensors"
     assert result.out.read_bytes() == whole.out.read_bytes()
     assert [(entry["step"], entry["loss"]) for entry in steps_of(result)] == [
@@ -320,7 +320,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(
         ({"data": write_lines(tmp_path / "other.jsonl", *([{"text": "a cat sat"}] * 40))}, "--data was 'cats.jsonl'"),
     ):
         with pytest.raises(LoratoolError, match="began otherwise") as caught:
-            train(name="cat", resume=True, **options)
+            loratool.train(name="cat", resume=True, **options)
         assert named in str(caught.value)
     with pytest.raises(LoratoolError, match=r"not finished \(step 2 is kept\).*--resume.*--force"):
         run()
@@ -361,7 +361,7 @@ def test_a_state_that_cannot_be_written_is_a_clear_error_and_the_one_before_is_k
         run(save_every=1)
     assert run_folder("cat").kept_step() == 2
     assert loratool.list() == ()
-    train(name="cat", resume=True)
+    loratool.train(name="cat", resume=True)
     assert [record.name for record in loratool.list()] == ["cat"]
 
 
@@ -378,7 +378,7 @@ def test_an_adapter_that_cannot_be_written_can_be_written_later_without_training
         run(out=folder / "cat.safetensors")
     assert loratool.list() == ()
     folder.chmod(0o755)
-    assert len(steps_of(train(name="cat", resume=True))) == STEPS
+    assert len(steps_of(loratool.train(name="cat", resume=True))) == STEPS
 
 
 # QLoRA

@@ -9,8 +9,8 @@ import pytest
 import torch
 from adaptations import NF4, batch, in_peft, peft_name, randomize, tiny, written
 
-from loratool.train.methods import attach
-from loratool.train.options import AdaLoRA, DyLoRA, LoRA, Options
+from loratool.training.methods import attach
+from loratool.training.options import AdaLoRA, DyLoRA, LoRA, Options
 
 if TYPE_CHECKING:
     from tiny_models import TinyModels

@@ -16,8 +16,8 @@ from tiny_models import as_stored, assert_same_tensors
 import loratool
 from loratool.errors import UnsupportedError
 from loratool.formats.read import read_adapter
-from loratool.train.methods import Adaptation, attach
-from loratool.train.options import AdaLoRA, DyLoRA, LoRA, Options
+from loratool.training.methods import Adaptation, attach
+from loratool.training.options import AdaLoRA, DyLoRA, LoRA, Options
 
 if TYPE_CHECKING:
     from tiny_models import TinyModels

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 import loratool
 from loratool.errors import LoratoolError
-from loratool.train.budget import BudgetSchedule, budget_schedule, most_important
-from loratool.train.dylora import drawn_rank
-from loratool.train.methods import Adaptation, attach
-from loratool.train.options import AdaLoRA, DyLoRA, LoRA, Options
+from loratool.training.budget import BudgetSchedule, budget_schedule, most_important
+from loratool.training.dylora import drawn_rank
+from loratool.training.methods import Adaptation, attach
+from loratool.training.options import AdaLoRA, DyLoRA, LoRA, Options
 
 if TYPE_CHECKING:
     from tiny_models import TinyModels

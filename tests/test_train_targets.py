@@ -13,9 +13,9 @@ from adaptations import NF4, tiny, written
 from torch import nn
 
 from loratool.errors import AdapterError, LoratoolError, NotFoundError, UnsupportedError
-from loratool.train.methods import attach
-from loratool.train.options import LoRA
-from loratool.train.targets import choose_targets
+from loratool.training.methods import attach
+from loratool.training.options import LoRA
+from loratool.training.targets import choose_targets
 
 if TYPE_CHECKING:
     from tiny_models import TinyModels

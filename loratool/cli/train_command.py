@@ -179,7 +179,7 @@ def command(
     """
     _refuse_missing({"--base": base, "--data": data, "--name": name}, resume=resume, registry=registry)
     from loratool.library.train import TrainingStopped, train
-    from loratool.train.processes import is_first
+    from loratool.training.processes import is_first
 
     ctx = click.get_current_context()
     is_default = ctx.get_parameter_source("device") is click.core.ParameterSource.DEFAULT

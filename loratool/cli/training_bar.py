@@ -14,7 +14,7 @@ from loratool.cli.rendering import ProgressBar, size
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from loratool.train.loop import StepReport
+    from loratool.training.loop import StepReport
 
 SECONDS_BETWEEN_LINES: Final = 20.0
 SMOOTHING: Final = 0.9

@@ -19,14 +19,14 @@ from loratool.library.training_keeper import Bystander, Keeper
 from loratool.library.training_output import TrainingOutput, publish
 from loratool.library.training_progress import SilentTraining, TrainProgress
 from loratool.library.training_run import RunFolder, held, run_folder
-from loratool.train.model import quiet_libraries
-from loratool.train.processes import is_first
-from loratool.train.recipe import Choices, Recipe, checked, differences, flag
+from loratool.training.model import quiet_libraries
+from loratool.training.processes import is_first
+from loratool.training.recipe import Choices, Recipe, checked, differences, flag
 from registry import AdapterRecord, Registry, check_name
 
 if TYPE_CHECKING:
-    from loratool.train.checkpoints import TrainingState
-    from loratool.train.loop import Outcome, Training
+    from loratool.training.checkpoints import TrainingState
+    from loratool.training.loop import Outcome, Training
 
 PathLike = str | os.PathLike[str]
 
@@ -81,7 +81,7 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
     Args:
         base: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it. With `resume` it may be left
             out, as may everything else: it is what it was.
-        data: the samples; see `loratool.train.data`.
+        data: the samples; see `loratool.training.data`.
         name: of the adapter in the catalogue.
         out: its file (``.safetensors``, ``.st``) or folder; by default ``<name>.safetensors`` in the working folder.
         resume: go on with the run of that name.
@@ -91,7 +91,7 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told of each step.
-        choices: what decides the result; see `loratool.train.recipe.Choices`.
+        choices: what decides the result; see `loratool.training.recipe.Choices`.
 
     Raises:
         LoratoolError, registry.RegistryError: says what is wrong; nothing was catalogued then.

@@ -16,12 +16,12 @@ from loratool.library.evaluate import checked_max_length, tokenized_for
 from loratool.library.progress import Progress
 from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, resolve_base, resolve_data
 from loratool.merging.arithmetic import choose_device
-from loratool.train.batches import packs_cleanly, plan_epoch, split_validation
-from loratool.train.data import TokenizedSample
-from loratool.train.model import load_config, load_model, quiet_libraries
-from loratool.train.options import AdaLoRA
-from loratool.train.processes import Processes
-from loratool.train.recipe import (
+from loratool.training.batches import packs_cleanly, plan_epoch, split_validation
+from loratool.training.data import TokenizedSample
+from loratool.training.model import load_config, load_model, quiet_libraries
+from loratool.training.options import AdaLoRA
+from loratool.training.processes import Processes
+from loratool.training.recipe import (
     BATCH_OF_FEW,
     BATCH_OF_MANY,
     DEFAULT_LR,
@@ -40,7 +40,7 @@ from registry import Registry
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from loratool.train.loop import Training
+    from loratool.training.loop import Training
 
 PACKED_LENGTH: Final = 1024
 """Tokens of a packed row where nobody says and no sample is longer."""
@@ -166,9 +166,9 @@ def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
     Raises:
         LoratoolError: the model cannot be loaded, or a target is none of its modules.
     """
-    from loratool.train.loop import Training
-    from loratool.train.methods import attach
-    from loratool.train.optimizer import make_optimizer
+    from loratool.training.loop import Training
+    from loratool.training.methods import attach
+    from loratool.training.optimizer import make_optimizer
 
     recipe, processes = inputs.recipe, inputs.processes
     quantized = inputs.is_quantized or recipe.quantize is not None

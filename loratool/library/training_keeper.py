@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from loratool.library.training_progress import TrainProgress
 from loratool.library.training_run import RunFolder
-from loratool.train.checkpoints import TrainingState
-from loratool.train.log import Log
-from loratool.train.recipe import Recipe
+from loratool.training.checkpoints import TrainingState
+from loratool.training.log import Log
+from loratool.training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from loratool.train.loop import StepReport
+    from loratool.training.loop import StepReport
 
 SECONDS_BETWEEN_STATES: Final = 60.0
 LOG_SIZE: Final = "log_size"

@@ -20,7 +20,7 @@ from loratool.library.training_run import RunFolder
 from registry import AdapterRecord, Registry, RegistryError
 
 if TYPE_CHECKING:
-    from loratool.train.loop import Outcome, Training
+    from loratool.training.loop import Outcome, Training
 
 LOG_SUFFIX: Final = ".train.jsonl"
 PICTURE_SUFFIX: Final = ".train.png"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import printable
 from loratool.library.picture import drawn
-from loratool.train.log import read_log
+from loratool.training.log import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

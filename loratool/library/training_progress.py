@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from loratool.library.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from loratool.train.loop import StepReport
+    from loratool.training.loop import StepReport
 
 
 class TrainProgress(Progress, Protocol):

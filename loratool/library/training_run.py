@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from loratool.checkpoint.staging import staged_file
 from loratool.errors import LoratoolError, OutputError, quoted
-from loratool.train.checkpoints import TrainingState, load_state, read_recipe, save_state
+from loratool.training.checkpoints import TrainingState, load_state, read_recipe, save_state
 from registry import home
 
 RUNS: Final = "runs"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loratool.train.options import AdaLoRA, DyLoRA, LoRA, Options
-from loratool.train.targets import choose_targets
+from loratool.training.options import AdaLoRA, DyLoRA, LoRA, Options
+from loratool.training.targets import choose_targets
 
 if TYPE_CHECKING:
     import torch
@@ -108,14 +108,14 @@ def attach(model: torch.nn.Module, options: Options, *, targets: str | Sequence[
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if isinstance(options, LoRA):
-        from loratool.train.lora import attach_lora
+        from loratool.training.lora import attach_lora
 
         return attach_lora(model, chosen, options, seed)
     if isinstance(options, DyLoRA):
-        from loratool.train.dylora import attach_dylora
+        from loratool.training.dylora import attach_dylora
 
         return attach_dylora(model, chosen, options, seed)
     assert isinstance(options, AdaLoRA)
-    from loratool.train.adalora import attach_adalora
+    from loratool.training.adalora import attach_adalora
 
     return attach_adalora(model, chosen, options, seed, total_steps)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from loratool.errors import LoratoolError
 from loratool.formats.adapter import Adapter
 from loratool.formats.dylora import KIND
-from loratool.train.lora import LoRALinear, LowRankAdaptation, peft_lora_config
-from loratool.train.options import DyLoRA
-from loratool.train.targets import Targets
+from loratool.training.lora import LoRALinear, LowRankAdaptation, peft_lora_config
+from loratool.training.options import DyLoRA
+from loratool.training.targets import Targets
 
 
 class DyLoRALinear(LoRALinear):

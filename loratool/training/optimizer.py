@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from loratool.train.recipe import Recipe
+    from loratool.training.recipe import Recipe
 
 
 def make_optimizer(

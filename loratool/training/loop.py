@@ -18,15 +18,15 @@ from typing import Any, Final, Protocol
 import torch
 
 from loratool.errors import LoratoolError
-from loratool.train.batches import Row, collate, plan_epoch
-from loratool.train.checkpoints import TrainingState
-from loratool.train.data import TokenizedSample
-from loratool.train.loss import score, summed_loss
-from loratool.train.memory import peak_memory
-from loratool.train.methods import Adaptation
-from loratool.train.optimizer import load_moments, moments
-from loratool.train.processes import Processes
-from loratool.train.recipe import Recipe
+from loratool.training.batches import Row, collate, plan_epoch
+from loratool.training.checkpoints import TrainingState
+from loratool.training.data import TokenizedSample
+from loratool.training.loss import score, summed_loss
+from loratool.training.memory import peak_memory
+from loratool.training.methods import Adaptation
+from loratool.training.optimizer import load_moments, moments
+from loratool.training.processes import Processes
+from loratool.training.recipe import Recipe
 
 EVALUATION_BATCH: Final = 8
 MOST_RANKS: Final = 16

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loratool.errors import LoratoolError
-from loratool.train.options import AdaLoRA
+from loratool.training.options import AdaLoRA
 
 if TYPE_CHECKING:
     from torch import Tensor

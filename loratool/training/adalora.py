@@ -18,11 +18,11 @@ from loratool.errors import LoratoolError
 from loratool.formats.adalora import PEFT_TYPE, pattern_key
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
-from loratool.train.budget import BudgetSchedule, budget_schedule, most_important
-from loratool.train.layers import AdaptedLinear, fill_randomly, new_factor
-from loratool.train.lora import TASK, LowRankAdaptation
-from loratool.train.options import AdaLoRA
-from loratool.train.targets import Targets, is_conv1d
+from loratool.training.budget import BudgetSchedule, budget_schedule, most_important
+from loratool.training.layers import AdaptedLinear, fill_randomly, new_factor
+from loratool.training.lora import TASK, LowRankAdaptation
+from loratool.training.options import AdaLoRA
+from loratool.training.targets import Targets, is_conv1d
 from loratool.updates import LoadedUpdate
 from loratool.updates.low_rank import LoadedLowRank
 from loratool.updates.singular import RANK_EPSILON, LoadedSingularValue

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import LoratoolError
-from loratool.train.data import IGNORED, TokenizedSample
+from loratool.training.data import IGNORED, TokenizedSample
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def _summed_loss(model: Module, batch: Sequence[TokenizedSample], device: str) -
 def summed_loss(model: Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The cross entropy summed over the tokens that count, with its gradient.
 
-    `batch` is what `loratool.train.batches.collate` gives. Logits are made of the places alone from which a token that
+    `batch` is what `loratool.training.batches.collate` gives. Logits are made of the places alone from which a token that
     counts is foretold: the output head is shown no others.
     """
     import torch

@@ -9,7 +9,7 @@ from typing import Any, Final, TypedDict, cast
 
 from loratool.errors import LoratoolError, quoted
 from loratool.formats.lora_config import ALL_LINEAR
-from loratool.train.options import METHODS, AdaLoRA, DyLoRA, LoRA
+from loratool.training.options import METHODS, AdaLoRA, DyLoRA, LoRA
 
 MethodOptions = LoRA | DyLoRA | AdaLoRA
 
@@ -17,7 +17,7 @@ MethodOptions = LoRA | DyLoRA | AdaLoRA
 class Choices(TypedDict, total=False):
     """What a user may choose of a run; what is left out has a default.
 
-    method: ``lora``, ``dylora`` or ``adalora``; the options of each are those of `loratool.train.options`.
+    method: ``lora``, ``dylora`` or ``adalora``; the options of each are those of `loratool.training.options`.
     targets: names of modules, a pattern, or ``all-linear``.
     quantize: ``nf4`` trains beside the base's NF4 image (QLoRA).
     steps, epochs: how long; one of them.

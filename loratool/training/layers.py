@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loratool.train.merged_weight import MergedWeight
-from loratool.train.targets import is_conv1d
+from loratool.training.merged_weight import MergedWeight
+from loratool.training.targets import is_conv1d
 from loratool.updates import LoadedUpdate
 from loratool.updates.low_rank import LoadedLowRank
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from loratool.errors import LoratoolError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.train.layers import AdaptedLinear, fill_randomly, new_factor
-from loratool.train.options import DyLoRA, Initialisation, LoRA
-from loratool.train.targets import Targets
+from loratool.training.layers import AdaptedLinear, fill_randomly, new_factor
+from loratool.training.options import DyLoRA, Initialisation, LoRA
+from loratool.training.targets import Targets
 
 if TYPE_CHECKING:
     from loratool.formats.draft import Draft
@@ -46,7 +46,7 @@ Chosen = TypeVar("Chosen")
 
 
 class LowRankAdaptation(Generic[Layer, Chosen]):
-    """The layers of one adapter in a model, by their modules' names: `loratool.train.methods.Adaptation`, with nothing to
+    """The layers of one adapter in a model, by their modules' names: `loratool.training.methods.Adaptation`, with nothing to
     do between steps."""
 
     method = ""
