@@ -438,3 +438,11 @@ def test_a_row_too_long_is_named_as_a_row(tmp_path: Path) -> None:
     tokenizer: transformers.PreTrainedTokenizerBase = tiny_tokenizer()
     with pytest.raises(DataError, match=r"row 2 of .*x\.parquet' is \d+ tokens long and 16 are allowed"):
         tokenize_data(read_data(file), tokenizer, 16)
+
+
+@pytest.mark.parametrize(("name", "lines"), [("pirate", 80), ("legal", 76)])
+def test_the_examples_are_whole_and_ask_nothing_twice(name: str, lines: int) -> None:
+    data = read_data(Path(__file__).parents[1] / "examples" / f"{name}.jsonl")
+    asked = {sample.prompt for sample in data.samples if isinstance(sample, Completion)}
+
+    assert len(data.samples) == len(asked) == lines
