@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.header import TensorInfo
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 LARGEST_SCALING: Final = 3.4028234e38
-LARGEST_FUSED_RANK: Final = 256
 LEAST_FUSED_SIDE: Final = 16
+"""With fewer rows or columns a product is too small for a trial to tell how its sums are made."""
+
 FIXED_ROWS: Final = 64
 """So many rows of a product in fp64 stay in a cache."""
 
@@ -82,7 +83,7 @@ class LoadedLowRank:
             block.addmm_(left, right, alpha=self.scaling)
             return
         exact = self.scaling >= 1 and math.frexp(self.scaling)[0] == 0.5  # times 1, 2, 4, ... rounds nothing
-        if exact and self._sums_in_one_pass(block):
+        if exact and not self.transposed and fused_has_the_bits(*block.shape, len(self.a), self.scaling):
             left, right = self._factors(rows)
             block.addmm_(left, right, alpha=self.scaling)
             return
@@ -91,20 +92,6 @@ class LoadedLowRank:
             block.add_(scratch, alpha=self.scaling)
         else:
             block.add_(scratch.mul_(self.scaling))
-
-    def _sums_in_one_pass(self, block: torch.Tensor) -> bool:
-        """Whether the BLAS finishes the sums of a product before it adds them to `block`, so that addmm has PEFT's bits.
-
-        MKL does for ranks from 2 to 256, but for a few rows or columns (tests/test_fused_product.py).
-        """
-        import torch
-
-        return (
-            2 <= len(self.a) <= LARGEST_FUSED_RANK
-            and min(block.shape) >= LEAST_FUSED_SIDE
-            and not self.transposed
-            and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-        )
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Subtract the update, the same bits on every machine, whatever its BLAS and the cut into blocks."""
@@ -134,6 +121,24 @@ class LoadedLowRank:
     def _fixed(self) -> FixedPointProduct:
         left, right = (self.a.T, self.b.T) if self.transposed else (self.b, self.a)
         return FixedPointProduct(left, right)
+
+
+@cache
+def fused_has_the_bits(rows: int, columns: int, rank: int, scaling: float) -> bool:
+    """Whether addmm on this machine's CPU has the bits of product, times a power of two, plus W, for these shapes.
+
+    It has where the BLAS finishes the sums of the product before it adds them to W. Of how many products it does so
+    differs from processor to processor (192 and 256 were seen) and with the shapes, so it is tried, once for each.
+    """
+    import torch
+
+    if min(rows, columns) < LEAST_FUSED_SIDE:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+    fused = torch.randn(columns, generator=generator).repeat(rows, 1)
+    in_steps = (b @ a).mul_(scaling).add_(fused)
+    return torch.equal(fused.addmm_(b, a, alpha=scaling), in_steps)
 
 
 class FixedPointProduct:
