@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from loratool.library.prune import prune
     from loratool.library.quantize import quantize
     from loratool.library.spectrum import spectrum
+    from loratool.library.train import train
     from loratool.library.truncate import truncate
     from loratool.library.unmerge import unmerge, verify
 
@@ -60,6 +61,7 @@ __all__ = [
     "show",
     "spectrum",
     "tag",
+    "train",
     "truncate",
     "unmerge",
     "verify",
@@ -87,6 +89,7 @@ _FUNCTIONS: Final = {
     "show": ("adapters", "show"),
     "spectrum": ("spectrum", "spectrum"),
     "tag": ("adapters", "tag"),
+    "train": ("train", "train"),
     "truncate": ("truncate", "truncate"),
     "unmerge": ("unmerge", "unmerge"),
     "verify": ("unmerge", "verify"),

@@ -24,9 +24,16 @@ import loratool
 from loratool.cli import main
 from loratool.errors import LoratoolError
 from loratool.library.estimate import EstimateResult, estimate
-from loratool.train.known_shapes import KNOWN
-from loratool.train.memory_estimate import Step, activation_bytes, adapter_memory, full_memory, layer_bytes, nf4_bytes
-from loratool.train.shape import read_shape
+from loratool.training.known_shapes import KNOWN
+from loratool.training.memory_estimate import (
+    Step,
+    activation_bytes,
+    adapter_memory,
+    full_memory,
+    layer_bytes,
+    nf4_bytes,
+)
+from loratool.training.shape import read_shape
 
 REPOSITORY = Path(__file__).parents[1]
 MB, GB = 10**6, 10**9

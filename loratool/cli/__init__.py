@@ -32,6 +32,7 @@ COMMANDS: Final = {
     "remove": "Forget an adapter.",
     "show": "One adapter: everything known.",
     "tag": "Put tags on an adapter, or take them off.",
+    "train": "Train an adapter on your own samples.",
     "truncate": "An adapter of lower rank.",
     "unmerge": "Take a merge out again, bit for bit.",
     "verify": "Check a merged model byte by byte.",

@@ -21,7 +21,7 @@ from loratool.cli.rendering import (
 
 if TYPE_CHECKING:
     from loratool.library.estimate import EstimateResult
-    from loratool.train.memory_estimate import Memory
+    from loratool.training.memory_estimate import Memory
 
 METHODS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
 

@@ -17,8 +17,8 @@ from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX
 from loratool.library.resolve import HUB_ID, exists, open_registry, resolve_base, user_path
 from loratool.merging.linear import is_conv1d, linear_weights
-from loratool.train.known_shapes import KNOWN
-from loratool.train.memory_estimate import (
+from loratool.training.known_shapes import KNOWN
+from loratool.training.memory_estimate import (
     DTYPES,
     MOMENTS,
     Attention,
@@ -30,7 +30,7 @@ from loratool.train.memory_estimate import (
     adapter_parameters,
     full_memory,
 )
-from loratool.train.shape import LARGEST, Linear, ModelShape, read_shape
+from loratool.training.shape import LARGEST, Linear, ModelShape, read_shape
 from registry import is_name
 
 DEFAULT_LENGTH: Final = 512

@@ -30,9 +30,9 @@ from loratool.library.resolve import (
 )
 from loratool.merging.arithmetic import choose_device
 from loratool.ranks.truncate import Cut, truncate_by_svd, truncate_leading
-from loratool.train.data import Data, TokenizedSample, tokenize_data
-from loratool.train.loss import Score, score
-from loratool.train.model import (
+from loratool.training.data import Data, TokenizedSample, tokenize_data
+from loratool.training.loss import Score, score
+from loratool.training.model import (
     beside,
     context_length,
     load_config,
@@ -127,7 +127,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         model: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it.
         data: samples of ``text``, ``prompt`` and ``completion``, or ``messages`` in a JSONL, JSON, CSV or Parquet file, or
             in a data set of the Hub (``owner/name:split``); or a ``.txt`` file, which is cut into windows. See
-            `loratool.train.data` for what counts.
+            `loratool.training.data` for what counts.
         adapter: a catalogued name or a path. The model is then measured alone and with the adapter beside it.
         ranks: measure the adapter also cut to each of these ranks; see `loratool.ranks.truncate`.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a picture of the loss by rank.

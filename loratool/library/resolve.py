@@ -18,7 +18,7 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.dylora import at_rank
 from loratool.formats.lora_config import MOST_DIGITS
 from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
-from loratool.train.data import KEYS, SUFFIXES, Data, read_data, read_rows
+from loratool.training.data import KEYS, SUFFIXES, Data, read_data, read_rows
 from registry import AdapterRecord, BaseRecord, Registry, home, is_name, is_reference, registry_url
 
 RANK_SIGN: Final = "@rank="
