@@ -173,8 +173,8 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "a CSV lacking a column": ("x.csv", b"prompt,source\na,b\n", "has the columns 'prompt', 'source'"),
     "a CSV with semicolons": ("x.csv", b"prompt;completion\na;b\n", "separated by commas"),
     "a CSV with a column twice": ("x.csv", b"text,text\na,b\n", "two columns 'text'"),
-    "a short row": ("x.csv", b"prompt,completion\na,b\nc\n", "line 3 of 'x.csv' has 1 cells"),
-    "a long row": ("x.csv", b"text\na\nb, c\n", "line 3 of 'x.csv' has 2 cells"),
+    "a short row": ("x.csv", b"prompt,completion\na,b\nc\n", "line 3 of 'x.csv' has 1 cell, and the first line names 2 columns"),
+    "a long row": ("x.csv", b"text\na\nb, c\n", "line 3 of 'x.csv' has 2 cells, and the first line names 1 column;"),
     "a blank row": ("x.csv", b"text\na\n\nb\n", "line 3 of 'x.csv' is empty"),
     "an empty cell": ("x.csv", b'text\na\n""\n', "line 3 of 'x.csv' has an empty 'text'"),
     "an open quotation mark": ("x.csv", b'text\na\n"b\nc\n', "line 3 of 'x.csv' is not CSV"),
@@ -438,3 +438,11 @@ def test_a_row_too_long_is_named_as_a_row(tmp_path: Path) -> None:
     tokenizer: transformers.PreTrainedTokenizerBase = tiny_tokenizer()
     with pytest.raises(DataError, match=r"row 2 of .*x\.parquet' is \d+ tokens long and 16 are allowed"):
         tokenize_data(read_data(file), tokenizer, 16)
+
+
+@pytest.mark.parametrize(("name", "lines"), [("pirate", 80), ("legal", 76)])
+def test_the_examples_are_whole_and_ask_nothing_twice(name: str, lines: int) -> None:
+    data = read_data(Path(__file__).parents[1] / "examples" / f"{name}.jsonl")
+    asked = {sample.prompt for sample in data.samples if isinstance(sample, Completion)}
+
+    assert len(data.samples) == len(asked) == lines

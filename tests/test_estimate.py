@@ -61,10 +61,10 @@ def test_gpt3_with_rank_4_on_queries_and_values_has_the_lora_papers_checkpoint()
 
 
 @pytest.mark.parametrize(("rank", "targets", "millions"), [(1, "q_proj,v_proj", 4.7), (8, "q_proj,v_proj", 37.7)])
-def test_gpt3s_trainable_parameters_are_those_of_the_lora_papers_tables(
+def test_gpt3s_trainable_parameters_are_those_of_the_lora_papers_table(
     rank: int, targets: str, millions: float
 ) -> None:
-    """arXiv:2106.09685, tables 4 and 6: 4.7 M with r_q = r_v = 1, 37.7 M with r_q = r_v = 8."""
+    """arXiv:2106.09685, table 4: 4.7 M with r_q = r_v = 1, 37.7 M with r_q = r_v = 8."""
     result = estimate("gpt3-175b", rank=rank, targets=targets)
 
     assert round(result.trainable_parameters / 1e6, 1) == millions

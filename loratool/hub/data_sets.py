@@ -76,15 +76,18 @@ def _default_split(repo: str, splits: Sequence[str]) -> str:
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Without its warnings and progress bars."""
-    logger = logging.getLogger("datasets")
-    level, bars = logger.level, not datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.CRITICAL)
+    """Without warnings, progress bars, and word of each request that is tried again."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    bars = not datasets.are_progress_bars_disabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
 

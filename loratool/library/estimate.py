@@ -30,6 +30,8 @@ from loratool.training.memory_estimate import (
     adapter_parameters,
     full_memory,
 )
+from loratool.training.options import AdaLoRA
+from loratool.training.recipe import BATCH_OF_FEW
 from loratool.training.shape import LARGEST, Linear, ModelShape, read_shape
 from registry import is_name
 
@@ -123,7 +125,7 @@ class EstimateResult:
 
 
 def estimate(base: str | os.PathLike[str], *, method: str = "lora", rank: int = 8, initial_rank: int | None = None,
-             targets: str | Sequence[str] | None = None, batch_size: int = 8, max_length: int | None = None,
+             targets: str | Sequence[str] | None = None, batch_size: int = BATCH_OF_FEW, max_length: int | None = None,
              optimizer: str = "adamw", precision: str = "bf16", adapter_dtype: str = "fp32", attention: str = "sdpa",
              registry: str | None = None) -> EstimateResult:  # fmt: skip
     """Count what training an adapter of `base` takes, beside full fine-tuning and beside a base in NF4; `loratool.estimate`.
@@ -336,16 +338,11 @@ def _file_size(shape: ModelShape, modules: Sequence[str], rank: int, method: str
 
 def _initial_rank(method: str, rank: int, asked: int | None) -> int:
     _checked("--rank", rank)
-    if method != "adalora":
-        if asked is not None:
-            raise LoratoolError(f"--initial-rank is AdaLoRA's; leave it out, or give --method adalora, not {method}")
-        return rank
-    begun = math.ceil(1.5 * rank) if asked is None else _checked("--initial-rank", asked)
-    if begun < rank:
-        raise LoratoolError(
-            f"--initial-rank is {begun} and must be at least {rank}, the average that AdaLoRA ends with"
-        )
-    return begun
+    if method == AdaLoRA.method:
+        return AdaLoRA(rank=rank, initial_rank=None if asked is None else _checked("--initial-rank", asked)).init_r
+    if asked is not None:
+        raise LoratoolError(f"--initial-rank is AdaLoRA's; leave it out, or give --method adalora, not {method}")
+    return rank
 
 
 def _length(asked: int | None, shape: ModelShape) -> int:

@@ -167,8 +167,8 @@ def _csv_row(columns: list[str], cells: list[str], place: Place) -> Mapping[str,
         raise place.wrong("is empty; remove it")
     if len(cells) != len(columns):
         raise place.wrong(
-            f"has {len(cells):,} cells, and the first line names {len(columns):,} columns; put a text with a separator in "
-            "quotation marks"
+            f"has {len(cells):,} {'cell' if len(cells) == 1 else 'cells'}, and the first line names {len(columns):,} "
+            f"{'column' if len(columns) == 1 else 'columns'}; put a text with a separator in quotation marks"
         )
     row: dict[str, Any] = dict(zip(columns, cells, strict=True))
     if "messages" in row:
