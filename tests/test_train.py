@@ -24,9 +24,10 @@ from loratool.errors import DataError, LoratoolError, OutputError
 from loratool.library.train import TrainingStopped, TrainResult
 from loratool.library.training_progress import SilentTraining
 from loratool.library.training_run import run_folder
-from loratool.training.batches import collate, plan_epoch, split_validation
+from loratool.training.batches import Row, collate, plan_epoch, split_validation
 from loratool.training.data import IGNORED, read_data, tokenize_data
 from loratool.training.log import read_log
+from loratool.training.loss import summed_loss
 from loratool.training.methods import attach
 from loratool.training.recipe import differences
 from registry import RegistryError, home
@@ -274,6 +275,22 @@ def test_logits_are_made_for_tokens_that_count_alone(
     assert 0 < sum(heads) < read
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "opt", "gpt_neox", "mistral", "qwen2", "gemma"])
+def test_the_loss_of_a_step_is_transformers_own_for_every_architecture(
+    architecture: str, tiny_models: TinyModels, data: Path, tmp_path: Path
+) -> None:
+    folder = with_tokenizer(
+        tiny_models.folder(architecture, "fp32"), tmp_path / architecture, tiny_tokenizer(template=CHATML)
+    )
+    model = dense(folder).eval()
+    samples = tokenize_data(read_data(data), transformers.AutoTokenizer.from_pretrained(folder), 64)[:5]
+    batch = collate([Row((sample,)) for sample in samples])
+    expected = model(**batch).loss * sum(sample.scored_tokens for sample in samples)
+    assert summed_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-6)
+    result = loratool.train(folder, data, name="cat", out=tmp_path / "cat", steps=2, lr=LR, validation=4, device="cpu")
+    assert loratool.eval(folder, data, adapter=result.out, device="cpu").gap is not None
+
+
 # Interrupted, and gone on
 
 
@@ -366,19 +383,40 @@ def test_a_state_that_cannot_be_written_is_a_clear_error_and_the_one_before_is_k
 
 
 def test_an_adapter_that_cannot_be_written_can_be_written_later_without_training_again(
-    run: Callable[..., TrainResult], tmp_path: Path
+    run: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "away"
-    folder.mkdir(mode=0o555)
-    if os.access(folder, os.W_OK):
-        pytest.skip("this user may write anywhere")
-    with pytest.raises(
-        LoratoolError, match=r"the adapter is trained, but .*then type 'loratool train --name cat --resume'"
-    ):
-        run(out=folder / "cat.safetensors")
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OutputError("the disk is full; free some space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loratool.library.training_output.write_adapter", full)
+        with pytest.raises(
+            LoratoolError, match=r"is trained, but the disk is full.*'loratool train --name cat --resume'"
+        ):
+            run()
     assert loratool.list() == ()
-    folder.chmod(0o755)
+    assert list(tmp_path.iterdir()) == []
     assert len(steps_of(loratool.train(name="cat", resume=True))) == STEPS
+
+
+def test_two_processes_do_not_train_one_name_at_once(run: Callable[..., TrainResult]) -> None:
+    class Meddling(SilentTraining):
+        def stepped(self, report: Any) -> None:
+            with pytest.raises(OutputError, match="another process is training 'cat'"):
+                run(force=True)
+
+    assert run(steps=1, progress=Meddling()).record.reference == "cat@1"
+
+
+def test_a_state_that_was_damaged_is_refused_and_force_begins_anew(run: Callable[..., TrainResult]) -> None:
+    with pytest.raises(TrainingStopped):
+        run(progress=InterruptedAt(2))
+    state = run_folder("cat").state
+    state.write_bytes(state.read_bytes()[:-100])
+    for options in ({"resume": True}, {}):
+        with pytest.raises(LoratoolError, match="no state of a training run; remove its folder and train anew"):
+            run(**options)
+    assert len(steps_of(run(force=True))) == STEPS
 
 
 # QLoRA

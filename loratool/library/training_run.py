@@ -137,16 +137,24 @@ def held(run: RunFolder) -> Iterator[None]:
             f"cannot use {quoted(run.path)} for what a run keeps: {error.strerror}; set LORATOOL_HOME to another place"
         ) from None
     try:
+        _lock(fd, run)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another process is training {quoted(run.name)}; wait for it, or give another --name"
-            ) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
+            yield
+        finally:
+            if not run.state.exists():
+                run.remove()
     finally:
-        if not run.state.exists():
-            run.remove()
         os.close(fd)
+
+
+def _lock(fd: int, run: RunFolder) -> None:
+    """Raise OutputError if another process holds the folder, or has removed it in between."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(fd), os.lstat(run.path))
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    except OSError:
+        ours = True  # some network file systems have no locks
+    if not ours:
+        raise OutputError(f"another process is training {quoted(run.name)}; wait for it, or give another --name")
