@@ -388,6 +388,15 @@ def test_a_config_that_is_no_json_is_refused(raw: bytes, tmp_path: Path) -> None
         estimate(tmp_path)
 
 
+def test_a_config_that_is_a_pipe_or_a_folder_is_none(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "config.json")
+    for name in ("folder", "pipe"):
+        with pytest.raises(LoratoolError, match=r"there is no .*config\.json"):
+            estimate(tmp_path / name)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run ``loratool estimate WORDS...`` in this process."""

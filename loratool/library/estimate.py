@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, cast, get_args
 
 from loratool.checkpoint.header import header_bytes
-from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.errors import CheckpointError, LoratoolError, NotFoundError, nearest, quoted
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX
@@ -220,7 +220,7 @@ def _shape(text: str, registry: str | None) -> tuple[ModelShape, str, tuple[str,
     """The shape of the model, its name, and notes."""
     path = user_path(text)
     is_here = bool(text) and exists(path)
-    if is_here and path.is_file() and path.suffix == ".json":
+    if is_here and has_file(path) and path.suffix == ".json":
         return read_shape(_read_json(path), text), text, ()
     with open_registry(registry, read_only=True) as catalogue:
         is_catalogued = is_name(text) and catalogue.bases.get(text) is not None
@@ -285,10 +285,10 @@ def _linear(weight: str, shape: Sequence[int], config: Mapping[str, Any]) -> Lin
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:
+    if not has_file(file):
+        raise CheckpointError(f"there is no {quoted(file)}; give a model's folder with its config.json")
     try:
         content = json.loads(file.read_bytes().decode())
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {quoted(file)}; give a model's folder with its config.json") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
