@@ -346,17 +346,31 @@ def test_a_run_goes_on_only_with_what_it_began_with(
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_state_kept(
-    run: Callable[..., TrainResult], tmp_path: Path
+    run: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(LoratoolError, match=r"the loss is \w+ at step \d, so the step was not made.*smaller --lr"):
-        run(lr=1e30, clip=0.0, schedule="constant", warmup=0)
+    calls = []
+
+    def overflowing(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return summed_loss(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("loratool.training.loop.summed_loss", overflowing)
+        with pytest.raises(LoratoolError, match=r"the loss is nan at step 4, so the step was not made.*smaller --lr"):
+            run(method="adalora", rank=2)
     assert loratool.list() == ()
     assert list(tmp_path.iterdir()) == []
-    step = run_folder("cat").kept_step()
-    assert step is not None
-    assert all(math.isfinite(entry["loss"]) for entry in read_log(run_folder("cat").log) if "lr" in entry)
-    state, _ = run_folder("cat").load()
-    assert all(tensor.isfinite().all() for tensor in state.parameters.values())
+    assert run_folder("cat").kept_step() == 3
+    gone_on = loratool.train(name="cat", resume=True)
+    assert gone_on.record.sha256 == run("whole", method="adalora", rank=2).record.sha256
+
+
+def test_a_rate_that_spoils_everything_is_named(run: Callable[..., TrainResult]) -> None:
+    def spoilt() -> TrainResult:
+        return run(lr=1000.0, clip=0.0, schedule="constant", warmup=0, eval_every=1, alpha=1e30)
+
+    with pytest.raises(LoratoolError, match=r"(after|at) step \d.*smaller --lr"):
+        spoilt()
 
 
 def test_a_state_that_cannot_be_written_is_a_clear_error_and_the_one_before_is_kept(
@@ -450,7 +464,8 @@ def test_a_base_in_nf4_is_trained_as_it_is_and_a_dense_one_is_quantized_on_load(
     [
         ({"rank": 0}, "--rank is '0'"),
         ({"lr": float("nan")}, "--lr is 'nan'"),
-        ({"lr": -1.0}, "--lr is '-1.0' and must be a number above 0"),
+        ({"lr": -1.0}, "--lr is '-1.0' and must be above 0"),
+        ({"out": "/proc/cat.safetensors"}, "cannot write to '/proc'"),
         ({"steps": 0}, "--steps"),
         ({"epochs": 2}, "--steps and --epochs"),
         ({"least_rank": 2}, "--least-rank is for --method dylora"),

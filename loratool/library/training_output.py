@@ -48,9 +48,11 @@ class TrainingOutput:
         return self.adapter.with_name((self.adapter.stem if is_file else self.adapter.name) + suffix)
 
     def refuse_existing(self) -> None:
-        """Raise OutputError for what stands in the way, before long work."""
+        """Raise OutputError for what stands in the way, before long work: what is there, or a place that cannot be written."""
         for file in (self.adapter, self.log, self.picture):
             refuse_existing(file, force=self.force)
+        with Draft(scratch_folder(self.adapter)):
+            pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,10 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from loratool.errors import LoratoolError
 from loratool.training.batches import Row, collate, plan_epoch
 from loratool.training.checkpoints import TrainingState
 from loratool.training.data import TokenizedSample
-from loratool.training.loss import score, summed_loss
+from loratool.training.loss import NotFiniteError, score, summed_loss
 from loratool.training.memory import peak_memory
 from loratool.training.methods import Adaptation
 from loratool.training.optimizer import load_moments, moments
@@ -32,10 +31,6 @@ EVALUATION_BATCH: Final = 8
 MOST_RANKS: Final = 16
 SAMPLES_BY_RANK: Final = 64
 """Samples that a DyLoRA is scored on by rank, where none are held out."""
-
-
-class NotFiniteError(LoratoolError):
-    """The loss or its gradient is no number any more; the step was not made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +222,14 @@ class Training:
 
     def evaluate(self, observer: Observer) -> None:
         """Score the samples that were held out, at the full rank, and remember the best parameters."""
-        loss = self.score_at(self.adaptation.ranks[-1], self.held_out)
+        try:
+            loss = self.score_at(self.adaptation.ranks[-1], self.held_out)
+        except NotFiniteError:
+            if not self.step:
+                raise  # the model itself
+            raise NotFiniteError(
+                f"after step {self.step} the loss of what is held out is no number; train with a smaller --lr"
+            ) from None
         if (
             self.recipe.keep == "best"
             and self.step

@@ -20,6 +20,10 @@ CHUNK: Final = 256
 """Tokens whose logits are raised to fp32 at once; a vocabulary of 256,000 takes 256 MiB then."""
 
 
+class NotFiniteError(LoratoolError):
+    """A loss, or its gradient, is no number."""
+
+
 @dataclass(frozen=True, slots=True)
 class Score:
     """How well a model foretells samples.
@@ -50,7 +54,8 @@ def score(model: Module, samples: Sequence[TokenizedSample], *, batch_size: int,
     Batches are made of samples of like length, the longest first, padded at their end.
 
     Raises:
-        LoratoolError: the loss is not finite, or the device has too little memory.
+        NotFiniteError: the loss is not finite.
+        LoratoolError: the device has too little memory.
     """
     import torch
 
@@ -71,7 +76,7 @@ def score(model: Module, samples: Sequence[TokenizedSample], *, batch_size: int,
     tokens = sum(sample.scored_tokens for sample in samples)
     loss = summed / tokens
     if not math.isfinite(loss):
-        raise LoratoolError(
+        raise NotFiniteError(
             f"the loss is {loss}: the model's numbers overflow or are not finite; check its weights, and the scaling of the "
             "adapter where there is one"
         )

@@ -248,7 +248,7 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "epochs": _whole(1, 10**6),
     "batch_size": _whole(1, 10**6),
     "accumulate": _whole(1, 10**6),
-    "lr": _number(lambda value: value > 0, "a number above 0"),
+    "lr": _number(lambda value: 0 < value <= 1000, "above 0, and 1000 at most"),
     "schedule": _one_of("cosine", "linear", "constant"),
     "warmup": _whole(0),
     "weight_decay": _number(lambda value: value >= 0, "0 or more"),
