@@ -12,7 +12,7 @@ from training_runs import Run, run
 
 from loratool.training.options import AdaLoRA, LoRA
 
-STYLES = os.environ.get("STYLES", "pirate,orders").split(",")
+STYLES = os.environ.get("STYLES", "pirate,legal").split(",")
 STEPS = int(os.environ.get("STEPS", "40"))
 RATES = [float(rate) for rate in os.environ.get("RATES", "1e-3,3e-3,1e-2").split(",")]
 RANK = 4

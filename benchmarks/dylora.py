@@ -10,7 +10,7 @@ from training_runs import run
 
 from loratool.training.options import DyLoRA, LoRA
 
-STYLES = os.environ.get("STYLES", "pirate,orders").split(",")
+STYLES = os.environ.get("STYLES", "pirate,legal").split(",")
 STEPS = int(os.environ.get("STEPS", "40"))
 MORE = 1.5
 """A DyLoRA takes so many times the steps of one LoRA."""

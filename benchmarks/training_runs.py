@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from models import smollm2
-from styles import HELD_OUT, style_file
+from models import EXAMPLES, smollm2
 
 from loratool.training.batches import split_validation
 from loratool.training.checkpoints import TrainingState
@@ -27,6 +25,7 @@ from loratool.training.recipe import Recipe
 
 BATCH = 4
 WARMUP = 4
+HELD_OUT = 16
 SEED = 1
 KEPT = os.environ.get("KEPT_RUNS")
 """A folder where finished runs are kept, so that a script that was cut off goes on."""
@@ -110,11 +109,8 @@ class _Log:
 
 @cache
 def samples(style: str) -> tuple[Sequence[TokenizedSample], Sequence[TokenizedSample]]:
-    """Those to train on, and those held out."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = read_data(style_file(style, Path(folder)))
-    found = tokenize_data(data, _loaded()[1], 256, plain=True)
-    tokenized = getattr(found, "samples", found)
+    """Those to train on, and those held out, of a style of the examples: ``pirate``, or ``legal``."""
+    tokenized = tokenize_data(read_data(EXAMPLES / f"{style}.jsonl"), _loaded()[1], 256, plain=True)
     return split_validation(tokenized, HELD_OUT, SEED)
 
 

@@ -30,8 +30,7 @@ EXAMPLES: Final = f"""\
 {EXAMPLE}
 loratool train --base smollm2 --data my.jsonl --name mine --method dylora --rank 16 --epochs 3
 loratool train --base llama3-8b --data my.jsonl --name mine --quantize nf4 --pack
-loratool train --name pirate --resume
-accelerate launch --num_processes 2 -m loratool train --base smollm2 --data my.jsonl --name mine"""
+loratool train --name pirate --resume"""
 
 SECTIONS: Final = {
     "What": ("base", "data", "name", "out", "resume", "force", "registry"),
@@ -175,7 +174,8 @@ def command(
 
     The samples are those of 'loratool eval': lines with "text", "prompt" and "completion", or "messages". What is not
     said has defaults that suit 50 to 10,000 samples. Ctrl-C keeps the state of the run, as does every minute;
-    --resume goes on from there. Several processes, launched by accelerate or torchrun, share each step's samples.
+    --resume goes on from there. Several processes, launched as
+    'torchrun --nproc_per_node 2 -m loratool train ...' or by accelerate, share each step's samples.
     """
     _refuse_missing({"--base": base, "--data": data, "--name": name}, resume=resume, registry=registry)
     from loratool.library.train import TrainingStopped, train

@@ -46,6 +46,8 @@ class TrainingBar(ProgressBar):
     def begin_steps(self, done: int, steps: int) -> None:
         self._steps = steps
         super().__exit__(None, None, None)
+        if done:
+            self._say(f"Going on after step {done:,} of {steps:,}")
         if not sys.stderr.isatty():
             return
         from rich.console import Console
