@@ -526,6 +526,16 @@ def test_what_cannot_be_used_is_one_sentence_and_exit_status_1(
     assert_refused(done, problem)
 
 
+def test_samples_that_are_cut_are_counted_and_said(base: Path, tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    lines = ["the cat sat on the mat " * 4, "a dog", "the dog sat on the mat " * 4]
+    data = write_lines(tmp_path / "long.jsonl", *({"text": line} for line in lines))
+    words = (base, "--data", data, "--max-length", "12", "--truncate")
+    printed = json.loads(run(*words, "--json").out)
+
+    assert (printed["samples"], printed["truncated"]) == (3, 2)
+    assert "3 samples (2 of them cut), " in run(*words).out
+
+
 def rewritten(model: Path, folder: Path, **config: Any) -> Path:
     shutil.copytree(model, folder)
     path = folder / "config.json"
