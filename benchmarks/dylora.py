@@ -16,7 +16,7 @@ MORE = 1.5
 """A DyLoRA takes so many times the steps of one LoRA."""
 LR = float(os.environ.get("LR", "1e-3"))
 ALPHA = 16.0
-RANKS = range(1, 9)
+RANKS = [int(rank) for rank in os.environ.get("RANKS", "1,2,3,4,5,6,7,8").split(",")]
 
 
 def main() -> None:
