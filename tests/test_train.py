@@ -365,6 +365,17 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_state_kept(
     assert gone_on.record.sha256 == run("whole", method="adalora", rank=2).record.sha256
 
 
+def test_too_little_memory_says_what_takes_less(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(*arguments: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("loratool.training.loop.summed_loss", overflowing)
+    with pytest.raises(LoratoolError, match=r"too little memory for a step of 8 samples.*--accumulate"):
+        run()
+
+
 def test_a_rate_that_spoils_everything_is_named(run: Callable[..., TrainResult]) -> None:
     def spoilt() -> TrainResult:
         return run(lr=1000.0, clip=0.0, schedule="constant", warmup=0, eval_every=1, alpha=1e30)

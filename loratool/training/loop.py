@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from loratool.errors import LoratoolError
 from loratool.training.batches import Row, collate, plan_epoch
 from loratool.training.checkpoints import TrainingState
 from loratool.training.data import TokenizedSample
@@ -173,6 +174,11 @@ class Training:
             except NotFiniteError:
                 observer.keep(self.state())
                 raise
+            except torch.OutOfMemoryError:
+                raise LoratoolError(
+                    f"{self.processes.device} has too little memory for a step of {len(rows)} samples; give more passes with "
+                    "--accumulate, a smaller --batch-size or --max-length, or --gradient-checkpointing"
+                ) from None
             observer.stepped(report)
             if self.held_out and (self.step % recipe.eval_every == 0 or self.step == recipe.steps):
                 self.evaluate(observer)
