@@ -1,4 +1,4 @@
-"""The main job on a real model, as one show: catalogue an adapter, merge it, hear it, check it, take it out again.
+"""The main jobs on a real model, as one show: train an adapter, cut it, merge it, hear it, check it, take it out again.
 
     make demo
 
@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = ROOT / ".demo"
 MODEL, MERGED, RESTORED = STAGE / "smollm2", STAGE / "smollm2-pirate", STAGE / "smollm2-again"
+ADAPTER, SMALLER = STAGE / "pirate.safetensors", STAGE / "pirate-r4.safetensors"
 QUESTION = "How do I bake bread?"
 BOLD, DIM, GREEN, CYAN, PLAIN = (
     ("\033[1m", "\033[2m", "\033[32m", "\033[36m", "\033[0m") if sys.stdout.isatty() else ("",) * 5
@@ -29,18 +30,25 @@ def main() -> int:
     STAGE.mkdir(exist_ok=True)
     for folder in (STAGE / "home", MERGED, RESTORED):
         shutil.rmtree(folder, ignore_errors=True)
+    for file in STAGE.glob("pirate*"):
+        file.unlink()
     os.environ["LORATOOL_HOME"] = str(STAGE / "home")
 
     title("A base model")
     run([sys.executable, "examples/get_smollm2.py", str(MODEL)])
     loratool("base", "add", "smollm2", str(MODEL))
-    title("An adapter for it, in the catalogue")
-    loratool("add", "examples/pirate", "--base", "smollm2", "--tag", "speech")
+    title("An adapter for it, trained on 80 lines: a DyLoRA, of which every rank can be used")
+    loratool(
+        *("train", "--base", "smollm2", "--data", "examples/pirate.jsonl", "--name", "pirate"),
+        *("--method", "dylora", "--rank", "8", "--out", str(ADAPTER)),
+    )
     loratool("list")
     loratool("show", "pirate")
+    title("A smaller one: its first four components")
+    loratool("truncate", "pirate", "--rank", "4", "--out", str(SMALLER))
     title("What a merge would do, and the merge")
-    loratool("merge", "pirate", "--into", "smollm2", "--dry-run", keep=6)
-    loratool("merge", "pirate", "--into", "smollm2", "--undo", "--out", str(MERGED))
+    loratool("merge", "pirate-r4", "--into", "smollm2", "--dry-run", keep=6)
+    loratool("merge", "pirate-r4", "--into", "smollm2", "--undo", "--out", str(MERGED))
     title("Base and merged model answer")
     run([sys.executable, "examples/speak.py", QUESTION, str(MODEL), str(MERGED)])
     title("Checked, and taken out again: the undo file alone is enough")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
     from loratool.library.combine import combine
     from loratool.library.doctor import doctor
+    from loratool.library.estimate import estimate
     from loratool.library.evaluate import evaluate as eval  # noqa: A004
     from loratool.library.evaluate import evaluate as evaluate
     from loratool.library.extract import extract
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from loratool.library.push import push
     from loratool.library.quantize import quantize
     from loratool.library.spectrum import spectrum
+    from loratool.library.train import train
     from loratool.library.truncate import truncate
     from loratool.library.unmerge import unmerge, verify
 
@@ -50,6 +52,7 @@ __all__ = [
     "base_verify",
     "combine",
     "doctor",
+    "estimate",
     "eval",
     "export",
     "extract",
@@ -64,6 +67,7 @@ __all__ = [
     "show",
     "spectrum",
     "tag",
+    "train",
     "truncate",
     "unmerge",
     "verify",
@@ -78,6 +82,7 @@ _FUNCTIONS: Final = {
     "base_verify": ("bases", "base_verify"),
     "combine": ("combine", "combine"),
     "doctor": ("doctor", "doctor"),
+    "estimate": ("estimate", "estimate"),
     "eval": ("evaluate", "evaluate"),
     "evaluate": ("evaluate", "evaluate"),
     "export": ("adapters", "export"),
@@ -93,6 +98,7 @@ _FUNCTIONS: Final = {
     "show": ("adapters", "show"),
     "spectrum": ("spectrum", "spectrum"),
     "tag": ("adapters", "tag"),
+    "train": ("train", "train"),
     "truncate": ("truncate", "truncate"),
     "unmerge": ("unmerge", "unmerge"),
     "verify": ("unmerge", "verify"),

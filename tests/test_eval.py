@@ -35,8 +35,8 @@ from loratool.cli import main
 from loratool.cli.rendering import bar
 from loratool.errors import CheckpointError, DataError, LoratoolError, PlacementError, UnsupportedError
 from loratool.formats.read import read_adapter
-from loratool.train.data import IGNORED, Chat, Completion, Document, Text, TokenizedSample, read_data, tokenize_data
-from loratool.train.model import beside
+from loratool.training.data import IGNORED, Chat, Completion, Document, Text, TokenizedSample, read_data, tokenize_data
+from loratool.training.model import beside
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
@@ -344,7 +344,7 @@ def test_the_tokens_that_count_spell_the_completion_and_at_most_a_part_of_a_toke
     prompt: str, completion: str
 ) -> None:
     tokenizer = TOKENIZER
-    data = loratool.train.data.Data(Path("x"), (Completion(1, prompt, completion),))
+    data = loratool.training.data.Data(Path("x"), (Completion(1, prompt, completion),))
     (sample,) = tokenize_data(data, tokenizer, CONTEXT)
     whole = tokenizer(prompt + completion + "</s>", return_offsets_mapping=True)
     assert list(sample.input_ids) == whole["input_ids"]
@@ -405,7 +405,7 @@ def test_data_are_read_without_torch(data: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from loratool.train.data import read_data
+from loratool.training.data import read_data
 read_data(Path({str(data)!r}))
 assert not {{"torch", "transformers"}} & sys.modules.keys()
 """
@@ -524,6 +524,16 @@ def test_what_cannot_be_used_is_one_sentence_and_exit_status_1(
     places = {"BASE": str(base), "ADAPTER": str(adapter), "DATA": str(data)}
     done = run(*(re.sub("BASE|ADAPTER|DATA", lambda match: places[match[0]], word) for word in words))
     assert_refused(done, problem)
+
+
+def test_samples_that_are_cut_are_counted_and_said(base: Path, tmp_path: Path, run: Callable[..., Outcome]) -> None:
+    lines = ["the cat sat on the mat " * 4, "a dog", "the dog sat on the mat " * 4]
+    data = write_lines(tmp_path / "long.jsonl", *({"text": line} for line in lines))
+    words = (base, "--data", data, "--max-length", "12", "--truncate")
+    printed = json.loads(run(*words, "--json").out)
+
+    assert (printed["samples"], printed["truncated"]) == (3, 2)
+    assert "3 samples (2 of them cut), " in run(*words).out
 
 
 def rewritten(model: Path, folder: Path, **config: Any) -> Path:
@@ -861,6 +871,7 @@ KEYS = {
     "adapter",
     "data",
     "samples",
+    "truncated",
     "tokens",
     "loss",
     "perplexity",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loratool.library.evaluate import EvalResult, RankScore
-    from loratool.train.loss import Score
+    from loratool.training.loss import Score
 
 BAR_CELLS: Final = 40
 FIGURES_CELLS: Final = 30
@@ -39,7 +39,11 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) 
 )
 @click.argument("model")
 @click.option(
-    "--data", required=True, type=PathType(), metavar="FILE", help="A JSONL file of samples, or a text (.txt)."
+    "--data",
+    required=True,
+    type=PathType(),
+    metavar="FILE",
+    help="Samples: JSONL, JSON, CSV, Parquet, a data set of the Hub (owner/name:split), or a text (.txt).",
 )
 @click.option("--adapter", metavar="A", help="Measure the model also with this adapter beside it.")
 @click.option(
@@ -54,6 +58,7 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) 
     metavar="N",
     help="The most tokens of a sample, and the length of a text's windows; by default the model's context, but 2048 at most.",
 )
+@click.option("--truncate", is_flag=True, help="Cut longer samples instead of refusing them.")
 @click.option(
     "--batch-size", type=int, default=4, show_default=True, metavar="N", help="Samples that are computed at once."
 )
@@ -71,6 +76,7 @@ def command(
     force: bool,
     plain: bool,
     max_length: int | None,
+    truncate: bool,
     batch_size: int,
     device: str,
     alpha: float | None,
@@ -78,9 +84,10 @@ def command(
 ) -> None:
     """Loss and perplexity of a model on your own text, alone or with an adapter, also cut to ranks.
 
-    A line of FILE has "text"; or "prompt" and "completion", of which the completion counts; or "messages", of which what
-    the assistant says counts. Prompt and completion stand in the model's chat template if it has one. A text file is
-    cut into windows side by side. The loss is the mean of the tokens that count, in nats; on a CPU it is computed in fp32.
+    A line or row of FILE has "text"; or "prompt" and "completion", of which the completion counts; or "messages", of
+    which what the assistant says counts. Prompt and completion stand in the model's chat template if it has one. A text
+    file is cut into windows side by side. The loss is the mean of the tokens that count, in nats; on a CPU it is
+    computed in fp32.
 
     Cut to a rank, a DyLoRA is its first components, and any other LoRA the best approximation of that rank.
     """
@@ -95,6 +102,7 @@ def command(
             plot=plot,
             force=force,
             max_length=max_length,
+            truncate=truncate,
             batch_size=batch_size,
             plain=plain,
             device=device,
@@ -111,8 +119,8 @@ def command(
 
 def _print_result(result: EvalResult) -> None:
     title = (
-        f"{click.style(shown_path(result.data), bold=True)}: {counted(result.samples, 'sample')}, "
-        f"{counted(result.score.tokens, 'token')} scored"
+        f"{click.style(shown_path(result.data), bold=True)}: {counted(result.samples, 'sample')}"
+        f"{f' ({result.truncated:,} of them cut)' if result.truncated else ''}, {counted(result.score.tokens, 'token')} scored"
     )
     if result.ranks and result.adapter is not None and result.without_adapter is not None:
         click.echo(f"{title} by {shown(result.model)} + {_adapter(result.adapter)}\n")

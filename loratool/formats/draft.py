@@ -57,7 +57,15 @@ class Draft:
         Raises:
             OutputError: the disk is full.
         """
-        self._factors[module] = {"A": self._keep(a), "B": self._keep(b)}
+        self.put_factors(module, {"A": a, "B": b})
+
+    def put_factors(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the factors of `module` by their letters: A and B, and of an AdaLoRA E (r, 1), fp32, fp16 or bf16.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        self._factors[module] = {letter: self._keep(factor) for letter, factor in factors.items()}
 
     def put_components(self, module: str, factors: Mapping[str, TensorInfo], kept: Sequence[int]) -> None:
         """Keep some components of factors that lie in a file, bit for bit: rows of A and E, columns of B.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header, read_header
 from loratool.checkpoint.model import INDEX_SUFFIX, Checkpoint, choose_weights, read_index
 from loratool.errors import CheckpointError, HubError, NotFoundError, quoted
-from loratool.hub.address import is_safe
+from loratool.hub.address import HubAddress, is_safe
 from loratool.hub.download import Watcher, fetch, is_cached
 from loratool.hub.errors import hub_errors
-from loratool.hub.repository import COMMIT, SHA256, HubFile, Snapshot, cache_folder
+from loratool.hub.repository import COMMIT, SHA256, HubFile, Snapshot, cache_folder, look
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
@@ -28,6 +28,15 @@ MODEL_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*
 HEADERS_AT_ONCE: Final = 8
 FIRST_BYTES: Final = 1 << 17
 """What is asked of a file at first; most headers are shorter."""
+
+
+def fetch_config(address: HubAddress, command: str) -> Path:
+    """The ``config.json`` of a model repository, and nothing else of it.
+
+    Raises:
+        NotFoundError, HubError: it is not there, or cannot be downloaded.
+    """
+    return fetch(look(address, command), ["config.json"], command) / "config.json"
 
 
 class HeaderCache:

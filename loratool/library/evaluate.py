@@ -25,13 +25,14 @@ from loratool.library.resolve import (
     open_registry,
     resolve_adapter,
     resolve_base,
+    resolve_data,
     user_path,
 )
 from loratool.merging.arithmetic import choose_device
 from loratool.ranks.truncate import Cut, truncate_by_svd, truncate_leading
-from loratool.train.data import Data, TokenizedSample, read_data, tokenize_data
-from loratool.train.loss import Score, score
-from loratool.train.model import (
+from loratool.training.data import Data, TokenizedSample, tokenize_data
+from loratool.training.loss import Score, score
+from loratool.training.model import (
     beside,
     context_length,
     load_config,
@@ -66,8 +67,9 @@ class EvalResult:
     Attributes:
         model: its name.
         adapter: the adapter's reference, or None.
-        data: the file of samples.
+        data: the file of samples, or the id of a data set.
         samples: how many there are; windows of a text file.
+        truncated: how many of them were cut off at `max_length`.
         score: of the model, with the adapter where one is given.
         without_adapter: of the model alone, where an adapter is given.
         ranks: of the model with the adapter at each rank that was asked for and, last, whole; empty where none was.
@@ -80,6 +82,7 @@ class EvalResult:
     adapter: str | None
     data: Path
     samples: int
+    truncated: int
     score: Score
     without_adapter: Score | None
     ranks: tuple[RankScore, ...]
@@ -100,6 +103,7 @@ class EvalResult:
             "adapter": self.adapter,
             "data": str(self.data),
             "samples": self.samples,
+            "truncated": self.truncated,
             "tokens": self.score.tokens,
             **_figures(self.score),
             "without_adapter": None if self.without_adapter is None else _figures(self.without_adapter),
@@ -115,21 +119,23 @@ class EvalResult:
 def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
              adapter: str | os.PathLike[str] | None = None, ranks: Sequence[int] | None = None,
              plot: str | os.PathLike[str] | None = None, max_length: int | None = None, batch_size: int = 4,
-             plain: bool = False, force: bool = False, device: str = "auto", alpha: float | None = None,
+             plain: bool = False, truncate: bool = False, force: bool = False, device: str = "auto", alpha: float | None = None,
              registry: str | None = None, progress: Progress | None = None) -> EvalResult:  # fmt: skip
     """Measure the loss and the perplexity of a model on a file of samples; `loratool.eval`.
 
     Args:
         model: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it.
-        data: a JSONL file of ``text``, ``prompt`` and ``completion``, or ``messages``, or a ``.txt`` file, which is cut
-            into windows; see `loratool.train.data` for what counts.
-        adapter: a catalogued name, a path or a Hub id. The model is then measured alone and with it beside the model.
+        data: samples of ``text``, ``prompt`` and ``completion``, or ``messages`` in a JSONL, JSON, CSV or Parquet file, or
+            in a data set of the Hub (``owner/name:split``); or a ``.txt`` file, which is cut into windows. See
+            `loratool.training.data` for what counts.
+        adapter: a catalogued name, a path or a Hub id. The model is then measured alone and with the adapter beside it.
         ranks: measure the adapter also cut to each of these ranks; see `loratool.ranks.truncate`.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a picture of the loss by rank.
         max_length: the most tokens of a sample, and the length of a window; by default the model's context, but 2,048 at
             most.
         batch_size: how many samples are computed at once.
         plain: read ``prompt`` and ``completion`` as they are, without the model's chat template.
+        truncate: cut the end off a sample of more than `max_length` tokens instead of refusing it.
         force: replace the picture if it exists.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own.
@@ -150,13 +156,13 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         raise CheckpointError(f"{quoted(base.path)} is a single file; give the model's folder, with its tokenizer")
     wanted = _checked_ranks(ranks, found)
     picture = _checked_picture(plot, wanted, force=force)
-    content = read_data(user_path(data))
+    content = resolve_data(data)
     with hold(base.path, exclusive=False), quiet_libraries():
         Checkpoint.open(base.path)  # raises for what is damaged, incomplete or a pickle
         place = choose_device(device)
         config = load_config(base.path)
-        length = _max_length(max_length, config)
-        samples = _tokenized(content, base.path, config, length, plain=plain)
+        length = checked_max_length(max_length, config)
+        samples = tokenized_for(content, base.path, config, length, plain=plain, truncate=truncate)
         watcher.begin("loading the model", len(samples))
         loaded = load_model(base.path, config, place)
         scorer = _Scorer(samples, batch_size, place, watcher)
@@ -171,6 +177,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         adapter=None if found is None else found.reference,
         data=content.file,
         samples=len(samples),
+        truncated=sum(sample.truncated for sample in samples),
         score=whole or alone,
         without_adapter=None if whole is None else alone,
         ranks=by_rank,
@@ -285,10 +292,15 @@ def _right_base(found: ResolvedAdapter, base: ResolvedBase, catalogue: Registry)
     ]
 
 
-def _max_length(asked: int | None, config: PreTrainedConfig) -> int:
+def checked_max_length(asked: int | None, config: PreTrainedConfig, most: int = DEFAULT_MAX_LENGTH) -> int:
+    """The most tokens of a sample: `asked`, or the model's context but `most` at most.
+
+    Raises:
+        LoratoolError: the model does not read so many, or they leave nothing to foretell.
+    """
     context = context_length(config)
     if asked is None:
-        return min(context or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
+        return min(context or DEFAULT_MAX_LENGTH, most)
     if asked < 2:
         raise LoratoolError(f"{asked} tokens leave nothing to foretell; give a --max-length of at least 2")
     if context is not None and asked > context:
@@ -298,10 +310,15 @@ def _max_length(asked: int | None, config: PreTrainedConfig) -> int:
     return asked
 
 
-def _tokenized(data: Data, folder: Path, config: PreTrainedConfig, max_length: int, *,
-               plain: bool) -> list[TokenizedSample]:  # fmt: skip
-    """The samples as tokens that the model knows."""
-    samples = tokenize_data(data, load_tokenizer(folder), max_length, plain=plain)
+def tokenized_for(data: Data, folder: Path, config: PreTrainedConfig, max_length: int, *,
+                  plain: bool, truncate: bool = False) -> list[TokenizedSample]:  # fmt: skip
+    """The samples as tokens that the model in `folder` knows.
+
+    Raises:
+        DataError: a sample, whose line is named, cannot be used.
+        CheckpointError: there is no tokenizer, or it belongs to another model.
+    """
+    samples = tokenize_data(data, load_tokenizer(folder), max_length, plain=plain, truncate=truncate)
     vocabulary = config.get_text_config().vocab_size
     largest = max(max(sample.input_ids) for sample in samples)
     if largest >= vocabulary:

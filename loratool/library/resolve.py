@@ -23,9 +23,13 @@ from loratool.formats.lora_config import MOST_DIGITS
 from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
 from loratool.hub.address import HubAddress
 from loratool.library.progress import Progress, Silent
+from loratool.training.data import KEYS, SUFFIXES, Data, read_data, read_rows
 from registry import AdapterRecord, BaseRecord, Registry, RegistryError, home, is_name, is_reference, registry_url
 
 RANK_SIGN: Final = "@rank="
+DATA_SET: Final = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII
+)
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -195,6 +199,24 @@ def resolve_merged(name: str | os.PathLike[str], registry: Registry) -> Path:
     if not path.is_dir():
         raise NotFoundError(f"{quoted(path)} is not a folder; give the folder of a merged model")
     return path
+
+
+def resolve_data(name: str | os.PathLike[str]) -> Data:
+    """Read a file of samples, or a data set of the Hub: ``owner/name``, ``owner/name:split``, ``owner/name@revision:split``.
+
+    Raises:
+        NotFoundError: it is neither.
+        DataError: it cannot be read, or one of its lines or rows, which is named, is no sample.
+    """
+    text = os.fspath(name)
+    path = user_path(text)
+    of_hub = None if _is_plainly_a_path(text) or path.suffix.lower() in SUFFIXES else DATA_SET.fullmatch(text)
+    if of_hub is None or exists(path):
+        return read_data(path)
+    from loratool.hub.data_sets import fetch_table
+
+    table = fetch_table(of_hub["repo"], of_hub["split"], columns=KEYS, revision=of_hub["revision"])
+    return read_rows(Path(text), table.columns, table.rows)
 
 
 def pulled_from(address: HubAddress, registry: Registry) -> tuple[AdapterRecord, ...]:

@@ -101,10 +101,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(folder: Path, config: PreTrainedConfig, device: str) -> PreTrainedModel:
+def load_model(folder: Path, config: PreTrainedConfig, device: str, *, quantize: bool = False) -> PreTrainedModel:
     """The causal language model in `folder`, on `device` (``cpu`` or ``cuda:N``), in evaluation mode.
 
-    Its parameters are fp32 on a CPU, and as they are stored on CUDA. Weights in NF4 stay packed on either.
+    Its parameters are fp32 on a CPU, and as they are stored on CUDA. Weights in NF4 stay packed on either. With `quantize`
+    bitsandbytes puts a dense model's linear layers into NF4 with double quantization, to compute in bf16 on CUDA.
 
     Raises:
         CheckpointError: transformers cannot load it, or the folder lacks some of its weights.
@@ -118,7 +119,8 @@ def load_model(folder: Path, config: PreTrainedConfig, device: str) -> PreTraine
             folder,
             config=config,
             dtype="float32" if on_cpu else "auto",
-            device_map=None if on_cpu else {"": device},
+            device_map=None if on_cpu and not quantize else {"": device},
+            **({"quantization_config": _nf4(on_cpu=on_cpu)} if quantize else {}),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -132,10 +134,22 @@ def load_model(folder: Path, config: PreTrainedConfig, device: str) -> PreTraine
             f"{quoted(folder)} lacks {len(missing):,} of the tensors of a {type(model).__name__}, such as "
             f"{quoted(missing[0])}; give a complete causal language model"
         )
-    if on_cpu and getattr(config, "quantization_config", None) is not None:
+    if on_cpu and (quantize or getattr(config, "quantization_config", None) is not None):
         _compute_in_fp32(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _nf4(*, on_cpu: bool) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if on_cpu else torch.bfloat16,
+    )
 
 
 def _compute_in_fp32(model: PreTrainedModel) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import LoratoolError
-from loratool.train.data import IGNORED, TokenizedSample
+from loratool.training.data import IGNORED, TokenizedSample
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
 CHUNK: Final = 256
 """Tokens whose logits are raised to fp32 at once; a vocabulary of 256,000 takes 256 MiB then."""
+
+
+class NotFiniteError(LoratoolError):
+    """A loss, or its gradient, is no number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,8 @@ def score(model: Module, samples: Sequence[TokenizedSample], *, batch_size: int,
     Batches are made of samples of like length, the longest first, padded at their end.
 
     Raises:
-        LoratoolError: the loss is not finite, or the device has too little memory.
+        NotFiniteError: the loss is not finite.
+        LoratoolError: the device has too little memory.
     """
     import torch
 
@@ -70,7 +76,7 @@ def score(model: Module, samples: Sequence[TokenizedSample], *, batch_size: int,
     tokens = sum(sample.scored_tokens for sample in samples)
     loss = summed / tokens
     if not math.isfinite(loss):
-        raise LoratoolError(
+        raise NotFiniteError(
             f"the loss is {loss}: the model's numbers overflow or are not finite; check its weights, and the scaling of the "
             "adapter where there is one"
         )
@@ -85,7 +91,7 @@ def _summed_loss(model: Module, batch: Sequence[TokenizedSample], device: str) -
     input_ids = _padded([sample.input_ids for sample in batch], width, 0).to(device)
     attention_mask = _padded([[1] * len(sample.input_ids) for sample in batch], width, 0).to(device)
     labels = _padded([sample.labels for sample in batch], width + 1, IGNORED).to(device)[:, 1:]
-    with torch.inference_mode():
+    with torch.no_grad():  # what FSDP gathers in inference mode could not be trained through afterwards
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         logits, wanted = logits.flatten(0, 1), labels.flatten()
         losses = [
@@ -93,6 +99,39 @@ def _summed_loss(model: Module, batch: Sequence[TokenizedSample], device: str) -
             for places in torch.split((wanted != IGNORED).nonzero().squeeze(1), CHUNK)
         ]
         return float(torch.stack(losses).sum())
+
+
+def summed_loss(model: Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The cross entropy summed over the tokens that count, with its gradient.
+
+    `batch` is what `loratool.training.batches.collate` gives. Logits are made of the places alone from which a token that
+    counts is foretold: the output head is shown no others.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    wanted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED).flatten()
+    places = (wanted != IGNORED).nonzero().squeeze(1)
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with _head_sees(model, places):
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    if len(logits) != len(places):  # a model whose head could not be found
+        logits = logits[places]
+    return cross_entropy(logits.float(), wanted[places], reduction="sum")
+
+
+@contextmanager
+def _head_sees(model: Any, places: torch.Tensor) -> Iterator[None]:
+    """Inside, the output head of `model` gets of its inputs (rows, tokens, features) those at `places` alone, as one row."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].flatten(0, 1)[places].unsqueeze(0), *inputs[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, filler: int) -> torch.Tensor:

@@ -1,0 +1,155 @@
+"""``loratool estimate``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from loratool.cli.options import example, json_option
+from loratool.cli.rendering import (
+    count,
+    counted,
+    print_facts,
+    print_json,
+    print_notes,
+    print_table,
+    shown,
+    size,
+    targets,
+)
+
+if TYPE_CHECKING:
+    from loratool.library.estimate import EstimateResult
+    from loratool.training.memory_estimate import Memory
+
+METHODS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
+
+
+@click.command(
+    "estimate",
+    **example(
+        "loratool estimate smollm2 --rank 16\nloratool estimate llama-65b --rank 64 --batch-size 1\n"
+        "loratool estimate gpt3-175b --rank 4 --targets q_proj,v_proj"
+    ),
+)
+@click.argument("base")
+@click.option("--method", type=click.Choice(list(METHODS)), default="lora", show_default=True, help="What is trained.")
+@click.option(
+    "--rank", type=int, default=8, show_default=True, metavar="R", help="DyLoRA's largest, AdaLoRA's average."
+)
+@click.option("--initial-rank", type=int, metavar="R", help="AdaLoRA's at first; by default 1.5 times the rank.")
+@click.option("--targets", metavar="T", help="q_proj,v_proj, a pattern, or all-linear (the default).")
+@click.option("--batch-size", type=int, default=4, show_default=True, metavar="N", help="Rows computed at once.")
+@click.option("--max-length", "--length", type=int, metavar="N", help="Tokens of a row; by default 512.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "adamw-8bit", "adamw-paged", "sgd"]),
+    default="adamw",
+    show_default=True,
+    help="What keeps moments, and where.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="Weights and arithmetic.",
+)
+@click.option(
+    "--adapter-dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="What the adapter is trained and saved in.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["sdpa", "eager"]),
+    default="sdpa",
+    show_default=True,
+    help="Eager keeps every score.",
+)
+@json_option
+@click.pass_obj
+def command(
+    registry: str | None,
+    base: str,
+    method: str,
+    rank: int,
+    initial_rank: int | None,
+    targets: str | None,
+    batch_size: int,
+    max_length: int | None,
+    optimizer: str,
+    precision: str,
+    adapter_dtype: str,
+    attention: str,
+    as_json: bool,
+) -> None:
+    """What training an adapter takes, before you spend it: parameters, the adapter's file, and memory.
+
+    Beside it stand full fine-tuning and the same on a base in NF4 (QLoRA). BASE is a catalogued name, a folder, a
+    config.json, a Hub id, or a known shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3-175b, llama-7b, llama-13b,
+    llama-33b, llama-65b, llama3-8b, llama3-70b, llama3-405b, mistral-7b. Nothing is loaded or downloaded but a
+    configuration.
+    """
+    from loratool.library.estimate import estimate
+
+    result = estimate(
+        base,
+        method=method,
+        rank=rank,
+        initial_rank=initial_rank,
+        targets=targets,
+        batch_size=batch_size,
+        max_length=max_length,
+        optimizer=optimizer,
+        precision=precision,
+        adapter_dtype=adapter_dtype,
+        attention=attention,
+        registry=registry,
+    )
+    if as_json:
+        print_json(result.to_json())
+        return
+    _print_result(result)
+    print_notes(result.notes)
+
+
+def _print_result(result: EstimateResult) -> None:
+    fewer = result.parameters / result.trainable_parameters
+    begins = f", beginning with {result.initial_rank}" if result.initial_rank != result.rank else ""
+    method = METHODS[result.method]
+    click.echo(f"{click.style(shown(result.model), bold=True)}: {count(result.parameters)} parameters\n")
+    print_facts(
+        [
+            ("adapter", f"{method} of rank {result.rank}{begins}, on {counted(result.adapted_modules, 'module')}"),
+            ("targets", targets(result.target_modules)),
+            ("trainable", f"{result.trainable_parameters:,} parameters, {fewer:,.0f} times fewer than in full"),
+            ("adapter file", f"{size(result.adapter_file)} in {result.adapter_dtype}"),
+            (
+                "a step",
+                f"{result.batch_size:,} x {result.length:,} tokens, {result.precision}, {result.optimizer}, "
+                f"{result.attention} attention",
+            ),
+        ]
+    )
+    names = ["MEMORY", "FULL", method.upper(), "NF4 + " + method.upper()]
+    memories = [way.memory for way in result.ways]
+    checkpointed = [way.checkpointed for way in result.ways]
+    rows = [
+        _row("weights", memories, "weights"),
+        _row("gradients", memories, "gradients"),
+        _row("optimizer", memories, "optimizer"),
+        _row("activations", memories, "activations"),
+        _row("together", memories, "total"),
+        _row("activations, gradient checkpointing", checkpointed, "activations"),
+        _row("together, gradient checkpointing", checkpointed, "total"),
+    ]
+    click.echo()
+    print_table(names, rows, right=names[1:], wide="MEMORY")
+
+
+def _row(name: str, memories: list[Memory], part: str) -> list[str]:
+    return [name, *(size(getattr(memory, part)) for memory in memories)]

@@ -1,0 +1,96 @@
+"""How far a training run is: a bar on a terminal, a line now and then elsewhere; on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from loratool.cli.rendering import ProgressBar, size
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from loratool.training.loop import StepReport
+
+SECONDS_BETWEEN_LINES: Final = 20.0
+SMOOTHING: Final = 0.9
+"""Of the loss that is shown: the share of what was shown before."""
+
+
+class TrainingBar(ProgressBar):
+    """Progress of loading and scoring, and then of steps: loss, tokens per second, memory and time left."""
+
+    def __init__(self) -> None:
+        super().__init__(unit="")
+        self._steps = 0
+        self._loss: float | None = None
+        self._held_out = ""
+        self._said_at = time.monotonic()
+        self._training: Progress | None = None
+        self._row: TaskID | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end_steps()
+        super().__exit__(kind, error, traceback)
+
+    def begin(self, label: str, total: int) -> None:
+        self._end_steps()
+        super().begin(label, total)
+
+    def begin_steps(self, done: int, steps: int) -> None:
+        self._steps = steps
+        super().__exit__(None, None, None)
+        if done:
+            self._say(f"Going on after step {done:,} of {steps:,}")
+        if not sys.stderr.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._training = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._training.start()
+        self._row = self._training.add_task("training", total=steps, completed=done, figures="")
+
+    def stepped(self, report: StepReport) -> None:
+        shown = report.loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * report.loss
+        self._loss = shown
+        speed = report.tokens / report.seconds
+        figures = f"loss {shown:.3f}{self._held_out}  {speed:,.0f} tok/s  {size(report.peak_memory_bytes)}"
+        if self._training is not None and self._row is not None:
+            self._training.update(self._row, completed=report.step, figures=figures)
+        elif time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES:
+            self._say(f"step {report.step:,} of {self._steps:,}: {figures}")
+
+    def evaluated(self, step: int, loss: float) -> None:
+        self._held_out = f"  held out {loss:.3f}"
+        if self._training is None:
+            self._say(f"step {step:,} of {self._steps:,}: held-out loss {loss:.4f}")
+
+    def stopping(self) -> None:
+        self._say("Stopping after this step; once more to stop at once")
+
+    def _say(self, line: str) -> None:
+        self._said_at = time.monotonic()
+        if self._training is not None:
+            self._training.console.print(line)
+        else:
+            click.echo(line, err=True)
+
+    def _end_steps(self) -> None:
+        if self._training is not None:
+            self._training.stop()
+            self._training = None

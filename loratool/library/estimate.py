@@ -1,0 +1,369 @@
+"""`loratool.estimate`: what training an adapter costs, before it is spent."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast, get_args
+
+from loratool.checkpoint.header import header_bytes
+from loratool.checkpoint.model import Checkpoint, has_file
+from loratool.errors import CheckpointError, LoratoolError, NotFoundError, nearest, quoted
+from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
+from loratool.formats.names import SUFFIX
+from loratool.library.resolve import HUB_ID, exists, open_registry, resolve_base, user_path
+from loratool.merging.linear import is_conv1d, linear_weights
+from loratool.training.known_shapes import KNOWN
+from loratool.training.memory_estimate import (
+    DTYPES,
+    MOMENTS,
+    Attention,
+    Memory,
+    Method,
+    Optimizer,
+    Step,
+    adapter_memory,
+    adapter_parameters,
+    full_memory,
+)
+from loratool.training.options import AdaLoRA
+from loratool.training.recipe import BATCH_OF_FEW
+from loratool.training.shape import LARGEST, Linear, ModelShape, read_shape
+from registry import is_name
+
+DEFAULT_LENGTH: Final = 512
+MOST_TOKENS: Final = 1 << 40
+_PRECISIONS: Final = ("bf16", "fp32")
+_PREFIX: Final = "base_model.model."
+_STORED: Final = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to train: ``full``, or the method with the base in 16 bits, or in NF4.
+
+    Attributes:
+        trainable: parameters that are trained.
+        memory: in which every layer keeps what its backward pass needs.
+        checkpointed: with gradient checkpointing.
+    """
+
+    name: str
+    trainable: int
+    memory: Memory
+    checkpointed: Memory
+
+
+@dataclass(frozen=True, slots=True)
+class EstimateResult:
+    """What training takes. Sizes in bytes.
+
+    Attributes:
+        model, model_type: its name and its type in transformers.
+        parameters: of the model.
+        rank: of each module: DyLoRA's largest, the average that AdaLoRA ends with.
+        initial_rank: what AdaLoRA begins with; else `rank`.
+        target_modules: the last components of the names of the modules with an adapter.
+        adapted_modules: how many they are.
+        trainable_parameters: of the adapter while it is trained.
+        adapter_file: size of the adapter's file.
+        ways: full fine-tuning, the method, and the method on a base in NF4.
+    """
+
+    model: str
+    model_type: str
+    parameters: int
+    method: str
+    rank: int
+    initial_rank: int
+    target_modules: tuple[str, ...]
+    adapted_modules: int
+    trainable_parameters: int
+    adapter_file: int
+    adapter_dtype: str
+    batch_size: int
+    length: int
+    precision: str
+    optimizer: str
+    attention: str
+    ways: tuple[Way, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "model": self.model,
+            "model_type": self.model_type,
+            "parameters": self.parameters,
+            "method": self.method,
+            "rank": self.rank,
+            "initial_rank": self.initial_rank,
+            "target_modules": list(self.target_modules),
+            "adapted_modules": self.adapted_modules,
+            "trainable_parameters": self.trainable_parameters,
+            "adapter_file_bytes": self.adapter_file,
+            "adapter_dtype": self.adapter_dtype,
+            "batch_size": self.batch_size,
+            "max_length": self.length,
+            "precision": self.precision,
+            "optimizer": self.optimizer,
+            "attention": self.attention,
+            "memory": {
+                way.name: {
+                    "trainable_parameters": way.trainable,
+                    **_figures(way.memory),
+                    "with_gradient_checkpointing": _figures(way.checkpointed),
+                }
+                for way in self.ways
+            },
+            "notes": list(self.notes),
+        }
+
+
+def estimate(base: str | os.PathLike[str], *, method: str = "lora", rank: int = 8, initial_rank: int | None = None,
+             targets: str | Sequence[str] | None = None, batch_size: int = BATCH_OF_FEW, max_length: int | None = None,
+             optimizer: str = "adamw", precision: str = "bf16", adapter_dtype: str = "fp32", attention: str = "sdpa",
+             registry: str | None = None) -> EstimateResult:  # fmt: skip
+    """Count what training an adapter of `base` takes, beside full fine-tuning and beside a base in NF4; `loratool.estimate`.
+
+    From its configuration, and where its weights are at hand from their headers; no weights are read and none downloaded.
+
+    Args:
+        base: a catalogued name, a folder, a ``config.json``, a Hub id, or the name of a known shape such as ``gpt3-175b``.
+        method: ``lora``, ``dylora`` or ``adalora``.
+        rank: of each module: DyLoRA's largest, the average that AdaLoRA ends with.
+        initial_rank: what AdaLoRA begins with; by default half as much again.
+        targets: names of modules with commas between them, or as a list, or a pattern; by default ``all-linear``.
+        batch_size: rows that are computed at once.
+        max_length: tokens of a row; by default 512, or the model's context where that is shorter.
+        optimizer: ``adamw``, ``adamw-8bit``, ``adamw-paged`` or ``sgd``.
+        precision: ``bf16`` or ``fp32``: the type that computes, and that holds the weights.
+        adapter_dtype: ``fp32``, ``bf16`` or ``fp16``: the type that the adapter is trained and saved in.
+        attention: ``sdpa`` or ``eager``.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
+    Raises:
+        LoratoolError, registry.RegistryError: says what is wrong.
+    """
+    _check_word("--method", method, get_args(Method))
+    _check_word("--optimizer", optimizer, tuple(MOMENTS))
+    _check_word("--precision", precision, _PRECISIONS)
+    _check_word("--adapter-dtype", adapter_dtype, tuple(DTYPES))
+    _check_word("--attention", attention, get_args(Attention))
+    begun = _initial_rank(method, rank, initial_rank)
+    shape, name, notes = _shape(os.fspath(base), registry)
+    modules = _modules(shape, targets, name)
+    step = Step(
+        batch_size=_checked("--batch-size", batch_size),
+        length=_length(max_length, shape),
+        compute=DTYPES[precision],
+        attention=cast(Attention, attention),
+    )
+    if step.tokens > MOST_TOKENS:
+        raise LoratoolError(f"a batch of {step.tokens:,} tokens is too large to count; give a smaller --batch-size")
+    return EstimateResult(
+        model=name,
+        model_type=shape.model_type,
+        parameters=shape.parameters,
+        method=method,
+        rank=rank,
+        initial_rank=begun,
+        target_modules=tuple(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
+        adapted_modules=len(modules),
+        trainable_parameters=adapter_parameters(shape, modules, begun, adalora=method == "adalora"),
+        adapter_file=_file_size(shape, modules, rank, method, adapter_dtype),
+        adapter_dtype=adapter_dtype,
+        batch_size=batch_size,
+        length=step.length,
+        precision=precision,
+        optimizer=optimizer,
+        attention=attention,
+        ways=_ways(shape, step, modules, begun, cast(Method, method), cast(Optimizer, optimizer), adapter_dtype),
+        notes=notes,
+    )
+
+
+def _ways(shape: ModelShape, step: Step, modules: Sequence[str], rank: int, method: Method, optimizer: Optimizer,
+          adapter_dtype: str) -> tuple[Way, ...]:  # fmt: skip
+    adapter = adapter_parameters(shape, modules, rank, adalora=method == "adalora")
+    checkpointing = Step(step.batch_size, step.length, step.compute, step.attention, checkpointing=True)
+
+    def beside(step: Step, *, quantized: bool) -> Memory:
+        return adapter_memory(
+            shape, step, optimizer, modules, rank, method=method, adapter_dtype=adapter_dtype, quantized=quantized
+        )
+
+    return (
+        Way(
+            "full", shape.parameters, full_memory(shape, step, optimizer), full_memory(shape, checkpointing, optimizer)
+        ),
+        Way(method, adapter, beside(step, quantized=False), beside(checkpointing, quantized=False)),
+        Way(f"{method}-nf4", adapter, beside(step, quantized=True), beside(checkpointing, quantized=True)),
+    )
+
+
+def _figures(memory: Memory) -> dict[str, int]:
+    return {
+        "weight_bytes": memory.weights,
+        "gradient_bytes": memory.gradients,
+        "optimizer_bytes": memory.optimizer,
+        "activation_bytes": memory.activations,
+        "total_bytes": memory.total,
+    }
+
+
+def _shape(text: str, registry: str | None) -> tuple[ModelShape, str, tuple[str, ...]]:
+    """The shape of the model, its name, and notes."""
+    path = user_path(text)
+    is_here = bool(text) and exists(path)
+    if is_here and has_file(path) and path.suffix == ".json":
+        return read_shape(_read_json(path), text), text, ()
+    with open_registry(registry, read_only=True) as catalogue:
+        is_catalogued = is_name(text) and catalogue.bases.get(text) is not None
+        if not is_here and not is_catalogued:
+            if text in KNOWN:
+                return read_shape(KNOWN[text], text), text, ()
+            if HUB_ID.fullmatch(text) and not text.startswith((".", "~", "/")):
+                from loratool.hub.address import HubAddress
+                from loratool.hub.bases import fetch_config
+
+                config = fetch_config(HubAddress.parse(text), f"loratool estimate {text}")
+                return read_shape(_read_json(config), text), text, ()
+            near = nearest(text, [*KNOWN, *(record.name for record in catalogue.bases.list())])
+            raise NotFoundError(
+                f"there is no model {quoted(text)}: neither a catalogued name, nor a folder, nor a Hub id, nor a known shape"
+                f"{'; the nearest are ' if near else '; known shapes are '}{', '.join(map(quoted, near or KNOWN))}"
+            )
+        base = resolve_base(text, catalogue)
+    if not base.path.is_dir():
+        raise CheckpointError(f"{quoted(base.path)} is a single file; give the model's folder, with its config.json")
+    return _of_folder(base.path, base.name)
+
+
+def _of_folder(folder: Path, name: str) -> tuple[ModelShape, str, tuple[str, ...]]:
+    config = _read_json(folder / "config.json")
+    try:
+        tensors = Checkpoint.open(folder).tensors
+    except LoratoolError as error:
+        if any(folder.glob("*.safetensors")):
+            note = f"its weights cannot be read, and its configuration alone was counted ({error})"
+            return read_shape(config, name), name, (note,)
+        return read_shape(config, name), name, ()
+    if "quantization_config" in config:
+        return (
+            read_shape(config, name),
+            name,
+            ("the base is stored in 4 bits; counted is the model that it was made of",),
+        )
+    linears = {weight.removesuffix(SUFFIX): _linear(weight, tensors[weight].shape, config)
+               for weight in linear_weights(tensors, config)}  # fmt: skip
+    parameters = sum(math.prod(info.shape) for info in tensors.values())
+    shape, notes = _shape_of_any(config, name)
+    if not linears:
+        raise CheckpointError(f"{quoted(folder)} has no linear modules with a weight; there is nothing to adapt")
+    return shape.stored_as(linears, parameters), name, notes
+
+
+def _shape_of_any(config: Mapping[str, Any], name: str) -> tuple[ModelShape, tuple[str, ...]]:
+    """The shape, and a note where it is counted as that of a Llama."""
+    try:
+        return read_shape(config, name), ()
+    except LoratoolError as error:
+        try:
+            shape = read_shape({**config, "model_type": "llama"}, name)
+        except LoratoolError:
+            raise error from None
+        note = f"the layers of type {quoted(config.get('model_type'))} are not known; their activations are a Llama's"
+        return shape, (note,)
+
+
+def _linear(weight: str, shape: Sequence[int], config: Mapping[str, Any]) -> Linear:
+    first, second = shape
+    return Linear(first, second) if is_conv1d(weight, config) else Linear(second, first)
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    if not has_file(file):
+        raise CheckpointError(f"there is no {quoted(file)}; give a model's folder with its config.json")
+    try:
+        content = json.loads(file.read_bytes().decode())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{quoted(file)} is not JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{quoted(file)} is JSON and no object; download it again")
+    return content
+
+
+def _modules(shape: ModelShape, targets: str | Sequence[str] | None, name: str) -> tuple[str, ...]:
+    """The modules that get an adapter, as ``loratool train`` chooses them."""
+    if targets is None or targets == ALL_LINEAR:
+        return tuple(shape.linears)
+    is_pattern = isinstance(targets, str) and any(sign in targets for sign in "*+?()[]{}|^$\\")
+    names = targets.replace(",", " ").split() if isinstance(targets, str) else list(targets)
+    if not names:
+        raise LoratoolError("no target is named; give the names of modules, or all-linear")
+    for wanted in [targets] if is_pattern else [[each] for each in names]:
+        if not _matched(shape, wanted):
+            ends = dict.fromkeys(module.rpartition(".")[2] for module in shape.linears)
+            shown = wanted if isinstance(wanted, str) else wanted[0]
+            raise NotFoundError(
+                f"no linear module of {quoted(name)} is called {quoted(shown)}; its modules are "
+                f"{', '.join(quoted(end) for end in list(ends)[:12])}"
+            )
+    return tuple(_matched(shape, targets if is_pattern else names))
+
+
+def _matched(shape: ModelShape, targets: object) -> list[str]:
+    config = LoraConfig.parse({"r": 1, "lora_alpha": 1, "target_modules": targets}, "--targets")
+    return [module for module in shape.linears if config.targets(module)]
+
+
+def _file_size(shape: ModelShape, modules: Sequence[str], rank: int, method: str, dtype: str) -> int:
+    """Of the safetensors file in PEFT's layout; of AdaLoRA with the average rank on each module."""
+    stored = _STORED[dtype]
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for module in modules:
+        linear = shape.linears[module]
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = stored, (rank, linear.in_features)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = stored, (linear.out_features, rank)
+        if method == "adalora":
+            tensors[f"{_PREFIX}{module}.lora_E"] = stored, (rank, 1)
+    numbers = adapter_parameters(shape, modules, rank, adalora=method == "adalora")
+    return len(header_bytes(tensors, {"format": "pt"})) + numbers * DTYPES[dtype]
+
+
+def _initial_rank(method: str, rank: int, asked: int | None) -> int:
+    _checked("--rank", rank)
+    if method == AdaLoRA.method:
+        return AdaLoRA(rank=rank, initial_rank=None if asked is None else _checked("--initial-rank", asked)).init_r
+    if asked is not None:
+        raise LoratoolError(f"--initial-rank is AdaLoRA's; leave it out, or give --method adalora, not {method}")
+    return rank
+
+
+def _length(asked: int | None, shape: ModelShape) -> int:
+    if asked is None:
+        return min(DEFAULT_LENGTH, shape.context or DEFAULT_LENGTH)
+    length = _checked("--max-length", asked)
+    if shape.context is not None and length > shape.context:
+        raise LoratoolError(
+            f"the model reads {shape.context:,} tokens at most; give a --max-length up to that, not {length:,}"
+        )
+    return length
+
+
+def _checked(option: str, value: int) -> int:
+    if not 1 <= value <= LARGEST:
+        raise LoratoolError(f"{option} is {value} and must be a whole number of 1 to {LARGEST:,}")
+    return value
+
+
+def _check_word(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise LoratoolError(f"{option} is {quoted(value, 40)} and must be {', '.join(choices[:-1])} or {choices[-1]}")

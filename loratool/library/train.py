@@ -1,0 +1,234 @@
+"""`loratool.train`: an adapter trained on a user's own samples, catalogued with its base, its recipe and its loss."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Unpack
+
+from loratool.errors import LoratoolError, quoted
+from loratool.library.adapters import adapter_json
+from loratool.library.merge import hold, refuse_overlap
+from loratool.library.resolve import exists, open_registry, user_path
+from loratool.library.training_inputs import prepare, read_inputs
+from loratool.library.training_keeper import Bystander, Keeper
+from loratool.library.training_output import TrainingOutput, publish
+from loratool.library.training_progress import SilentTraining, TrainProgress
+from loratool.library.training_run import RunFolder, held, run_folder
+from loratool.training.model import quiet_libraries
+from loratool.training.processes import is_first
+from loratool.training.recipe import Choices, Recipe, checked, differences, flag
+from registry import AdapterRecord, Registry, check_name
+
+if TYPE_CHECKING:
+    from loratool.training.checkpoints import TrainingState
+    from loratool.training.loop import Outcome, Training
+
+PathLike = str | os.PathLike[str]
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A run was interrupted, and its state kept; the message says how to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A trained adapter.
+
+    Attributes:
+        out: its file or folder.
+        log: the run, one JSON object a line, beside it.
+        plot: the picture of the run beside it; None where none could be drawn.
+        record: its entry in the catalogue.
+        recipe: every choice that decided it.
+        outcome: its loss, before and after, and what the run took.
+        notes: what a user should know.
+    """
+
+    out: Path
+    log: Path
+    plot: Path | None
+    record: AdapterRecord
+    recipe: Recipe
+    outcome: Outcome
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "out": str(self.out),
+            "log": str(self.log),
+            "plot": None if self.plot is None else str(self.plot),
+            **adapter_json(self.record),
+            **self.outcome.to_json(),
+            "notes": list(self.notes),
+        }
+
+
+def train(base: PathLike | None = None, data: PathLike | None = None, *, name: str, out: PathLike | None = None,
+          resume: bool = False, force: bool = False, save_every: int | None = None, device: str | None = None,
+          registry: str | None = None, progress: TrainProgress | None = None,
+          **choices: Unpack[Choices]) -> TrainResult:  # fmt: skip
+    """Train an adapter, write it, and catalogue it with its base's fingerprint, its recipe and its loss.
+
+    While it trains, its state is kept in ``runs/<name>`` in the home folder. A run that was interrupted or killed goes on
+    from there with `resume`, and on a CPU ends with the bytes that it would have had.
+
+    Args:
+        base: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it. With `resume` it may be left
+            out, as may everything else: it is what it was.
+        data: the samples; see `loratool.training.data`.
+        name: of the adapter in the catalogue.
+        out: its file (``.safetensors``, ``.st``) or folder; by default ``<name>.safetensors`` in the working folder.
+        resume: go on with the run of that name.
+        force: begin anew where a run of that name is not finished, replace an output that loratool wrote before, and make
+            the next version where the name is in the catalogue.
+        save_every: steps between states that are kept; by default one is kept a minute.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told of each step.
+        choices: what decides the result; see `loratool.training.recipe.Choices`.
+
+    Raises:
+        LoratoolError, registry.RegistryError: says what is wrong; nothing was catalogued then.
+        TrainingStopped: it was interrupted; the message says how to go on.
+    """
+    check_name(name, "adapter")
+    watcher: TrainProgress = progress or SilentTraining()
+    run = run_folder(name)
+    with open_registry(registry, read_only=not is_first()) as catalogue, held(run) if is_first() else nullcontext():
+        request = _request(run, base, data, out, device, choices, resume=resume, force=force)
+        output = TrainingOutput(user_path(request["out"]), request["force"])
+        if not resume:
+            _refuse_taken(run, catalogue, force=force)
+            output.refuse_existing()
+        inputs = read_inputs(
+            request["base"], request["data"], request["choices"], request["device"], catalogue, watcher
+        )
+        refuse_overlap(output.adapter, [inputs.base.path])
+        state = _state_to_go_on_from(run, inputs.recipe) if resume else None
+        with hold(inputs.base.path, exclusive=False), _collecting_garbage(), quiet_libraries():
+            training = prepare(inputs, watcher)
+            if state is not None:
+                training.load(state)
+            elif is_first():
+                run.begin(request | {"base": inputs.reference})
+            outcome = _outcome(training, run, watcher, state, save_every)
+            if is_first():
+                run.record(run.recorded() | {"force": True})  # what is at `out` from here on may be of this run
+                published = publish(training, outcome, inputs, run, replace(output, force=True), catalogue)
+                run.remove()
+            training.processes.wait()
+        if is_first():
+            record, picture, notes = published.record, published.picture, published.notes
+        else:
+            with open_registry(registry, read_only=True) as written:  # the first process may have made the catalogue
+                record, picture, notes = written.adapters.find(name), None, ()
+        return TrainResult(output.adapter, output.log, picture, record, inputs.recipe, outcome, (*inputs.notes, *notes))
+
+
+def _request(run: RunFolder, base: PathLike | None, data: PathLike | None, out: PathLike | None, device: str | None,
+             choices: Mapping[str, Any], *, resume: bool, force: bool) -> dict[str, Any]:  # fmt: skip
+    """What is asked for; with `resume` what the run began with, but for what is said now.
+
+    Raises:
+        LoratoolError: something is missing, or there is no run to go on with.
+    """
+    chosen = {key: value for key, value in choices.items() if value is not None}
+    places = {"base": base, "data": data, "out": out}
+    named = {key: _absolute(os.fspath(value)) for key, value in places.items() if value is not None}
+    if not resume:
+        for key in ("base", "data"):
+            if not named.get(key):
+                raise LoratoolError(f"--{key} is missing; say what to train {'on' if key == 'base' else 'with'}")
+        out_by_default = {"out": os.path.abspath(f"{run.name}.safetensors")}
+        return out_by_default | named | {"choices": checked(chosen), "device": device or "auto", "force": force}
+    if run.kept_step() is None:
+        raise LoratoolError(f"there is no run {quoted(run.name)} to go on with; leave --resume out")
+    before = run.recorded()
+    length = ("steps", "epochs") if {"steps", "epochs"} & chosen.keys() else ()
+    chosen = {key: value for key, value in before["choices"].items() if key not in length} | chosen
+    said = {"choices": checked(chosen), "device": device or before["device"], "force": force or before["force"]}
+    return before | named | said
+
+
+def _absolute(text: str) -> str:
+    """A path that is there as it is from any folder; another name as it is."""
+    path = user_path(text)
+    return os.path.abspath(path) if exists(path) else text
+
+
+def _refuse_taken(run: RunFolder, catalogue: Registry, *, force: bool) -> None:
+    """Raise LoratoolError if the name belongs to a run that is not finished, or to an adapter."""
+    if force:
+        return
+    step = run.kept_step()
+    if step is not None:
+        raise LoratoolError(
+            f"a run {quoted(run.name)} is not finished (step {step:,} is kept); go on with {run.how_to_go_on}, or begin "
+            "anew with --force"
+        )
+    versions = catalogue.adapters.versions(run.name)
+    if versions:
+        raise LoratoolError(
+            f"there is an adapter {quoted(versions[-1].reference)} already; give another --name, or --force for its next "
+            "version"
+        )
+
+
+def _state_to_go_on_from(run: RunFolder, recipe: Recipe) -> TrainingState:
+    """The state that was kept, if it is of a run with this recipe.
+
+    Raises:
+        LoratoolError: it is of another.
+    """
+    state, recorded = run.load()
+    differing = differences(recorded, recipe.to_json())
+    if differing:
+        changes = ", ".join(_change(key, recorded) for key in differing)
+        raise LoratoolError(
+            f"the run {quoted(run.name)} began otherwise: {changes}; go on with what it began with, or begin anew with "
+            "--force"
+        )
+    return state
+
+
+def _change(key: str, recorded: dict[str, Any]) -> str:
+    if key in ("base", "data"):
+        return f"--{key} was {quoted(recorded.get(key))} with other content"
+    return f"{flag(key)} was {quoted(recorded.get(key), 40)}"
+
+
+def _outcome(training: Training, run: RunFolder, watcher: TrainProgress, state: TrainingState | None,
+             save_every: int | None) -> Outcome:  # fmt: skip
+    """Train to the end, and what came of it.
+
+    Raises:
+        TrainingStopped: it was interrupted, and its state kept.
+    """
+    recipe = training.recipe
+    watcher.begin_steps(training.step, recipe.steps)
+    with Keeper(run, recipe, watcher, save_every, state) if is_first() else Bystander() as observer:
+        finished = training.run(observer)
+    if not finished:
+        raise TrainingStopped(
+            f"Stopped after step {training.step:,} of {recipe.steps:,}; its state is kept. Go on with {run.how_to_go_on}"
+        )
+    watcher.begin("scoring", 1)
+    return training.outcome()
+
+
+@contextmanager
+def _collecting_garbage() -> Iterator[None]:
+    """The command line leaves garbage be, of which training makes some at every step."""
+    was_enabled = gc.isenabled()
+    gc.enable()
+    try:
+        yield
+    finally:
+        if not was_enabled:
+            gc.disable()

@@ -1,0 +1,244 @@
+"""What a training run begins from: its base, its samples, and of what a user chose the whole recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import CheckpointError, DataError, LoratoolError, UnsupportedError, WrongBaseError, quoted
+from loratool.library.evaluate import checked_max_length, tokenized_for
+from loratool.library.progress import Progress
+from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, resolve_base, resolve_data
+from loratool.merging.arithmetic import choose_device
+from loratool.training.batches import packs_cleanly, plan_epoch, split_validation
+from loratool.training.data import TokenizedSample
+from loratool.training.model import load_config, load_model, quiet_libraries
+from loratool.training.options import AdaLoRA
+from loratool.training.processes import Processes
+from loratool.training.recipe import (
+    BATCH_OF_FEW,
+    BATCH_OF_MANY,
+    DEFAULT_LR,
+    EVALUATIONS,
+    FEW_SAMPLES,
+    LEAST_EPOCHS,
+    LEAST_STEPS,
+    MOST_WARMUP,
+    Choices,
+    Recipe,
+    default_validation,
+    method_options,
+)
+from registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from loratool.training.loop import Training
+
+PACKED_LENGTH: Final = 1024
+"""Tokens of a packed row where nobody says and no sample is longer."""
+
+UNLIMITED: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingInputs:
+    """A base that was checked, samples as tokens, and the recipe.
+
+    Attributes:
+        samples, held_out: to train on, and to validate with.
+        is_quantized: the base is an NF4 checkpoint itself.
+    """
+
+    base: ResolvedBase
+    config: PreTrainedConfig
+    samples: Sequence[TokenizedSample]
+    held_out: Sequence[TokenizedSample]
+    recipe: Recipe
+    processes: Processes
+    is_quantized: bool
+    notes: tuple[str, ...]
+
+    @property
+    def reference(self) -> str:
+        """By which the base is found from any folder."""
+        return self.base.record.name if self.base.record else str(self.base.path.absolute())
+
+    @property
+    def hub_id_or_name(self) -> str:
+        """What an adapter's configuration calls the base: its Hub id where it came from there, else its name."""
+        source = self.base.record.source if self.base.record else ""
+        return source if HUB_ID.fullmatch(source) else self.base.name
+
+
+def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: Registry,
+                watcher: Progress) -> TrainingInputs:  # fmt: skip
+    """Check the base, read and tokenize the samples, and settle the recipe.
+
+    Raises:
+        LoratoolError, registry.RegistryError: says what is wrong with them.
+    """
+    content = resolve_data(data)
+    found = resolve_base(base, catalogue)
+    if not found.path.is_dir():
+        raise CheckpointError(f"{quoted(found.path)} is a single file; give the model's folder, with its tokenizer")
+    digest = _checked_fingerprint(found, watcher)
+    with quiet_libraries():
+        processes = Processes.joined(choose_device(device))
+        config = load_config(found.path)
+        length = checked_max_length(choices.get("max_length"), config, UNLIMITED)
+        tokenized = tokenized_for(
+            content,
+            found.path,
+            config,
+            length,
+            plain=choices.get("plain", False),
+            truncate=choices.get("truncate", False),
+        )
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    seed = choices.get("seed", 0)
+    count = choices.get("validation", default_validation(len(tokenized)))
+    if count >= len(tokenized):
+        raise DataError(
+            f"{quoted(data)} has {len(tokenized):,} samples, and --validation {count:,} leaves none to train on; hold out fewer"
+        )
+    samples, held_out = split_validation(tokenized, count, seed)
+    usual = BATCH_OF_FEW if len(samples) < FEW_SAMPLES else BATCH_OF_MANY
+    batch_size, accumulate = choices.get("batch_size", usual), choices.get("accumulate", 1)
+    if accumulate > batch_size:
+        raise LoratoolError(
+            f"a step of {batch_size} samples cannot go in {accumulate} passes; give a smaller --accumulate or a larger "
+            "--batch-size"
+        )
+    pack = choices.get("pack", False)
+    if pack and "max_length" not in choices:
+        length = min(length, max(PACKED_LENGTH, *(len(sample.input_ids) for sample in samples)))
+    steps = _steps(choices, samples, batch_size, length if pack else None, seed)
+    on_cuda = processes.device != "cpu"
+    recipe = Recipe(
+        base=found.name,
+        base_fingerprint=digest,
+        data=content.file.name,
+        data_sha256=_sha256(tokenized),
+        samples=len(tokenized),
+        adapter=method_options(choices),
+        targets=_targets(choices),
+        quantize=None if is_quantized else choices.get("quantize"),
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        lr=choices.get("lr", DEFAULT_LR),
+        schedule=choices.get("schedule", "cosine"),
+        warmup=choices.get("warmup", min(MOST_WARMUP, steps // 10)),
+        weight_decay=choices.get("weight_decay", 0.0),
+        clip=choices.get("clip", 1.0),
+        precision=choices.get("precision", "bf16" if on_cuda else "fp32"),
+        gradient_checkpointing=choices.get(
+            "gradient_checkpointing", on_cuda and (is_quantized or "quantize" in choices)
+        ),
+        seed=seed,
+        max_length=length,
+        truncate=choices.get("truncate", False),
+        plain=choices.get("plain", False),
+        pack=pack,
+        validation=count,
+        eval_every=choices.get("eval_every", math.ceil(steps / EVALUATIONS)),
+        keep=_kept(choices, count),
+    )
+    notes = (
+        ("the base is in NF4 already, and is trained beside as it is",)
+        if is_quantized and "quantize" in choices
+        else ()
+    )
+    return TrainingInputs(found, config, samples, held_out, recipe, processes, is_quantized, tuple(notes))
+
+
+def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
+    """Load the model, put the adapter of the recipe into it, and make the optimizer.
+
+    Raises:
+        LoratoolError: the model cannot be loaded, or a target is none of its modules.
+    """
+    from loratool.training.loop import Training
+    from loratool.training.methods import attach
+    from loratool.training.optimizer import make_optimizer
+
+    recipe, processes = inputs.recipe, inputs.processes
+    quantized = inputs.is_quantized or recipe.quantize is not None
+    processes.refuse_to_spread(quantized=quantized)
+    with quiet_libraries():
+        watcher.begin("loading the model", 1)
+        model = load_model(inputs.base.path, inputs.config, processes.device, quantize=recipe.quantize is not None)
+        if recipe.pack and not packs_cleanly(model):
+            raise UnsupportedError(
+                f"packed samples would see one another in a {type(model).__name__}; leave --pack out"
+            )
+        targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
+        adaptation = attach(model, recipe.adapter, targets=targets, seed=recipe.seed, total_steps=recipe.steps)
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        parameters = adaptation.parameters()
+        optimizer = make_optimizer(parameters, recipe, paged=quantized and processes.device != "cpu")
+        processes.prepare(model, optimizer, parameters)
+    return Training(recipe, model, adaptation, optimizer, processes, inputs.samples, inputs.held_out)
+
+
+def _checked_fingerprint(base: ResolvedBase, watcher: Progress) -> str:
+    """The fingerprint of the base; of one that is catalogued it is what was catalogued."""
+    checkpoint = Checkpoint.open(base.path)  # raises for what is damaged, incomplete or a pickle
+    watcher.begin("fingerprinting the base", checkpoint.nbytes)
+    found = fingerprint(checkpoint.tensors, tensor_digests(checkpoint, digest_cache(), progress=watcher.advance))
+    if base.record is not None and base.record.fingerprint not in (None, found):
+        raise WrongBaseError(
+            f"the files of base {quoted(base.name)} are not those that were catalogued; see 'loratool base verify "
+            f"{base.name}'"
+        )
+    return found
+
+
+def _steps(
+    choices: Choices, samples: Sequence[TokenizedSample], batch_size: int, row_length: int | None, seed: int
+) -> int:
+    """The steps that are asked for, or that the epochs take; by default at least `LEAST_STEPS` and `LEAST_EPOCHS`."""
+    steps, epochs = choices.get("steps"), choices.get("epochs")
+    if steps is not None:
+        return steps
+    planned = 0
+    epoch = 0
+    while epoch < (epochs or LEAST_EPOCHS) or (epochs is None and planned < LEAST_STEPS):
+        planned += len(plan_epoch(samples, batch_size=batch_size, row_length=row_length, seed=seed, epoch=epoch))
+        epoch += 1
+    return planned
+
+
+def _targets(choices: Choices) -> str | tuple[str, ...]:
+    targets = choices.get("targets", "all-linear")
+    return targets if isinstance(targets, str) else tuple(targets)
+
+
+def _kept(choices: Choices, held_out: int) -> str:
+    """``best`` where that can be told. An AdaLoRA has more than its budget until near the end, so its last is kept."""
+    is_adalora = choices["method"] == AdaLoRA.method
+    asked = choices.get("keep", "best" if held_out and not is_adalora else "last")
+    if asked == "best" and is_adalora:
+        raise LoratoolError("an AdaLoRA comes down to its budget near the end only; give --keep last")
+    if asked == "best" and not held_out:
+        raise LoratoolError("--keep best needs samples to validate with; give --validation N, or --keep last")
+    return asked
+
+
+def _sha256(samples: Sequence[TokenizedSample]) -> str:
+    """Of the tokens and labels of all samples, in their order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        for numbers in (sample.input_ids, sample.labels):
+            digest.update(len(numbers).to_bytes(8, "little"))
+            digest.update(array("q", numbers).tobytes())
+    return digest.hexdigest()

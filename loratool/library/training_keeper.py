@@ -1,0 +1,131 @@
+"""Who watches a training run: it writes the log, keeps states to go on from, and ends the run when it is interrupted."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from loratool.library.training_progress import TrainProgress
+from loratool.library.training_run import RunFolder
+from loratool.training.checkpoints import TrainingState
+from loratool.training.log import Log
+from loratool.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from loratool.training.loop import StepReport
+
+SECONDS_BETWEEN_STATES: Final = 60.0
+LOG_SIZE: Final = "log_size"
+"""The fact of a state that says how long the log was."""
+
+Handlers = dict[signal.Signals, Any]
+
+
+class Interrupts:
+    """Inside, the first Ctrl-C or SIGTERM asks for an end after the step; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Handlers = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._ask) for each in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.noticed()
+
+    def noticed(self) -> None:
+        """Told of the first."""
+
+
+class Bystander(Interrupts):
+    """The observer of a process that is not the first: it writes nothing."""
+
+    def stepped(self, report: StepReport) -> None:
+        pass
+
+    def evaluated(self, step: int, loss: float) -> None:
+        pass
+
+    def wants_state(self, step: int) -> bool:
+        return False
+
+    def keep(self, state: TrainingState) -> None:
+        pass
+
+    def wants_to_stop(self) -> bool:
+        return self.asked
+
+
+class Keeper(Interrupts):
+    """The observer of the first process."""
+
+    def __init__(self, run: RunFolder, recipe: Recipe, watcher: TrainProgress, save_every: int | None,
+                 state: TrainingState | None) -> None:  # fmt: skip
+        super().__init__()
+        self._run, self._recipe, self._watcher, self._save_every = run, recipe.to_json(), watcher, save_every
+        self._log = Log(run.log, int(state.facts[LOG_SIZE]) if state else 0)
+        self._kept_at = time.monotonic()
+        self._ranks: Mapping[str, int] | None = None
+        if state is None:
+            self._log.write({"recipe": self._recipe, "versions": _versions()})
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._log.__enter__()
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        self._log.__exit__(*ending)
+        super().__exit__(*ending)
+
+    def noticed(self) -> None:
+        self._watcher.stopping()
+
+    def stepped(self, report: StepReport) -> None:
+        entry = report.to_json()
+        if entry.get("ranks") == self._ranks:  # an AdaLoRA's, of every module: written when they change
+            entry.pop("ranks", None)
+        else:
+            self._ranks = entry.get("ranks")
+        self._log.write(entry)
+        self._watcher.stepped(report)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        self._log.write({"step": step, "validation_loss": loss})
+        self._watcher.evaluated(step, loss)
+
+    def wants_state(self, step: int) -> bool:
+        if self._save_every is not None:
+            return step % self._save_every == 0
+        return time.monotonic() - self._kept_at >= SECONDS_BETWEEN_STATES
+
+    def keep(self, state: TrainingState) -> None:
+        facts = {**state.facts, LOG_SIZE: self._log.synced()}
+        self._run.keep(replace(state, facts=facts), self._recipe)
+        self._kept_at = time.monotonic()
+
+    def wants_to_stop(self) -> bool:
+        return self.asked
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("loratool", "torch", "transformers", "bitsandbytes")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}

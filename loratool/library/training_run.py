@@ -1,0 +1,160 @@
+"""The folder of a run that is not finished: ``runs/<name>`` in the home folder, from which it can go on.
+
+It holds what was asked for (``run.json``), the last state that was kept and the log. It is held by a lock while a process
+trains in it, and removed when the adapter is written and catalogued.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.checkpoint.staging import staged_file
+from loratool.errors import LoratoolError, OutputError, quoted
+from loratool.training.checkpoints import TrainingState, load_state, read_recipe, save_state
+from registry import home
+
+RUNS: Final = "runs"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The folder of one run."""
+
+    name: str
+    path: Path
+
+    @property
+    def log(self) -> Path:
+        """The log so far."""
+        return self.path / "log.jsonl"
+
+    @property
+    def state(self) -> Path:
+        """The last state that was kept; may not be there."""
+        return self.path / "state.safetensors"
+
+    @property
+    def request(self) -> Path:
+        """What was asked for, as JSON."""
+        return self.path / "run.json"
+
+    def kept_step(self) -> int | None:
+        """The step of the last state, or None where none was kept."""
+        return read_recipe(self.state)[0] if self.state.exists() else None
+
+    def recorded(self) -> dict[str, Any]:
+        """What was asked for when the run began.
+
+        Raises:
+            LoratoolError: it was damaged.
+        """
+        try:
+            request = json.loads(self.request.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            request = None
+        if not isinstance(request, dict) or not isinstance(request.get("choices"), dict):
+            raise LoratoolError(f"{quoted(self.request)} is damaged; remove {quoted(self.path)} and train anew")
+        return request
+
+    def record(self, request: Mapping[str, Any]) -> None:
+        """Keep what was asked for.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with staged_file(self.request, force=True) as stage:
+            stage.write_text(json.dumps(request, sort_keys=True, indent=2) + "\n")
+
+    def keep(self, state: TrainingState, recipe: Mapping[str, Any]) -> None:
+        """Keep a state in place of the one before it.
+
+        Raises:
+            OutputError: it cannot be written; the one before it is there still.
+        """
+        before = self.kept_step()
+        try:
+            save_state(state, recipe, self.state)
+        except OutputError as error:
+            kept = "no earlier state was kept" if before is None else f"the state of step {before:,} is kept"
+            raise OutputError(
+                f"{error}; {kept}" + ("" if before is None else f", go on with {self.how_to_go_on}")
+            ) from None
+
+    def load(self) -> tuple[TrainingState, dict[str, Any]]:
+        """The last state, and the recipe that it belongs to.
+
+        Raises:
+            LoratoolError: there is none.
+        """
+        return load_state(self.state), read_recipe(self.state)[1]
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What to type."""
+        return f"'loratool train --name {self.name} --resume'"
+
+    def begin(self, request: Mapping[str, Any]) -> None:
+        """Forget what was kept, and record what is asked for now.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        for file in (self.state, self.log):
+            file.unlink(missing_ok=True)
+        self.record(request)
+
+    def remove(self) -> None:
+        """Remove the folder; its state first, without which the rest is nothing to go on with."""
+        self.state.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def run_folder(name: str) -> RunFolder:
+    """The folder of the run of that name, whether it is there or not."""
+    return RunFolder(name, home() / RUNS / name)
+
+
+@contextmanager
+def held(run: RunFolder) -> Iterator[None]:
+    """Make the folder of a run and hold it against other processes; one that stays empty goes again.
+
+    Raises:
+        OutputError: another process trains in it, or it cannot be made.
+    """
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        fd = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise OutputError(
+            f"cannot use {quoted(run.path)} for what a run keeps: {error.strerror}; set LORATOOL_HOME to another place"
+        ) from None
+    try:
+        _lock(fd, run)
+        try:
+            yield
+        finally:
+            if not run.state.exists():
+                run.remove()
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, run: RunFolder) -> None:
+    """Raise OutputError if another process holds the folder, or has removed it in between."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(fd), os.lstat(run.path))
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    except OSError:
+        ours = True  # some network file systems have no locks
+    if not ours:
+        raise OutputError(f"another process is training {quoted(run.name)}; wait for it, or give another --name")

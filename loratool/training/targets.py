@@ -1,0 +1,155 @@
+"""Which modules of a model an adapter is put on, by the rules of PEFT's ``target_modules``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from loratool.errors import LoratoolError, NotFoundError, UnsupportedError, nearest, quoted
+from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+SOURCE: Final = "targets"
+_NAMES: Final = re.compile(r"[\w.\-]+(\s*,\s*[\w.\-]+)*,?")
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Modules of a model, by their names, in its order.
+
+    Attributes:
+        modules: those that get an adapter.
+        names: the ``target_modules`` by which PEFT finds these and no others.
+        fan_in_fan_out: among them is a Conv1D, whose weight is (in_features, out_features).
+    """
+
+    modules: Mapping[str, Module]
+    names: tuple[str, ...]
+    fan_in_fan_out: bool
+
+
+def choose_targets(model: Module, targets: str | Sequence[str] | None = None) -> Targets:
+    """The modules that `targets` means.
+
+    It is a list of names, or one string with commas between them, each the whole path of a module or its end
+    (``q_proj``, ``self_attn.q_proj``); a regular expression that a whole path matches, known by a letter that no name has;
+    or ``all-linear``, or None for that: all linear layers but the output head.
+
+    Raises:
+        NotFoundError: a name, or the pattern, means no module.
+        UnsupportedError: one that it means is no linear layer, is in 8 bits, or shares its weight with another module.
+        AdapterError: the pattern is none, or takes too long.
+        LoratoolError: an adapter is at work in the model.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    _refuse_adapted(modules)
+    if targets is None or targets == ALL_LINEAR:
+        head = _output_head(model)
+        chosen = {name: module for name, module in modules.items() if is_linear(module) and module is not head}
+        if not chosen:
+            raise NotFoundError(
+                f"{type(model).__name__} has no linear layer but its head; name its modules by --targets"
+            )
+    else:
+        chosen = _meant(model, modules, targets)
+    for name, module in chosen.items():
+        if not is_linear(module):
+            raise UnsupportedError(
+                f"{quoted(name)} is a {type(module).__name__}, and adapters go on linear layers only (Linear, Conv1D, "
+                "Linear4bit); mend --targets"
+            )
+        _refuse_shared(name, module, modules)
+    return Targets(chosen, _names(chosen, modules), any(is_conv1d(module) for module in chosen.values()))
+
+
+def is_linear(module: Module) -> bool:
+    """Whether an adapter can be put on the module: nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit."""
+    from torch import nn
+
+    # nn.MultiheadAttention reads the weight of its own subclass of Linear and never calls it.
+    unfit = {"Linear8bitLt", "NonDynamicallyQuantizableLinear"}
+    return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).__name__ not in unfit)
+
+
+def is_conv1d(module: Module) -> bool:
+    """Whether it is transformers' Conv1D, told by its name so that transformers need not be there."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _refuse_adapted(modules: Mapping[str, Module]) -> None:
+    """Raise LoratoolError if one has factors, ours or PEFT's, around a layer."""
+    adapted = next((name for name, module in modules.items() if hasattr(module, "lora_A")), None)
+    if adapted is not None:
+        raise LoratoolError(
+            f"there is an adapter at {quoted(adapted)} already; detach or merge it before another is put on"
+        )
+
+
+def _refuse_shared(name: str, module: Module, modules: Mapping[str, Module]) -> None:
+    """Raise UnsupportedError if the weight is another module's too, as a tied output head's is: a merge would change both."""
+    weight = module.get_parameter("weight")
+    other = next((path for path, each in modules.items() if path != name and _own(each) is weight), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"{quoted(name)} shares its weight with {quoted(other)}, which a merge would change as well; leave it out of "
+            "--targets"
+        )
+
+
+def _own(module: Module) -> object:
+    return module._parameters.get("weight")
+
+
+def _output_head(model: Any) -> Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    head: Module | None = find() if find is not None else None
+    return head
+
+
+def _meant(model: Module, modules: Mapping[str, Module], targets: str | Sequence[str]) -> dict[str, Module]:
+    if isinstance(targets, str) and not _NAMES.fullmatch(targets.strip()):
+        found = _matched(modules, targets)
+        if not found:
+            raise NotFoundError(
+                f"no module of {type(model).__name__} matches the pattern {quoted(targets)}; a pattern has to match a whole "
+                f"name, such as {_examples(modules)}"
+            )
+        return found
+    names = targets.replace(",", " ").split() if isinstance(targets, str) else list(targets)
+    if not names:
+        raise LoratoolError("no target is named; give the names of modules, or all-linear")
+    for name in names:
+        if not _matched(modules, [name]):
+            raise NotFoundError(_no_such_module(model, modules, name))
+    return _matched(modules, names)
+
+
+def _matched(modules: Mapping[str, Module], targets: str | Sequence[str]) -> dict[str, Module]:
+    meaning = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig.parse({"r": 1, "lora_alpha": 1, "target_modules": meaning}, SOURCE)
+    return {name: module for name, module in modules.items() if config.targets(name)}
+
+
+def _no_such_module(model: Module, modules: Mapping[str, Module], name: str) -> str:
+    linear = [path for path, module in modules.items() if is_linear(module)]
+    ends = dict.fromkeys(path.rsplit(".", 1)[-1] for path in linear)
+    alike = nearest(name, linear if "." in name else ends) or list(ends)[:7]
+    return (
+        f"no module of {type(model).__name__} is called {quoted(name)}; the nearest are "
+        f"{', '.join(quoted(candidate) for candidate in alike)}"
+    )
+
+
+def _examples(modules: Mapping[str, Module]) -> str:
+    linear = [path for path, module in modules.items() if is_linear(module)]
+    return quoted(linear[0]) if linear else "none: it has no linear layer"
+
+
+def _names(chosen: Mapping[str, Module], modules: Mapping[str, Module]) -> tuple[str, ...]:
+    """The last components where they mean the chosen modules and no others, else whole names."""
+    ends = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    return tuple(ends) if _matched(modules, ends).keys() == chosen.keys() else tuple(sorted(chosen))
