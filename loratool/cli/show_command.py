@@ -27,6 +27,7 @@ from loratool.cli.spectrum_view import print_spectrum
 if TYPE_CHECKING:
     from loratool.library.adapters import ShowResult
     from loratool.library.spectrum import SpectrumResult
+    from registry import MergeRecord
 
 
 MOST_RANKS: Final = 12
@@ -90,12 +91,21 @@ def _print_card(result: ShowResult) -> None:
         ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
         ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),
         ("family", family_tree(record, (*result.ancestors, *result.descendants))),
-        ("merges", listed([f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges])),
+        ("merges", listed([_merge(merge) for merge in result.merges])),
     ]
     for key, value in facts:
         if value:
             card.add_row(key, Text("\n".join(map(shown, value.split("\n")))))
     console().print(Panel(card, title=Text(record.reference, style="bold"), title_align="left", expand=False))
+
+
+def _merge(merge: MergeRecord) -> str:
+    """Where a merge lies and what became of it; into 4 bits, how much of the update is there."""
+    from loratool.library.adapters import survival_of
+
+    survival = survival_of(merge)
+    share = "" if survival is None else f", {survival.share:.1%} of the update survived"
+    return f"{shown_path(merge.output)} ({merge.state}{share})"
 
 
 def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:
