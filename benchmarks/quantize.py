@@ -20,12 +20,17 @@ PEER = str(Path(__file__).with_name("bnb_quantize.py"))
 PEER_AGAIN = "transformers + bitsandbytes, one thread"
 MOST_MIB = 600
 STATE = ".quant_state."
+MERGE = "merge into the NF4 model"
 
 
 def main() -> None:
     base, adapter = llama(), lora("all")
     os.environ["LORATOOL_HOME"] = tempfile.mkdtemp(dir=DATA)
-    out = {name: DATA / f"out-{name}" for name in ("quantize", "merge-quantize", "base-as", "bnb", "bnb-one-thread")}
+    names = ("quantize", "merge-quantize", "base-as", "merge-nf4", "dequantize", "bnb", "bnb-one-thread")
+    out = {name: DATA / f"out-{name}" for name in names}
+    image = DATA / "llama-nf4"
+    if not image.exists():
+        run([*LORATOOL, "quantize", str(base), "--out", str(image)])
 
     def clear(name: str) -> None:
         shutil.rmtree(out[name], ignore_errors=True)
@@ -33,16 +38,18 @@ def main() -> None:
     def contestant(name: str, command: list[str]) -> Contestant:
         return partial(clear, name), partial(run, command)
 
-    def merge(name: str, option: str) -> Contestant:
-        words = ["merge", str(adapter), "--into", str(base), option, "nf4", "--out", str(out[name])]
+    def merge(name: str, into: Path, *options: str) -> Contestant:
+        words = ["merge", str(adapter), "--into", str(into), *options, "--out", str(out[name])]
         return contestant(name, [*LORATOOL, *words])
 
     contestants: dict[str, Contestant] = {
         "quantize": contestant("quantize", [*LORATOOL, "quantize", str(base), "--out", str(out["quantize"])]),
-        "merge --quantize nf4": merge("merge-quantize", "--quantize"),
-        "merge --base-as nf4": merge("base-as", "--base-as"),
+        MERGE: merge("merge-nf4", image),
+        "merge --quantize nf4": merge("merge-quantize", base, "--quantize", "nf4"),
+        "merge --base-as nf4": merge("base-as", base, "--base-as", "nf4"),
+        "merge --dequantize": merge("dequantize", image, "--dequantize"),
     }
-    weights = sorted(base.glob("*.safetensors"))
+    weights = [*sorted(base.glob("*.safetensors")), *sorted(image.glob("*.safetensors"))]
     runs = in_turn(contestants, ROUNDS, weights)
     slow = in_turn({"bitsandbytes": contestant("bnb", [sys.executable, PEER, str(base), str(out["bnb"])])}, 2, weights)
     clear("bnb-one-thread")
@@ -53,6 +60,8 @@ def main() -> None:
         _row(f"loratool {name}", found, f"at most {MOST_MIB} MiB", holds(peak(found), most=MOST_MIB))
         for name, found in runs.items()
     ]
+    merging = wall(runs[MERGE]) / wall(runs["quantize"])
+    rows.append([MERGE, "", "", "", f"this / quantize = {merging:.2f}, at most 2", holds(merging, most=2)])
     target = f"this / loratool quantize = {ratio:.1f}, at least 3"
     rows.append(_row("transformers + bitsandbytes", slow["bitsandbytes"], target, holds(ratio, least=3)))
     rows.append(_row(PEER_AGAIN, [one_thread], "", ""))

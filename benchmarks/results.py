@@ -30,9 +30,9 @@ def holds(value: float, most: float | None = None, least: float | None = None) -
     return "holds" if good else "**does not hold**"
 
 
-def report(name: str, title: str, body: str) -> None:
-    """Print the section, and with --record put it in the place of its former one."""
-    text = f"## {title}\n\n{_machine()}, `benchmarks/{name}.py`\n\n{body}\n"
+def report(name: str, title: str, body: str, script: str | None = None) -> None:
+    """Print the section, and with --record put it in the place of its former one; `script` where it is not called so."""
+    text = f"## {title}\n\n{_machine()}, `benchmarks/{script or name}.py`\n\n{body}\n"
     print("\n" + text)
     if "--record" not in sys.argv:
         return

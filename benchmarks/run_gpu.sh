@@ -16,5 +16,6 @@ if [ $# -gt 0 ]; then
     export PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}"
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-"$python" -m pytest -m gpu -rs tests/test_cuda.py
+"$python" -m pytest -m gpu -rs tests/test_cuda.py tests/test_cuda_nf4.py
 "$python" benchmarks/gpu.py --record
+"$python" benchmarks/gpu_nf4.py --record

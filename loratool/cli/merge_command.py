@@ -57,6 +57,13 @@ if TYPE_CHECKING:
     is_flag=True,
     help="NF4 base to dense model. Choose it for exactly what QLoRA trained, where 16 bits a weight fit.",
 )
+@click.option(
+    "--calibrate",
+    type=PathType(),
+    metavar="FILE",
+    help="Into NF4: keep more of the update, by a short text like those that the model will read (.jsonl or .txt, at most "
+    "1,024 tokens are used). Runs the model once: takes its memory in fp32 on a CPU, and 'loratool[train]'.",
+)
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
 @click.option("--force", is_flag=True, help="Merge into another base than recorded; replace an earlier output.")
@@ -73,6 +80,7 @@ def command(
     quantize: str | None,
     base_as: str | None,
     dequantize: bool,
+    calibrate: str | None,
     undo: bool,
     dry_run: bool,
     force: bool,
@@ -105,6 +113,7 @@ def command(
             quantize=quantize,
             base_as=base_as,
             dequantize=dequantize,
+            calibrate=calibrate,
             dry_run=dry_run,
             undo=undo,
             force=force,

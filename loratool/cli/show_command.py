@@ -28,7 +28,7 @@ from loratool.cli.spectrum_view import print_spectrum
 if TYPE_CHECKING:
     from loratool.library.adapters import ShowResult
     from loratool.library.spectrum import SpectrumResult
-    from registry import AdapterRecord
+    from registry import AdapterRecord, MergeRecord
 
 
 MOST_RANKS: Final = 12
@@ -95,7 +95,7 @@ def _print_card(result: ShowResult) -> None:
         ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
         ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),
         ("family", family_tree(record, (*result.ancestors, *result.descendants))),
-        ("merges", listed([f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges])),
+        ("merges", listed([_merge(merge) for merge in result.merges])),
     ]
     for key, value in facts:
         if value:
@@ -137,6 +137,15 @@ def _training(recipe: Mapping[str, Any]) -> str:
         "seed": "with seed {}",
     }
     return " ".join(form.format(recipe[key]) for key, form in words.items() if recipe.get(key) is not None)
+
+
+def _merge(merge: MergeRecord) -> str:
+    """Where a merge lies and what became of it; into 4 bits, how much of the update is there."""
+    from loratool.library.adapters import survival_of
+
+    survival = survival_of(merge)
+    share = "" if survival is None else f", {survival.share:.1%} of the update survived"
+    return f"{shown_path(merge.output)} ({merge.state}{share})"
 
 
 def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:

@@ -32,6 +32,7 @@ from registry import (
 
 if TYPE_CHECKING:
     from loratool.formats.adapter import Adapter
+    from loratool.merging.survival import Survival
     from registry import Registry  # brings SQLAlchemy, which a list does without
     from registry.store import Staged
 
@@ -79,11 +80,29 @@ class ShowResult:
                 for place in self.record.locations
                 if place.repo
             ],
-            "merges": [
-                {"output": str(m.output), "base": m.base, "state": m.state, "created_at": m.created_at.isoformat()}
-                for m in self.merges
-            ],
+            "merges": [_merge_json(merge) for merge in self.merges],
         }
+
+
+def _merge_json(merge: MergeRecord) -> dict[str, Any]:
+    survival = survival_of(merge)
+    return {
+        "output": str(merge.output),
+        "base": merge.base,
+        "state": merge.state,
+        "created_at": merge.created_at.isoformat(),
+        "survival": None if survival is None else survival.to_json(),
+    }
+
+
+def survival_of(merge: MergeRecord) -> Survival | None:
+    """What survived of the update, where the merge was into 4-bit weights and the catalogue knows it."""
+    from loratool.merging.survival import Survival
+
+    try:
+        return Survival.from_json((merge.options or {})["survival"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | None = None, alpha: float | None = None,

@@ -20,6 +20,7 @@ from loratool.checkpoint.staging import refuse_existing, refuse_impossible
 from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
+from loratool.library.calibration import calibrated, calibration_text
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import (
     ResolvedAdapter,
@@ -121,6 +122,7 @@ class MergeResult:
 
 def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: PathLike | None = None,
           in_place: bool = False, quantize: str | None = None, base_as: str | None = None, dequantize: bool = False,
+          calibrate: PathLike | None = None,
           dry_run: bool = False, undo: bool = False, force: bool = False, device: str = "auto", alpha: float | None = None,
           registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
@@ -134,6 +136,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
         quantize: ``nf4``: merge into a dense base, then store its linear modules in NF4; the most exact NF4 model.
         base_as: ``nf4``: take a dense base as its NF4 image and merge into that, as if it had been quantized before.
         dequantize: decode an NF4 base and merge densely: W' = dequantized W + the update, rounded once to its own dtype.
+        calibrate: a file of samples, as of `loratool.eval`: round 4-bit weights so that the outputs of their layers on such
+            text are off by less (`loratool.weights.feedback`). Runs the model. An undo file is always kept.
         dry_run: plan and check only; write nothing.
         undo: keep an undo file in the new folder, so that the merge can be taken out when the base is gone.
         force: merge into another base than the adapter records, and replace an output that loratool wrote before.
@@ -149,6 +153,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
     storage = _storage(quantize, base_as, dequantize=dequantize)
     _refuse_beside_storage(storage, in_place=in_place, undo=undo)
+    text = calibration_text(calibrate, otherwise_stored=storage is not None)
     started = time.monotonic()
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
@@ -185,7 +190,10 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
                     target, base.name, known, merged, None, None, plan, all_notes, seconds, True, conversion=conversion
                 )
             identity = BaseIdentity(base.name, digests)
-            with remembered(checkpoint, unless=in_place or bool(digests)) as remember:
+            with (
+                calibrated(plan, text, device, watcher) as plan,
+                remembered(checkpoint, unless=in_place or bool(digests)) as remember,
+            ):
                 if conversion is not None:
                     watcher.begin("merging", conversion.read_bytes)
                     report = apply_conversion(
@@ -197,7 +205,13 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
                 else:
                     watcher.begin("merging", sum(header.size for header in checkpoint.headers))
                     report = apply_merge(
-                        plan, target, identity, device=device, undo=undo, force=force, progress=watcher.advance
+                        plan,
+                        target,
+                        identity,
+                        device=device,
+                        undo=undo or text is not None,
+                        force=force,
+                        progress=watcher.advance,
                     )
                 remember(report.base_digests)
         seconds = time.monotonic() - started

@@ -344,6 +344,8 @@ def _replay(
 
 def _why_not_here(manifest: Manifest) -> str | None:
     """What to tell a user where the device that merged, whose roundings a replay must repeat, is not here."""
+    if "calibration" in manifest.options:
+        return "the merge was calibrated on a text, which is not kept, so it was not replayed from its base"
     device = manifest.options.get("device", "cpu")
     try:
         choose_device(device)

@@ -170,7 +170,9 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         base_fingerprint=fingerprint(plan.base.tensors, before),
         fingerprint=fingerprint(plan.base.tensors, after),
         adapters=tuple(_merged_adapter(weighted) for weighted in plan.adapters),
-        options={"device": _kind_of_device(device)} | ({"seed": plan.seed} if merges else {}),
+        options={"device": _kind_of_device(device)}
+        | ({"seed": plan.seed} if merges else {})
+        | ({"calibration": plan.calibration} if plan.calibration else {}),
         versions=_versions(),
         changed=changed,
         tensors=after,

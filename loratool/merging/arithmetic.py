@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final
 from loratool.checkpoint.blocks import BLOCK_BYTES, row_blocks
 from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
 from loratool.merging.plan import Target
-from loratool.merging.residual import add_residual, residual
+from loratool.merging.residual import add_residual, pack_told, residual, unpack_told
 from loratool.merging.survival import SurvivalCount
+from loratool.weights.feedback import Feedback
 from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -79,11 +80,18 @@ class BlockArithmetic:
         self._blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES if self._cuda else BLOCK_BYTES))
         with self._on_stream():
             self.codec = target.weight.load(device)
-            self._rounding = Rounding(target.seed)
+            self._rounding = Rounding(target.seed, self._feedback(target))
             self._updates = [
                 planned.update.load(transposed=target.transposed, weight=planned.weight, device=device)
                 for planned in target.updates
             ]
+
+    def _feedback(self, target: Target) -> Feedback | None:
+        """From the inputs of a calibrated matrix."""
+        import numpy as np
+        import torch
+
+        return None if target.inputs is None else Feedback(torch.from_numpy(np.load(target.inputs)).to(self._device))
 
     def blocks(self) -> Iterator[range]:
         """The blocks of rows that suit the device."""
@@ -94,19 +102,20 @@ class BlockArithmetic:
 
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._cuda)
 
-    def apply(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
-        """Add the updates to the matrix whose bytes are `parts`, in place."""
+    def apply(self, rows: range, parts: tuple[torch.Tensor, ...]) -> bytes:
+        """Add the updates to the matrix whose bytes are `parts`, in place; returns what `revert` has to be told."""
         with self._on_stream():
             on_device, block, scratch = self._load(rows, parts)
             before = block.clone() if self.weight.lossy else None
             for update in self._updates:
                 update.apply(block, rows, scratch)
             self._refuse_overflow(block, rows, on_device, scratch)
-            self.codec.encode(rows, block, on_device, self._rounding)
+            told = self.codec.encode(rows, block, on_device, self._rounding)
             self._bring_back(on_device, parts)
             if before is not None:
                 self.codec.decode(rows, on_device, scratch)
                 self.survival.add(before, block, scratch)
+            return told
 
     def _refuse_overflow(
         self, block: torch.Tensor, rows: range, originals: tuple[torch.Tensor, ...], scratch: torch.Tensor
@@ -122,7 +131,7 @@ class BlockArithmetic:
                 f"{self.weight.codec} cannot hold; give the adapter a smaller weight, as in ADAPTER=0.5"
             )
 
-    def revert(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+    def revert(self, rows: range, parts: tuple[torch.Tensor, ...], told: bytes | None) -> None:
         """Take the updates out, last one first; the same bits on every machine, but not always those from before."""
         with self._on_stream():
             block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
@@ -132,7 +141,7 @@ class BlockArithmetic:
                 for update in reversed(self._updates):
                     update.revert(numbers, rows, scratch)
 
-            self.codec.recover(rows, on_device, block, subtract, self._rounding)
+            self.codec.recover(rows, on_device, block, subtract, self._rounding, told)
             self._bring_back(on_device, parts)
 
     def _on_stream(self) -> AbstractContextManager[object]:
@@ -167,20 +176,21 @@ class Merge(BlockArithmetic):
             self.apply(rows, parts)
             return
         originals = tuple(part.clone() for part in parts)
-        self.apply(rows, parts)
+        told = self.apply(rows, parts)
         predicted = tuple(part.clone() for part in parts)
-        self.revert(rows, predicted)
+        self.revert(rows, predicted, told)
         doubts = self.codec.doubt(parts, predicted)
         each = zip(originals, predicted, doubts, strict=True)
         width = self.weight.element_bytes
-        self._keep(rows, b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width) for o, p, d in each))
+        missing = b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width) for o, p, d in each)
+        self._keep(rows, (pack_told(told) if self.weight.lossy else b"") + missing)
 
 
 class ApproximateUnmerge(BlockArithmetic):
     """W' -> W' - updates, rounded: off by one unit in the last place for about one element in a hundred."""
 
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
-        self.revert(rows, parts)
+        self.revert(rows, parts, None)
 
 
 class ExactUnmerge(BlockArithmetic):
@@ -198,9 +208,10 @@ class ExactUnmerge(BlockArithmetic):
 
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
         merged = tuple(part.clone() for part in parts)
-        self.revert(rows, parts)
         rest = memoryview(self._residual)
         try:
+            told, rest = unpack_told(rest, 4 * self.weight.shape[1]) if self.weight.lossy else (b"", rest)
+            self.revert(rows, parts, told)
             for part, doubt in zip(parts, self.codec.doubt(merged, parts), strict=True):
                 rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
             if len(rest):

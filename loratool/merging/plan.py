@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 from blake3 import blake3
@@ -51,13 +52,15 @@ class PlannedUpdate:
 class Target:
     """One stored matrix that changes. `transposed`: it is stored as (in_features, out_features).
 
-    `seed`, below 2**64, is that of its rounding, where the storage is so coarse that rounding is by chance.
+    `seed`, below 2**64, is that of its rounding, where the storage is so coarse that rounding is by chance. `inputs` is a
+    file of numpy's with what the matrix multiplies, fp32, (tokens, in_features), where the merge is calibrated.
     """
 
     weight: StoredWeight
     updates: tuple[PlannedUpdate, ...]
     transposed: bool
     seed: int = 0
+    inputs: Path | None = None
 
     @property
     def name(self) -> str:
@@ -79,6 +82,7 @@ class MergePlan:
         targets: the matrices that change, by name.
         notes: what a user should know before it happens.
         seed: what all that is rounded by chance is seeded with, 64 hexadecimal digits.
+        calibration: BLAKE3 of the text that the merge is calibrated on; "" where it is not.
     """
 
     base: Checkpoint
@@ -86,6 +90,7 @@ class MergePlan:
     targets: tuple[Target, ...]
     notes: tuple[str, ...]
     seed: str = ""
+    calibration: str = ""
 
     @property
     def touched_bytes(self) -> int:

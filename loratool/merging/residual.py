@@ -78,6 +78,34 @@ def add_residual(predicted: Bytes, doubt: Bytes, packed: memoryview, width: int)
     return packed[at:]
 
 
+def pack_told(told: bytes) -> bytes:
+    """What a lossy codec has to be told, int32 numbers of which most are like the one before; it stands before a residual."""
+    import numpy as np
+
+    numbers = np.frombuffer(told, "<i4")
+    packed = (
+        zstandard.ZstdCompressor(level=LEVEL).compress(_pack(np.diff(numbers, prepend=np.int32(0)), 4)) if told else b""
+    )
+    return struct.pack("<I", len(packed)) + packed
+
+
+def unpack_told(packed: memoryview, limit: int) -> tuple[bytes, memoryview]:
+    """What `pack_told` packed, at most `limit` bytes, and what follows it.
+
+    Raises:
+        RestoreError: it was not packed so.
+    """
+    import numpy as np
+
+    try:
+        (length,) = struct.unpack_from("<I", packed)
+        planes = _decompress(packed[4 : 4 + length], length, limit)
+        numbers = np.cumsum(_unpack(planes, 4, len(planes) // 4), dtype=np.uint32)
+    except (ValueError, struct.error, zstandard.ZstdError):
+        raise RestoreError("a block of the undo file is damaged") from None
+    return numbers.astype("<u4").tobytes(), packed[4 + length :]
+
+
 def _pack(difference: npt.NDArray[Any], width: int) -> bytes:
     """Signed differences, zigzag coded, as planes of bytes."""
     import numpy as np

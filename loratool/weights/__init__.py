@@ -69,10 +69,11 @@ class LoadedWeight(Protocol):
     def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         """Decode the bytes of a block into `out`, fp32, (rows, columns)."""
 
-    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
+    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> bytes:
         """Round `block`, fp32, (rows, columns), once to the stored type and put its bytes into `parts`.
 
-        `parts` hold the block's bytes from before it was changed; a lossy codec starts from them.
+        `parts` hold the block's bytes from before it was changed; a lossy codec starts from them. Returns what `recover`
+        has to be told; nothing where that is not lossy.
         """
 
     def recover(
@@ -82,8 +83,11 @@ class LoadedWeight(Protocol):
         block: torch.Tensor,
         subtract: Callable[[torch.Tensor], None],
         rounding: Rounding,
+        told: bytes | None,
     ) -> None:
         """Turn the bytes in `parts`, of a block that was added to, into those from before, as far as they can be told.
+
+        `told` is what `encode` returned, or None where it is not known.
 
         `subtract` takes from fp32 numbers, (rows, columns), what was added; `block` is room for some. The bytes are the
         same on every machine: an undo file holds what they miss the true ones by.

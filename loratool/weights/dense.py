@@ -77,9 +77,10 @@ class DenseWeight:
         """Exact: every fp16 and bf16 number is an fp32 number."""
         out.copy_(self._elements(parts).view(out.shape))
 
-    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
+    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> bytes:
         """Rounds to nearest, ties to even."""
         self._elements(parts).view(block.shape).copy_(block)
+        return b""
 
     def recover(
         self,
@@ -88,6 +89,7 @@ class DenseWeight:
         block: torch.Tensor,
         subtract: Callable[[torch.Tensor], None],
         rounding: Rounding,
+        told: bytes | None,
     ) -> None:
         """``round(W' - delta)``: off by a rounding here and there."""
         self.decode(rows, parts, block)

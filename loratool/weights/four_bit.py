@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.blocks import read_exactly
 from loratool.checkpoint.header import TensorInfo, parse_json_object
-from loratool.errors import CheckpointError, quoted
+from loratool.errors import CheckpointError, RestoreError, quoted
+from loratool.weights.short_steps import ShortSteps
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +41,9 @@ FP4: Final = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667,
               0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25)  # fmt: skip
 VALUES: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType({"nf4": NF4, "fp4": FP4})
 """The value of each code as bitsandbytes decodes it."""
+
+PLAIN: Final = bytes(4)
+"""What `recover` is told where chance alone decided."""
 
 LARGEST_STATE: Final = 1 << 16
 DTYPES: Final = ("bfloat16", "float16", "float32")
@@ -137,6 +141,9 @@ class LoadedFourBit:
         self._per_step = 1 / (self._sorted[1:] - self._sorted[:-1])
         cells = torch.linspace(-1, 1, CELLS + 1, device=device)[:-1]
         self._below = (torch.searchsorted(self._sorted, cells, right=True) - 1).clamp_(0, 14).to(torch.int32)
+        self._short = None
+        if weight.state.kind == "nf4":
+            self._short = ShortSteps(scales, weight.shape, weight.state.blocksize, self._sorted)
 
     def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         """The bits of bitsandbytes' ``dequantize_4bit``: value times scale in fp32, rounded to the state's dtype."""
@@ -148,10 +155,12 @@ class LoadedFourBit:
         if dtype != torch.float32:
             out.copy_(out.to(dtype))
 
-    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
+    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> bytes:
         """Move the codes in `parts` to those of `block`, each to one of the two values around its own, by chance.
 
-        What is moved by is the difference to the old decoded value, so a code that nothing was added to stays.
+        What is moved by is the difference to the old decoded value, so a code that nothing was added to stays. In NF4 the
+        codes with short steps carry it for the others (`ShortSteps`), and how many of each column do, int32, is what `recover`
+        is told. What errors add that were passed on (`Feedback`) it is not told; that is left to the undo file.
         """
         import torch
 
@@ -161,7 +170,29 @@ class LoadedFourBit:
         self._by_scale(rows, shift, _divide)
         places = self._places(parts, len(shift))
         noise = rounding.noise(rows, len(shift), shift.device)
-        self._put(parts, self._moved(places, shift, noise))
+        concentrated, told = shift, PLAIN
+        if self._short is not None:
+            chosen = self._short.chosen(rows, places, shift)
+            counts = self._short.counts(rows, chosen)
+            concentrated = self._short.concentrated(rows, shift, chosen, counts)
+            told = counts.cpu().numpy().tobytes()
+        if rounding.feedback is None:
+            self._put(parts, self._moved(places, concentrated, noise))
+            return told
+        scale = torch.ones_like(old)
+        self._by_scale(rows, scale.view(-1), _multiply)
+
+        def move(part: slice, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Where the codes of some columns go when `change` is added, and the numbers that they stand for there."""
+            steps = torch.where(scale[:, part] == 0, 0.0, change / scale[:, part])
+            here, chance = (flat.view(old.shape)[:, part].reshape(-1) for flat in (places, noise))
+            there = self._moved(here, steps.reshape(-1), chance)
+            return there.view(steps.shape), self._sorted.index_select(0, there).view(steps.shape) * scale[:, part]
+
+        wanted = [flat.view(old.shape) * scale for flat in (shift, concentrated)]
+        moved, short = rounding.feedback.best(old, wanted[0], wanted[1], move)
+        self._put(parts, moved.view(-1))
+        return told if short else PLAIN
 
     def recover(
         self,
@@ -170,6 +201,7 @@ class LoadedFourBit:
         block: torch.Tensor,
         subtract: Callable[[torch.Tensor], None],
         rounding: Rounding,
+        told: bytes | None,
     ) -> None:
         """Take back what `encode` did.
 
@@ -184,8 +216,25 @@ class LoadedFourBit:
         noise = rounding.noise(rows, len(shift), shift.device)
         stayed = self._places(parts, len(shift))
         came = (stayed - torch.sign(shift).to(torch.int32)).clamp_(0, 15)
-        only = (self._moved(came, shift, noise) == stayed) & (self._moved(stayed, shift, noise) != stayed)
+        from_there, from_itself = shift, shift
+        if self._short is not None and told != PLAIN:
+            chosen = self._short.chosen(rows, stayed, shift)
+            counts = self._counts(told, rows, chosen)
+            from_itself = self._short.concentrated(rows, shift, chosen, counts)
+            from_there = self._short.concentrated(rows, shift, self._short.chosen(rows, came, shift), counts)
+        only = (self._moved(came, from_there, noise) == stayed) & (self._moved(stayed, from_itself, noise) != stayed)
         self._put(parts, torch.where(only, came, stayed))
+
+    def _counts(self, told: bytes | None, rows: range, chosen: torch.Tensor) -> torch.Tensor:
+        """What `encode` told; without it, what can be seen of it now."""
+        import torch
+
+        assert self._short is not None
+        if told is None:
+            return self._short.counts(rows, chosen)
+        if len(told) != 4 * self.weight.shape[1]:
+            raise RestoreError("a block of the undo file is damaged")
+        return torch.frombuffer(bytearray(told), dtype=torch.int32).to(chosen.device)
 
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         import torch
@@ -253,6 +302,12 @@ class LoadedFourBit:
             operation(blocks, scales[:, None], out=blocks)
         else:
             operation(flat, scales.repeat_interleave(size)[offset : offset + len(flat)], out=flat)
+
+
+def _multiply(numbers: torch.Tensor, scales: torch.Tensor, *, out: torch.Tensor) -> None:
+    import torch
+
+    torch.mul(numbers, scales, out=out)
 
 
 def _divide(numbers: torch.Tensor, scales: torch.Tensor, *, out: torch.Tensor) -> None:

@@ -1,0 +1,91 @@
+"""A merge that knows what its matrices multiply on a user's text: `loratool merge --calibrate`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from loratool.checkpoint.fingerprint import file_digest
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import CheckpointError, LoratoolError, UnsupportedError, quoted
+from loratool.library.progress import Progress
+from loratool.library.resolve import user_path
+from loratool.merging.arithmetic import choose_device
+from loratool.merging.plan import MergePlan, Target
+from loratool.training.calibration import MOST_TOKENS, calibration_samples, record_inputs
+from loratool.training.data import Data, read_data
+from loratool.training.model import context_length, load_config, load_model, load_tokenizer, quiet_libraries
+
+SUFFIX: Final = ".weight"
+
+
+def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: bool) -> Data | None:
+    """The content of the calibration file, or None where none is given.
+
+    Raises:
+        LoratoolError: the merge is of a kind that is not calibrated.
+        DataError, NotFoundError: the file cannot be read, or is no data.
+    """
+    if file is None:
+        return None
+    if otherwise_stored:
+        raise LoratoolError(
+            "--calibrate is for merges into NF4 and FP4 weights as they are stored; leave out --quantize, --base-as and "
+            "--dequantize, or leave out --calibrate"
+        )
+    return read_data(user_path(file))
+
+
+@contextmanager
+def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progress) -> Iterator[MergePlan]:
+    """The plan with the inputs of its 4-bit matrices on `text`, while they are kept; as it is where there is no text.
+
+    Raises:
+        UnsupportedError: nothing lands on 4-bit weights.
+        LoratoolError: transformers cannot run the model, or the text does not fit it.
+    """
+    if text is None:
+        yield plan
+        return
+    modules = [target.name.removesuffix(SUFFIX) for target in plan.targets if target.weight.lossy]
+    if not modules:
+        raise UnsupportedError(
+            f"{quoted(plan.base.path)} has no 4-bit weights where the adapter lands, and dense weights need no calibration; "
+            "leave out --calibrate"
+        )
+    folder, place = _folder(plan.base), choose_device(device)
+    with tempfile.TemporaryDirectory(prefix="loratool-") as scratch:
+        with quiet_libraries():
+            config = load_config(folder)
+            samples = calibration_samples(
+                text, load_tokenizer(folder), min(context_length(config) or MOST_TOKENS, MOST_TOKENS)
+            )
+            watcher.begin("calibrating", len(modules))
+            files = record_inputs(
+                load_model(folder, config, place),
+                modules,
+                samples,
+                Path(scratch),
+                device=place,
+                progress=watcher.advance,
+            )
+        targets = tuple(_with_inputs(target, files) for target in plan.targets)
+        yield replace(plan, targets=targets, calibration=file_digest(text.file))
+
+
+def _with_inputs(target: Target, files: dict[str, Path]) -> Target:
+    return replace(target, inputs=files.get(target.name.removesuffix(SUFFIX)))
+
+
+def _folder(base: Checkpoint) -> Path:
+    if not base.path.is_dir():
+        raise CheckpointError(
+            f"{quoted(base.path)} is a single file, and a calibration runs the model; give the model's folder, with its "
+            "tokenizer"
+        )
+    return base.path
