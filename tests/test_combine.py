@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_adapters import as_peft_folder, copy_with, save_plain_adapter
+from tiny_adapters import as_peft_folder, copy_with, save_kohya_dylora, save_plain_adapter
 from tiny_models import load
 
 import loratool
 from loratool.errors import LoratoolError
-from loratool.ranks.combine import Recipe, Share, drawn, plan_combine
+from loratool.ranks.combine import Share, plan_combine
+from loratool.ranks.methods import Recipe, drawn
 from registry import Registry, RegistryError, home
 
 if TYPE_CHECKING:
@@ -268,6 +270,43 @@ def test_a_single_adapter_is_scaled(trio: list[Path], tmp_path: Path) -> None:
 
 
 # What is refused
+
+
+def test_a_dylora_is_combined_at_each_rank_that_is_asked_for(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    dylora = shutil.copytree(tiny_adapters.folder("llama", r=6, lora_alpha=7), tmp_path / "dylora")
+    (dylora / "loratool.json").write_text(json.dumps({"kind": "dylora"}))
+    loratool.add(dylora)
+    result = loratool.combine([("dylora@rank=2", 0.5), ("dylora", -1.0)], "cat", out=tmp_path / "both.st")
+    assert result.parents == (("dylora@1@rank=2", 0.5), ("dylora@1", -1.0))
+    factors = {name: tensor.double() for name, tensor in factors_of(dylora).items()}
+    for module, delta in deltas_of(result.out).items():
+        a, b = (factors[f"{PREFIX}{module}.lora_{letter}.weight"] for letter in "AB")
+        assert relative(delta, 0.5 * 7 / 2 * b[:, :2] @ a[:2] - 7 / 6 * b @ a) < 1e-6
+    with pytest.raises(LoratoolError, match="none of them"):
+        loratool.combine(["dylora@rank=7"], "cat", out=tmp_path / "no.st")
+    with pytest.raises(LoratoolError, match="loratool truncate"):
+        loratool.truncate("dylora@rank=2", rank=1)
+
+
+def test_kohyas_files_combine_in_their_own_layout_and_with_no_other(trio: list[Path], tmp_path: Path) -> None:
+    shapes = {"model.layers.0.self_attn.q_proj": (20, 16), "model.layers.0.self_attn.v_proj": (8, 16)}
+    files = [save_kohya_dylora(tmp_path / f"{n}.safetensors", shapes, r=2 + n, alpha=3.0, seed=n) for n in (0, 1)]
+    result = loratool.combine([(files[0], 0.5), (files[1], 2.0)], "cat", out=tmp_path / "both.safetensors")
+    found, parts = load_file(result.out), [load_file(file) for file in files]
+    for module in ("lora_te_model_layers_0_self_attn_q_proj", "lora_te_model_layers_0_self_attn_v_proj"):
+        up, down, alpha = (found[f"{module}.{name}"] for name in ("lora_up.weight", "lora_down.weight", "alpha"))
+        terms = [
+            weight
+            * 3.0
+            / rank
+            * part[f"{module}.lora_up.weight"].double()
+            @ part[f"{module}.lora_down.weight"].double()
+            for part, weight, rank in zip(parts, (0.5, 2.0), (2, 3), strict=True)
+        ]
+        assert relative(float(alpha) / len(down) * up.double() @ down.double(), terms[0] + terms[1]) < 1e-6
+    assert result.record.kind == "lora"
+    with pytest.raises(LoratoolError, match="kohya's layout"):
+        loratool.combine([files[0], trio[0]], "cat", out=tmp_path / "no.safetensors")
 
 
 def test_linear_needs_equal_ranks_and_points_to_cat_and_svd(unlike: list[Path], tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from rich.cells import cell_len
 from safetensors.torch import load_file
-from tiny_adapters import save_plain_adapter
+from tiny_adapters import save_kohya_dylora, save_plain_adapter
 
 import loratool
 from loratool.cli import main
 from loratool.cli.family_tree import family_tree
+from loratool.cli.rendering import percent
 from loratool.cli.spectrum_view import chosen_ranks
 from loratool.errors import LoratoolError
+from loratool.formats.adapter import path_of
 from loratool.ranks.spectrum import groups
 from registry import AdapterFacts, AdapterRecord, LineageRecord, Registry, home
 
@@ -128,6 +130,40 @@ def test_many_groups_and_long_names_fit_in_80_columns(tmp_path: Path, run: Calla
     spectrum = printed[printed.index("singular values") :]
     assert max(map(cell_len, spectrum.splitlines())) <= 80
     assert len(re.findall(r"^  rank", spectrum, re.MULTILINE)) == 2
+
+
+def test_modules_with_kohyas_names_are_grouped_and_drawn_by_layer(tmp_path: Path, run: Callable[..., str]) -> None:
+    modules = ["self_attn.q_proj", "self_attn.out.0"]
+    shapes = {f"encoder.layers.{layer}.{module}": (20, 16) for layer in range(11) for module in modules}
+    loratool.add(save_kohya_dylora(tmp_path / "flat.safetensors", shapes, r=2, alpha=1.0))
+    assert loratool.show("flat").record.target_modules == ["self_attn_out_0", "self_attn_q_proj"]
+    lines = run("show", "flat", "--spectrum").splitlines()
+    assert any(line.split()[0] == "self_attn_q" and line.endswith("11 modules") for line in lines if line.split())
+    loratool.spectrum("flat", plot=tmp_path / "flat.svg")
+    picture = (tmp_path / "flat.svg").read_text()
+    assert all(f"<!-- {text} -->" in picture for text in ("self_attn_q_proj", "self_attn_out_0", "10"))
+    assert "lora_te" not in picture
+
+
+@pytest.mark.parametrize(
+    ("module", "path"),
+    [
+        ("model.layers.0.self_attn.q_proj", ["model", "layers", "0", "self_attn", "q_proj"]),
+        ("lm_head", ["lm_head"]),
+        ("lora_te_layers_10_mlp_fc1", ["lora_te_layers", "10", "mlp_fc1"]),
+        ("lora_unet_up_blocks_1_0_attn1_to_out_0", ["lora_unet_up_blocks", "1", "0", "attn1_to_out_0"]),
+        ("lora_te2_text_projection", ["lora_te2_text_projection"]),
+    ],
+)
+def test_a_flat_name_is_parted_at_the_numbers_inside_it(module: str, path: list[str]) -> None:
+    assert list(path_of(module)) == path
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(0.0, "0.0%"), (0.5, "50.0%"), (1.0, "100.0%"), (0.001, "0.1%"), (1e-9, "<0.1%")]
+)
+def test_what_is_lost_is_called_nothing_only_where_it_is(share: float, text: str) -> None:
+    assert percent(share, 1) == text
 
 
 def test_of_many_ranks_the_telling_ones_are_shown() -> None:
@@ -288,6 +324,19 @@ def test_what_came_from_two_branches_is_drawn_once() -> None:
         "right@1",
         "└─ right-cut@1  truncate",
         "   └─ both@1 (this)  (above)",
+    ]
+
+
+def test_weights_and_figures_of_a_result_stand_in_the_tree(tmp_path: Path) -> None:
+    adapters = [save_plain_adapter(tmp_path / name, SHAPES, seed=seed) for seed, name in enumerate(("one", "two"))]
+    for adapter in adapters:
+        loratool.add(adapter)
+    loratool.combine([("one", 0.5), ("two", -1.0)], "ties", density=0.5, out=tmp_path / "both.st")
+    loratool.truncate("both", rank=2, scaling="kohya", out=tmp_path / "cut.st")
+    assert tree_of(loratool.show("both").record)[:3] == [
+        "one@1",
+        "└─ both@1 (this)  combine ties, weight 0.5, density 0.5, with -1 x two@1",
+        "   └─ cut@1  truncate leading, rank 2, scaling kohya",
     ]
 
 

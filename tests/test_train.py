@@ -414,7 +414,7 @@ def test_an_adapter_that_cannot_be_written_can_be_written_later_without_training
         raise OutputError("the disk is full; free some space")
 
     with monkeypatch.context() as patched:
-        patched.setattr("loratool.library.training_output.write_adapter", full)
+        patched.setattr("loratool.library.training_output.bring_up", full)
         with pytest.raises(
             LoratoolError, match=r"is trained, but the disk is full.*'loratool train --name cat --resume'"
         ):

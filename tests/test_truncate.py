@@ -317,6 +317,15 @@ def test_several_ranks_give_a_file_and_a_child_each(kind: str, tiny_adapters: Ti
             assert torch.equal(tensor, load_file(result.out / "adapter_model.safetensors")[name])
 
 
+def test_a_cut_to_the_full_rank_can_be_made_again(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    source = as_dylora(shutil.copytree(tiny_adapters.folder("llama", r=R), tmp_path / "whole"))
+    for _ in range(2):
+        first, last = loratool.truncate(source, rank=[1, R], force=True)
+        assert (first.record.reference, last.record.reference) == ("whole-r1@1", f"whole-r{R}@1")
+    parents = {edge.parent for edge in loratool.show("whole-r1").ancestors}
+    assert parents == {"whole", f"whole-r{R}@1"}
+
+
 def test_names_and_outputs_of_several_ranks_have_them_added(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
     source = tiny_adapters.folder("llama", r=R)
     results = loratool.truncate(source, rank=(1, 2), out=tmp_path / "small.st", name="tiny")

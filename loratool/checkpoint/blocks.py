@@ -52,7 +52,12 @@ def write_exactly(fd: int, buffer: memoryview | bytes, offset: int) -> None:
         try:
             done += os.pwrite(fd, view[done : done + WRITE_BYTES], offset + done)
         except OSError as error:
-            raise OutputError(f"cannot write the output: {error.strerror}; free some space and run again") from None
+            raise out_of_room(error) from None
+
+
+def out_of_room(error: OSError) -> OutputError:
+    """What to say when a disk does not take the output."""
+    return OutputError(f"cannot write the output: {error.strerror}; free some space and run again")
 
 
 def read_columns(fd: int, buffer: memoryview, offset: int, row_bytes: int, part: slice) -> None:

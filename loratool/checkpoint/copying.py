@@ -10,7 +10,8 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Collection, Iterator
-from typing import Final
+from functools import cache
+from typing import Final, cast
 
 from loratool.errors import CheckpointError
 
@@ -89,24 +90,38 @@ def _copy_plainly(source: int, target: int, count: int, start: int, at: int) -> 
     return os.pwrite(target, os.pread(source, min(count, 1 << 20), start), at)
 
 
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    try:
+        function = ctypes.CDLL(None).sync_file_range
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return cast(Callable[[int, int, int, int], int], function)
+
+
+def begin_to_write(fd: int, start: int = 0, stop: int = 0) -> None:
+    """Have the kernel send bytes ``start:stop`` of the open file `fd` (all, by default) to the disk, without waiting.
+
+    fsync then waits less. Where the system cannot, nothing happens; an error of the disk is left for fsync to report.
+    """
+    sync_file_range = _sync_file_range()
+    if sync_file_range is not None:
+        sync_file_range(fd, start, stop - start, SYNC_FILE_RANGE_WRITE)
+
+
 @contextlib.contextmanager
 def flushing(files: Collection[int]) -> Iterator[None]:
-    """Have the kernel send what is written to the open `files` to the disk as it comes, so that fsync then waits little.
-
-    Where the system cannot, fsync waits longer. An error of the disk is left for it to report.
-    """
-    try:
-        sync_file_range = ctypes.CDLL(None).sync_file_range
-    except (AttributeError, OSError):
+    """`begin_to_write` what comes into the open `files`, again and again."""
+    if not files:
         yield
         return
-    sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     done = threading.Event()
 
     def flush() -> None:
         while not done.wait(FLUSH_SECONDS):
             for fd in files:
-                sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE)
+                begin_to_write(fd)
 
     flusher = threading.Thread(target=flush)
     flusher.start()

@@ -10,29 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from loratool.checkpoint.copying import CHUNK_BYTES, copy_range
+from loratool.checkpoint.copying import begin_to_write, copy_range
 from loratool.checkpoint.header import Header
 from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.straight import open_straight
 
 PIECE_BYTES: Final = 1 << 26
 """Ranges are copied in pieces of this many bytes, so that several workers share them evenly."""
-
-AHEAD_BYTES: Final = 1 << 31
-"""So much of what will change is copied ahead at most: about what memory takes in while torch is imported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """The new weight files, open for writing, by the path of their original; and the jobs that copy the rest.
 
-    The jobs of `ahead` copy the old bytes of what will change. None of them need be done; but to overwrite a page that
-    is in memory takes the kernel a third of the time that it takes to find memory for a new one, and while torch is
-    imported there is nothing else to do.
+    `straight` has the same files, open for writing past the page cache, where the file system can.
     """
 
     files: dict[Path, int]
+    straight: dict[Path, int]
     copies: list[Callable[[], None]]
-    ahead: list[Callable[[], None]]
 
 
 @contextmanager
@@ -45,7 +41,7 @@ def replica(checkpoint: Checkpoint, folder: Path, changing: Collection[str], oth
     with ExitStack() as stack:
         files: dict[Path, int] = {}
         copies: list[Callable[[], None]] = []
-        ahead: list[Callable[[], None]] = []
+        straight: dict[Path, int] = {}
         for header in checkpoint.headers:
             source = os.open(header.file, os.O_RDONLY)
             stack.callback(os.close, source)
@@ -54,14 +50,21 @@ def replica(checkpoint: Checkpoint, folder: Path, changing: Collection[str], oth
             os.truncate(target, header.size)
             for start, stop in _changing_ranges(header, changing):
                 os.posix_fallocate(target, start, stop - start)
-                ahead += [partial(copy_range, source, target, *piece) for piece in pieces(start, stop, CHUNK_BYTES)]
             files[header.file] = target
+            past_cache = open_straight(folder / header.file.name)
+            if past_cache is not None:
+                stack.callback(os.close, past_cache)
+                straight[header.file] = past_cache
             copies += [
-                partial(copy_range, source, target, start, stop, progress=progress)
-                for start, stop in _kept_pieces(header, changing)
+                partial(_copy, source, target, start, stop, progress) for start, stop in _kept_pieces(header, changing)
             ]
         copies += [partial(copy_file, checkpoint.folder / name, folder / name) for name in sorted(others)]
-        yield Replica(files, copies, ahead[: AHEAD_BYTES // CHUNK_BYTES])
+        yield Replica(files, straight, copies)
+
+
+def _copy(source: int, target: int, start: int, stop: int, progress: Callable[[int], None]) -> None:
+    copy_range(source, target, start, stop, progress=progress)
+    begin_to_write(target, start, stop)
 
 
 def _changing_ranges(header: Header, changing: Collection[str]) -> Iterator[tuple[int, int]]:

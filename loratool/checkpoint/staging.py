@@ -74,7 +74,7 @@ def staged_file(out: Path, *, force: bool = False, option: str = "--out") -> Ite
         with _locked(stage, out, os.O_RDWR | os.O_CREAT, option):
             try:
                 yield stage
-                _sync_file(stage)
+                sync_file(stage)
                 if not force and os.path.lexists(out):
                     raise OutputError(f"{quoted(out)} appeared while it was being written; choose another {option}")
                 os.replace(stage, out)
@@ -169,11 +169,12 @@ def sync_tree(folder: Path) -> None:
     """Make every file and folder under `folder` durable."""
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync_file(Path(root) / name)
+            sync_file(Path(root) / name)
         sync_folder(root)
 
 
-def _sync_file(file: Path) -> None:
+def sync_file(file: Path) -> None:
+    """Make the content of a file durable."""
     fd = os.open(file, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -8,8 +8,8 @@ import click
 
 from loratool.cli.merge_command import parse_spec
 from loratool.cli.options import PathType, alpha_option, example, json_option
-from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_notes, shown, shown_path, size
-from loratool.ranks.combine import METHODS, Method
+from loratool.cli.rendering import ProgressBar, percent, print_facts, print_json, print_notes, shown, shown_path, size
+from loratool.ranks.methods import METHODS, Method
 
 
 @click.command(
@@ -19,7 +19,7 @@ from loratool.ranks.combine import METHODS, Method
         "loratool combine pirate terse --method ties --density 0.5 --out both.safetensors"
     ),
 )
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[@rank=B][=WEIGHT]...")
 @click.option(
     "--method",
     required=True,
@@ -50,7 +50,8 @@ def command(
 ) -> None:
     """Make one adapter of several, with weights; the numbers are those of PEFT's add_weighted_adapter.
 
-    They may differ in ranks, alphas and target modules. WEIGHT multiplies an adapter's update and may be negative.
+    They may differ in ranks, alphas and target modules. WEIGHT multiplies an adapter's update and may be negative. A
+    DyLoRA acts at its full rank, or at rank B as ADAPTER@rank=B.
     """
     from loratool.library.combine import combine
 
@@ -79,7 +80,7 @@ def command(
             ("written to", shown_path(result.out)),
             ("catalogued", record.reference),
             ("rank", str(record.rank)),
-            ("lost", "" if result.error is None else f"{result.error:.2%} of the exact sum (Frobenius norm)"),
+            ("lost", "" if result.error is None else f"{percent(result.error)} of the exact sum (Frobenius norm)"),
             ("seed", "" if result.recipe.seed is None else str(result.recipe.seed)),
             ("size", f"{size(record.size_bytes)} {record.dtype}"),
             ("next", f"loratool merge {shlex.quote(record.name)} --into {record.base}" if record.base else ""),

@@ -11,6 +11,7 @@ from loratool.cli.rendering import (
     ProgressBar,
     counted,
     listed,
+    percent,
     print_facts,
     print_json,
     print_notes,
@@ -88,7 +89,7 @@ def command(
             ("catalogued", record.reference),
             ("targets", f"{targets(record.target_modules)}  ({counted(len(found.ranks), 'module')}{unchanged})"),
             ("rank", f"{ranks[0]} to {ranks[-1]}" if ranks[1:] else f"{ranks[0]}"),
-            ("error", f"{found.error:.3%} of the difference (Frobenius norm), measured on the factors"),
+            ("error", f"{percent(found.error)} of the difference (Frobenius norm), measured on the factors"),
             (
                 "randomized",
                 f"{counted(len(found.randomized), 'module')}, the others exactly" if found.randomized else "",

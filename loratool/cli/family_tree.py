@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from loratool.cli.rendering import percent
+
 if TYPE_CHECKING:
     from registry import AdapterRecord, LineageRecord
 
 MOST_LINES: Final = 40
 MOST_NAMES: Final = 3
-FIGURES: Final = ("rank", "energy", "error", "budget", "average_rank", "threshold", "density")
+FIGURES: Final = ("rank", "scaling", "energy", "error", "budget", "as", "density")
 """What is said of an operation, in its own words, where the catalogue has it."""
 
 Node = int | tuple[str, str | None]
@@ -78,7 +80,12 @@ class _Family:
 
     def _others(self, edge: LineageRecord) -> str:
         """``, with terse@1``: what else an adapter came from."""
-        names = [other.parent for other in self.parents[edge.child_id] if _parent(other) != _parent(edge)]
+        others = [other for other in self.parents[edge.child_id] if _parent(other) != _parent(edge)]
+        weights = [_weight(other) for other in others]
+        names = [
+            other.parent if weight == 1 else f"{weight:g} x {other.parent}"
+            for other, weight in zip(others, weights, strict=True)
+        ]
         more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
         return f", with {', '.join(names[:MOST_NAMES])}{more}" if names else ""
 
@@ -95,8 +102,19 @@ def _operation(edge: LineageRecord) -> str:
     details: Mapping[str, Any] = edge.details or {}
     method, lost = details.get("method"), details.get("lost")
     parts = [f"{edge.operation} {method}" if isinstance(method, str) else edge.operation]
-    parts += [f"{key.replace('_', ' ')} {_number(details[key])}" for key in FIGURES if key in details]
-    return ", ".join([*parts, *([f"lost {lost:.1%}"] if isinstance(lost, float) else [])])
+    parts += [f"weight {_weight(edge):g}"] if _weight(edge) != 1 else []
+    parts += [f"{key} {_number(details[key])}" for key in FIGURES if key in details]
+    return ", ".join([*parts, *([f"lost {percent(lost, 1)}"] if isinstance(lost, float) else [])])
+
+
+def _weight(edge: LineageRecord) -> float:
+    """What multiplied the parent where several were combined; else 1."""
+    recorded = (edge.details or {}).get("weights")
+    for each in recorded if isinstance(recorded, list) else ():
+        if isinstance(each, dict) and each.get("sha256") == edge.parent_sha256:
+            weight = each.get("weight")
+            return float(weight) if isinstance(weight, int | float) else 1.0
+    return 1.0
 
 
 def _number(value: object) -> str:

@@ -23,6 +23,7 @@ from loratool.cli.rendering import (
     size,
     survived,
 )
+from loratool.library.torch_ahead import load_torch_ahead
 
 if TYPE_CHECKING:
     from loratool.library.merge import MergeResult
@@ -84,6 +85,8 @@ def command(
     An ADAPTER is a catalogued name (pirate or pirate@2), a PEFT folder or a safetensors file; WEIGHT multiplies it. A
     DyLoRA acts at its full rank, or at rank B.
     """
+    if not dry_run:
+        load_torch_ahead()
     from loratool.library.merge import merge
 
     if in_place and out:

@@ -83,6 +83,12 @@ def listed(items: Sequence[str], most: int = 8) -> str:
     return "\n".join([*items[:most], *([f"and {more:,} more"] if more > 0 else [])])
 
 
+def percent(share: float, digits: int = 3) -> str:
+    """A share of a whole: ``12.345%``; what is not nothing is never called 0."""
+    least = 10.0 ** -(digits + 2)
+    return f"<{least:.{digits}%}" if 0 < share < least else f"{share:.{digits}%}"
+
+
 def survived(share: float, noise: float, changed: float) -> str:
     """What of an update the 4-bit weights carry: ``98.3% of the update; noise 6.4% of the weights; 7.1% of codes moved``."""
     return f"{share:.1%} of the update; noise {noise:.1%} of the weights; {changed:.1%} of codes moved"

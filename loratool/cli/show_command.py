@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -28,6 +28,10 @@ from loratool.cli.spectrum_view import print_spectrum
 if TYPE_CHECKING:
     from loratool.library.adapters import ShowResult
     from loratool.library.spectrum import SpectrumResult
+
+
+MOST_RANKS: Final = 12
+"""Of an adapter whose modules have more ranks than this, not all are listed."""
 
 
 @click.command(
@@ -125,12 +129,13 @@ def _training(recipe: Mapping[str, Any]) -> str:
 
 
 def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:
-    """``8``, or where modules differ ``4 to 16 (4: 12 modules, 16: 3 modules)``; of a DyLoRA ``1..8``."""
+    """``8``, or where modules differ ``4 to 16  (modules of each: 4: 12, 16: 3)``; of a DyLoRA ``1..8``."""
     if kind == "dylora" or not by_module or len(set(by_module.values())) == 1:
         return ranks(kind, largest)
     modules = sorted(Counter(by_module.values()).items())
-    parts = ", ".join(f"{rank}: {counted(number, 'module')}" for rank, number in modules[:6])
-    return f"{modules[0][0]} to {modules[-1][0]} ({parts})"
+    parts = [f"{rank}: {number}" for rank, number in modules]
+    shown_parts = ", ".join(parts if len(parts) <= MOST_RANKS else [*parts[: MOST_RANKS - 1], "..."])
+    return f"{modules[0][0]} to {modules[-1][0]}  (modules of each: {shown_parts})"
 
 
 def _scaling(scaling: float | dict[str, float] | None) -> str:

@@ -9,6 +9,7 @@ import click
 from loratool.cli.options import PathType, alpha_option, example, force_option, json_option
 from loratool.cli.rendering import (
     ProgressBar,
+    percent,
     print_facts,
     print_json,
     print_notes,
@@ -44,7 +45,9 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.argument("adapter")
 @click.option("--rank", callback=_parse_ranks, metavar="R[,R...]", help="The new rank; several give one file each.")
 @click.option("--energy", type=float, metavar="E", help="Instead: the share of each module's energy to keep.")
-@click.option("--error", type=float, metavar="X", help="Instead: the Frobenius norm each module may lose, of 1.")
+@click.option(
+    "--error", type=float, metavar="X", help="Instead: the share of its Frobenius norm that each module may lose."
+)
 @click.option("--svd", is_flag=True, help="Cut a DyLoRA by its best approximation instead of its leading components.")
 @click.option(
     "--scaling",
@@ -112,7 +115,7 @@ def _print_results(results: tuple[TruncateResult, ...]) -> None:
             [
                 _rank(result),
                 f"{result.record.alpha:g}",
-                "-" if result.error is None else f"{result.error:.3%}",
+                "-" if result.error is None else percent(result.error),
                 size(result.record.size_bytes),
                 result.record.reference,
                 shown_path(result.out),
@@ -128,7 +131,7 @@ def _print_results(results: tuple[TruncateResult, ...]) -> None:
             ("catalogued", first.record.reference),
             ("rank", _rank(first)),
             ("alpha", f"{first.record.alpha:g}"),
-            ("error", "" if first.error is None else f"{first.error:.3%} of the update's Frobenius norm"),
+            ("error", "" if first.error is None else f"{percent(first.error)} of the update's Frobenius norm"),
             ("size", f"{size(first.record.size_bytes)} {first.record.dtype}"),
         ]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ class Adapter:
     @property
     def target_modules(self) -> tuple[str, ...]:
         """The last component of each module's name, once each, sorted: ``("q_proj", "v_proj")``."""
-        return tuple(sorted({module.rsplit(".", 1)[-1] for module in self.updates}))
+        return tuple(sorted({path_of(module)[-1] for module in self.updates}))
 
     @property
     def dtype(self) -> str:
@@ -91,6 +92,18 @@ class Adapter:
         """The fingerprint of the base that it was trained on, where it is recorded."""
         recorded = self.facts.get("base_fingerprint")
         return recorded if isinstance(recorded, str) and recorded else None
+
+
+def path_of(module: str) -> tuple[str, ...]:
+    """The components of a module's name: ``("model", "layers", "0", "self_attn", "q_proj")``.
+
+    A name of kohya's, which has ``_`` for every dot, is parted at the numbers inside it alone:
+    ``("lora_te_text_model_encoder_layers", "0", "self_attn_q_proj")``.
+    """
+    if "." in module or not module.startswith("lora_"):
+        return tuple(module.split("."))
+    before = re.sub(r"_(\d+)(?=_)", r".\1", module)
+    return tuple(re.sub(r"(\.\d+)_", r"\1.", before).split("."))
 
 
 def sha256_of(file: Path) -> str:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from loratool.checkpoint.copying import copy_range
 from loratool.checkpoint.header import TensorInfo, header_bytes
-from loratool.checkpoint.staging import staged_file, staged_folder
+from loratool.checkpoint.staging import staged_file, staged_folder, sync_file, sync_tree
 from loratool.formats.adalora import singular_key
 from loratool.formats.adapter import Adapter
 from loratool.formats.kohya import kohya_metadata, kohya_tensors
-from loratool.formats.read import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
+from loratool.formats.read import (
+    CONFIG_KEY,
+    CONFIG_NAME,
+    FACTS_KEY,
+    FACTS_NAME,
+    SINGLE_FILE_SUFFIXES,
+    WEIGHTS_NAME,
+    read_adapter,
+)
 from loratool.formats.tensor_keys import PREFIX, peft_key
 
 
@@ -27,15 +36,7 @@ def write_peft(adapter: Adapter, out: Path, *, force: bool = False) -> None:
         OutputError: `out` exists (without `force`) or cannot be written.
     """
     with staged_folder(out, force=force) as folder:
-        tensors = _tensors(adapter)
-        target = folder / WEIGHTS_NAME
-        if all(name == info.name for name, info in tensors.items()):
-            _copy_file(adapter.file, target)
-        else:
-            _write_tensors(target, tensors, {"format": "pt"})
-        (folder / CONFIG_NAME).write_text(_pretty(adapter.config))
-        if adapter.facts:
-            (folder / FACTS_NAME).write_text(_pretty(adapter.facts))
+        _fill_folder(folder, adapter)
 
 
 def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> None:
@@ -46,6 +47,44 @@ def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> No
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
     """
+    with staged_file(out, force=force) as file:
+        _fill_file(file, adapter)
+
+
+@contextmanager
+def staged_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> Iterator[Adapter]:
+    """Write a single file (``.safetensors``, ``.st``) or a PEFT directory, and give what was written, read again.
+
+    It lies beside `out`, durable, and becomes `out` when the block ends without an error.
+
+    Raises:
+        OutputError: `out` exists (without `force`) or cannot be written.
+    """
+    if out.suffix in SINGLE_FILE_SUFFIXES:
+        with staged_file(out, force=force) as file:
+            _fill_file(file, adapter)
+            sync_file(file)
+            yield read_adapter(file)
+    else:
+        with staged_folder(out, force=force) as folder:
+            _fill_folder(folder, adapter)
+            sync_tree(folder)
+            yield read_adapter(folder)
+
+
+def _fill_folder(folder: Path, adapter: Adapter) -> None:
+    tensors = _tensors(adapter)
+    target = folder / WEIGHTS_NAME
+    if all(name == info.name for name, info in tensors.items()):
+        _copy_file(adapter.file, target)
+    else:
+        _write_tensors(target, tensors, {"format": "pt"})
+    (folder / CONFIG_NAME).write_text(_pretty(adapter.config))
+    if adapter.facts:
+        (folder / FACTS_NAME).write_text(_pretty(adapter.facts))
+
+
+def _fill_file(file: Path, adapter: Adapter) -> None:
     if adapter.kohya is None:
         tensors: Mapping[str, TensorInfo | bytes] = _tensors(adapter)
         metadata = {"format": "pt", CONFIG_KEY: _compact(adapter.config)}
@@ -53,8 +92,7 @@ def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> No
         tensors, metadata = kohya_tensors(adapter), kohya_metadata(adapter)
     if adapter.facts:
         metadata[FACTS_KEY] = _compact(adapter.facts)
-    with staged_file(out, force=force) as file:
-        _write_tensors(file, tensors, metadata)
+    _write_tensors(file, tensors, metadata)
 
 
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,6 +32,7 @@ from registry import (
 if TYPE_CHECKING:
     from loratool.formats.adapter import Adapter
     from registry import Registry  # brings SQLAlchemy, which a list does without
+    from registry.store import Staged
 
 DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
 
@@ -109,6 +111,17 @@ def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None 
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the name is taken wrongly.
     """
+    with staged_entry(adapter, catalogue, base=base) as entry:
+        return entry.add(name, tags)
+
+
+@contextmanager
+def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = None) -> Iterator[StagedEntry]:
+    """Copy the files of an adapter to where one step more takes them into the store; gone if that is not made.
+
+    Raises:
+        LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
+    """
     owner, notes = _owner(adapter, base, catalogue)
     files: dict[str, Path | bytes] = {
         "adapter_model.safetensors": adapter.file,
@@ -116,12 +129,33 @@ def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None 
     }
     if adapter.facts:
         files["loratool.json"] = _json_bytes(adapter.facts)
+    facts = _facts(adapter, owner)
     with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
-        record, new = catalogue.adapters.add(
-            name, _facts(adapter, owner), base=owner.name if owner else None, tags=tags, staged=staged
-        )
-    # One that was tied before stays so, whatever this file and this call say.
-    return AddResult(record, new, (*adapter.notes, *([] if owner is None and record.base else notes)))
+        yield StagedEntry(catalogue, facts, owner, staged, adapter.notes, tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class StagedEntry:
+    """An adapter whose files are in the store's staging: all that takes time is done, and `add` is a matter of rows."""
+
+    catalogue: Registry
+    facts: AdapterFacts
+    owner: BaseRecord | None
+    staged: Staged
+    notes: tuple[str, ...]
+    base_notes: tuple[str, ...]
+
+    def add(self, name: str, tags: Sequence[str] = ()) -> AddResult:
+        """Enter it under `name`.
+
+        Raises:
+            registry.RegistryError: the name is taken wrongly, or the catalogue cannot be written.
+        """
+        owner = self.owner.name if self.owner else None
+        record, new = self.catalogue.adapters.add(name, self.facts, base=owner, tags=tags, staged=self.staged)
+        # One that was tied before stays so, whatever this file and this call say.
+        tied_before = self.owner is None and record.base is not None
+        return AddResult(record, new, self.notes if tied_before else (*self.notes, *self.base_notes))
 
 
 def list_adapters(*, base: str | None = None, kind: str | None = None, tag: str | None = None, sort: SortKey = "name",

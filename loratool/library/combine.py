@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,21 @@ from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, WrongBaseError, quoted
 from loratool.formats.draft import Draft
 from loratool.library.adapters import adapter_json
-from loratool.library.derive import catalogue_child, child_facts, default_name, scratch_folder, write_adapter
+from loratool.library.derive import (
+    Child,
+    base_of,
+    bring_up,
+    child_facts,
+    default_name,
+    origin_of,
+    reference_of,
+    scratch_folder,
+)
 from loratool.library.merge import AdapterSpec, PathLike, refuse_overlap, with_weight
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, open_registry, resolve_adapter, user_path
-from loratool.ranks.combine import Combination, Method, Recipe, Share, combine_into, plan_combine
+from loratool.library.resolve import ResolvedAdapter, open_registry, resolve_at_rank, user_path
+from loratool.ranks.combine import Combination, Share, combine_into, plan_combine
+from loratool.ranks.methods import Method, Recipe
 from loratool.ranks.unit_scaling import common_targeting, unit_config
 from registry import AdapterRecord, Registry, check_name
 
@@ -62,9 +72,10 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
     """Make one adapter of several, with the numbers of PEFT's ``add_weighted_adapter``, and catalogue it as their child.
 
     Args:
-        adapters: catalogued names or paths, each alone or as (adapter, weight); weights may be negative.
+        adapters: catalogued names or paths, each alone or as (adapter, weight); weights may be negative. A DyLoRA acts at
+            its full rank, or as ``ADAPTER@rank=b`` at rank b.
         method: ``linear``, ``cat``, ``svd``, ``ties``, ``dare-linear``, ``dare-ties`` or ``magnitude-prune``; see
-            `loratool.ranks.combine`.
+            `loratool.ranks.methods`.
         out: the new file (``.safetensors``, ``.st``) or PEFT folder. Its factors are fp32, its scaling is 1.
         density: the share of each factor's numbers that is kept, for the last four methods.
         rank: of the result of ``svd``; by default the largest of the adapters.
@@ -86,23 +97,23 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
     specs = [with_weight(spec) for spec in adapters]
     watcher = progress or Silent()
     with open_registry(registry) as catalogue:
-        found = [resolve_adapter(given, catalogue, alpha) for given, _ in specs]
+        found = [resolve_at_rank(given, catalogue, alpha) for given, _ in specs]
         refuse_overlap(target, [parent.adapter.file for parent in found])
         refuse_existing(target, force=force)
         notes = _check_bases(found, catalogue, force=force)
         shares = [Share(parent.adapter, weight) for parent, (_, weight) in zip(found, specs, strict=True)]
         plan = plan_combine(shares, Recipe(method, density, rank, seed))
-        figures = _figures(plan)
+        figures = _figures(plan, [parent.rank for parent in found])
         watcher.begin("combining", plan.nbytes)
         with Draft(scratch_folder(target)) as draft:
             error = combine_into(draft, plan, watcher.advance)
             adapter = draft.adapter(chosen, _config(plan), child_facts("lora", "combine", found, figures))
-            written = write_adapter(adapter, target, force=force)
-        details = figures | ({} if error is None else {"lost": error})
-        record, more = catalogue_child(written, catalogue, found, "combine", details, name=chosen)
-    names = [parent.record.reference if parent.record else parent.adapter.name for parent in found]
-    parents = tuple(zip(names, (share.weight for share in shares), strict=True))
-    return CombineResult(target, record, parents, plan.recipe, error, (*notes, *plan.notes, *more))
+            adapter = replace(adapter, kohya=shares[0].adapter.kohya)
+            child = Child(adapter, target, chosen, figures | ({} if error is None else {"lost": error}))
+            origins = [origin_of(parent) for parent in found]
+            (added,) = bring_up([child], catalogue, "combine", origins, base=base_of(found), force=force)
+    parents = tuple((reference_of(parent), share.weight) for parent, share in zip(found, shares, strict=True))
+    return CombineResult(target, added.record, parents, plan.recipe, error, (*notes, *plan.notes, *added.notes))
 
 
 def _check_bases(found: Sequence[ResolvedAdapter], catalogue: Registry, *, force: bool) -> tuple[str, ...]:
@@ -147,11 +158,14 @@ def _config(plan: Combination) -> dict[str, Any]:
     return unit_config(plan.ranks, targeting, configs[0])
 
 
-def _figures(plan: Combination) -> dict[str, Any]:
-    """What the catalogue remembers of the operation."""
+def _figures(plan: Combination, chosen: Sequence[int | None]) -> dict[str, Any]:
+    """What the catalogue remembers of the operation; `chosen` are the ranks at which DyLoRAs were made to act."""
     recipe = plan.recipe
     given = {"density": recipe.density, "rank": recipe.rank, "seed": recipe.seed}
-    weights = [{"sha256": share.adapter.sha256, "weight": share.weight} for share in plan.shares]
+    weights = [
+        {"sha256": share.adapter.sha256, "weight": share.weight} | ({} if rank is None else {"rank": rank})
+        for share, rank in zip(plan.shares, chosen, strict=True)
+    ]
     return {"method": recipe.method, "weights": weights} | {
         key: each for key, each in given.items() if each is not None
     }

@@ -1,28 +1,38 @@
-"""What operations on adapters share: where a new adapter is written, and how it is catalogued as a child."""
+"""What operations on adapters share: where new adapters are written, and how they are catalogued as children."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from loratool.formats.adapter import Adapter
-from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
-from loratool.formats.write import write_peft, write_single_file
-from loratool.library.adapters import enter, name_from
+from loratool.formats.read import SINGLE_FILE_SUFFIXES
+from loratool.formats.write import staged_adapter
+from loratool.library.adapters import AddResult, name_from, staged_entry
 from loratool.library.resolve import ResolvedAdapter, user_path
-from registry import AdapterRecord, Registry, check_name
+from registry import AdapterRecord, Registry
 
 
 @dataclass(frozen=True, slots=True)
-class Derived:
-    """A new adapter: the file or folder that holds it, its catalogue entry, and notes."""
+class Origin:
+    """What a new adapter came from: a catalogue entry, or the name of what is not catalogued, with its sha256."""
 
+    parent: AdapterRecord | str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A new adapter, in a draft: where it is to be written, its name in the catalogue, and the figures of its making."""
+
+    adapter: Adapter
     out: Path
-    record: AdapterRecord
-    notes: tuple[str, ...]
+    name: str
+    details: Mapping[str, Any]
 
 
 def default_output(source: ResolvedAdapter, given: str | os.PathLike[str], suffix: str) -> Path:
@@ -38,50 +48,65 @@ def default_output(source: ResolvedAdapter, given: str | os.PathLike[str], suffi
     return path.with_name(f"{path.stem}-{suffix}{path.suffix}")
 
 
-def write_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> Adapter:
-    """Write an adapter as a single file (``.safetensors``, ``.st``) or a PEFT directory; what was written, read again.
-
-    Raises:
-        OutputError: `out` exists, or cannot be written.
-    """
-    write = write_single_file if out.suffix in SINGLE_FILE_SUFFIXES else write_peft
-    write(adapter, out, force=force)
-    return read_adapter(out)
-
-
 def scratch_folder(out: Path) -> Path:
     """The nearest folder above `out` that is there already: where a draft of it can lie."""
     return next(folder for folder in Path(os.path.abspath(out)).parents if folder.is_dir())
 
 
-def catalogue_child(
-    written: Adapter,
-    catalogue: Registry,
-    parents: Sequence[ResolvedAdapter],
-    operation: str,
-    details: Mapping[str, Any],
-    *,
-    name: str,
-) -> tuple[AdapterRecord, tuple[str, ...]]:
-    """Catalogue a new adapter as the child of those that it was made from, and of their base; its entry, and notes.
+def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, origins: Sequence[Origin], *,
+             base: str | None, force: bool = False) -> list[AddResult]:  # fmt: skip
+    """Write new adapters, and catalogue them as children of what they came from: all of them, or none.
 
-    `operation` is the command's name, `details` the figures that belong to it.
+    Their entries and lineage are one transaction, and the files get their final names at its end: whatever fails before
+    leaves nothing. A kill between the names and the commit leaves whole files that are not catalogued.
+
+    Args:
+        children: each with an output of its own.
+        catalogue: that they are entered in.
+        operation: the command's name.
+        origins: what each of them came from.
+        base: the catalogued base that they belong to; None for the one that they record.
+        force: replace outputs that loratool wrote before.
 
     Raises:
-        registry.RegistryError: the name cannot be used.
+        LoratoolError: an output exists or cannot be written, or an adapter does not fit `base`.
+        registry.RegistryError: the catalogue cannot take one.
     """
-    check_name(name, "adapter")
-    base = next((parent.record.base for parent in parents if parent.record and parent.record.base), None)
-    added = enter(replace(written, name=name), catalogue, name=name, base=base)
-    for parent in parents:
-        catalogue.lineage.record(
-            added.record,
-            parent.record or parent.adapter.name,
-            operation,
-            parent_sha256=parent.adapter.sha256,
-            details=details,
-        )
-    return added.record, added.notes
+    with ExitStack() as outputs, ExitStack() as stages:
+        entries = []
+        for child in children:
+            written = outputs.enter_context(staged_adapter(child.adapter, child.out, force=force))
+            entries.append(stages.enter_context(staged_entry(replace(written, name=child.name), catalogue, base=base)))
+        with catalogue.writing():
+            added = [entry.add(child.name) for entry, child in zip(entries, children, strict=True)]
+            for result, child in zip(added, children, strict=True):
+                _record_lineage(result.record, origins, catalogue, operation, child.details)
+            outputs.close()
+    return added
+
+
+def _record_lineage(
+    record: AdapterRecord, origins: Sequence[Origin], catalogue: Registry, operation: str, details: Mapping[str, Any]
+) -> None:
+    for origin in origins:
+        # A cut to the full rank, made again, is the very adapter that it is made of.
+        if not (isinstance(origin.parent, AdapterRecord) and origin.parent.id == record.id):
+            catalogue.lineage.record(record, origin.parent, operation, parent_sha256=origin.sha256, details=details)
+
+
+def origin_of(parent: ResolvedAdapter) -> Origin:
+    """An adapter as what another came from."""
+    return Origin(parent.record or parent.adapter.name, parent.adapter.sha256)
+
+
+def reference_of(parent: ResolvedAdapter) -> str:
+    """``name@version``, or the name of an adapter that is not catalogued; with ``@rank=b`` where one was chosen."""
+    return parent.reference if parent.record else parent.label
+
+
+def base_of(parents: Sequence[ResolvedAdapter]) -> str | None:
+    """The catalogued base of the first of `parents` that has one."""
+    return next((parent.record.base for parent in parents if parent.record and parent.record.base), None)
 
 
 def child_facts(

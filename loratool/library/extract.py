@@ -13,8 +13,8 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, quoted
 from loratool.formats.draft import Draft
-from loratool.library.adapters import adapter_json, enter
-from loratool.library.derive import default_name, scratch_folder, write_adapter
+from loratool.library.adapters import adapter_json
+from loratool.library.derive import Child, Origin, bring_up, default_name, scratch_folder
 from loratool.library.merge import PathLike, hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, open_registry, resolve_base, user_path
@@ -111,10 +111,9 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
                 "lineage": {"operation": "extract", "tuned": models[0].name, **figures},
             }
             adapter = draft.adapter(chosen, _config(plan, found, models[1]), facts)
-            written = write_adapter(replace(adapter, replacements=found.kept), target, force=force)
-        owner = models[1].record.name if models[1].record else None
-        added = enter(replace(written, name=chosen), catalogue, name=chosen, base=owner)
-        catalogue.lineage.record(added.record, models[0].name, "extract", details=figures)
+            child = Child(replace(adapter, replacements=found.kept), target, chosen, figures)
+            owner = models[1].record.name if models[1].record else None
+            (added,) = bring_up([child], catalogue, "extract", [Origin(models[0].name)], base=owner, force=force)
     notes = (*_left_out_notes(found), *added.notes)
     return ExtractResult(target, added.record, models[0].name, models[1].name, found, notes)
 

@@ -13,12 +13,15 @@ from loratool.formats.draft import Draft
 from loratool.formats.finite import refuse_not_finite
 from loratool.library.adapters import adapter_json
 from loratool.library.derive import (
-    catalogue_child,
+    Child,
+    base_of,
+    bring_up,
     child_facts,
     default_name,
     default_output,
+    origin_of,
+    reference_of,
     scratch_folder,
-    write_adapter,
 )
 from loratool.library.merge import refuse_overlap
 from loratool.library.resolve import open_registry, resolve_adapter, user_path
@@ -110,15 +113,15 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
         with Draft(scratch_folder(target)) as draft:
             made = (prune_triplets if as_ == "adalora" else prune_to_lora)(draft, source.adapter, pruning)
             whole = replace(made, facts=facts, replacements=source.adapter.replacements)
-            written = write_adapter(whole, target, force=force)
-        record, notes = catalogue_child(written, catalogue, [source], "prune", details, name=chosen)
+            child = Child(whole, target, chosen, details)
+            (added,) = bring_up([child], catalogue, "prune", [origin_of(source)], base=base_of([source]), force=force)
     return PruneResult(
         target,
-        record,
-        source.record.reference if source.record else source.adapter.name,
+        added.record,
+        reference_of(source),
         pruning.criterion,
         pruning.before,
         pruning.total,
         {module: len(places) for module, places in pruning.kept.items()},
-        notes,
+        added.notes,
     )

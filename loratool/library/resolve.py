@@ -93,6 +93,11 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
         if not exists(path):
             registry.adapters.find(text)  # raises, with the nearest names
     if not text or not exists(path):
+        if RANK_SIGN in text:
+            raise NotFoundError(
+                f"there is no adapter {quoted(text)}: only merge and combine take a DyLoRA at a rank; make it an adapter "
+                "of that rank with 'loratool truncate'"
+            )
         raise NotFoundError(
             f"there is no adapter {quoted(text)}: neither a catalogued name nor a path; 'loratool list' shows the names"
         )

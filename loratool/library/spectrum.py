@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import printable
+from loratool.formats.adapter import path_of
 from loratool.library.picture import drawn, refuse_picture
 from loratool.library.resolve import open_registry, resolve_adapter, user_path
 from loratool.ranks.spectrum import Group, flow, group_of, groups, singular_values
@@ -89,7 +90,7 @@ def _grid(modules: Iterable[str]) -> _Grid:
     """Places each module by the first number in its name."""
     places: dict[tuple[str, str], str] = {}
     for module in modules:
-        parts = module.split(".")
+        parts = path_of(module)
         layer = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
         column = OTHER if layer is None else parts[layer]
         rest = parts if layer is None else parts[:layer] + parts[layer + 1 :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,8 +12,7 @@ from loratool.checkpoint.staging import refuse_existing, staged_file
 from loratool.errors import LoratoolError
 from loratool.formats.draft import Draft
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
-from loratool.library.adapters import enter
-from loratool.library.derive import scratch_folder, write_adapter
+from loratool.library.derive import Child, bring_up, scratch_folder
 from loratool.library.training_inputs import TrainingInputs
 from loratool.library.training_picture import draw_training
 from loratool.library.training_run import RunFolder
@@ -99,8 +98,8 @@ def _catalogued(training: Training, outcome: Outcome, inputs: TrainingInputs, ru
     config = {"base_model_name_or_path": inputs.hub_id_or_name}
     with Draft(scratch_folder(output.adapter)) as draft:
         drafted = training.adaptation.adapter(draft, run.name, config, facts)
-        written = write_adapter(drafted, output.adapter, force=output.force)
-    base = inputs.base.record.name if inputs.base.record else None
-    added = enter(replace(written, name=run.name), catalogue, name=run.name, base=base)
+        child = Child(drafted, output.adapter, run.name, {})
+        base = inputs.base.record.name if inputs.base.record else None
+        (added,) = bring_up([child], catalogue, "train", [], base=base, force=output.force)
     record = catalogue.adapters.update(added.record.reference, metrics=outcome.to_json())
     return record, added.notes

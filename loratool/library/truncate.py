@@ -18,18 +18,21 @@ from loratool.formats.dylora import LAWS, ScalingLaw, scaling_law
 from loratool.formats.finite import refuse_not_finite
 from loratool.library.adapters import adapter_json
 from loratool.library.derive import (
-    catalogue_child,
+    Child,
+    base_of,
+    bring_up,
     child_facts,
     default_name,
     default_output,
+    origin_of,
+    reference_of,
     scratch_folder,
-    write_adapter,
 )
 from loratool.library.merge import refuse_overlap
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import ResolvedAdapter, open_registry, resolve_adapter, user_path
 from loratool.ranks.truncate import Cut, Truncation, truncate_by_svd, truncate_leading
-from registry import AdapterRecord, Registry, check_name
+from registry import AdapterRecord, check_name
 
 PathLike = str | os.PathLike[str]
 
@@ -112,11 +115,19 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
         with ExitStack() as stack:
             drafts = [stack.enter_context(Draft(scratch_folder(target))) for target in outs]
             found = _truncated(drafts, source.adapter, cuts, law, progress or Silent())
-            results = [
-                _kept(truncation, source, cut, law, target, chosen, catalogue, force=force)
+            children = [
+                _child(truncation, source, cut, law, target, chosen)
                 for truncation, cut, target, chosen in zip(found, cuts, outs, names, strict=True)
             ]
-    return tuple(results)
+            added = bring_up(children, catalogue, "truncate", [origin_of(source)], base=base_of([source]), force=force)
+    parent = reference_of(source)
+    method: Literal["leading", "svd"] = "svd" if law is None else "leading"
+    return tuple(
+        TruncateResult(
+            target, entry.record, parent, method, law, truncation.error, dict(truncation.errors), entry.notes
+        )
+        for target, entry, truncation in zip(outs, added, found, strict=True)
+    )
 
 
 def _cuts(rank: int | Sequence[int] | None, energy: float | None, error: float | None) -> list[Cut]:
@@ -175,15 +186,13 @@ def _truncated(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cut], l
     ]
 
 
-def _kept(truncation: Truncation, source: ResolvedAdapter, cut: Cut, law: ScalingLaw | None, out: Path, name: str,
-          catalogue: Registry, *, force: bool) -> TruncateResult:  # fmt: skip
-    """Write a truncation and catalogue it."""
-    method: Literal["leading", "svd"] = "svd" if law is None else "leading"
+def _child(
+    truncation: Truncation, source: ResolvedAdapter, cut: Cut, law: ScalingLaw | None, out: Path, name: str
+) -> Child:
+    """A truncation as it is written and catalogued."""
     own = {} if law is None else {"scaling": law}
-    details = cut.figures | {"method": method} | ({"lost": truncation.error} if law is None else own)
+    figures = {"method": "svd", "lost": truncation.error} if law is None else {"method": "leading", **own}
+    details = cut.figures | figures
     facts = child_facts(truncation.adapter.kind, "truncate", [source], details) | own
-    whole = replace(truncation.adapter, facts=facts, replacements=source.adapter.replacements)
-    written = write_adapter(whole, out, force=force)
-    record, notes = catalogue_child(written, catalogue, [source], "truncate", details, name=name)
-    parent = source.record.reference if source.record else source.adapter.name
-    return TruncateResult(out, record, parent, method, law, truncation.error, dict(truncation.errors), notes)
+    adapter = replace(truncation.adapter, facts=facts, replacements=source.adapter.replacements)
+    return Child(adapter, out, name, details)

@@ -17,7 +17,7 @@ from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tenso
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint
-from loratool.checkpoint.replica import replica
+from loratool.checkpoint.replica import Replica, replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.errors import CheckpointError, quoted
 from loratool.formats.adapter import sha256_of
@@ -60,8 +60,8 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
     others = [name for name in plan.base.other_files() if str(name) != MANIFEST_NAME]
     with staged_folder(out, force=force) as stage:
         with replica(plan.base, stage, plan.touched, others, progress) as copy:
-            places = {name: Place(copy.files[plan.base.tensors[name].file]) for name in plan.touched}
-            report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, copy.ahead)
+            places = places_in(copy, plan.base, plan.touched)
+            report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, ())
         (stage / MANIFEST_NAME).write_text(report.manifest.to_json())
     return report
 
@@ -117,6 +117,12 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
         (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json())
         journal.commit()
     return report
+
+
+def places_in(copy: Replica, base: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
+    """The places of the base's tensors called `names` in its copy."""
+    files = {name: base.tensors[name].file for name in names}
+    return {name: Place(copy.files[file], straight=copy.straight.get(file)) for name, file in files.items()}
 
 
 def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:

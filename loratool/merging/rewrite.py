@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
-from loratool.checkpoint.blocks import read_exactly, write_exactly
+from loratool.checkpoint.blocks import read_exactly
+from loratool.checkpoint.straight import SLACK_BYTES, TensorWriter, skip_to_lie_as_at
 from loratool.errors import CheckpointError, quoted
 from loratool.merging.plan import Target
 from loratool.merging.workers import Job, work_through
@@ -46,10 +47,17 @@ class Change(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor's new bytes go: the open file `fd`, at their offset in the source plus `shift`."""
+    """Where a tensor's new bytes go: the open file `fd`, at their offset in the source plus `shift`.
+
+    `straight` is the same file, open for writing past the page cache, where it can be (`loratool.checkpoint.straight`).
+    """
 
     fd: int
     shift: int = 0
+    straight: int | None = None
+
+    def writer(self) -> TensorWriter:
+        return TensorWriter(self.fd, self.straight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +86,7 @@ def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], place
         workers=workers,
         beside=beside,
         ahead=ahead,
-        files={place.fd for place in places.values()},
+        files={place.fd for place in places.values() if place.straight is None},
     )
     return digests
 
@@ -88,27 +96,35 @@ def _stream(target: Target, change: Change, places: Mapping[str, Place], known: 
     weight = target.weight
     before = {info.name: blake3() for info in weight.tensors if info.name not in known}
     after = {info.name: blake3() for info in weight.tensors}
+    writers = {name: places[name].writer() for name in after if name in places}
     buffers: list[torch.Tensor] = []
     with opened({info.file for info in weight.tensors}) as sources:
         for rows in change.blocks():
             if stop.is_set():
                 break
             extents = weight.extents(rows)
-            if not buffers or any(len(b) < end - start for b, (_, start, end) in zip(buffers, extents, strict=True)):
-                buffers = [change.buffer(end - start) for _, start, end in extents]
-            parts = tuple(b[: end - start] for b, (_, start, end) in zip(buffers, extents, strict=True))
+            room = [end - start + SLACK_BYTES for _, start, end in extents]
+            if not buffers or any(len(buffer) < size for buffer, size in zip(buffers, room, strict=True)):
+                buffers = [change.buffer(size) for size in room]
+            blocks = []
+            for buffer, (info, start, end) in zip(buffers, extents, strict=True):
+                skip = skip_to_lie_as_at(buffer, start + (places[info.name].shift if info.name in places else 0))
+                blocks.append(slice(skip, skip + end - start))
+            parts = tuple(buffer[block] for buffer, block in zip(buffers, blocks, strict=True))
             views = [bytes_of(part) for part in parts]
             for (info, start, _), view in zip(extents, views, strict=True):
                 read_exactly(sources[info.file], view, start)
                 if info.name in before:
                     before[info.name].update(view)
             change.change(rows, parts)
-            for (info, start, _), view in zip(extents, views, strict=True):
+            for (info, start, _), view, buffer, block in zip(extents, views, buffers, blocks, strict=True):
                 after[info.name].update(view)
-                place = places.get(info.name)
-                if place is not None:
-                    write_exactly(place.fd, view, start + place.shift)
+                if info.name in writers:
+                    writers[info.name].write(bytes_of(buffer), block, start + places[info.name].shift)
                 progress(len(view))
+        else:
+            for writer in writers.values():
+                writer.close()
     found = {name: hasher.hexdigest() for name, hasher in before.items()}
     return {name: Digests(found.get(name) or known[name], hasher.hexdigest()) for name, hasher in after.items()}
 

@@ -17,11 +17,11 @@ from loratool.checkpoint.staging import staged_folder
 from loratool.errors import AdapterError, CheckpointError, LoratoolError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
-from loratool.merging.apply import reserve
+from loratool.merging.apply import places_in, reserve
 from loratool.merging.arithmetic import ApproximateUnmerge, ExactUnmerge, choose_device
 from loratool.merging.manifest import MANIFEST_NAME, Manifest
 from loratool.merging.plan import Target, WeightedAdapter, plan_merge
-from loratool.merging.rewrite import Change, Digests, Place, Progress, bytes_of, opened, rewrite
+from loratool.merging.rewrite import Change, Digests, Progress, bytes_of, opened, rewrite
 from loratool.merging.undo import UNDO_NAME, UndoFile, adapter_file
 from loratool.merging.workers import cpu_workers
 from loratool.weights import stored_weight
@@ -160,7 +160,7 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
     touched = frozenset(manifest.changed)
     with staged_folder(out, force=force) as stage:
         with replica(merged, stage, touched, others, progress) as copy:
-            places = {name: Place(copy.files[merged.tensors[name].file]) for name in touched}
+            places = places_in(copy, merged, touched)
             digests = rewrite(
                 way.targets,
                 way.change,
@@ -168,7 +168,6 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
                 workers=cpu_workers(),
                 progress=progress,
                 beside=copy.copies,
-                ahead=copy.ahead,
             )
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:

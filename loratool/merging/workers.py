@@ -11,7 +11,7 @@ from typing import Final
 
 from loratool.checkpoint.copying import flushing
 
-MOST: Final = 4
+MOST: Final = 6
 """More workers than this only wait for memory and disk."""
 
 Job = Callable[[], None]
@@ -20,8 +20,8 @@ Task = Callable[[threading.Event], None]
 
 
 def cpu_workers() -> int:
-    """One worker for each core that this process may use, at least two so that reading and arithmetic overlap."""
-    return max(2, min(MOST, len(os.sched_getaffinity(0))))
+    """Two workers more than cores that this process may use: some compute while others wait for the disk."""
+    return min(MOST, len(os.sched_getaffinity(0)) + 2)
 
 
 def work_through(tasks: Iterable[Task], *, workers: int, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),

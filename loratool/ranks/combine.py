@@ -1,14 +1,6 @@
-"""Several adapters into one, by the methods of PEFT's ``add_weighted_adapter``, with its numbers.
+"""Several adapters into one: what comes out is planned from headers alone, then computed one module after the other.
 
-With weights w and the updates ``scaling * B A`` of n adapters:
-
-- ``cat``: ``A = [w_i scaling_i A_i]`` below one another, ``B = [B_i]`` side by side: the weighted sum, exactly.
-- ``svd``: the best approximation of that sum of a given rank, from the factors of ``cat``.
-- ``linear``: ``A = sum of sqrt(w_i scaling_i) A_i``, and B alike: it is on the factors, so terms ``B_i A_j`` come in.
-- ``magnitude-prune``: linear, of factors of which the largest numbers were kept.
-- ``ties``: of those, only the numbers whose sign is that of their sum, averaged (Yadav et al. 2023, arXiv:2306.01708).
-- ``dare-linear``, ``dare-ties``: the numbers that are kept are drawn by chance, and the kept ones made larger for those
-  that were dropped (Yu et al. 2023, arXiv:2311.03099).
+The methods and their formulas are in `loratool.ranks.methods`.
 """
 
 from __future__ import annotations
@@ -17,31 +9,29 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal, get_args
-
-from blake3 import blake3
+from typing import Final
 
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError, WrongBaseError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
-from loratool.ranks.factored_svd import factored_svd
-from loratool.ranks.factors import Factors, load_factors
+from loratool.ranks.factors import load_factors
+from loratool.ranks.methods import (
+    DRAWING,
+    ELECTING,
+    METHODS,
+    ON_FACTORS,
+    PRUNING,
+    Method,
+    Recipe,
+    Term,
+    concatenated,
+    decomposed,
+    digest64,
+    mixed,
+)
 from loratool.updates import Update
 from loratool.updates.low_rank import LARGEST_SCALING
 
-if TYPE_CHECKING:
-    import torch
-
-Method = Literal["linear", "cat", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune"]
-METHODS: Final[tuple[Method, ...]] = get_args(Method)
-PRUNING: Final = frozenset({"ties", "dare-linear", "dare-ties", "magnitude-prune"})
-"""Methods that keep a share of each factor's numbers, the density."""
-
-ON_FACTORS: Final = PRUNING | {"linear"}
-"""Methods that add A to A and B to B, number by number."""
-
-ELECTING: Final = frozenset({"ties", "dare-ties"})
-DRAWING: Final = frozenset({"dare-linear", "dare-ties"})
 MOST_SEED: Final = 2**64 - 1
 
 
@@ -51,23 +41,6 @@ class Share:
 
     adapter: Adapter
     weight: float
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How adapters are combined.
-
-    Attributes:
-        method: one of METHODS.
-        density: the share of each factor's numbers that is kept, above 0 and at most 1; for PRUNING methods.
-        rank: of the result of ``svd``; by default the largest rank of the adapters.
-        seed: of DRAWING methods; by default it is made from what is combined.
-    """
-
-    method: Method
-    density: float | None = None
-    rank: int | None = None
-    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +73,13 @@ def plan_combine(shares: Sequence[Share], recipe: Recipe) -> Combination:
     Raises:
         LoratoolError: a number of the recipe is impossible or does not belong to its method, a weight is not finite, an
             adapter is given twice, or there are too few.
-        AdapterError: the method needs equal ranks and they differ.
+        AdapterError: the method needs equal ranks and they differ, or the modules of one are named in kohya's way and those
+            of another are not.
         WrongBaseError: a module has another shape in one adapter than in another.
     """
     _check_recipe(recipe, len(shares))
     _check_shares(shares)
+    _refuse_other_layouts(shares)
     if recipe.density is not None:
         _refuse_empty(shares, recipe.density)
     modules = sorted({module for share in shares for module in share.adapter.updates})
@@ -166,89 +141,6 @@ def combine_into(draft: Draft, plan: Combination, progress: Callable[[int], None
     return math.sqrt(lost / total) if total else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
-    """What one adapter, by its `place` among those combined, adds to a module."""
-
-    place: int
-    factors: Factors
-    weight: float
-
-    @property
-    def coefficient(self) -> float:
-        """What multiplies ``B A``."""
-        return self.weight * self.factors.scaling
-
-
-def concatenated(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (sum of r, in_features) and B (out_features, sum of r), fp32, whose product is the weighted sum."""
-    import torch
-
-    a = torch.cat([term.factors.a * term.weight * term.factors.scaling for term in terms])
-    return a, torch.cat([term.factors.b for term in terms], dim=1)
-
-
-def decomposed(terms: Sequence[Term], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A (rank, in_features) and B (out_features, rank), fp32, nearest to the weighted sum, and its singular values.
-
-    The root of each singular value goes into either factor.
-    """
-    import torch
-
-    a = torch.cat([term.factors.a.double() * term.coefficient for term in terms])
-    u, s, v = factored_svd(torch.cat([term.factors.b for term in terms], dim=1), a)
-    root = s[:rank].sqrt()
-    return (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float(), s
-
-
-def mixed(terms: Sequence[Term], letter: str, recipe: Recipe, module: str) -> torch.Tensor:
-    """Factor ``A`` or ``B`` of an ON_FACTORS method: the weighted sum, or elected mean, of the sparse factors.
-
-    Each factor is multiplied by the root of its coefficient; a negative sign goes with A.
-    """
-    import torch
-
-    factors = [term.factors.a if letter == "A" else term.factors.b for term in terms]
-    roots = [math.sqrt(abs(term.coefficient)) for term in terms]
-    if letter == "A":
-        roots = [math.copysign(root, term.coefficient) for root, term in zip(roots, terms, strict=True)]
-    if recipe.method in DRAWING:
-        seeds = [_draw_seed(recipe, module, letter, term.place) for term in terms]
-        factors = [drawn(factor, _density(recipe), seed) for factor, seed in zip(factors, seeds, strict=True)]
-    elif recipe.method in PRUNING:
-        factors = [largest(factor, _density(recipe)) for factor in factors]
-    stacked = torch.stack(factors)
-    weighted = stacked * torch.tensor(roots)[:, None, None]
-    if recipe.method not in ELECTING:
-        return weighted.sum(dim=0)
-    elected = torch.where(stacked.sum(dim=0) >= 0, 1, -1)
-    agree = stacked.sign() == elected
-    return (weighted * agree).sum(dim=0) / agree.sum(dim=0).clamp(min=1)
-
-
-def largest(factor: torch.Tensor, density: float) -> torch.Tensor:
-    """`factor` with the share `density` of its numbers that are largest in magnitude, and zeros."""
-    import torch
-
-    kept = torch.topk(factor.abs().flatten(), int(density * factor.numel())).indices
-    sparse = torch.zeros_like(factor)
-    sparse.view(-1)[kept] = factor.flatten()[kept]
-    return sparse
-
-
-def drawn(factor: torch.Tensor, density: float, seed: int) -> torch.Tensor:
-    """`factor` with each number kept by the chance `density`, and divided by it, else 0; same seed, same numbers.
-
-    Chance is the upper 53 bits of the words of Philox4x64 (Salmon et al. 2011) with `seed`, below 2**64, as its key.
-    """
-    import numpy as np
-    import torch
-
-    words = np.random.Philox(key=seed).random_raw(factor.numel()) >> np.uint64(11)
-    kept = torch.from_numpy(words * 2.0**-53 < density).view(factor.shape)
-    return torch.where(kept, factor / density, 0)
-
-
 def _check_recipe(recipe: Recipe, adapters: int) -> None:
     method = recipe.method
     if method not in METHODS:
@@ -298,6 +190,17 @@ def _check_shares(shares: Sequence[Share]) -> None:
                 f"{quoted(name)} replaces {quoted(tensor)} whole (modules_to_save), which has no weighted sum with others; "
                 "combine adapters without such modules"
             )
+
+
+def _refuse_other_layouts(shares: Sequence[Share]) -> None:
+    """Raise AdapterError where names would not tell which modules are the same."""
+    flat = [share.adapter.name for share in shares if share.adapter.kohya is not None]
+    dotted = [share.adapter.name for share in shares if share.adapter.kohya is None]
+    if flat and dotted:
+        raise AdapterError(
+            f"{quoted(flat[0])} is in kohya's layout, which names modules otherwise than {quoted(dotted[0])}, so no module "
+            "of one is found in the other; combine adapters of one layout"
+        )
 
 
 def _refuse_empty(shares: Sequence[Share], density: float) -> None:
@@ -375,20 +278,7 @@ def _partial_notes(shares: Sequence[Share], holders: Mapping[str, tuple[int, ...
 def _content_seed(shares: Sequence[Share], recipe: Recipe) -> int:
     """A seed below 2**64 made from what is combined: equal combinations draw alike."""
     content = [[share.adapter.sha256, float(share.weight).hex()] for share in shares]
-    return _digest64(json.dumps([content, recipe.method, _density(recipe).hex()]))
-
-
-def _draw_seed(recipe: Recipe, module: str, letter: str, place: int) -> int:
-    return _digest64(f"{recipe.seed} {module} {letter} {place}")
-
-
-def _digest64(text: str) -> int:
-    return int.from_bytes(blake3(text.encode()).digest(8), "little")
-
-
-def _density(recipe: Recipe) -> float:
-    assert recipe.density is not None
-    return float(recipe.density)
+    return digest64(json.dumps([content, recipe.method, float(recipe.density or 0).hex()]))
 
 
 def _nbytes(update: Update) -> int:

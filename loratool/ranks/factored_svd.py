@@ -22,3 +22,9 @@ def factored_svd(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.
     right, right_core = torch.linalg.qr(a.double().T)
     u, s, v = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
     return left @ u, s, v @ right.T
+
+
+def balanced(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (k, in) and B (out, k), fp32, with ``B A = U diag(s) V``: the root of each singular value in either."""
+    root = s.sqrt()
+    return (root[:, None] * v).float(), (u * root).float()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from loratool.ranks.difference import Difference
-from loratool.ranks.factored_svd import factored_svd
+from loratool.ranks.factored_svd import balanced, factored_svd
 
 if TYPE_CHECKING:
     import torch
@@ -118,8 +118,7 @@ def _leading_subspace(difference: Difference, width: int, energy: float, wanted:
 
 
 def _measured(difference: Difference, found: Decomposition, rank: int, energy: float, *, randomized: bool) -> Fit:
-    """The factors of the leading `rank` triplets, the root of each singular value in either, and what they miss."""
+    """The factors of the leading `rank` triplets, and what they miss."""
     u, s, v = found
-    root = s[:rank].sqrt()
-    a, b = (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float()
+    a, b = balanced(u[:, :rank], s[:rank], v[:rank])
     return Fit(a, b, energy, difference.residual_energy(b, a), randomized)

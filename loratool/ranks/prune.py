@@ -36,8 +36,8 @@ class Limit:
             raise LoratoolError("pruning is to a --budget, an --average-rank or a --threshold; give one of them")
         if self.budget is not None and type(self.budget) is not int:
             raise LoratoolError(f"a budget of {quoted(self.budget, 40)} is no whole number; give one of at least 1")
-        if not math.isfinite(given[0]) or given[0] < 0:
-            raise LoratoolError(f"{given[0]:g} is nothing to prune to; give a number of at least 0")
+        if not 0 <= given[0] < math.inf:
+            raise LoratoolError(f"{given[0]} is nothing to prune to; give a number of at least 0")
 
     @property
     def suffix(self) -> str:
@@ -59,15 +59,16 @@ class Limit:
                     f"no triplet of {quoted(name)} scores above {self.threshold:g}; the largest score is {max(scores):g}"
                 )
             return above
-        wanted = self.budget
         if self.average_rank is not None:
-            wanted = math.floor(round(self.average_rank * modules, 9))  # 0.29 * 100 is 28.999999999999996
-        if wanted is None or not 1 <= wanted <= len(scores):
+            budget, asked = _whole_budget(self.average_rank, modules), f"an average rank of {self.average_rank:g}"
+        else:
+            budget, asked = self.budget or 0, f"a budget of {self.budget}"
+        if not 1 <= budget <= len(scores):
             raise LoratoolError(
-                f"a budget of {wanted} is not among 1 to {len(scores)}, the triplets that {quoted(name)} has in its "
-                f"{modules} modules"
+                f"{asked} cannot be kept of {quoted(name)}, which has {len(scores)} triplets in {modules} modules; "
+                f"give a --budget of 1 to {len(scores)}, or an --average-rank of up to {len(scores) / modules:g}"
             )
-        return wanted
+        return budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,12 @@ def prune_to_lora(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
             raise AdapterError(f"{quoted(module)} is beyond fp32 once its scaling is in its factors; mend its alpha")
         draft.put(module, a, factors.b[:, places])
     return draft.adapter(adapter.name, unit_config(ranks, targeting(adapter, ranks), adapter.config), {})
+
+
+def _whole_budget(average_rank: float, modules: int) -> int:
+    """The whole triplets in so many a module: 0.29 of 100 is 29, although 0.29 * 100 is 28.999999999999996."""
+    wanted = average_rank * modules
+    return math.floor(round(wanted, 9)) if math.isfinite(wanted) else 0
 
 
 def _singular_values(adapter: Adapter) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Final
 
-from loratool.formats.adapter import Adapter
+from loratool.formats.adapter import Adapter, path_of
 from loratool.ranks.factored_svd import factored_svd
 from loratool.ranks.factors import load_factors
 
@@ -49,11 +49,10 @@ def singular_values(adapter: Adapter) -> dict[str, tuple[float, ...]]:
 
 def groups(values: Mapping[str, tuple[float, ...]]) -> tuple[Group, ...]:
     """The modules of an adapter, by the last component of their names, in the order in which data flow through them."""
-    names = sorted({module.rsplit(".", 1)[-1] for module in values}, key=flow)
-    return tuple(
-        group_of(name, [found for module, found in values.items() if module.rsplit(".", 1)[-1] == name])
-        for name in names
-    )
+    members: dict[str, list[tuple[float, ...]]] = {}
+    for module, found in values.items():
+        members.setdefault(path_of(module)[-1], []).append(found)
+    return tuple(group_of(name, members[name]) for name in sorted(members, key=flow))
 
 
 def group_of(name: str, spectra: Iterable[tuple[float, ...]]) -> Group:

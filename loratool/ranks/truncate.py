@@ -13,8 +13,8 @@ from loratool.formats.draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import ScalingLaw, module_alphas
 from loratool.formats.lora_config import LoraConfig, lora_config
-from loratool.ranks.factored_svd import factored_svd
-from loratool.ranks.factors import Factors, load_factors
+from loratool.ranks.factored_svd import balanced, factored_svd
+from loratool.ranks.factors import load_factors
 from loratool.ranks.side_by_side import side_by_side
 from loratool.ranks.unit_scaling import TARGETING, unit_config
 
@@ -129,7 +129,7 @@ def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cu
         u, s, v = factored_svd(factors.b, factors.a)
         ranks = [cut.rank_of(s) for cut in cuts]
         for draft, rank in zip(drafts, ranks, strict=True):
-            draft.put(module, *_balanced(module, factors, u[:, :rank], s[:rank], v[:rank]))
+            draft.put(module, *_scaled(module, factors.scaling, u[:, :rank], s[:rank], v[:rank]))
         progress(sum(info.nbytes for info in update.factors.values()))
         return s * abs(factors.scaling), ranks
 
@@ -140,12 +140,11 @@ def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cu
     ]
 
 
-def _balanced(
-    module: str, factors: Factors, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor
+def _scaled(
+    module: str, scaling: float, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in_features) and B (out_features, r), fp32: the root of each scaled singular value in either."""
-    root = (s * abs(factors.scaling)).sqrt()
-    a, b = (root[:, None] * v).float(), (u * root * math.copysign(1, factors.scaling)).float()
+    """A (r, in_features) and B (out_features, r), fp32, whose product is ``scaling * U diag(s) V``."""
+    a, b = balanced(u * math.copysign(1, scaling), s * abs(scaling), v)
     if not (a.isfinite().all() and b.isfinite().all()):
         raise AdapterError(f"{quoted(module)} is beyond fp32 once its scaling is in its factors; mend its alpha")
     return a, b

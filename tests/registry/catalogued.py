@@ -10,6 +10,9 @@ from typing import Any
 
 from registry import AdapterFacts
 
+SERVER = os.environ.get("LORATOOL_TEST_DATABASE")
+"""URL of an empty database on a server, to run on it what else runs on a SQLite file: its tables are dropped."""
+
 
 def digest(text: str) -> str:
     """A sha256 in hex that stands for `text`."""

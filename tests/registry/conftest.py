@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import MetaData, create_engine
 
 from registry import Registry
 
 # What the tests share is imported by its plain name, by the processes that they start too.
 sys.path.append(str(Path(__file__).parent))
+
+from catalogued import SERVER
 
 
 @pytest.fixture
@@ -32,10 +35,20 @@ def empty_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def catalogue(home: Path, empty_home: Path) -> Iterator[Registry]:
-    """An empty catalogue in `home`, open for writing."""
+    """An empty catalogue, open for writing; its store is in `home`."""
     shutil.copytree(empty_home, home)
-    with Registry.open(home) as registry:
+    with Registry.open(home, SERVER) as registry:
         yield registry
+    if SERVER:
+        _drop_tables(SERVER)
+
+
+def _drop_tables(url: str) -> None:
+    engine = create_engine(url)
+    tables = MetaData()
+    tables.reflect(engine)
+    tables.drop_all(engine)
+    engine.dispose()
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from catalogued import digest, facts
+from catalogued import SERVER, digest, facts
 
-from registry import AlreadyExistsError, InUseError, Location, NotFoundError, Registry, RegistryError
+from registry import AlreadyExistsError, InUseError, Location, NotFoundError, Registry, RegistryError, list_adapters
 
 
 def test_an_adapter_comes_back_as_it_was_added(catalogue: Registry, tmp_path: Path) -> None:
@@ -53,13 +53,11 @@ def test_an_adapter_comes_back_as_it_was_added(catalogue: Registry, tmp_path: Pa
 def test_scaling_and_targets_keep_every_bit(
     catalogue: Registry, home: Path, scaling: float, targets: list[str] | str | None
 ) -> None:
-    from registry import list_adapters
-
     catalogue.adapters.add("pirate", facts(scaling=scaling, alpha=scaling, target_modules=targets))
     found = catalogue.adapters.find("pirate")
     assert (found.scaling, found.alpha, found.target_modules) == (scaling, scaling, targets)
     assert isinstance(found.scaling, float)
-    assert list_adapters(home)[0].target_modules == targets
+    assert list_adapters(home, SERVER)[0].target_modules == targets
 
 
 def test_the_same_adapter_again_is_the_same_version_with_more_tags(catalogue: Registry) -> None:

@@ -15,7 +15,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from catalogued import facts, without_privileges
+from catalogued import SERVER, facts, without_privileges
 from sqlalchemy import create_engine, event, inspect
 
 from registry import Registry, RegistryBusyError, RegistryError, RegistryReadOnlyError, SchemaTooNewError, list_adapters
@@ -330,6 +330,7 @@ def imported_by(code: str, home: Path) -> set[str]:
     return set(done.stdout.split())
 
 
+@pytest.mark.skipif(SERVER is not None, reason="it is about the SQLite file")
 def test_the_list_of_an_up_to_date_catalogue_imports_no_sqlalchemy(catalogue: Registry, home: Path) -> None:
     catalogue.adapters.add("pirate", facts())
     modules = imported_by("import registry; assert len(registry.list_adapters(home)) == 1", home)

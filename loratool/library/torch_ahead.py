@@ -1,0 +1,27 @@
+"""Loading torch's compiled library while Python imports what else a command needs."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+LIBRARY: Final = "lib/libtorch_cpu.so"
+
+
+def load_torch_ahead() -> None:
+    """Begin to map and to link torch's largest library on a thread of its own, for a command that will import torch.
+
+    That takes a quarter of a second, in which ``import torch`` would let nothing else run.
+    """
+    threading.Thread(target=_load).start()
+
+
+def _load() -> None:
+    spec = find_spec("torch")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        with suppress(OSError):  # where it is not, or needs another, ``import torch`` does what it always does
+            ctypes.CDLL(str(Path(folder) / LIBRARY))
