@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loratool.library.extract import extract
     from loratool.library.merge import merge
     from loratool.library.prune import prune
+    from loratool.library.push import push
     from loratool.library.quantize import quantize
     from loratool.library.spectrum import spectrum
     from loratool.library.train import train
@@ -56,6 +57,7 @@ __all__ = [
     "list",
     "merge",
     "prune",
+    "push",
     "quantize",
     "remove",
     "show",
@@ -84,6 +86,7 @@ _FUNCTIONS: Final = {
     "list": ("adapters", "list_adapters"),
     "merge": ("merge", "merge"),
     "prune": ("prune", "prune"),
+    "push": ("push", "push"),
     "quantize": ("quantize", "quantize"),
     "remove": ("adapters", "remove"),
     "show": ("adapters", "show"),

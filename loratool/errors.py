@@ -73,3 +73,7 @@ class VerificationError(LoratoolError):
 
 class NotFoundError(LoratoolError):
     """A name, path or Hub id leads nowhere."""
+
+
+class HubError(LoratoolError):
+    """The Hugging Face Hub refuses, fails, or cannot be reached."""

@@ -6,12 +6,15 @@ The environment is set before any test module is imported, since torch and huggi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from hub_stand_in import HubStandIn
     from tiny_adapters import TinyAdapters
     from tiny_models import TinyModels
 
@@ -48,3 +51,42 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_models: TinyMod
     from tiny_adapters import TinyAdapters
 
     return TinyAdapters(tmp_path_factory.mktemp("tiny-adapters"), tiny_models)
+
+
+@pytest.fixture
+def hub_waits() -> list[float]:
+    """The seconds that huggingface_hub would have waited between its attempts, in order."""
+    return []
+
+
+@pytest.fixture
+def hub(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, hub_waits: list[float]
+) -> Iterator[HubStandIn]:
+    """A stand-in of the Hub that huggingface_hub takes for it, with an empty cache; nobody waits between attempts."""
+    import huggingface_hub
+    from hub_stand_in import HubStandIn
+    from huggingface_hub import constants, file_download
+    from huggingface_hub.utils import _http
+
+    home = tmp_path_factory.mktemp("hf-home")
+    with HubStandIn() as stand_in:
+        for name, value in stand_in.environment(home).items():
+            monkeypatch.setenv(name, value)
+        # huggingface_hub has read its environment long ago.
+        for name, value in {
+            "ENDPOINT": stand_in.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": stand_in.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", stand_in.endpoint)
+        for module in (_http, file_download):
+            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=hub_waits.append))
+        yield stand_in
+        _http.close_session()

@@ -679,6 +679,9 @@ def test_every_command_is_one_function_with_the_same_name_and_the_same_words() -
             parameters |= set(inspect.signature(loratool.spectrum).parameters)
         if name == "train":
             parameters = parameters - {"choices"} | set(Choices.__annotations__)
+        if name == "push":  # who is asked on a terminal, and is not with --yes
+            words -= {"yes"}
+            parameters -= {"confirm"}
         assert words <= parameters, name
         assert parameters - words <= {"registry", "progress"}, name
 

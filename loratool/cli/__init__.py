@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "list": "The catalogue of adapters.",
     "merge": "Adapters into the weights of a base model.",
     "prune": "Drop the least ranks of an AdaLoRA.",
+    "push": "An adapter onto the Hugging Face Hub.",
     "quantize": "A full model to NF4.",
     "remove": "Forget an adapter.",
     "show": "One adapter: everything known.",

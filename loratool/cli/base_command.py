@@ -32,14 +32,17 @@ command = base
 @click.option(
     "--variant-of", metavar="BASE", help="The catalogued base that this is the same model as, stored otherwise."
 )
+@click.option("--hub-id", metavar="ID", help="The Hub model that the folder holds; adapters that are pushed name it.")
 @json_option
 @click.pass_obj
-def add_base(registry: str | None, name: str, source: str, variant_of: str | None, as_json: bool) -> None:
+def add_base(
+    registry: str | None, name: str, source: str, variant_of: str | None, hub_id: str | None, as_json: bool
+) -> None:
     """Catalogue the model in a folder or at a Hub id under NAME, with the fingerprint of its content."""
     from loratool.library.bases import base_add, base_json
 
     with ProgressBar() as progress:
-        record = base_add(name, source, variant_of=variant_of, registry=registry, progress=progress)
+        record = base_add(name, source, variant_of=variant_of, hub_id=hub_id, registry=registry, progress=progress)
     if as_json:
         print_json(base_json(record))
         return

@@ -89,6 +89,10 @@ def _print_card(result: ShowResult) -> None:
         ("trained", _training(record.recipe or {})),
         ("sha256", record.sha256),
         ("base", _base(record.base, record.base_fingerprint, record.base_model)),
+        (
+            "on the Hub",
+            listed([f"{p.repo} ({(p.revision or '')[:12]})" for p in reversed(record.locations) if p.repo], 3),
+        ),
         ("tags", " ".join(record.tags)),
         ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
         ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),

@@ -27,16 +27,17 @@ from loratool.formats.read import (
 from loratool.formats.tensor_keys import PREFIX, peft_key
 
 
-def write_peft(adapter: Adapter, out: Path, *, force: bool = False) -> None:
+def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadata: bool = True) -> None:
     """Write the PEFT directory `out`: configuration, weights, and ``loratool.json`` where facts are known.
 
-    A file whose tensors have PEFT's names already is copied byte for byte, so its sha256 stays.
+    A file whose tensors have PEFT's names already is copied byte for byte, so its sha256 stays; without `keep_metadata` it
+    is written anew, and says nothing but its tensors.
 
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
     """
     with staged_folder(out, force=force) as folder:
-        _fill_folder(folder, adapter)
+        _fill_folder(folder, adapter, keep_metadata=keep_metadata)
 
 
 def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> None:
@@ -72,10 +73,10 @@ def staged_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> Itera
             yield read_adapter(folder)
 
 
-def _fill_folder(folder: Path, adapter: Adapter) -> None:
+def _fill_folder(folder: Path, adapter: Adapter, *, keep_metadata: bool = True) -> None:
     tensors = _tensors(adapter)
     target = folder / WEIGHTS_NAME
-    if all(name == info.name for name, info in tensors.items()):
+    if keep_metadata and all(name == info.name for name, info in tensors.items()):
         _copy_file(adapter.file, target)
     else:
         _write_tensors(target, tensors, {"format": "pt"})

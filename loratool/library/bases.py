@@ -13,6 +13,7 @@ from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, NotFoundError, VerificationError, WrongBaseError, quoted
+from loratool.hub.names import repository_id
 from loratool.library.merge import hold
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import HUB_ID, digest_cache, exists, fetch_from_hub, open_registry, user_path
@@ -38,14 +39,15 @@ class BaseShowResult:
         }
 
 
-def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | None = None, registry: str | None = None,
-             progress: Progress | None = None) -> BaseRecord:  # fmt: skip
+def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | None = None, hub_id: str | None = None,
+             registry: str | None = None, progress: Progress | None = None) -> BaseRecord:  # fmt: skip
     """Catalogue a base model under `name`, with the fingerprint of its content. Its files stay where they are.
 
     Args:
         name: letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit, 96 at most.
         source: its folder or safetensors file, or a Hub id (``owner/name`` or ``owner/name@revision``).
         variant_of: the catalogued base that this is the same model as, stored otherwise.
+        hub_id: of a folder or file, the Hub model that it is (``owner/name``), which adapters that are pushed name.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 
@@ -58,10 +60,14 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
     _check_name(name)
     if variant_of is not None:
         _check_name(variant_of)
+    if hub_id is not None:
+        hub_id = repository_id(hub_id)
     with open_registry(registry) as catalogue:
         if text and exists(path):
             path = Path(os.path.abspath(path))
-            text = str(path)
+            text = hub_id or str(path)
+        elif hub_id is not None:
+            raise NotFoundError(f"there is no model at {quoted(text)}; --hub-id is for a folder or file of yours")
         elif HUB_ID.fullmatch(text):
             text, path = fetch_from_hub(text)
             revision = path.name

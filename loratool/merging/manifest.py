@@ -9,7 +9,7 @@ import base64
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -99,6 +99,22 @@ class Manifest:
     def converted(self) -> bool:
         """Whether the model is stored otherwise than its base, so that no tensor of the one need be in the other."""
         return not CONVERSIONS.isdisjoint(self.options)
+
+    def for_others(self, base: str) -> Manifest:
+        """The manifest of a copy that leaves this machine: no folder of it is named, and no undo file comes along.
+
+        `base` is what the base is called elsewhere. The README, which is another there, is in no record.
+        """
+        earlier = self.previous and parse_manifest(self.previous, Path(MANIFEST_NAME), KINDS)
+        return replace(
+            self,
+            base_path=base,
+            adapters=tuple(replace(adapter, file="") for adapter in self.adapters),
+            files={name: digest for name, digest in self.files.items() if name != "README.md"},
+            undo=None,
+            undo_adapters=(),
+            previous=earlier.for_others(earlier.base_name).to_json().encode() if earlier else None,
+        )
 
     def to_json(self) -> str:
         """The text of the manifest file."""

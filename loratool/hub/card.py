@@ -1,0 +1,280 @@
+"""The card of an adapter: what the Hub's front matter says of it, and what a person reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from loratool.hub.markdown import code, plain, sections, table
+from loratool.hub.readme import FrontMatter
+
+KINDS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
+"""What an adapter of each kind is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a model with the adapter does: the class of transformers that loads it, and the Hub's word for it."""
+
+    auto_class: str
+    pipeline: str | None
+
+
+TASKS: Final = {
+    "CAUSAL_LM": Task("AutoModelForCausalLM", "text-generation"),
+    "SEQ_2_SEQ_LM": Task("AutoModelForSeq2SeqLM", None),
+    "SEQ_CLS": Task("AutoModelForSequenceClassification", "text-classification"),
+    "TOKEN_CLS": Task("AutoModelForTokenClassification", "token-classification"),
+    "QUESTION_ANS": Task("AutoModelForQuestionAnswering", "question-answering"),
+    "FEATURE_EXTRACTION": Task("AutoModel", "feature-extraction"),
+}
+"""PEFT's ``task_type`` and what it means."""
+
+_ARCHITECTURES: Final = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+_SAID_ABOVE: Final = frozenset({"alpha", "base", "base_fingerprint", "data_sha256", "rank", "targets"})
+"""Of a recipe: what the card says elsewhere, or nobody reads."""
+
+_FIRST: Final = ("method", "data", "samples", "steps", "epochs", "batch_size", "lr", "schedule", "quantize", "seed")
+"""Of a recipe: what people ask for first."""
+
+MOST_TARGETS: Final = 24
+MOST_FIGURES: Final = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterCard:
+    """What is known of an adapter that is pushed.
+
+    Attributes:
+        name: what its README is called.
+        repository: where it lies on the Hub.
+        kind: ``lora``, ``dylora`` or ``adalora``.
+        ranks: the rank of each module.
+        alpha: ``lora_alpha`` of the configuration.
+        scalings: what the modules' updates are multiplied by, each value once.
+        target_modules, replaced: the modules it changes by factors; how many tensors it holds whole.
+        parameters, dtype, size_bytes, sha256: of its weights.
+        base: the Hub id of its base, or None where it has none.
+        base_url: where that is shown.
+        base_fingerprint: of the base's content, where it is known.
+        task: PEFT's ``task_type``, where it is known.
+        recipe, metrics: of its training, as they were recorded.
+        lineage: what it was made from: an operation and its parents' names, the nearest first.
+        tags: words to find it by.
+        license: as the Hub calls it.
+        picture: the file of its loss plot in the repository.
+    """
+
+    name: str
+    repository: str
+    kind: str
+    ranks: Mapping[str, int]
+    alpha: float
+    scalings: Sequence[float]
+    target_modules: Sequence[str]
+    replaced: int
+    parameters: int
+    dtype: str
+    size_bytes: int
+    sha256: str
+    base: str | None
+    base_url: str | None
+    base_fingerprint: str | None
+    task: str | None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    lineage: Sequence[tuple[str, Sequence[str]]] = ()
+    tags: Sequence[str] = ()
+    license: str | None = None
+    picture: str | None = None
+
+    @property
+    def rank(self) -> str:
+        """``8``, or ``4 to 16`` where modules differ; a DyLoRA has every rank up to its own."""
+        least, most = min(self.ranks.values()), max(self.ranks.values())
+        if self.kind == "dylora":
+            return f"1 to {most}" if most > 1 else "1"
+        return str(most) if least == most else f"{least} to {most}"
+
+    def front_matter(self) -> FrontMatter:
+        """What the Hub reads."""
+        datasets = dataset_ids(self.recipe)
+        pipeline = TASKS[self.task].pipeline if self.task in TASKS else None
+        managed: dict[str, Any] = {
+            "base_model": self.base,
+            "base_model_relation": "adapter" if self.base else None,
+            "library_name": "peft",
+        }
+        if self.license:
+            managed["license"] = self.license
+        words = ["lora", *([self.kind] if self.kind != "lora" else []), "loratool", *self.tags]
+        return FrontMatter(managed, {"pipeline_tag": pipeline, "datasets": datasets}, tuple(dict.fromkeys(words)))
+
+    def body(self) -> str:
+        """What a person reads: what it is, how to use it, how it was trained, and how good it is."""
+        return sections(
+            self._introduction(),
+            table(self._facts()),
+            "## Use it",
+            self._with_peft(),
+            self._with_loratool(),
+            *self._training(),
+            *self._results(),
+        )
+
+    def _introduction(self) -> str:
+        base = f"[{plain(self.base)}]({self.base_url})" if self.base else "a base model that is not on the Hub"
+        article = "An" if self.kind == "adalora" else "A"
+        text = f"{article} {KINDS[self.kind]} adapter of rank {self.rank} for {base}."
+        if self.kind == "dylora":
+            text += (
+                " Its leading components stand by themselves: it can be cut to any rank up to its own without training. "
+                "PEFT and serving engines load it at its full rank."
+            )
+        if self.kind == "adalora":
+            text += " PEFT loads it; for engines that know only LoRA, `loratool prune --as lora` makes an ordinary one of it."
+        for operation, parents in self.lineage[:1]:
+            made_by, made_of = code(f"loratool {operation}"), ", ".join(map(code, parents[:MOST_TARGETS]))
+            text += f" Made by {made_by} from {made_of}." if made_of else f" Made by {made_by}."
+        return text
+
+    def _facts(self) -> list[tuple[str, str]]:
+        scaling = " to ".join(f"{value:g}" for value in dict.fromkeys((min(self.scalings), max(self.scalings))))
+        names = [code(name) for name in self.target_modules[:MOST_TARGETS]]
+        more = f" and {len(self.target_modules) - MOST_TARGETS} more" if len(self.target_modules) > MOST_TARGETS else ""
+        whole = f"{self.replaced} tensors of the base's own are replaced whole" if self.replaced else ""
+        return [
+            ("rank", self.rank),
+            ("alpha", f"{self.alpha:g} (scaling {scaling})"),
+            ("target modules", f"{', '.join(names)}{more} ({len(self.ranks)} modules)"),
+            ("modules to save", whole),
+            ("parameters", f"{self.parameters:,}, {self.dtype}, {_size(self.size_bytes)}"),
+            ("weights, sha256", code(self.sha256)),
+            ("base, fingerprint", code(self.base_fingerprint) if self.base_fingerprint else ""),
+        ]
+
+    def _with_peft(self) -> str:
+        auto = TASKS[self.task].auto_class if self.task in TASKS else "AutoModelForCausalLM"
+        lines = [
+            "from peft import PeftModel",
+            f"from transformers import {', '.join(sorted([auto, 'AutoTokenizer']))}",
+            "",
+            f'base = "{self.base or "path/to/the/base"}"',
+            "tokenizer = AutoTokenizer.from_pretrained(base)",
+            f"model = {auto}.from_pretrained(base)",
+            f'model = PeftModel.from_pretrained(model, "{self.repository}")',
+        ]
+        if auto == "AutoModelForCausalLM":
+            lines += [
+                "",
+                'prompt = tokenizer("Once upon a time", return_tensors="pt")',
+                "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))",
+            ]
+        code_block = "\n".join(lines)
+        return f"With PEFT:\n\n```python\n{code_block}\n```"
+
+    def _with_loratool(self) -> str:
+        name = self.repository.rpartition("/")[2]
+        base = self.base or "path/to/the/base"
+        cut = (
+            f"\nloratool truncate {name} --rank {max(1, max(self.ranks.values()) // 2)}"
+            if self.kind == "dylora"
+            else ""
+        )
+        return f"""With loratool, which checks that it is merged into the right base:
+
+```
+loratool pull {self.repository}{cut}
+loratool merge {name} --into {base}
+```"""
+
+    def _training(self) -> list[str]:
+        """The choices that people ask for first, and all others folded away."""
+        said = {key: value for key, value in _flat(self.recipe).items() if key not in _SAID_ABOVE}
+        first = table(_rows({key: said[key] for key in _FIRST if key in said}), ("trained", ""))
+        more = table(_rows({key: value for key, value in sorted(said.items()) if key not in _FIRST}), ("recipe", ""))
+        if first and more:
+            more = f"<details><summary>Every other choice</summary>\n\n{more}\n\n</details>"
+        return ["## Training", first, more] if said else []
+
+    def _results(self) -> list[str]:
+        by_rank = self.metrics.get("loss_by_rank")
+        others = {key: value for key, value in self.metrics.items() if key != "loss_by_rank"}
+        parts = [table(_rows(dict(sorted(_flat(others).items()))), ("figure", ""))]
+        if isinstance(by_rank, Mapping):
+            ranked = sorted(by_rank.items(), key=lambda pair: (len(str(pair[0])), str(pair[0])))
+            parts.append(table(_rows(dict(ranked)), ("at rank", "loss")))
+        if self.picture:
+            parts.append(f"![The loss of the training]({self.picture})")
+        said = [part for part in parts if part]
+        return ["## Results", *said] if said else []
+
+
+def task_of(config: Mapping[str, Any], architecture: str | None) -> str | None:
+    """PEFT's ``task_type`` of a configuration, or else what the base's architecture says; None where neither does."""
+    recorded = config.get("task_type")
+    if recorded in TASKS:
+        return str(recorded)
+    return next((task for ending, task in _ARCHITECTURES.items() if (architecture or "").endswith(ending)), None)
+
+
+def dataset_ids(recipe: Mapping[str, Any]) -> list[str]:
+    """The Hub's data sets among what a recipe says that it was trained on; a file is none."""
+    from pathlib import PurePosixPath
+
+    from loratool.hub.names import is_repository
+
+    given = recipe.get("data")
+    names = given if isinstance(given, list) else [given]
+    found = [str(name).partition("@")[0] for name in names if isinstance(name, str)]
+    return [name for name in found if is_repository(name) and not PurePosixPath(name).suffix]
+
+
+def _rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row for each figure; one in bytes is shown in what people count them in."""
+    rows = []
+    for key, value in list(figures.items())[:MOST_FIGURES]:
+        in_bytes = key.endswith("_bytes") and isinstance(value, int)
+        shown = _size(value) if in_bytes else _figure(value)
+        rows.append((plain((key.removesuffix("_bytes") if in_bytes else key).replace("_", " ")), code(shown)))
+    return rows
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested figures with their keys joined, None left out."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key} {inner}": item for inner, item in value.items() if not isinstance(item, Mapping | list)}
+        elif value is not None:
+            flat[str(key)] = value
+    return flat
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.4f}".rstrip("0").rstrip(".") if math.isfinite(value) and abs(value) >= 0.001 else f"{value:g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for bigger in ("kB", "MB", "GB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, bigger
+    return f"{value:.3g} {unit}"

@@ -1,0 +1,267 @@
+"""`loratool.push`: an adapter, or a merged model, onto the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
+from loratool.hub.errors import refuse_anonymous, refuse_offline
+from loratool.hub.names import is_repository, repository_id
+from loratool.hub.push import (
+    COMMAND,
+    MAIN,
+    Remote,
+    Sent,
+    check_card,
+    find_proposal,
+    look,
+    refuse_token,
+    send,
+    user_name,
+)
+from loratool.library.adapter_upload import prepare_adapter
+from loratool.library.model_upload import open_model, prepare_model
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import RANK_SIGN, exists, open_registry, resolve_adapter, user_path
+from loratool.library.upload import Upload, Wishes
+from registry import AdapterRecord, Location, RegistryError
+
+if TYPE_CHECKING:
+    from registry import Registry
+
+Confirm = Callable[[str], bool]
+"""Asks a question that is answered by yes or no."""
+
+
+@dataclass(frozen=True, slots=True)
+class PushedFile:
+    """A file of a push; `state` is ``new``, ``changed`` or ``same`` as what was there."""
+
+    path: str
+    size_bytes: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """What was pushed, or with `dry_run` what would be.
+
+    Attributes:
+        source: the adapter's reference, or the folder of the merged model; `merged` says which.
+        repository, url: where it lies on the Hub.
+        revision: the branch.
+        commit: what the branch, or the pull request, is at now; None where nothing was sent.
+        pull_request: the address of the pull request, with `create_pr`.
+        created: whether the repository was made, and `private` whether it is private.
+        files: every file of the push.
+        card: the text of its README.
+        sent: whether there is a new commit.
+    """
+
+    source: str
+    merged: bool
+    repository: str
+    url: str
+    revision: str
+    commit: str | None
+    pull_request: str | None
+    created: bool
+    private: bool
+    files: tuple[PushedFile, ...]
+    card: str
+    notes: tuple[str, ...]
+    sent: bool
+    dry_run: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        return {
+            "source": self.source,
+            "merged": self.merged,
+            "repository": self.repository,
+            "url": self.url,
+            "revision": self.revision,
+            "commit": self.commit,
+            "pull_request": self.pull_request,
+            "created": self.created,
+            "private": self.private,
+            "files": [{"path": f.path, "size_bytes": f.size_bytes, "state": f.state} for f in self.files],
+            "card": self.card,
+            "notes": list(self.notes),
+            "sent": self.sent,
+            "dry_run": self.dry_run,
+        }
+
+
+def push(adapter: str | os.PathLike[str] | None = None, repository: str | None = None, *, merged: bool = False,
+         private: bool = False, create_pr: bool = False, revision: str | None = None, message: str | None = None,
+         license: str | None = None, base_model: str | None = None, alpha: float | None = None,  # noqa: A002
+         dry_run: bool = False, confirm: Confirm | None = None, progress: Progress | None = None,
+         registry: str | None = None) -> PushResult:  # fmt: skip
+    """Put an adapter onto the Hugging Face Hub as PEFT and whatever reads PEFT load it, with a card; in one commit.
+
+    What is there already is not sent again, and where nothing differs there is no commit. A README that somebody wrote is
+    kept: only loratool's own part of it is renewed.
+
+    Args:
+        adapter: a catalogued name or a path; the newest of the catalogue by default. With `merged` the folder, or the
+            catalogued name, of a model that loratool merged or quantized.
+        repository: ``owner/name``, or ``name`` for the user's own; by default the adapter's name.
+        merged: push a merged model instead of an adapter.
+        private: make the repository private where it is made.
+        create_pr: propose the files in a pull request.
+        revision: the branch; it is made where it is missing.
+        message: of the commit.
+        license: as the Hub calls it (``apache-2.0``); what the card says otherwise stays.
+        base_model: the Hub id of its base, where the catalogue does not know it; ``none`` where it is on no Hub.
+        alpha: for a bare file that does not say its own.
+        dry_run: send nothing.
+        confirm: asked before a public repository is made; nobody is asked by default.
+        progress: told how far the check of a merged model is.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
+    Raises:
+        LoratoolError, registry.RegistryError: says what is wrong; nothing was sent, or what was sent is not committed.
+    """
+    from huggingface_hub import constants
+
+    if message is not None and not message.strip():
+        raise LoratoolError("the commit message is empty; say something with --message, or leave it out")
+    if merged and alpha is not None:
+        raise LoratoolError("--alpha is for an adapter, and --merged pushes a model; leave one of them out")
+    online = not constants.HF_HUB_OFFLINE
+    if not dry_run:
+        refuse_offline(COMMAND)
+        refuse_anonymous(COMMAND)
+    with open_registry(registry, read_only=True) as catalogue, TemporaryDirectory(prefix="loratool-") as scratch:
+        remote, upload = _prepare(
+            adapter, repository, revision, catalogue, Path(scratch), merged=merged, alpha=alpha,
+            wishes=Wishes(license, base_model, online), watcher=progress or Silent(),
+        )  # fmt: skip
+        _refuse_impossible(remote, private=private, create_pr=create_pr)
+        if online:
+            check_card(upload.card)
+        refuse_token(upload.contents)
+        files = tuple(PushedFile(each.path, each.size, remote.state_of(each)) for each in upload.contents)
+        differs = remote.head is None or any(each.state != "same" for each in files)
+        sent = None
+        if differs and not dry_run:
+            sent = _send(upload, remote, message, private=private, create_pr=create_pr, confirm=confirm)
+    notes = [*upload.notes, *([] if online else ["the Hub was not asked what is there: HF_HUB_OFFLINE forbids it"])]
+    if upload.record is not None and not dry_run:
+        notes += _record(upload.record, remote.repository, sent.commit if sent else remote.head, registry)
+    return PushResult(
+        source=upload.source,
+        merged=merged,
+        repository=remote.repository,
+        url=f"{constants.ENDPOINT}/{remote.repository}",
+        revision=remote.revision,
+        commit=sent.commit if sent else None if dry_run else remote.head,
+        pull_request=sent.pull_request if sent else None,
+        created=not remote.exists and sent is not None,
+        private=remote.private if remote.exists else private,
+        files=files,
+        card=upload.card,
+        notes=tuple(notes),
+        sent=sent is not None and sent.is_new,
+        dry_run=dry_run,
+    )
+
+
+def _prepare(adapter: str | os.PathLike[str] | None, repository: str | None, revision: str | None, catalogue: Registry,
+             scratch: Path, *, merged: bool, alpha: float | None, wishes: Wishes,
+             watcher: Progress) -> tuple[Remote, Upload]:  # fmt: skip
+    """What is in the repository that is meant, and what is to be in it."""
+    if merged:
+        model = open_model(os.fspath(adapter or ""), catalogue, watcher)
+        remote = _look(repository, model.path.resolve().name, revision, online=wishes.online)
+        return remote, prepare_model(model, catalogue, remote, wishes)
+    name = _newest(catalogue) if adapter is None else os.fspath(adapter)
+    _refuse_repository(name, repository)
+    found = resolve_adapter(name, catalogue, alpha)
+    remote = _look(repository, found.label, revision, online=wishes.online)
+    return remote, prepare_adapter(found, catalogue, remote, wishes, scratch)
+
+
+def _newest(catalogue: Registry) -> str:
+    newest = catalogue.adapters.list(sort="created_at")[:1]
+    if not newest:
+        raise NotFoundError("the catalogue has no adapter to push; name one, or put one there with 'loratool add'")
+    return newest[0].reference
+
+
+def _refuse_repository(adapter: str, repository: str | None) -> None:
+    """Raise NotFoundError where the only name that was given is a repository's, and for an adapter at a rank."""
+    if RANK_SIGN in adapter and not exists(user_path(adapter)):
+        raise NotFoundError(
+            f"{quoted(adapter)} has no file of its own to push; make one with 'loratool truncate', or push the whole adapter"
+        )
+    if repository is None and is_repository(adapter) and not exists(user_path(adapter)):
+        raise NotFoundError(
+            f"there is no adapter {quoted(adapter)}; where that is the repository, name the adapter first: {COMMAND} ADAPTER "
+            f"{adapter}"
+        )
+
+
+def _look(given: str | None, name: str, revision: str | None, *, online: bool) -> Remote:
+    """The repository that is meant, and what is in it now; where the Hub may not be asked, nothing."""
+    text = given or name
+    if "/" not in text:
+        if not online:
+            raise HubError(
+                f"{COMMAND} has to ask the Hub who you are, and HF_HUB_OFFLINE forbids it; write owner/{text}"
+            )
+        text = f"{user_name()}/{text}"
+    repository = repository_id(text)
+    return look(repository, revision) if online else Remote(repository, revision or MAIN)
+
+
+def _refuse_impossible(remote: Remote, *, private: bool, create_pr: bool) -> None:
+    """Raise HubError for what cannot be had."""
+    if create_pr and not remote.exists:
+        raise HubError(
+            f"there is no repository {quoted(remote.repository)} to propose anything to; leave --create-pr out"
+        )
+    if create_pr and remote.head is None:
+        raise HubError(
+            f"{quoted(remote.repository)} has no branch {quoted(remote.revision)} to propose anything to; leave --revision out"
+        )
+    if private and remote.exists and not remote.private:
+        raise HubError(
+            f"{quoted(remote.repository)} is there already, and public; leave --private out, make it private on the Hub, or "
+            "choose another name"
+        )
+
+
+def _send(upload: Upload, remote: Remote, message: str | None, *, private: bool, create_pr: bool,
+          confirm: Confirm | None) -> Sent:  # fmt: skip
+    if create_pr:
+        proposed = find_proposal(remote, upload.contents)
+        if proposed is not None:
+            return proposed
+    question = f"Make the public repository {remote.repository}, where everybody sees it?"
+    if not (remote.exists or private or confirm is None or confirm(question)):
+        raise HubError("nothing was pushed; with --private only you see the repository")
+    return send(remote, upload.contents, message or f"Push {_label(upload)}", private=private, create_pr=create_pr)
+
+
+def _label(upload: Upload) -> str:
+    """What is pushed, without the folders of this machine."""
+    return upload.record.reference if upload.record else Path(upload.source).name
+
+
+def _record(record: AdapterRecord, repository: str, commit: str | None, registry: str | None) -> list[str]:
+    """Remember where the adapter lies now. What is pushed is pushed: a catalogue that cannot be written is only a note."""
+    if commit is None:
+        return []
+    try:
+        with open_registry(registry) as catalogue:
+            catalogue.adapters.add_location(record.reference, Location(kind="hub", repo=repository, revision=commit))
+    except RegistryError as error:
+        return [f"it is pushed, and the catalogue does not know it: {error}"]
+    return []

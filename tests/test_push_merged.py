@@ -1,0 +1,126 @@
+"""A merged model on the Hub: weights, manifest and card, in one commit that an interruption only delays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hub_stand_in import Cut, Failure, HubStandIn
+from huggingface_hub import ModelCard, snapshot_download
+from tiny_adapters import TinyAdapters
+from tiny_models import TinyModels, load
+
+import loratool
+from loratool.errors import CheckpointError, HubError, NotFoundError, VerificationError
+
+BASE = "org/tiny-llama"
+
+
+@pytest.fixture
+def merged(hub: HubStandIn, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path) -> Path:
+    """A merge of an adapter that is on the Hub, with its undo file, into a base of several shards."""
+    hub.create(BASE)
+    loratool.base_add("tiny", tiny_models.folder("llama", "bf16", "sharded"), hub_id=BASE)
+    loratool.add(tiny_adapters.folder("llama"), name="pirate", base="tiny")
+    loratool.push("pirate", "ada/pirate")
+    return loratool.merge([("pirate", 0.5)], into="tiny", out=tmp_path / "merged", undo=True).out
+
+
+def files(hub: HubStandIn, repository: str) -> dict[str, bytes]:
+    return {path: blob.data for path, blob in hub.repositories[repository].head.files.items()}
+
+
+def test_what_is_pushed_loads_verifies_and_unmerges(hub: HubStandIn, merged: Path, tmp_path: Path) -> None:
+    (merged / "notes.txt").write_text("mine")
+    result = loratool.push(merged, "ada/merged", merged=True)
+    folder = Path(snapshot_download("ada/merged", local_dir=tmp_path / "copy"))
+    inputs = torch.arange(8)[None]
+    assert torch.equal(load(folder, "llama")(inputs).logits, load(merged, "llama")(inputs).logits)
+    assert loratool.verify(folder).replayed == "base"
+    loratool.unmerge(folder, out=tmp_path / "back")
+    assert loratool.base_add("back", tmp_path / "back").fingerprint == loratool.base_show("tiny").record.fingerprint
+
+    card = ModelCard(result.card)
+    facts = card.data.to_dict()
+    assert (facts["base_model"], facts["base_model_relation"], facts["library_name"]) == (BASE, "merge", "transformers")
+    assert f"({hub.endpoint}/ada/pirate)" in card.text and "weight 0.5" in card.text
+    pushed = files(hub, "ada/merged")
+    assert not any(str(tmp_path).encode() in data or b"pytest-of" in data for data in pushed.values())
+    assert not [path for path in pushed if "undo" in path or path == "notes.txt"]
+    assert {"the undo file stays here", "'notes.txt' is no part"} <= {
+        " ".join(n.split()[:5]).rstrip(",") for n in result.notes
+    } | {note[: len("'notes.txt' is no part")] for note in result.notes}
+    assert len(hub.repositories["ada/merged"].history) == 2
+    assert not loratool.push(merged, "ada/merged", merged=True).sent
+
+
+def test_a_private_adapter_is_named_and_not_linked(hub: HubStandIn, merged: Path) -> None:
+    hub.repositories["ada/pirate"].private = True
+    card = loratool.push(merged, "ada/merged", merged=True, dry_run=True).card
+    assert "ada/pirate" not in card and "`pirate`" in card
+
+
+def test_an_interrupted_push_goes_on_where_it_was(hub: HubStandIn, merged: Path) -> None:
+    shards = len(list(merged.glob("*.safetensors")))
+    hub.faults.append(Failure("PUT", "/objects/", status=403, message="Expired"))
+    with pytest.raises(HubError, match="Expired"):
+        loratool.push(merged, "ada/merged", merged=True)
+    repository = hub.repositories["ada/merged"]
+    assert len(repository.history) == 1
+    # Uploads that were under way beside the one that failed are done.
+    missing = shards - len(repository.objects)
+    assert 1 <= missing < shards
+    before = hub.count("PUT", "/objects/")
+    hub.faults.append(Cut("PUT", "/objects/"))
+    loratool.push(merged, "ada/merged", merged=True)
+    assert hub.count("PUT", "/objects/") - before == missing + 1
+    assert len(repository.history) == 2
+
+
+def test_a_merge_of_a_merge_names_no_folder(
+    hub: HubStandIn, merged: Path, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    twice = loratool.merge([tiny_adapters.folder("llama", seed=5)], into=merged, out=tmp_path / "twice").out
+    with pytest.raises(HubError, match="--base-model"):
+        loratool.push(twice, "ada/twice", merged=True)
+    loratool.push(twice, "ada/twice", merged=True, base_model="ada/merged")
+    folder = Path(snapshot_download("ada/twice", local_dir=tmp_path / "copy"))
+    loratool.base_add("merged", merged)
+    loratool.unmerge(folder, out=tmp_path / "once")
+    assert str(tmp_path) not in (tmp_path / "once" / "loratool.json").read_text()
+    assert loratool.verify(tmp_path / "once").tensors
+
+
+def test_a_quantized_model(hub: HubStandIn, tiny_models: TinyModels, tmp_path: Path) -> None:
+    hub.create(BASE)
+    loratool.base_add("tiny", tiny_models.folder("llama", "bf16"), hub_id=BASE)
+    loratool.quantize("tiny", out=tmp_path / "nf4")
+    result = loratool.push("tiny-nf4", "ada/nf4", merged=True)
+    card = ModelCard(result.card)
+    assert card.data.base_model_relation == "quantized" and card.data.base_model == BASE
+    assert set(card.data.tags) == {"loratool", "4-bit", "bitsandbytes"}
+    assert json.loads(files(hub, "ada/nf4")["loratool.json"])["base"]["path"] == BASE
+
+
+def test_what_is_no_merged_model_is_refused(
+    hub: HubStandIn, merged: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    with pytest.raises(NotFoundError, match="did not merge it"):
+        loratool.push(tiny_models.folder("llama", "fp32"), "ada/x", merged=True)
+    shard = sorted(merged.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(VerificationError, match="not what its manifest says"):
+        loratool.push(merged, "ada/x", merged=True)
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    secret = tmp_path / "secret"
+    secret.write_text("s3cret")
+    (merged / "config.json").unlink()
+    (merged / "config.json").symlink_to(secret)
+    with pytest.raises((CheckpointError, HubError)):
+        loratool.push(merged, "ada/x", merged=True)
+    assert "ada/x" not in hub.repositories
