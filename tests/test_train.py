@@ -389,7 +389,7 @@ def test_a_state_that_cannot_be_written_is_a_clear_error_and_the_one_before_is_k
 ) -> None:
     import loratool.checkpoint.staging as staging
 
-    original, calls = staging._sync_file, []
+    original, calls = staging.sync_file, []
 
     def full(file: Path) -> None:
         if "state.safetensors" in file.name:
@@ -398,7 +398,7 @@ def test_a_state_that_cannot_be_written_is_a_clear_error_and_the_one_before_is_k
                 raise OSError(28, os.strerror(28), str(file))
         original(file)
 
-    monkeypatch.setattr(staging, "_sync_file", full)
+    monkeypatch.setattr(staging, "sync_file", full)
     with pytest.raises(OutputError, match=r"No space left.*free some space; the state of step 2 is kept, go on with"):
         run(save_every=1)
     assert run_folder("cat").kept_step() == 2
@@ -414,7 +414,7 @@ def test_an_adapter_that_cannot_be_written_can_be_written_later_without_training
         raise OutputError("the disk is full; free some space")
 
     with monkeypatch.context() as patched:
-        patched.setattr("loratool.library.training_output.write_adapter", full)
+        patched.setattr("loratool.library.training_output.bring_up", full)
         with pytest.raises(
             LoratoolError, match=r"is trained, but the disk is full.*'loratool train --name cat --resume'"
         ):
