@@ -134,7 +134,7 @@ def targets(modules: Sequence[str] | str | None) -> str:
         return "-"
     names = [modules] if isinstance(modules, str) else modules
     order = {name: place for place, name in enumerate(("q", "k", "v", "o", "gate", "up", "down"))}
-    short = [name.removesuffix("_proj") for name in names]
+    short = [name.removesuffix("_proj") if name.removesuffix("_proj") in order else name for name in names]
     return " ".join(sorted(short, key=lambda name: (order.get(name, len(order)), name)))
 
 

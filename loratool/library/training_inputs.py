@@ -107,7 +107,8 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
     count = choices.get("validation", default_validation(len(tokenized)))
     if count >= len(tokenized):
         raise DataError(
-            f"{quoted(data)} has {len(tokenized):,} samples, and --validation {count:,} leaves none to train on; hold out fewer"
+            f"--validation {count:,} leaves none of the samples of {quoted(data)} ({len(tokenized):,}) to train on; hold out "
+            "fewer"
         )
     samples, held_out = split_validation(tokenized, count, seed)
     usual = BATCH_OF_FEW if len(samples) < FEW_SAMPLES else BATCH_OF_MANY
@@ -152,11 +153,12 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
         eval_every=choices.get("eval_every", math.ceil(steps / EVALUATIONS)),
         keep=_kept(choices, count),
     )
-    notes = (
-        ("the base is in NF4 already, and is trained beside as it is",)
-        if is_quantized and "quantize" in choices
-        else ()
-    )
+    notes = []
+    if is_quantized and "quantize" in choices:
+        notes.append("the base is in NF4 already, and is trained beside as it is")
+    cut = sum(sample.truncated for sample in tokenized)
+    if cut:
+        notes.append(f"{cut:,} of the samples ({len(tokenized):,}) were cut to {length:,} tokens")
     return TrainingInputs(found, config, samples, held_out, recipe, processes, is_quantized, tuple(notes))
 
 
@@ -178,7 +180,7 @@ def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
         model = load_model(inputs.base.path, inputs.config, processes.device, quantize=recipe.quantize is not None)
         if recipe.pack and not packs_cleanly(model):
             raise UnsupportedError(
-                f"packed samples would see one another in a {type(model).__name__}; leave --pack out"
+                f"packed samples would see one another in {type(model).__name__} models; leave --pack out"
             )
         targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
         adaptation = attach(model, recipe.adapter, targets=targets, seed=recipe.seed, total_steps=recipe.steps)
