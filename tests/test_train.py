@@ -494,7 +494,7 @@ def test_a_base_in_nf4_is_trained_as_it_is_and_a_dense_one_is_quantized_on_load(
         ({"max_length": 1}, "--max-length"),
         ({"max_length": 65}, "64 tokens at most"),
         ({"max_length": 8}, "line 1 of"),
-        ({"validation": 40}, "leaves none to train on"),
+        ({"validation": 40}, "leaves none of the samples"),
         ({"validation": 0, "keep": "best"}, "--keep best needs"),
         ({"targets": "q_prj"}, "q_prj"),
         ({"targets": "embed_tokens"}, "embed_tokens"),
