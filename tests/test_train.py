@@ -326,7 +326,7 @@ def test_a_run_that_was_interrupted_ends_with_the_bytes_of_one_that_was_not(
 def test_what_truncate_cuts_is_counted_and_said(run: Callable[..., TrainResult], tmp_path: Path) -> None:
     samples = [{"text": "the cat sat"}] * 5 + [{"text": "the cat sat on a mat " * 3}] * 2
     file = write_lines(tmp_path / "long.jsonl", *samples)
-    with pytest.raises(DataError, match="line 6 of .* is 22 tokens long and 10 are allowed"):
+    with pytest.raises(DataError, match=r"line 6 of .* is 22 tokens long and 10 are allowed"):
         run(data=file, max_length=10, validation=1)
     result = run(data=file, max_length=10, validation=1, truncate=True, steps=1)
     assert "2 of the samples (7) were cut to 10 tokens" in result.notes
