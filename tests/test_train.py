@@ -323,13 +323,23 @@ def test_a_run_that_was_interrupted_ends_with_the_bytes_of_one_that_was_not(
     assert not run_folder("cat").path.exists()
 
 
+def test_each_method_has_a_learning_rate_of_its_own(run: Callable[..., TrainResult]) -> None:
+    for method, rate in (("lora", 1e-3), ("dylora", 1e-3), ("adalora", 1e-2)):
+        result = run(method, method=method, lr=None)
+        assert result.recipe.lr == rate
+        assert max(entry["lr"] for entry in steps_of(result)) == rate
+
+
 def test_what_truncate_cuts_is_counted_and_said(run: Callable[..., TrainResult], tmp_path: Path) -> None:
     samples = [{"text": "the cat sat"}] * 5 + [{"text": "the cat sat on a mat " * 3}] * 2
     file = write_lines(tmp_path / "long.jsonl", *samples)
     with pytest.raises(DataError, match=r"line 6 of .* is 22 tokens long and 10 are allowed"):
         run(data=file, max_length=10, validation=1)
     result = run(data=file, max_length=10, validation=1, truncate=True, steps=1)
-    assert "2 of the samples (7) were cut to 10 tokens" in result.notes
+    assert "2 of 7 samples were cut to 10 tokens" in result.notes
+    file = write_lines(tmp_path / "one.jsonl", *samples[:6])
+    result = run("one", data=file, max_length=10, validation=1, truncate=True, steps=1)
+    assert "1 of 6 samples was cut to 10 tokens" in result.notes
 
 
 def test_a_run_goes_on_only_with_what_it_began_with(
