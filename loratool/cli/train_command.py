@@ -24,6 +24,7 @@ from loratool.cli.training_bar import TrainingBar
 
 if TYPE_CHECKING:
     from loratool.library.train import TrainResult
+    from registry import AdapterRecord
 
 EXAMPLE: Final = "loratool train --base smollm2 --data examples/pirate.jsonl --name pirate"
 EXAMPLES: Final = f"""\
@@ -250,7 +251,7 @@ def _print_result(result: TrainResult) -> None:
         [
             ("loss", f"{outcome.loss_before:.3f} before, {outcome.loss:.3f} after ({change:+.3f}), {where}"),
             ("by rank", _by_rank(outcome.loss_by_rank)),
-            ("adapter", f"{record.kind}, rank {ranks(record.kind, record.rank)}, on {targets(record.target_modules)}"),
+            ("adapter", f"{record.kind}, rank {_rank(record)}, on {targets(record.target_modules)}"),
             ("size", f"{size(record.size_bytes)} {record.dtype}"),
             ("took", f"{counted(recipe.steps, 'step')}, {duration(outcome.seconds)}, "
                      f"{outcome.tokens_per_second:,.0f} tokens/s, {size(outcome.peak_memory_bytes)}"),
@@ -261,6 +262,14 @@ def _print_result(result: TrainResult) -> None:
     )  # fmt: skip
     name, base = shown(record.name), shown(recipe.base)
     click.echo(f"\nNext: loratool show {name}\n      loratool merge {name} --into {base}")
+
+
+def _rank(record: AdapterRecord) -> str:
+    """The rank; where modules have several, the average that an AdaLoRA's budget gives, and their range."""
+    by_module = list((record.ranks or {}).values())
+    if len(set(by_module)) < 2:
+        return ranks(record.kind, record.rank)
+    return f"{sum(by_module) / len(by_module):.3g} on average ({min(by_module)} to {max(by_module)})"
 
 
 def _by_rank(losses: dict[int, float]) -> str:
