@@ -363,6 +363,20 @@ def test_each_method_has_a_learning_rate_of_its_own(run: Callable[..., TrainResu
         assert max(entry["lr"] for entry in steps_of(result)) == rate
 
 
+def test_epochs_are_times_through_the_samples(run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(steps=None, epochs=3).recipe.steps == 3 * math.ceil(36 / 8)
+    planned: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        planned.append(options["epoch"])
+        return plan_epoch(*arguments, **options)
+
+    monkeypatch.setattr("loratool.library.training_inputs.plan_epoch", counted)
+    with pytest.raises(TrainingStopped, match=r"step 1 of 5,000;"):
+        run("long", steps=None, epochs=1000, progress=InterruptedAt(1))
+    assert planned == [0]
+
+
 def test_what_truncate_cuts_is_counted_and_said(run: Callable[..., TrainResult], tmp_path: Path) -> None:
     samples = [{"text": "the cat sat"}] * 5 + [{"text": "the cat sat on a mat " * 3}] * 2
     file = write_lines(tmp_path / "long.jsonl", *samples)
@@ -408,7 +422,9 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_last_good_state_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr("loratool.training.loop.summed_loss", overflowing)
-        with pytest.raises(LoratoolError, match=r"the loss is nan at step 4, so the step was not made.*smaller --lr"):
+        with pytest.raises(
+            LoratoolError, match=r"the loss is nan at step 4, so the step was not made.*smaller --lr and --force"
+        ):
             run(method="adalora", rank=2)
     assert loratool.list() == ()
     assert list(tmp_path.iterdir()) == []

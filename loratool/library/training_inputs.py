@@ -247,6 +247,8 @@ def _steps(
     steps, epochs = choices.get("steps"), choices.get("epochs")
     if steps is not None:
         return steps
+    if epochs is not None and row_length is None:  # only packing makes epochs of different lengths
+        return epochs * len(plan_epoch(samples, batch_size=batch_size, row_length=None, seed=seed, epoch=0))
     planned = 0
     epoch = 0
     while epoch < (epochs or LEAST_EPOCHS) or (epochs is None and planned < LEAST_STEPS):
