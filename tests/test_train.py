@@ -225,7 +225,7 @@ def test_an_adalora_ends_at_its_budget_and_logs_its_ranks(run: Callable[..., Tra
         run("best", method="adalora", keep="best")
 
 
-def test_the_command_says_the_rank_that_an_adalora_has_on_average(
+def test_the_command_says_the_average_rank_of_an_adalora_and_how_to_merge_it(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--base", base, "--data", data, "--name", "cat", "--out", tmp_path / "cat.st", "--device", "cpu")
@@ -236,7 +236,9 @@ def test_the_command_says_the_rank_that_an_adalora_has_on_average(
     ranks = loratool.show("cat").record.ranks
     assert ranks is not None
     spread = f"{min(ranks.values())} to {max(ranks.values())}"
-    assert f"adalora, rank 2 on average ({spread}), on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"adalora, rank 2 on average ({spread}), on" in said
+    assert f"loratool merge cat --into {base}\n" in said  # the base is not in the catalogue
 
 
 def test_ranks_are_drawn_as_steps_to_the_end_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

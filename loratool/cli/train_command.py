@@ -245,7 +245,11 @@ def _bases(registry: str | None) -> list[str]:
 def _print_result(result: TrainResult) -> None:
     record, outcome, recipe = result.record, result.outcome, result.recipe
     click.echo(f"Trained {click.style(shown(record.reference), bold=True)} on {shown(recipe.base)}")
-    where = f"on {counted(recipe.validation, 'sample')} held out" if outcome.is_held_out else "on its last samples"
+    where = (
+        f"on {counted(recipe.validation, 'sample')} held out"
+        if outcome.is_held_out
+        else "on its first and its last samples"
+    )
     change = outcome.loss - outcome.loss_before
     print_facts(
         [
@@ -260,8 +264,8 @@ def _print_result(result: TrainResult) -> None:
             ("picture", "" if result.plot is None else shown_path(result.plot)),
         ]
     )  # fmt: skip
-    name, base = shown(record.name), shown(recipe.base)
-    click.echo(f"\nNext: loratool show {name}\n      loratool merge {name} --into {base}")
+    name = shown(record.name)
+    click.echo(f"\nNext: loratool show {name}\n      loratool merge {name} --into {shown(result.base)}")
 
 
 def _rank(record: AdapterRecord) -> str:
