@@ -41,7 +41,7 @@ def main() -> None:
     train, _ = samples(STYLE)
     recipe = Recipe(
         base="smollm2", base_fingerprint="", data=STYLE, data_sha256="", samples=len(train), adapter=OPTIONS,
-        steps=steps, batch_size=BATCH, warmup=WARMUP, seed=SEED,
+        steps=steps, batch_size=BATCH, lr=OPTIONS.default_lr, warmup=WARMUP, seed=SEED,
     )  # fmt: skip
     with quiet_libraries():
         model = load_model(smollm2(), load_config(smollm2()), "cpu", quantize=kind == "qlora")

@@ -24,6 +24,7 @@ from loratool.cli.training_bar import TrainingBar
 
 if TYPE_CHECKING:
     from loratool.library.train import TrainResult
+    from registry import AdapterRecord
 
 EXAMPLE: Final = "loratool train --base smollm2 --data examples/pirate.jsonl --name pirate"
 EXAMPLES: Final = f"""\
@@ -124,7 +125,9 @@ class TrainCommand(ExampleCommand):
     help="Samples of a step, of all processes; by default 4, and 16 where there are many.",
 )
 @click.option("--accumulate", type=int, metavar="N", help="Passes in which a step takes its samples; saves memory.")
-@click.option("--lr", type=float, metavar="X", help="The largest learning rate.")
+@click.option(
+    "--lr", type=float, metavar="X", help="The largest learning rate; by default 0.001, and 0.01 for AdaLoRA."
+)
 @click.option("--schedule", type=click.Choice(["cosine", "linear", "constant"]), help="By default cosine.")
 @click.option("--warmup", type=int, metavar="N", help="Steps in which the learning rate rises; by default a tenth.")
 @click.option("--weight-decay", type=float, metavar="X", help="AdamW's; by default 0.")
@@ -242,13 +245,17 @@ def _bases(registry: str | None) -> list[str]:
 def _print_result(result: TrainResult) -> None:
     record, outcome, recipe = result.record, result.outcome, result.recipe
     click.echo(f"Trained {click.style(shown(record.reference), bold=True)} on {shown(recipe.base)}")
-    where = f"on {counted(recipe.validation, 'sample')} held out" if outcome.is_held_out else "on its last samples"
+    where = (
+        f"on {counted(recipe.validation, 'sample')} held out"
+        if outcome.is_held_out
+        else "on its first and its last samples"
+    )
     change = outcome.loss - outcome.loss_before
     print_facts(
         [
             ("loss", f"{outcome.loss_before:.3f} before, {outcome.loss:.3f} after ({change:+.3f}), {where}"),
             ("by rank", _by_rank(outcome.loss_by_rank)),
-            ("adapter", f"{record.kind}, rank {ranks(record.kind, record.rank)}, on {targets(record.target_modules)}"),
+            ("adapter", f"{record.kind}, rank {_rank(record)}, on {targets(record.target_modules)}"),
             ("size", f"{size(record.size_bytes)} {record.dtype}"),
             ("took", f"{counted(recipe.steps, 'step')}, {duration(outcome.seconds)}, "
                      f"{outcome.tokens_per_second:,.0f} tokens/s, {size(outcome.peak_memory_bytes)}"),
@@ -257,8 +264,16 @@ def _print_result(result: TrainResult) -> None:
             ("picture", "" if result.plot is None else shown_path(result.plot)),
         ]
     )  # fmt: skip
-    name, base = shown(record.name), shown(recipe.base)
-    click.echo(f"\nNext: loratool show {name}\n      loratool merge {name} --into {base}")
+    name = shown(record.name)
+    click.echo(f"\nNext: loratool show {name}\n      loratool merge {name} --into {shown(result.base)}")
+
+
+def _rank(record: AdapterRecord) -> str:
+    """The rank; where modules have several, the average that an AdaLoRA's budget gives, and their range."""
+    by_module = list((record.ranks or {}).values())
+    if len(set(by_module)) < 2:
+        return ranks(record.kind, record.rank)
+    return f"{sum(by_module) / len(by_module):.3g} on average ({min(by_module)} to {max(by_module)})"
 
 
 def _by_rank(losses: dict[int, float]) -> str:

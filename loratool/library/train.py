@@ -44,6 +44,7 @@ class TrainResult:
         log: the run, one JSON object a line, beside it.
         plot: the picture of the run beside it; None where none could be drawn.
         record: its entry in the catalogue.
+        base: by which its base is found from any folder: a catalogued name, or a path.
         recipe: every choice that decided it.
         outcome: its loss, before and after, and what the run took.
         notes: what a user should know.
@@ -53,6 +54,7 @@ class TrainResult:
     log: Path
     plot: Path | None
     record: AdapterRecord
+    base: str
     recipe: Recipe
     outcome: Outcome
     notes: tuple[str, ...]
@@ -128,7 +130,16 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
         else:
             with open_registry(registry, read_only=True) as written:  # the first process may have made the catalogue
                 record, picture, notes = written.adapters.find(name), None, ()
-        return TrainResult(output.adapter, output.log, picture, record, inputs.recipe, outcome, (*inputs.notes, *notes))
+        return TrainResult(
+            output.adapter,
+            output.log,
+            picture,
+            record,
+            inputs.reference,
+            inputs.recipe,
+            outcome,
+            (*inputs.notes, *notes),
+        )
 
 
 def _request(run: RunFolder, base: PathLike | None, data: PathLike | None, out: PathLike | None, device: str | None,

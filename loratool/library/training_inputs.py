@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -24,7 +24,6 @@ from loratool.training.processes import Processes
 from loratool.training.recipe import (
     BATCH_OF_FEW,
     BATCH_OF_MANY,
-    DEFAULT_LR,
     EVALUATIONS,
     FEW_SAMPLES,
     LEAST_EPOCHS,
@@ -90,52 +89,51 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
     if not found.path.is_dir():
         raise CheckpointError(f"{quoted(found.path)} is a single file; give the model's folder, with its tokenizer")
     digest = _checked_fingerprint(found, watcher)
+    truncate, plain = choices.get("truncate", False), choices.get("plain", False)
     with quiet_libraries():
         processes = Processes.joined(choose_device(device))
         config = load_config(found.path)
-        length = checked_max_length(choices.get("max_length"), config, UNLIMITED)
-        tokenized = tokenized_for(
-            content,
-            found.path,
-            config,
-            length,
-            plain=choices.get("plain", False),
-            truncate=choices.get("truncate", False),
-        )
+        context = checked_max_length(choices.get("max_length"), config, UNLIMITED)
+        samples = tokenized_for(content, found.path, config, context, plain=plain, truncate=truncate)
     is_quantized = getattr(config, "quantization_config", None) is not None
-    seed = choices.get("seed", 0)
-    count = choices.get("validation", default_validation(len(tokenized)))
-    if count >= len(tokenized):
-        raise DataError(
-            f"--validation {count:,} leaves none of the samples of {quoted(data)} ({len(tokenized):,}) to train on; hold out "
-            "fewer"
-        )
-    samples, held_out = split_validation(tokenized, count, seed)
-    usual = BATCH_OF_FEW if len(samples) < FEW_SAMPLES else BATCH_OF_MANY
-    batch_size, accumulate = choices.get("batch_size", usual), choices.get("accumulate", 1)
-    if accumulate > batch_size:
-        raise LoratoolError(
-            f"a step of {batch_size} samples cannot go in {accumulate} passes; give a smaller --accumulate or a larger "
-            "--batch-size"
-        )
+    named = {"base": found.name, "base_fingerprint": digest, "data": content.file.name}
+    train, held_out = split_validation(samples, _held_out(choices, len(samples), data), choices.get("seed", 0))
+    recipe = _recipe(
+        named, samples, train, choices, context, is_quantized=is_quantized, on_cuda=processes.device != "cpu"
+    )
+    notes = tuple(_notes(samples, choices, context, is_quantized=is_quantized))
+    return TrainingInputs(found, config, train, held_out, recipe, processes, is_quantized, notes)
+
+
+def _recipe(named: Mapping[str, str], samples: Sequence[TokenizedSample], train: Sequence[TokenizedSample],
+            choices: Choices, context: int, *, is_quantized: bool, on_cuda: bool) -> Recipe:  # fmt: skip
+    """The whole recipe: what is chosen, and for the rest what suits these samples, the method and the device.
+
+    Args:
+        named: base and data, as the recipe calls them.
+        train: those of the samples that are not held out.
+        context: the most tokens of a sample.
+
+    Raises:
+        LoratoolError: choices do not go together.
+    """
+    adapter = method_options(choices)
+    held_out, seed = len(samples) - len(train), choices.get("seed", 0)
+    batch_size, accumulate = _batch(choices, len(train))
     pack = choices.get("pack", False)
-    if pack and "max_length" not in choices:
-        length = min(length, max(PACKED_LENGTH, *(len(sample.input_ids) for sample in samples)))
-    steps = _steps(choices, samples, batch_size, length if pack else None, seed)
-    on_cuda = processes.device != "cpu"
-    recipe = Recipe(
-        base=found.name,
-        base_fingerprint=digest,
-        data=content.file.name,
-        data_sha256=_sha256(tokenized),
-        samples=len(tokenized),
-        adapter=method_options(choices),
+    length = _packed_length(train, context) if pack and "max_length" not in choices else context
+    steps = _steps(choices, train, batch_size, length if pack else None, seed)
+    return Recipe(
+        **named,
+        data_sha256=_sha256(samples),
+        samples=len(samples),
+        adapter=adapter,
         targets=_targets(choices),
         quantize=None if is_quantized else choices.get("quantize"),
         steps=steps,
         batch_size=batch_size,
         accumulate=accumulate,
-        lr=choices.get("lr", DEFAULT_LR),
+        lr=choices.get("lr", adapter.default_lr),
         schedule=choices.get("schedule", "cosine"),
         warmup=choices.get("warmup", min(MOST_WARMUP, steps // 10)),
         weight_decay=choices.get("weight_decay", 0.0),
@@ -149,17 +147,20 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
         truncate=choices.get("truncate", False),
         plain=choices.get("plain", False),
         pack=pack,
-        validation=count,
+        validation=held_out,
         eval_every=choices.get("eval_every", math.ceil(steps / EVALUATIONS)),
-        keep=_kept(choices, count),
+        keep=_kept(choices, held_out),
     )
-    notes = []
+
+
+def _notes(samples: Sequence[TokenizedSample], choices: Choices, context: int, *, is_quantized: bool) -> Iterator[str]:
+    """What a user should know of the inputs."""
     if is_quantized and "quantize" in choices:
-        notes.append("the base is in NF4 already, and is trained beside as it is")
-    cut = sum(sample.truncated for sample in tokenized)
+        yield "the base is in NF4 already, and is trained beside as it is"
+    cut = sum(sample.truncated for sample in samples)
     if cut:
-        notes.append(f"{cut:,} of the samples ({len(tokenized):,}) were cut to {length:,} tokens")
-    return TrainingInputs(found, config, samples, held_out, recipe, processes, is_quantized, tuple(notes))
+        were = "was" if cut == 1 else "were"
+        yield f"{cut:,} of {len(samples):,} samples {were} cut to {context:,} tokens"
 
 
 def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
@@ -205,6 +206,40 @@ def _checked_fingerprint(base: ResolvedBase, watcher: Progress) -> str:
     return found
 
 
+def _held_out(choices: Choices, samples: int, data: str) -> int:
+    """How many samples are held out.
+
+    Raises:
+        DataError: none would be left.
+    """
+    count = choices.get("validation", default_validation(samples))
+    if count >= samples:
+        raise DataError(
+            f"--validation {count:,} leaves none of the samples of {quoted(data)} ({samples:,}) to train on; hold out fewer"
+        )
+    return count
+
+
+def _batch(choices: Choices, samples: int) -> tuple[int, int]:
+    """The samples of a step, and the passes that it takes them in.
+
+    Raises:
+        LoratoolError: there are more passes than samples.
+    """
+    usual = BATCH_OF_FEW if samples < FEW_SAMPLES else BATCH_OF_MANY
+    batch_size, accumulate = choices.get("batch_size", usual), choices.get("accumulate", 1)
+    if accumulate > batch_size:
+        raise LoratoolError(
+            f"a step of {batch_size} samples cannot go in {accumulate} passes; give a smaller --accumulate or a larger "
+            "--batch-size"
+        )
+    return batch_size, accumulate
+
+
+def _packed_length(samples: Sequence[TokenizedSample], context: int) -> int:
+    return min(context, max(PACKED_LENGTH, *(len(sample.input_ids) for sample in samples)))
+
+
 def _steps(
     choices: Choices, samples: Sequence[TokenizedSample], batch_size: int, row_length: int | None, seed: int
 ) -> int:
@@ -212,6 +247,8 @@ def _steps(
     steps, epochs = choices.get("steps"), choices.get("epochs")
     if steps is not None:
         return steps
+    if epochs is not None and row_length is None:  # only packing makes epochs of different lengths
+        return epochs * len(plan_epoch(samples, batch_size=batch_size, row_length=None, seed=seed, epoch=0))
     planned = 0
     epoch = 0
     while epoch < (epochs or LEAST_EPOCHS) or (epochs is None and planned < LEAST_STEPS):

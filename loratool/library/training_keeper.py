@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from loratool.library.training_progress import TrainProgress
 from loratool.library.training_run import RunFolder
 from loratool.training.checkpoints import TrainingState
-from loratool.training.log import Log
+from loratool.training.log import Log, read_log
 from loratool.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Keeper(Interrupts):
         self._run, self._recipe, self._watcher, self._save_every = run, recipe.to_json(), watcher, save_every
         self._log = Log(run.log, int(state.facts[LOG_SIZE]) if state else 0)
         self._kept_at = time.monotonic()
-        self._ranks: Mapping[str, int] | None = None
+        self._ranks = _last_ranks(run.log)
         if state is None:
             self._log.write({"recipe": self._recipe, "versions": _versions()})
 
@@ -122,6 +123,14 @@ class Keeper(Interrupts):
 
     def wants_to_stop(self) -> bool:
         return self.asked
+
+
+def _last_ranks(log: Path) -> Mapping[str, int] | None:
+    """Those that a log says last, so that a run that goes on says them again only where they change."""
+    last = None
+    for entry in read_log(log):
+        last = entry.get("ranks", last)
+    return last
 
 
 def _versions() -> dict[str, str]:

@@ -32,7 +32,7 @@ def draw_training(log: Path, file: Path, title: str, *, loss_by_rank: Mapping[in
         axes = figure.subplots(1, panels, squeeze=False)[0]
         _draw_loss(axes[0], steps, evaluations)
         if ranks:
-            _draw_ranks(axes[1], ranks)
+            _draw_ranks(axes[1], [*ranks, (steps[-1]["step"], ranks[-1][1])])
         elif loss_by_rank:
             _draw_loss_by_rank(axes[1], loss_by_rank)
         figure.suptitle(printable(title), parse_math=False)
@@ -54,12 +54,11 @@ def _draw_loss(axes: Axes, steps: Sequence[Mapping[str, Any]], evaluations: Sequ
 
 
 def _draw_ranks(axes: Axes, ranks: Sequence[tuple[int, Sequence[int]]]) -> None:
-    """The average rank of all modules, and the range from the least to the largest."""
+    """The average rank of all modules, and the range from the least to the largest; each pair holds until the next."""
     steps = [step for step, _ in ranks]
-    axes.fill_between(
-        steps, [each[0] for _, each in ranks], [each[-1] for _, each in ranks], alpha=0.2, label="all modules"
-    )
-    axes.plot(steps, [sum(each) / len(each) for _, each in ranks], label="on average")
+    least, largest = [each[0] for _, each in ranks], [each[-1] for _, each in ranks]
+    axes.fill_between(steps, least, largest, step="post", alpha=0.2, label="all modules")
+    axes.step(steps, [sum(each) / len(each) for _, each in ranks], where="post", label="on average")
     axes.set_xlabel("step")
     axes.set_ylabel("rank")
     axes.set_ylim(bottom=0)

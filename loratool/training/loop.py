@@ -234,7 +234,7 @@ class Training:
             if not self.step:
                 raise  # the model itself
             raise NotFiniteError(
-                f"after step {self.step} the loss of what is held out is no number; train with a smaller --lr"
+                f"after step {self.step} the loss of what is held out is no number; begin anew with a smaller --lr and --force"
             ) from None
         if (
             self.recipe.keep == "best"
@@ -370,4 +370,7 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 def _not_finite(step: int, loss: float, norm: float) -> NotFiniteError:
     what = f"the loss is {loss:g}" if not math.isfinite(loss) else f"the gradient's norm is {norm:g}"
-    return NotFiniteError(f"{what} at step {step}, so the step was not made; train with a smaller --lr")
+    return NotFiniteError(
+        f"{what} at step {step}, so the step was not made and the state before it is kept; begin anew with a smaller --lr and "
+        "--force"
+    )

@@ -34,6 +34,7 @@ class LoRA:
     """
 
     method: ClassVar[str] = "lora"
+    default_lr: ClassVar[float] = 1e-3
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
@@ -78,6 +79,7 @@ class DyLoRA:
     """
 
     method: ClassVar[str] = "dylora"
+    default_lr: ClassVar[float] = 1e-3
     rank: int = 8
     least_rank: int = 1
     alpha: float | None = None
@@ -115,6 +117,9 @@ class DyLoRA:
 class AdaLoRA:
     """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): ``W x + scaling * P (Lambda * (Q x))``, ranks shared out by importance.
 
+    P and Q begin with small numbers and Lambda with zero, so it takes a larger learning rate than LoRA to learn as much in
+    as many steps.
+
     Attributes:
         rank: the average rank that training ends with: the budget is this times the number of modules.
         initial_rank: the rank that each module begins with; None for half as much again (section 4.1).
@@ -131,6 +136,7 @@ class AdaLoRA:
     """
 
     method: ClassVar[str] = "adalora"
+    default_lr: ClassVar[float] = 1e-2
     rank: int = 8
     initial_rank: int | None = None
     alpha: float | None = None

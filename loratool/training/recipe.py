@@ -23,7 +23,8 @@ class Choices(TypedDict, total=False):
     steps, epochs: how long; one of them.
     batch_size: samples, or packed rows, of a step: of all its passes and processes together.
     accumulate: the passes in which a step goes through its samples; more take less memory.
-    lr, schedule, warmup: the largest learning rate; ``cosine``, ``linear`` or ``constant`` after so many steps of rising.
+    lr, schedule, warmup: the largest learning rate, by default the method's own; ``cosine``, ``linear`` or ``constant`` after
+        so many steps of rising.
     weight_decay: AdamW's.
     clip: the norm that gradients are cut to; 0 cuts none.
     precision: ``fp32`` or ``bf16`` (autocast); by default bf16 on CUDA and fp32 on a CPU.
@@ -84,7 +85,6 @@ BATCH_OF_FEW: Final = 4
 BATCH_OF_MANY: Final = 16
 """Samples of a step where nobody says: of fewer samples than `FEW_SAMPLES`, and of more."""
 
-DEFAULT_LR: Final = 1e-3
 LEAST_EPOCHS: Final = 3
 LEAST_STEPS: Final = 50
 """By default a run takes so many epochs, and of few samples as many as make so many steps."""
@@ -121,7 +121,7 @@ class Recipe:
     steps: int = LEAST_STEPS
     batch_size: int = 4
     accumulate: int = 1
-    lr: float = 1e-3
+    lr: float
     schedule: str = "cosine"
     warmup: int = 0
     weight_decay: float = 0.0
