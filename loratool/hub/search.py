@@ -10,7 +10,6 @@ from loratool.errors import HubError, quoted
 from loratool.hub.address import is_safe
 from loratool.hub.client import client
 from loratool.hub.errors import hub_errors, refuse_offline
-from loratool.hub.logs import keep_logs_clean
 from loratool.hub.patience import patiently
 from loratool.hub.repository import sensible_answers
 
@@ -60,7 +59,6 @@ def search_adapters(text: str | None, base: str | None, limit: int, sort: HubSor
         HubError: the Hub cannot be asked, or gives no sensible answer.
     """
     refuse_offline(COMMAND)
-    keep_logs_clean()
     wanted = f"base_model:adapter:{base}" if base is not None else ADAPTERS
     subject = base or text or ADAPTERS
     with hub_errors(COMMAND, subject), sensible_answers(subject):
