@@ -287,7 +287,11 @@ def test_a_public_repository_is_asked_for(hub: HubStandIn, pirate: Path) -> None
 
 
 def test_the_base_on_the_hub(
-    hub: HubStandIn, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+    hub: HubStandIn,
+    tiny_models: TinyModels,
+    tiny_adapters: TinyAdapters,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loratool.base_add("local", tiny_models.folder("llama", "fp32"))
     folder = copy_with(tiny_adapters.folder("llama"), tmp_path / "mine", base_model_name_or_path="models/llama")
@@ -304,6 +308,11 @@ def test_the_base_on_the_hub(
     assert "base_model" not in ModelCard(none.card).data.to_dict()
     assert json.loads(files(hub, "ada/two")["adapter_config.json"])["base_model_name_or_path"] is None
     hub.create("models/llama")
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        with pytest.raises(HubError, match="recorded as 'models/llama'"):
+            loratool.push("pirate", "ada/three")
     recorded = loratool.push("pirate", "ada/three")
     assert ModelCard(recorded.card).data.base_model == "models/llama"
     hub.create("org/real")

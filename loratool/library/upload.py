@@ -12,6 +12,7 @@ from loratool.checkpoint.model import INDEX_SUFFIX
 from loratool.checkpoint.model import WEIGHTS_NAME as MODEL_WEIGHTS
 from loratool.errors import HubError, quoted
 from loratool.formats.read import CONFIG_NAME
+from loratool.hub.address import is_hub_id
 from loratool.hub.names import is_repository, repository_id
 from loratool.hub.push import Content, Remote, find_model
 from loratool.hub.readme import README, front_matter
@@ -86,7 +87,7 @@ def hub_base(fingerprint: str | None, owner: BaseRecord | None, recorded: str | 
     if catalogued is not None:
         there = find_model(catalogued) if wishes.online else catalogued
         return there or catalogued, [] if there else [_unknown(catalogued)]
-    if recorded and is_repository(recorded):
+    if recorded and is_hub_id(recorded):  # and no folder here of the same look
         there = find_model(recorded) if wishes.online else recorded
         if there is not None:
             return there, []
