@@ -26,7 +26,7 @@ _SORT_KEYS: Final[dict[str, Any]] = {
     "created": "created_at",
 }
 _PROPERTIES: Final = ["downloads", "likes", "lastModified", "tags", "gated"]
-_LICENCE: Final = "license:"
+_LICENSE: Final = "license:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,13 @@ def _found(info: Any) -> FoundAdapter:
             f"the Hub lists a repository {quoted(info.id)}, which is no name; is there a Hub at HF_ENDPOINT?"
         )
     tags = [tag for tag in info.tags or () if isinstance(tag, str)]
-    licences = [tag.removeprefix(_LICENCE) for tag in tags if tag.startswith(_LICENCE)]
+    licenses = [tag.removeprefix(_LICENSE) for tag in tags if tag.startswith(_LICENSE)]
     updated = info.last_modified
     return FoundAdapter(
         repo=info.id,
         downloads=info.downloads if type(info.downloads) is int else None,
         likes=info.likes if type(info.likes) is int else None,
         updated_at=updated if isinstance(updated, datetime) else None,
-        license=licences[0][:40] if licences else None,
+        license=licenses[0][:40] if licenses else None,
         gated=bool(info.gated),
     )
