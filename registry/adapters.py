@@ -242,7 +242,7 @@ class Adapters:
         for location in record.locations:
             if location.path is not None and location.path.exists():
                 return location.path
-        hub = [location.repo for location in record.locations if location.repo]
+        hub = [_address(location) for location in record.locations if location.repo]
         if hub:
             raise NotFoundError(
                 f"the files of {record.reference} are only on the Hub; get them with 'loratool pull {hub[0]}'"
@@ -274,6 +274,12 @@ class Adapters:
     def _free(self, keys: set[str]) -> None:
         with self._database.writing() as connection:
             self._store.collect(_store_keys(connection), among=keys)
+
+
+def _address(location: Location) -> str:
+    """A place on the Hub as ``loratool pull`` takes it: at the commit, since a branch may be elsewhere by now."""
+    inside = f"/{location.path_in_repo}" if location.path_in_repo else ""
+    return f"{location.repo}{inside}" + (f"@{location.revision}" if location.revision else "")
 
 
 def _values(facts: AdapterFacts) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tiny_models import TinyModels, assert_same_tensors, stored_tensors
 
 import loratool
 from loratool.cli import cli
-from loratool.errors import CheckpointError, HubError, NotFoundError, OutputError, VerificationError
+from loratool.errors import CheckpointError, HubError, NotFoundError, OutputError, VerificationError, WrongBaseError
 from registry import Registry
 
 REPO = "org/llama"
@@ -182,6 +182,17 @@ def test_a_pulled_adapter_is_tied_to_a_base_by_its_id_and_its_shapes(
     assert loratool.pull("ada/unfit").record.base is None
     with pytest.raises(loratool.LoratoolError, match="q_proj"):
         loratool.pull("ada/unfit", base="llama")
+
+
+def test_a_fingerprint_that_an_adapter_records_falsely_ties_it_to_nothing(
+    hub: HubStandIn, llama: Path, tmp_path: Path
+) -> None:
+    base = loratool.base_add("llama", llama)
+    unfit = save_plain_adapter(tmp_path / "unfit", {"model.layers.0.self_attn.q_proj": (7, 9)})
+    publish(hub, "eve/unfit", unfit, facts={"schema": 1, "kind": "lora", "base_fingerprint": base.fingerprint})
+    with pytest.raises(WrongBaseError, match=r"records 'llama' as its base and does not land on it \(.*q_proj"):
+        loratool.pull("eve/unfit")
+    assert loratool.list() == ()
 
 
 def test_offline_what_is_here_works_and_the_rest_says_what_to_run(

@@ -179,7 +179,7 @@ def test_the_table_of_a_search_fits_a_terminal(filled: HubStandIn, monkeypatch: 
         cli.main(["hub", "search", "--base", BASE], standalone_mode=False)
     lines = [re.sub(r"\x1b\[\d*m", "", line) for line in terminal.getvalue().splitlines()]
     assert max(map(len, lines)) <= 80
-    assert lines[0].split() == ["REPO", "DOWNLOADS", "LIKES", "UPDATED", "LICENCE"]
+    assert lines[0].split() == ["REPO", "DOWNLOADS", "LIKES", "UPDATED", "LICENSE"]
     assert lines[2].endswith("apache-2.0 (gated)")
     assert "loratool pull REPO" in lines[-1]
     listed = json.loads(run("hub", "search", "pirate", "--json").stdout)

@@ -279,6 +279,19 @@ def test_files_that_went_from_the_store_are_pulled_again(hub: HubStandIn, pirate
     assert len(stored(home_of_its_own)) == 1
 
 
+def test_where_lost_files_are_on_the_hub_is_said_with_path_and_commit(
+    hub: HubStandIn, pirate: Path, newer: Path, home_of_its_own: Path, tmp_path: Path
+) -> None:
+    publish(hub, "ada/many", pirate, inside="pirate")
+    first = loratool.pull("ada/many/pirate")
+    publish(hub, "ada/many", newer, inside="pirate")
+    shutil.rmtree(home_of_its_own / "store")
+    with pytest.raises(RegistryError, match=f"'loratool pull ada/many/pirate@{first.revision}'"):
+        loratool.export("pirate", tmp_path / "out")
+    assert loratool.pull(f"ada/many/pirate@{first.revision}").record.reference == "pirate@1"
+    loratool.export("pirate@1", tmp_path / "out")
+
+
 # Its base
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -285,7 +287,11 @@ def test_a_public_repository_is_asked_for(hub: HubStandIn, pirate: Path) -> None
 
 
 def test_the_base_on_the_hub(
-    hub: HubStandIn, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+    hub: HubStandIn,
+    tiny_models: TinyModels,
+    tiny_adapters: TinyAdapters,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     loratool.base_add("local", tiny_models.folder("llama", "fp32"))
     folder = copy_with(tiny_adapters.folder("llama"), tmp_path / "mine", base_model_name_or_path="models/llama")
@@ -302,6 +308,11 @@ def test_the_base_on_the_hub(
     assert "base_model" not in ModelCard(none.card).data.to_dict()
     assert json.loads(files(hub, "ada/two")["adapter_config.json"])["base_model_name_or_path"] is None
     hub.create("models/llama")
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    with monkeypatch.context() as here:
+        here.chdir(tmp_path)
+        with pytest.raises(HubError, match="recorded as 'models/llama'"):
+            loratool.push("pirate", "ada/three")
     recorded = loratool.push("pirate", "ada/three")
     assert ModelCard(recorded.card).data.base_model == "models/llama"
     hub.create("org/real")
@@ -407,6 +418,20 @@ def test_a_token_is_never_pushed(hub: HubStandIn, base: Path, tiny_adapters: Tin
     (folder / "loratool.json").write_text(json.dumps({"recipe": {"tracker": f"--token {hub.token}"}}))
     with pytest.raises(HubError, match="would show your token"):
         loratool.push(folder, "ada/pirate", base_model=BASE)
+
+
+def test_what_huggingface_hub_logs_of_an_upload_holds_no_secret(
+    hub: HubStandIn, hub_waits: list[float], pirate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = io.StringIO()
+    (handler,) = logging.getLogger("huggingface_hub").handlers
+    monkeypatch.setattr(handler, "stream", seen)
+    monkeypatch.setattr(handler, "filters", [])
+    hub.faults += [Failure("PUT", "/objects/", status=503), Failure("POST", "/preupload/", status=429)]
+    loratool.push("pirate", "ada/pirate")
+    logging.getLogger("huggingface_hub.lfs").warning("PUT %s/x?X-Amz-Signature=1 as %s", hub.storage, hub.token)
+    assert "503" in seen.getvalue() and "/x as hf_" in seen.getvalue()
+    assert "?" not in seen.getvalue() and hub.token not in seen.getvalue()
 
 
 def test_an_empty_catalogue_has_nothing_to_push(hub: HubStandIn) -> None:

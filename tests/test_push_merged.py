@@ -79,6 +79,21 @@ def test_an_interrupted_push_goes_on_where_it_was(hub: HubStandIn, merged: Path)
     assert len(repository.history) == 2
 
 
+def test_what_loads_in_place_of_the_model_or_on_top_of_it_is_refused(hub: HubStandIn, merged: Path) -> None:
+    with pytest.raises(HubError, match=r"holds 'adapter_config.json' .* on top; .* another repository"):
+        loratool.push(merged, "ada/pirate", merged=True)
+    whole = hub.create("ada/whole")
+    whole.put({"config.json": b"{}", "model.safetensors": b"of before"})
+    with pytest.raises(HubError, match=r"holds 'model.safetensors' .* in its place"):
+        loratool.push(merged, "ada/whole", merged=True)
+    with pytest.raises(HubError, match="whole model"):
+        loratool.push("pirate", "ada/whole")
+    assert len(whole.history) == 2
+    loratool.push(merged, "ada/merged", merged=True)
+    with pytest.raises(HubError, match="whole model"):
+        loratool.push("pirate", "ada/merged", dry_run=True)
+
+
 def test_a_merge_of_a_merge_names_no_folder(
     hub: HubStandIn, merged: Path, tiny_adapters: TinyAdapters, tmp_path: Path
 ) -> None:

@@ -56,7 +56,7 @@ def search(registry: str | None, text: str | None, base: str | None, limit: int,
         ]
         for each in found
     ]
-    columns = ["REPO", "DOWNLOADS", "LIKES", "UPDATED", "LICENCE"]
+    columns = ["REPO", "DOWNLOADS", "LIKES", "UPDATED", "LICENSE"]
     print_table(columns, rows, right=("DOWNLOADS", "LIKES", "UPDATED"), wide="REPO")
     if len(found) == limit:
         click.echo(f"The first {limit}; --limit shows more. Bring one in with 'loratool pull REPO'.")

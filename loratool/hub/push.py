@@ -13,15 +13,13 @@ from loratool.errors import HubError, quoted
 from loratool.hub.client import client
 from loratool.hub.errors import hub_errors
 from loratool.hub.readme import README
+from loratool.hub.repository import TIMEOUT
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 COMMAND: Final = "loratool push"
 MAIN: Final = "main"
-TIMEOUT: Final = 60.0
-"""Seconds that the Hub may take to say what is in a repository; by itself huggingface_hub waits for ever."""
-
 MOST_PROPOSALS: Final = 10
 """How many open pull requests are looked at for one that proposes the same."""
 

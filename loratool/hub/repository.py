@@ -18,7 +18,6 @@ from loratool.errors import HubError, NotFoundError, quoted
 from loratool.hub.address import HubAddress, leaves_its_folder
 from loratool.hub.client import client
 from loratool.hub.errors import LOG_IN, hub_errors
-from loratool.hub.logs import keep_logs_clean
 from loratool.hub.patience import is_unreachable, patiently
 
 if TYPE_CHECKING:
@@ -88,7 +87,6 @@ def look(address: HubAddress, command: str, *, fresh: bool = False) -> Snapshot:
 
     if constants.HF_HUB_OFFLINE and not fresh:
         return look_in_cache(address, command)
-    keep_logs_clean()
     with hub_errors(command, address.repo, address.revision), sensible_answers(address.repo):
         try:
             info = patiently(

@@ -10,7 +10,6 @@ from loratool.errors import HubError, quoted
 from loratool.hub.address import is_safe
 from loratool.hub.client import client
 from loratool.hub.errors import hub_errors, refuse_offline
-from loratool.hub.logs import keep_logs_clean
 from loratool.hub.patience import patiently
 from loratool.hub.repository import sensible_answers
 
@@ -27,7 +26,7 @@ _SORT_KEYS: Final[dict[str, Any]] = {
     "created": "created_at",
 }
 _PROPERTIES: Final = ["downloads", "likes", "lastModified", "tags", "gated"]
-_LICENCE: Final = "license:"
+_LICENSE: Final = "license:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,6 @@ def search_adapters(text: str | None, base: str | None, limit: int, sort: HubSor
         HubError: the Hub cannot be asked, or gives no sensible answer.
     """
     refuse_offline(COMMAND)
-    keep_logs_clean()
     wanted = f"base_model:adapter:{base}" if base is not None else ADAPTERS
     subject = base or text or ADAPTERS
     with hub_errors(COMMAND, subject), sensible_answers(subject):
@@ -85,13 +83,13 @@ def _found(info: Any) -> FoundAdapter:
             f"the Hub lists a repository {quoted(info.id)}, which is no name; is there a Hub at HF_ENDPOINT?"
         )
     tags = [tag for tag in info.tags or () if isinstance(tag, str)]
-    licences = [tag.removeprefix(_LICENCE) for tag in tags if tag.startswith(_LICENCE)]
+    licenses = [tag.removeprefix(_LICENSE) for tag in tags if tag.startswith(_LICENSE)]
     updated = info.last_modified
     return FoundAdapter(
         repo=info.id,
         downloads=info.downloads if type(info.downloads) is int else None,
         likes=info.likes if type(info.likes) is int else None,
         updated_at=updated if isinstance(updated, datetime) else None,
-        license=licences[0][:40] if licences else None,
+        license=licenses[0][:40] if licenses else None,
         gated=bool(info.gated),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import LoratoolError, WrongBaseError, quoted
+from loratool.errors import LoratoolError, PlacementError, WrongBaseError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.hub.address import is_hub_id
 from loratool.library.hub_bases import is_away, known_headers
@@ -30,6 +30,7 @@ def find_owner(adapter: Adapter, base: str | None, base_model: str | None,
     if recorded:
         known = catalogue.bases.find_by_fingerprint(recorded)
         if known:
+            _refuse_false_record(adapter, known[0])
             return known[0], []
     named = [record for record in catalogue.bases.list() if base_model and _is_called(record, base_model)]
     for record in named:
@@ -58,6 +59,18 @@ def _how_to_tie(base_model: str | None, *, known_by_content: bool, unfit: bool) 
         return "its base is not catalogued yet; add it with 'loratool base add'"
     hint = f" (its configuration names {quoted(base_model)})" if base_model else ""
     return f"it is tied to no base yet{hint}; add it again with --base NAME to tie it to one"
+
+
+def _refuse_false_record(adapter: Adapter, record: BaseRecord) -> None:
+    """Raise WrongBaseError if the adapter records the base by its fingerprint and does not land on it: one of both is false."""
+    try:
+        _refuse_unfit(adapter, record)
+    except PlacementError as error:
+        line = str(error).split("\n")[0]
+        raise WrongBaseError(
+            f"{quoted(adapter.name)} records {quoted(record.name)} as its base and does not land on it ({line}); ask whoever "
+            "made it, or do not use it"
+        ) from None
 
 
 def _refuse_unfit(adapter: Adapter, record: BaseRecord) -> None:

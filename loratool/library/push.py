@@ -28,7 +28,7 @@ from loratool.library.adapter_upload import prepare_adapter
 from loratool.library.model_upload import open_model, prepare_model
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import RANK_SIGN, exists, open_registry, resolve_adapter, user_path
-from loratool.library.upload import Upload, Wishes
+from loratool.library.upload import Upload, Wishes, refuse_mixed
 from registry import AdapterRecord, Location, RegistryError
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
             wishes=Wishes(license, base_model, online), watcher=progress or Silent(),
         )  # fmt: skip
         _refuse_impossible(remote, private=private, create_pr=create_pr)
+        refuse_mixed(remote, upload.contents, merged=merged)
         if online:
             check_card(upload.card)
         refuse_token(upload.contents)

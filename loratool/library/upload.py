@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.checkpoint.model import INDEX_SUFFIX
+from loratool.checkpoint.model import WEIGHTS_NAME as MODEL_WEIGHTS
 from loratool.errors import HubError, quoted
+from loratool.formats.read import CONFIG_NAME
+from loratool.hub.address import is_hub_id
 from loratool.hub.names import is_repository, repository_id
 from loratool.hub.push import Content, Remote, find_model
 from loratool.hub.readme import README, front_matter
@@ -83,7 +87,7 @@ def hub_base(fingerprint: str | None, owner: BaseRecord | None, recorded: str | 
     if catalogued is not None:
         there = find_model(catalogued) if wishes.online else catalogued
         return there or catalogued, [] if there else [_unknown(catalogued)]
-    if recorded and is_repository(recorded):
+    if recorded and is_hub_id(recorded):  # and no folder here of the same look
         there = find_model(recorded) if wishes.online else recorded
         if there is not None:
             return there, []
@@ -91,6 +95,30 @@ def hub_base(fingerprint: str | None, owner: BaseRecord | None, recorded: str | 
     if isinstance(on_card, str) and is_repository(on_card):
         return on_card, []
     raise HubError(_advice(owner, recorded))
+
+
+def refuse_mixed(remote: Remote, contents: Sequence[Content], *, merged: bool) -> None:
+    """Raise HubError where what stays in the repository would be loaded in place of what is pushed, or on top of it.
+
+    transformers takes ``model.safetensors`` before an index of shards, and an adapter with whatever lies beside it.
+    """
+    pushed = {each.path for each in contents}
+    if merged:
+        wrong = next(
+            (name for name in (CONFIG_NAME, MODEL_WEIGHTS) if name in remote.files and name not in pushed), None
+        )
+        why = (
+            "transformers would put that adapter on top" if wrong == CONFIG_NAME else "it would be loaded in its place"
+        )
+    else:
+        weights = [MODEL_WEIGHTS, f"model{INDEX_SUFFIX}"] if "config.json" in remote.files else []
+        wrong = next((name for name in weights if name in remote.files), None)
+        why = "it is a whole model, which would load with the adapter on top"
+    if wrong is not None:
+        raise HubError(
+            f"{quoted(remote.repository)} holds {quoted(wrong)} besides what is pushed: {why}; delete that file on the Hub, or "
+            "push to another repository"
+        )
 
 
 def without_paths(value: Any) -> Any:
