@@ -138,7 +138,7 @@ def test_modules_with_kohyas_names_are_grouped_and_drawn_by_layer(tmp_path: Path
     loratool.add(save_kohya_dylora(tmp_path / "flat.safetensors", shapes, r=2, alpha=1.0))
     assert loratool.show("flat").record.target_modules == ["self_attn_out_0", "self_attn_q_proj"]
     lines = run("show", "flat", "--spectrum").splitlines()
-    assert any(line.split()[0] == "self_attn_q" and line.endswith("11 modules") for line in lines if line.split())
+    assert any(line.split()[0] == "self_attn_q_proj" and line.endswith("11 modules") for line in lines if line.split())
     loratool.spectrum("flat", plot=tmp_path / "flat.svg")
     picture = (tmp_path / "flat.svg").read_text()
     assert all(f"<!-- {text} -->" in picture for text in ("self_attn_q_proj", "self_attn_out_0", "10"))
