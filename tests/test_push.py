@@ -260,6 +260,7 @@ def test_branches_pull_requests_and_privacy(hub: HubStandIn, pirate: Path, monke
     hub.create("org/pirate").put({"notes.txt": b"arr"})
     proposed = loratool.push("pirate", "org/pirate", create_pr=True)
     assert proposed.pull_request == f"{hub.endpoint}/org/pirate/discussions/1"
+    assert all(place.repo != "org/pirate" for place in loratool.show("pirate").record.locations)
     again = loratool.push("pirate", "org/pirate", create_pr=True)
     assert (again.sent, again.pull_request) == (False, proposed.pull_request)
     hub.repositories["org/pirate"].pull_requests[1] = "closed"

@@ -154,7 +154,8 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         if differs and not dry_run:
             sent = _send(upload, remote, message, private=private, create_pr=create_pr, confirm=confirm)
     notes = [*upload.notes, *([] if online else ["the Hub was not asked what is there: HF_HUB_OFFLINE forbids it"])]
-    if upload.record is not None and not dry_run:
+    is_proposal = sent is not None and sent.pull_request is not None  # and lies in the repository only once accepted
+    if upload.record is not None and not dry_run and not is_proposal:
         notes += _record(upload.record, remote.repository, sent.commit if sent else remote.head, registry)
     return PushResult(
         source=upload.source,
