@@ -133,7 +133,7 @@ def _print_result(result: PushResult) -> None:
             ("pull request", result.pull_request or ""),
             ("repository", ("new, " if result.created else "") + ("private" if result.private else "public")),
             ("files", f"{counted(len(sent), 'file')}, {size(sum(file.size_bytes for file in sent))}"),
-            ("next", _next(result)),
+            ("next", "" if result.pull_request else _next(result)),
         ]
     )
 
