@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from loratool.checkpoint.fingerprint import file_digest
 from loratool.checkpoint.model import Checkpoint
@@ -17,9 +17,9 @@ from loratool.library.progress import Progress
 from loratool.library.resolve import user_path
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.plan import MergePlan, Target
-from loratool.training.calibration import MOST_TOKENS, calibration_samples, record_inputs
-from loratool.training.data import Data, read_data
-from loratool.training.model import context_length, load_config, load_model, load_tokenizer, quiet_libraries
+
+if TYPE_CHECKING:
+    from loratool.training.data import Data
 
 SUFFIX: Final = ".weight"
 
@@ -38,6 +38,8 @@ def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: b
             "--calibrate is for merges into NF4 and FP4 weights as they are stored; leave out --quantize, --base-as and "
             "--dequantize, or leave out --calibrate"
         )
+    from loratool.training.data import read_data
+
     return read_data(user_path(file))
 
 
@@ -58,6 +60,9 @@ def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progres
             f"{quoted(plan.base.path)} has no 4-bit weights where the adapter lands, and dense weights need no calibration; "
             "leave out --calibrate"
         )
+    from loratool.training.calibration import MOST_TOKENS, calibration_samples, record_inputs
+    from loratool.training.model import context_length, load_config, load_model, load_tokenizer, quiet_libraries
+
     folder, place = _folder(plan.base), choose_device(device)
     with tempfile.TemporaryDirectory(prefix="loratool-") as scratch:
         with quiet_libraries():

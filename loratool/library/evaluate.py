@@ -25,9 +25,9 @@ from loratool.library.resolve import (
     open_registry,
     resolve_adapter,
     resolve_base,
-    resolve_data,
     user_path,
 )
+from loratool.library.resolve_data import resolve_data
 from loratool.merging.arithmetic import choose_device
 from loratool.ranks.truncate import Cut, truncate_by_svd, truncate_leading
 from loratool.training.data import Data, TokenizedSample, tokenize_data

@@ -23,13 +23,9 @@ from loratool.formats.lora_config import MOST_DIGITS
 from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
 from loratool.hub.address import HubAddress
 from loratool.library.progress import Progress, Silent
-from loratool.training.data import KEYS, SUFFIXES, Data, read_data, read_rows
 from registry import AdapterRecord, BaseRecord, Registry, RegistryError, home, is_name, is_reference, registry_url
 
 RANK_SIGN: Final = "@rank="
-DATA_SET: Final = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII
-)
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
@@ -120,7 +116,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
     """
     text = os.fspath(name)
     path = user_path(text)
-    if not _is_plainly_a_path(text) and is_reference(text):
+    if not is_plainly_a_path(text) and is_reference(text):
         if "@" in text or registry.adapters.versions(text):
             record = registry.adapters.find(text)
             if alpha is not None:
@@ -129,7 +125,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
             return ResolvedAdapter(replace(read_adapter(registry.adapters.files(record)), name=record.name), record)
         if not exists(path):
             registry.adapters.find(text)  # raises, with the nearest names
-    if not _is_plainly_a_path(text) and HUB_ID.fullmatch(text) and not exists(path):
+    if not is_plainly_a_path(text) and HUB_ID.fullmatch(text) and not exists(path):
         return _adapter_on_hub(HubAddress.parse(text), registry, alpha)
     if not text or not exists(path):
         if RANK_SIGN in text:
@@ -169,7 +165,7 @@ def resolve_base(name: str | os.PathLike[str], registry: Registry, progress: Pro
     """
     text = os.fspath(name)
     path = user_path(text)
-    if not _is_plainly_a_path(text) and is_name(text):
+    if not is_plainly_a_path(text) and is_name(text):
         record = registry.bases.get(text)
         if record is not None:
             return _catalogued(record, registry, progress, download=download)
@@ -177,7 +173,7 @@ def resolve_base(name: str | os.PathLike[str], registry: Registry, progress: Pro
             registry.bases.find(text)  # raises, with the nearest names
     if text and exists(path):
         return ResolvedBase(path, path.resolve().stem if path.is_file() else path.resolve().name, _at(path, registry))
-    if not _is_plainly_a_path(text) and HUB_ID.fullmatch(text):
+    if not is_plainly_a_path(text) and HUB_ID.fullmatch(text):
         return _on_hub(text, progress, download=download)
     raise NotFoundError(
         f"there is no model {quoted(text)}: neither a catalogued name, nor a folder, nor a Hub id; "
@@ -193,30 +189,12 @@ def resolve_merged(name: str | os.PathLike[str], registry: Registry) -> Path:
     """
     text = os.fspath(name)
     path = user_path(text)
-    if not (text and exists(path)) and (_is_plainly_a_path(text) or not is_name(text)):
+    if not (text and exists(path)) and (is_plainly_a_path(text) or not is_name(text)):
         raise NotFoundError(f"there is no folder {quoted(text)}; give the folder of a merged model")
     path = resolve_base(name, registry).path
     if not path.is_dir():
         raise NotFoundError(f"{quoted(path)} is not a folder; give the folder of a merged model")
     return path
-
-
-def resolve_data(name: str | os.PathLike[str]) -> Data:
-    """Read a file of samples, or a data set of the Hub: ``owner/name``, ``owner/name:split``, ``owner/name@revision:split``.
-
-    Raises:
-        NotFoundError: it is neither.
-        DataError: it cannot be read, or one of its lines or rows, which is named, is no sample.
-    """
-    text = os.fspath(name)
-    path = user_path(text)
-    of_hub = None if _is_plainly_a_path(text) or path.suffix.lower() in SUFFIXES else DATA_SET.fullmatch(text)
-    if of_hub is None or exists(path):
-        return read_data(path)
-    from loratool.hub.data_sets import fetch_table
-
-    table = fetch_table(of_hub["repo"], of_hub["split"], columns=KEYS, revision=of_hub["revision"])
-    return read_rows(Path(text), table.columns, table.rows)
 
 
 def pulled_from(address: HubAddress, registry: Registry) -> tuple[AdapterRecord, ...]:
@@ -311,5 +289,6 @@ def _at(path: Path, registry: Registry) -> BaseRecord | None:
     return next((base for base in registry.bases.list() if base.path is not None and base.path.resolve() == real), None)
 
 
-def _is_plainly_a_path(text: str) -> bool:
+def is_plainly_a_path(text: str) -> bool:
+    """Whether a name can be nothing but a path, by how it begins or ends."""
     return text.startswith((".", "/", "~")) or Path(text).suffix in SINGLE_FILE_SUFFIXES

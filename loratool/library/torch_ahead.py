@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from contextlib import suppress
 from importlib.util import find_spec
@@ -22,6 +23,10 @@ def load_torch_ahead() -> None:
 
 def _load() -> None:
     spec = find_spec("torch")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        with suppress(OSError):  # where it is not, or needs another, ``import torch`` does what it always does
-            ctypes.CDLL(str(Path(folder) / LIBRARY))
+    with suppress(OSError, AttributeError):  # a system without ``dlopen``: ``import torch`` does what it always does
+        dlopen = ctypes.CDLL(
+            None
+        ).dlopen  # called through ctypes it lets Python run meanwhile; ``ctypes.CDLL(x)`` does not
+        dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+        for folder in (spec and spec.submodule_search_locations) or ():
+            dlopen(os.fsencode(Path(folder) / LIBRARY), os.RTLD_NOW)

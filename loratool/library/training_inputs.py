@@ -14,7 +14,8 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, DataError, LoratoolError, UnsupportedError, WrongBaseError, quoted
 from loratool.library.evaluate import checked_max_length, tokenized_for
 from loratool.library.progress import Progress
-from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, resolve_base, resolve_data
+from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, resolve_base
+from loratool.library.resolve_data import resolve_data
 from loratool.merging.arithmetic import choose_device
 from loratool.training.batches import packs_cleanly, plan_epoch, split_validation
 from loratool.training.data import TokenizedSample
