@@ -165,7 +165,7 @@ class Way:
 
 def ways(name: str, scorer: Scorer, dense: Path, image: Path) -> Iterator[Way]:
     """Every way of merging an adapter, those without calibration under several seeds."""
-    adapter, out = trained.adapter(name), DATA / "out-nf4-merge"
+    adapter, out = trained.adapter(name), DATA / f"out-nf4-merge-{name}"
 
     def merged(**options: Any) -> float | None:
         shutil.rmtree(out, ignore_errors=True)

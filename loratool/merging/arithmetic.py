@@ -13,6 +13,7 @@ from loratool.merging.plan import Target
 from loratool.merging.residual import add_residual, pack_told, residual, unpack_told
 from loratool.merging.survival import SurvivalCount
 from loratool.weights.feedback import Feedback
+from loratool.weights.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -80,18 +81,26 @@ class BlockArithmetic:
         self._blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES if self._cuda else BLOCK_BYTES))
         with self._on_stream():
             self.codec = target.weight.load(device)
-            self._rounding = Rounding(target.seed, self._feedback(target))
             self._updates = [
                 planned.update.load(transposed=target.transposed, weight=planned.weight, device=device)
                 for planned in target.updates
             ]
+            self._rounding = self._rounding_of(target)
 
-    def _feedback(self, target: Target) -> Feedback | None:
-        """From the inputs of a calibrated matrix."""
+    def _rounding_of(self, target: Target) -> Rounding:
+        """By chance where the codec is lossy, with what is known of the inputs, or else of the outputs, of the matrix."""
         import numpy as np
         import torch
 
-        return None if target.inputs is None else Feedback(torch.from_numpy(np.load(target.inputs)).to(self._device))
+        if target.inputs is not None:
+            feedback = Feedback(torch.from_numpy(np.load(target.inputs)).to(self._device))
+            return Rounding(target.seed, feedback=feedback)
+        outputs = [update.outputs for update in self._updates]
+        if not self.weight.lossy or any(each is None for each in outputs):
+            return Rounding(target.seed)
+        return Rounding(
+            target.seed, outputs=OutputFeedback(torch.cat([each for each in outputs if each is not None], 1))
+        )
 
     def blocks(self) -> Iterator[range]:
         """The blocks of rows that suit the device."""

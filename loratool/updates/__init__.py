@@ -54,6 +54,10 @@ class Update(Protocol):
 class LoadedUpdate(Protocol):
     """An update whose numbers are in memory."""
 
+    @property
+    def outputs(self) -> torch.Tensor | None:
+        """What the columns of the change are combinations of, fp32, (rows of the stored W, r); None where it has no low rank."""
+
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Change `block`, fp32, the `rows` of W, in place. `scratch` has the shape of `block` and may be overwritten."""
 

@@ -76,6 +76,11 @@ class LoadedLowRank:
     scaling: float
     transposed: bool
 
+    @property
+    def outputs(self) -> torch.Tensor:
+        """B, or of the transpose ``A^T``."""
+        return self.a.T if self.transposed else self.b
+
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """On a CPU in PEFT's order, each an fp32 operation: product, times scaling, plus W. On CUDA one addmm."""
         if block.is_cuda:

@@ -52,6 +52,10 @@ class LoadedReplacement:
 
     tensor: TensorInfo
 
+    @property
+    def outputs(self) -> None:
+        """R has no low rank."""
+
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Put the `rows` of R into `block`.
 

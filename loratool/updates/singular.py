@@ -78,6 +78,11 @@ class LoadedSingularValue:
     alpha: float
     divisor: torch.Tensor
 
+    @property
+    def outputs(self) -> torch.Tensor:
+        """Those of the product."""
+        return self.product.outputs
+
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """In PEFT's order, each an fp32 operation: product, times alpha, divided by the rank, plus W."""
         self.product.multiply(rows, scratch)

@@ -47,6 +47,10 @@ PLAIN: Final = bytes(4)
 
 LARGEST_STATE: Final = 1 << 16
 DTYPES: Final = ("bfloat16", "float16", "float32")
+ALL: Final = slice(None)
+Part = tuple[slice, slice]
+"""Rows and columns of a block."""
+
 CELLS: Final = 1024
 """Equal cells from -1 to 1 so small that none holds more than one value of NF4 or two of FP4 next to zero."""
 
@@ -176,21 +180,26 @@ class LoadedFourBit:
             counts = self._short.counts(rows, chosen)
             concentrated = self._short.concentrated(rows, shift, chosen, counts)
             told = counts.cpu().numpy().tobytes()
-        if rounding.feedback is None:
+        if rounding.feedback is None and rounding.outputs is None:
             self._put(parts, self._moved(places, concentrated, noise))
             return told
         scale = torch.ones_like(old)
         self._by_scale(rows, scale.view(-1), _multiply)
+        change, carried = (flat.view(old.shape) * scale for flat in (shift, concentrated))
 
-        def move(part: slice, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """Where the codes of some columns go when `change` is added, and the numbers that they stand for there."""
-            steps = torch.where(scale[:, part] == 0, 0.0, change / scale[:, part])
-            here, chance = (flat.view(old.shape)[:, part].reshape(-1) for flat in (places, noise))
+        def move(part: Part, change: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Where the codes of a part of the block go when `change` is added, and the numbers that they stand for there."""
+            steps = torch.where(scale[part] == 0, 0.0, change / scale[part])
+            here, chance = (flat.view(old.shape)[part].reshape(-1) for flat in (places, noise))
             there = self._moved(here, steps.reshape(-1), chance)
-            return there.view(steps.shape), self._sorted.index_select(0, there).view(steps.shape) * scale[:, part]
+            return there.view(steps.shape), self._sorted.index_select(0, there).view(steps.shape) * scale[part]
 
-        wanted = [flat.view(old.shape) * scale for flat in (shift, concentrated)]
-        moved, short = rounding.feedback.best(old, wanted[0], wanted[1], move)
+        if rounding.feedback is not None:
+            moved, short = rounding.feedback.best(old, change, carried, lambda part, added: move((ALL, part), added))
+        else:
+            assert rounding.outputs is not None
+            moved = rounding.outputs.carry(rows, old, change, carried, lambda part, added: move((part, ALL), added))
+            short = True
         self._put(parts, moved.view(-1))
         return told if short else PLAIN
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
 
     from loratool.weights.feedback import Feedback
+    from loratool.weights.output_feedback import OutputFeedback
 
     Tensor = torch.Tensor
 
@@ -25,11 +26,12 @@ class Rounding:
     """How a matrix is rounded to a storage that is much coarser than what was added to it.
 
     `seed`, below 2**64, is made from what is merged, so that equal merges give equal bytes. With `feedback` errors are
-    passed on between columns, which cannot be taken back by asking chance again.
+    passed on between columns, else with `outputs` between rows; that cannot be taken back by asking chance again.
     """
 
     seed: int
     feedback: Feedback | None = None
+    outputs: OutputFeedback | None = None
 
     def noise(self, rows: range, count: int, device: torch.device) -> Tensor:
         """`count` numbers between 0 and 1, fp32, for a block that begins with row ``rows.start``.
