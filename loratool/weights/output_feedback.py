@@ -64,8 +64,8 @@ class OutputFeedback:
             basis = self._basis[rows.start + part.start : rows.start + part.stop]
             spread = torch.linalg.inv(self._ahead + damping).float()
             most = wanted[part].abs()
-            passed = (basis @ spread @ self._off).neg_().maximum(-most).minimum(most)
-            moved[part], reached = move(part, wanted[part] + passed)
-            self._off += basis.T @ (reached - old[part] - change[part])
+            passed = ((basis @ spread).neg_() @ self._off).maximum(-most).minimum(most)
+            moved[part], reached = move(part, passed.add_(wanted[part]))
+            self._off += basis.T @ reached.sub_(old[part]).sub_(change[part])
             self._ahead -= basis.double().T @ basis.double()
         return moved
