@@ -164,7 +164,7 @@ class LoadedFourBit:
 
         What is moved by is the difference to the old decoded value, so a code that nothing was added to stays. In NF4 the
         codes with short steps carry it for the others (`ShortSteps`), and how many of each column do, int32, is what `recover`
-        is told. What errors add that were passed on (`Feedback`) it is not told; that is left to the undo file.
+        is told. What errors add that were passed on (`Feedback`, `OutputFeedback`) it is not told; that is left to the undo file.
         """
         import torch
 
@@ -275,7 +275,6 @@ class LoadedFourBit:
 
         To the value above with the odds of its nearness, else to the one below; `noise` decides.
         """
-
         some = _true(shift != 0)  # of an update that few codes carry, the others need no work
         here, added = places.index_select(0, some), shift.index_select(0, some)
         wanted = self._sorted.index_select(0, here).add_(added)

@@ -46,7 +46,7 @@ class OutputFeedback:
         self._off: Tensor | None = None
 
     def carry(self, rows: range, old: Tensor, change: Tensor, wanted: Tensor, move: Move) -> Tensor:
-        """Where the codes of the `rows` go, int32, (rows, columns).
+        """Where the codes of the `rows` go, int32, (rows, columns); blocks come once each and in order, from row 0 on.
 
         `old` are the numbers from before and `change` what is added to them; `wanted` is the same, as the codes that take part
         carry it; all fp32, (rows, columns).
