@@ -243,6 +243,7 @@ def start(
     run: Callable[[Path], None], work: Path, report: Path, arm: Callable[[], Callable[[], int]] | None = None
 ) -> int:
     """Run in a child that ends without any cleaning; its `report` says how. Returns its process id."""
+    _wait_to_be_alone()
     pid = os.fork()
     if pid:
         return pid
@@ -260,6 +261,15 @@ def start(
         ending = f"crashed: {traceback.format_exc()}"
     os.write(told, json.dumps([ending, counted()]).encode())
     os._exit(0)
+
+
+def _wait_to_be_alone() -> None:
+    """Let threads that Python has joined come to their end in the kernel, too.
+
+    An ending thread gives its memory back to MKL under a lock of MKL's; a child forked meanwhile finds it locked for ever.
+    """
+    while len(os.listdir("/proc/self/task")) > 1:
+        os.sched_yield()
 
 
 def wait(pid: int, report: Path) -> tuple[str, int]:
