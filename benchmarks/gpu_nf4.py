@@ -17,7 +17,8 @@ from loratool.checkpoint.blocks import row_blocks
 from loratool.checkpoint.header import TensorInfo
 from loratool.merging.arithmetic import CUDA_BLOCK_BYTES
 from loratool.updates.low_rank import LoadedLowRank
-from loratool.weights.four_bit import FourBitWeight, LoadedFourBit, QuantState
+from loratool.weights.four_bit import FourBitWeight, QuantState
+from loratool.weights.four_bit_codes import LoadedFourBit
 from loratool.weights.rounding import Rounding
 
 HIDDEN, INTERMEDIATE, KV, LAYERS = 4096, 14_336, 1024, 32

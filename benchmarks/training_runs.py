@@ -51,30 +51,36 @@ class Run:
         return self.before - self.by_rank[max(self.by_rank) if rank is None else rank]
 
 
-def run(style: str, options: Options, *, steps: int, lr: float) -> Run:
-    """Train on a style, from the same base with the same seed and the same order of samples, and score what is held out."""
-    key = f"{style}-{steps}-{lr}-{options}".replace(" ", "").replace("/", "")
+def run(style: str, options: Options, *, steps: int, lr: float, seed: int = SEED) -> Run:
+    """Train on a style, from the same base, and score what is held out.
+
+    The seed decides the factors to begin with, which samples are held out, and the order of the others.
+    """
+    key = f"{style}-{steps}-{lr}-{seed}-{options}".replace(" ", "").replace("/", "")
     kept = Path(KEPT, f"{key}.json") if KEPT else None
     if kept is not None and kept.exists():
         found = json.loads(kept.read_text())
         return Run(**found | {"by_rank": {int(rank): loss for rank, loss in found["by_rank"].items()}})
-    result = _train(style, options, steps, lr)
+    result = _train(style, options, steps, lr, seed)
     losses = {rank: round(loss, 4) for rank, loss in result.by_rank.items()}
-    print(f"{style} {options.method} r={options.rank} lr={lr:g}: {losses} in {result.seconds:.0f} s", flush=True)
+    print(
+        f"{style} {options.method} r={options.rank} lr={lr:g} seed={seed}: {losses} in {result.seconds:.0f} s",
+        flush=True,
+    )
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(asdict(result)))
     return result
 
 
-def _train(style: str, options: Options, steps: int, lr: float) -> Run:
+def _train(style: str, options: Options, steps: int, lr: float, seed: int) -> Run:
     model, _ = _loaded()
-    train, held_out = samples(style)
+    train, held_out = samples(style, seed)
     recipe = Recipe(
         base="smollm2", base_fingerprint="", data=style, data_sha256="", samples=len(train), adapter=options,
-        steps=steps, batch_size=BATCH, lr=lr, warmup=WARMUP, seed=SEED, plain=True,
+        steps=steps, batch_size=BATCH, lr=lr, warmup=WARMUP, seed=seed, plain=True,
     )  # fmt: skip
-    adaptation = attach(model, options, seed=SEED, total_steps=steps)
+    adaptation = attach(model, options, seed=seed, total_steps=steps)
     optimizer = make_optimizer(adaptation.parameters(), recipe, paged=False)
     training = Training(recipe, model, adaptation, optimizer, Processes("cpu"), train, [])
     before = training.score_at(adaptation.ranks[-1], held_out)
@@ -108,10 +114,10 @@ class _Log:
 
 
 @cache
-def samples(style: str) -> tuple[Sequence[TokenizedSample], Sequence[TokenizedSample]]:
+def samples(style: str, seed: int = SEED) -> tuple[Sequence[TokenizedSample], Sequence[TokenizedSample]]:
     """Those to train on, and those held out, of a style of the examples: ``pirate``, or ``legal``."""
     tokenized = tokenize_data(read_data(EXAMPLES / f"{style}.jsonl"), _loaded()[1], 256, plain=True)
-    return split_validation(tokenized, HELD_OUT, SEED)
+    return split_validation(tokenized, HELD_OUT, seed)
 
 
 @cache

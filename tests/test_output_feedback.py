@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.weights.four_bit import FourBitWeight, LoadedFourBit, QuantState
+from loratool.weights.four_bit import FourBitWeight, QuantState
+from loratool.weights.four_bit_codes import LoadedFourBit
 from loratool.weights.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding
 

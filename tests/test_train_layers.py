@@ -113,9 +113,15 @@ def test_factors_begin_as_their_initialisation_says(tiny_models: TinyModels) -> 
         factors = attach(tiny(tiny_models, "llama"), options, targets="q_proj").parameters()
         for name, factor in factors.items():
             if name.endswith(".A"):
-                assert float(factor.std()) == pytest.approx(spread, rel=0.1)
+                assert float(factor.detach().std()) == pytest.approx(spread, rel=0.1)
             else:
                 assert not factor.any()
+    adalora = attach(tiny(tiny_models, "llama"), AdaLoRA(rank=16), targets="q_proj", total_steps=9)
+    for name, factor in adalora.parameters().items():
+        if name.endswith(".A"):
+            assert float(factor.detach().std()) == pytest.approx(1 / math.sqrt(3 * 64), rel=0.1)
+        else:
+            assert torch.equal(factor.data, torch.full_like(factor, float(name.endswith(".E"))))
 
 
 @pytest.mark.parametrize("options", PEFTS, ids=by_method)

@@ -125,9 +125,7 @@ class TrainCommand(ExampleCommand):
     help="Samples of a step, of all processes; by default 4, and 16 where there are many.",
 )
 @click.option("--accumulate", type=int, metavar="N", help="Passes in which a step takes its samples; saves memory.")
-@click.option(
-    "--lr", type=float, metavar="X", help="The largest learning rate; by default 0.001, and 0.01 for AdaLoRA."
-)
+@click.option("--lr", type=float, metavar="X", help="The largest learning rate; by default 0.001.")
 @click.option("--schedule", type=click.Choice(["cosine", "linear", "constant"]), help="By default cosine.")
 @click.option("--warmup", type=int, metavar="N", help="Steps in which the learning rate rises; by default a tenth.")
 @click.option("--weight-decay", type=float, metavar="X", help="AdamW's; by default 0.")

@@ -20,7 +20,7 @@ from loratool.merging.arithmetic import choose_device
 from loratool.training.batches import packs_cleanly, plan_epoch, split_validation
 from loratool.training.data import TokenizedSample
 from loratool.training.model import load_config, load_model, quiet_libraries
-from loratool.training.options import AdaLoRA
+from loratool.training.options import DEFAULT_LR, AdaLoRA
 from loratool.training.processes import Processes
 from loratool.training.recipe import (
     BATCH_OF_FEW,
@@ -134,7 +134,7 @@ def _recipe(named: Mapping[str, str], samples: Sequence[TokenizedSample], train:
         steps=steps,
         batch_size=batch_size,
         accumulate=accumulate,
-        lr=choices.get("lr", adapter.default_lr),
+        lr=choices.get("lr", DEFAULT_LR),
         schedule=choices.get("schedule", "cosine"),
         warmup=choices.get("warmup", min(MOST_WARMUP, steps // 10)),
         weight_decay=choices.get("weight_decay", 0.0),

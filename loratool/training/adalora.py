@@ -2,14 +2,16 @@
 
 P, Lambda and Q (equation 3) are B (out_features, r), E (r, 1) and A (r, in_features) of the files. The constants are those of
 the authors' code and of PEFT, which leave the formulas as the paper has them but for two: the regularization (equation 4)
-is the mean of norms, not the sum of their squares, and the budget falls from t_i on, not from ``t_i + t_f``.
+is the mean of norms, not the sum of their squares, and the budget falls from t_i on, not from ``t_i + t_f``. Factors begin as
+LoRA's do, Q random, P zero and Lambda one, and learn at LoRA's rates; the paper's begin with Lambda zero, P and Q random.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,6 @@ from loratool.training.targets import Targets, is_conv1d
 from loratool.updates import LoadedUpdate
 from loratool.updates.low_rank import LoadedLowRank
 from loratool.updates.singular import RANK_EPSILON, LoadedSingularValue
-
-SPREAD: Final = 0.02
-"""The standard deviation that P and Q begin with; Lambda begins with zero."""
 
 
 class AdaLoRALinear(AdaptedLinear):
@@ -203,6 +202,6 @@ def attach_adalora(
     schedule = budget_schedule(options, len(targets.modules), total_steps)
     adaptation = AdaLoRAAdaptation(model, targets, options, schedule)
     for name, layer in adaptation.layers.items():
-        fill_randomly(layer.lora_A, f"{name}.A", seed, normal=SPREAD)
-        fill_randomly(layer.lora_B, f"{name}.B", seed, normal=SPREAD)
+        fill_randomly(layer.lora_A, f"{name}.A", seed, uniform=1 / math.sqrt(layer.in_features))
+        nn.init.ones_(layer.lora_E)
     return adaptation

@@ -16,6 +16,9 @@ DISTRIBUTIONS: Final[tuple[Distribution, ...]] = ("uniform", "geometric")
 Update = Literal["leading", "frozen"]
 UPDATES: Final[tuple[Update, ...]] = ("leading", "frozen")
 
+DEFAULT_LR: Final = 1e-3
+"""The learning rate of every method."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoRA:
@@ -34,7 +37,6 @@ class LoRA:
     """
 
     method: ClassVar[str] = "lora"
-    default_lr: ClassVar[float] = 1e-3
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
@@ -79,7 +81,6 @@ class DyLoRA:
     """
 
     method: ClassVar[str] = "dylora"
-    default_lr: ClassVar[float] = 1e-3
     rank: int = 8
     least_rank: int = 1
     alpha: float | None = None
@@ -117,8 +118,7 @@ class DyLoRA:
 class AdaLoRA:
     """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): ``W x + scaling * P (Lambda * (Q x))``, ranks shared out by importance.
 
-    P and Q begin with small numbers and Lambda with zero, so it takes a larger learning rate than LoRA to learn as much in
-    as many steps.
+    Q begins with random numbers, P with zero and Lambda with one, so it learns as LoRA does, at LoRA's rates.
 
     Attributes:
         rank: the average rank that training ends with: the budget is this times the number of modules.
@@ -136,7 +136,6 @@ class AdaLoRA:
     """
 
     method: ClassVar[str] = "adalora"
-    default_lr: ClassVar[float] = 1e-2
     rank: int = 8
     initial_rank: int | None = None
     alpha: float | None = None

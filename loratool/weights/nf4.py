@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.layout import NewTensor
-from loratool.weights.four_bit import NF4, STATE, FourBitWeight, LoadedFourBit, nested_scales, parse_state
+from loratool.weights.four_bit import NF4, STATE, FourBitWeight, nested_scales, parse_state
+from loratool.weights.four_bit_codes import LoadedFourBit
 
 if TYPE_CHECKING:
     import torch
