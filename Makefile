@@ -24,7 +24,7 @@ tests: .venv/ready
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 bench: .venv/ready
-	for script in startup numerics undo_size speed scaling ranks combine quantize nf4_merge; do $(BIN)/python benchmarks/$$script.py --record; done
+	for script in startup numerics undo_size speed scaling ranks combine quantize nf4_merge eval first_adapter train dylora adalora; do $(BIN)/python benchmarks/$$script.py --record; done
 
 # The environment is made anew when what it is made from changes.
 .venv/ready: pyproject.toml constraints.txt

@@ -44,7 +44,7 @@ def main() -> None:
     body = "\n\n".join([
         f"SmolLM2-135M, trained for {STEPS} steps at rank {RANK} on all linear layers by `loratool train`; {HELD_OUT} samples "
         f"that it did not see. A DyLoRA is cut to rank {CUT} by `loratool truncate` and then a LoRA of PEFT's. The NF4 model "
-        "computes in fp32 on both sides; in bf16, as transformers loads it, it is 0.3% off.",
+        "computes in fp32 on both sides, where transformers by itself would compute in bf16.",
         table(columns, rows),
     ])  # fmt: skip
     report("eval", "Each method's loss in PEFT", body)
