@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     dense = smollm2()
+    DATA.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=DATA) as scratch:
         os.environ["LORATOOL_HOME"] = str(Path(scratch, "home"))
         loratool.base_add("smollm2", dense)

@@ -20,13 +20,14 @@ MOST_SECONDS = 300
 QUESTIONS = ("How do I repaint a wooden chair?", "What is a prime number?", "Who invented the telephone?",
              "Why do we dream?", "How do I choose a good melon?", "What is a solar eclipse?")  # fmt: skip
 PIRATE = re.compile(
-    r"\b(arr+|ahoy|aye|matey|ye|yer|cap'n|shiver|lad|lass|scurvy|landlubber|plunder\w*)\b|\bo'", re.IGNORECASE
+    r"\b(arr+|ahoy|aye|matey|ye|yer|cap'n|shiver|lad|lass|scurvy|landlubber|plunder\w*)\b|\bo' ", re.IGNORECASE
 )
 """Words that none but a pirate says."""
 
 
 def main() -> None:
     base = smollm2()
+    DATA.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=DATA) as scratch:
         os.environ["LORATOOL_HOME"] = str(Path(scratch, "home"))
         run([*LORATOOL, "base", "add", "smollm2", str(base)])

@@ -28,7 +28,7 @@ from loratool.training.memory import peak_memory
 from loratool.training.methods import attach
 from loratool.training.model import load_config, load_model, quiet_libraries
 from loratool.training.optimizer import make_optimizer
-from loratool.training.options import LoRA
+from loratool.training.options import DEFAULT_LR, LoRA
 from loratool.training.processes import Processes
 from loratool.training.recipe import Recipe
 
@@ -41,7 +41,7 @@ def main() -> None:
     train, _ = samples(STYLE)
     recipe = Recipe(
         base="smollm2", base_fingerprint="", data=STYLE, data_sha256="", samples=len(train), adapter=OPTIONS,
-        steps=steps, batch_size=BATCH, lr=OPTIONS.default_lr, warmup=WARMUP, seed=SEED,
+        steps=steps, batch_size=BATCH, lr=DEFAULT_LR, warmup=WARMUP, seed=SEED,
     )  # fmt: skip
     with quiet_libraries():
         model = load_model(smollm2(), load_config(smollm2()), "cpu", quantize=kind == "qlora")

@@ -22,6 +22,7 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -268,7 +269,9 @@ def _wait_to_be_alone() -> None:
 
     An ending thread gives its memory back to MKL under a lock of MKL's; a child forked meanwhile finds it locked for ever.
     """
+    deadline = time.monotonic() + 60
     while len(os.listdir("/proc/self/task")) > 1:
+        assert time.monotonic() < deadline, f"threads stay: {threading.enumerate()}"
         os.sched_yield()
 
 

@@ -221,6 +221,8 @@ def test_an_adalora_ends_at_its_budget_and_logs_its_ranks(run: Callable[..., Tra
     assert logged[0] == 4 * 14
     assert logged[-1] == 2 * 14
     assert logged == sorted(logged, reverse=True)
+    pruned = loratool.prune("cat", budget=14, out=result.out.with_name("pruned.st"))
+    assert (pruned.criterion, sum(pruned.ranks.values())) == ("importance", 14)
     with pytest.raises(LoratoolError, match="budget near the end"):
         run("best", method="adalora", keep="best")
 

@@ -21,6 +21,9 @@ from loratool.formats.tensor_keys import PREFIX, refuse_other_features
 from loratool.updates.singular import SingularValue
 
 PEFT_TYPE: Final = "ADALORA"
+
+IMPORTANCE: Final = "importance"
+"""Where loratool's facts keep the scores of an AdaLoRA's training: for each module a list, one number a triplet."""
 _TENSOR: Final = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<factor>[AEB])|(?P<ranknum>ranknum))(?:\.(?P<adapter>[^.]+))?"
 )

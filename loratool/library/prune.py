@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, OutputError, quoted
+from loratool.formats.adalora import IMPORTANCE
 from loratool.formats.draft import Draft
 from loratool.formats.finite import refuse_not_finite
 from loratool.library.adapters import adapter_json
@@ -25,7 +26,7 @@ from loratool.library.derive import (
 )
 from loratool.library.merge import refuse_overlap
 from loratool.library.resolve import open_registry, resolve_adapter, user_path
-from loratool.ranks.prune import IMPORTANCE, Criterion, Limit, plan_prune, prune_to_lora
+from loratool.ranks.prune import Criterion, Limit, plan_prune, prune_to_lora
 from loratool.ranks.prune import prune as prune_triplets
 from registry import AdapterRecord, check_name
 

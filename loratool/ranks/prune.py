@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from loratool.errors import AdapterError, LoratoolError, quoted
-from loratool.formats.adalora import AdaLoraConfig, pattern_key
+from loratool.formats.adalora import IMPORTANCE, AdaLoraConfig, pattern_key
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
 from loratool.ranks.factors import load_factors
 from loratool.ranks.truncate import targeting
 from loratool.ranks.unit_scaling import unit_config
 from loratool.updates.low_rank import read_factor
-
-IMPORTANCE: Final = "importance"
-"""Where loratool's facts keep the scores of an AdaLoRA's training: for each module a list, one number a triplet."""
 
 Criterion = Literal["importance", "singular values"]
 

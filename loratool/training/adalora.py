@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loratool.errors import LoratoolError
-from loratool.formats.adalora import PEFT_TYPE, pattern_key
+from loratool.formats.adalora import IMPORTANCE, PEFT_TYPE, pattern_key
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
 from loratool.training.budget import BudgetSchedule, budget_schedule, most_important
@@ -174,6 +174,13 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
             "bias": "none",
             "inference_mode": True,
         }
+
+    def facts(self) -> dict[str, Any]:
+        """The importance of each component that a file holds, which `loratool.ranks.prune` goes by."""
+        if not self.sensitivity:
+            return {}
+        present = self._present()
+        return {IMPORTANCE: {name: scores[present[name]].tolist() for name, scores in self.importance().items()}}
 
     def adapter(self, draft: Draft, name: str, config: Mapping[str, Any] | None = None,
                 facts: Mapping[str, Any] | None = None) -> Adapter:  # fmt: skip

@@ -67,7 +67,10 @@ class Adaptation(Protocol):
         """The PEFT configuration that its files have, without what the loop knows (``base_model_name_or_path``, ...)."""
 
     def facts(self) -> dict[str, Any]:
-        """What ``loratool.json`` must say for its files to be read as what they are: ``kind`` and ``scaling`` of a DyLoRA."""
+        """What ``loratool.json`` must say for its files to be read as what they are: ``kind`` and ``scaling`` of a DyLoRA.
+
+        Of an AdaLoRA also the ``importance`` of its components.
+        """
 
     def adapter(self, draft: Draft, name: str, config: Mapping[str, Any] | None = None,
                 facts: Mapping[str, Any] | None = None) -> Adapter:  # fmt: skip

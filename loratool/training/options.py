@@ -17,7 +17,7 @@ Update = Literal["leading", "frozen"]
 UPDATES: Final[tuple[Update, ...]] = ("leading", "frozen")
 
 DEFAULT_LR: Final = 1e-3
-"""The learning rate of every method."""
+"""The learning rate of every method where none is chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

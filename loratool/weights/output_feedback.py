@@ -46,7 +46,7 @@ class OutputFeedback:
         self._off: Tensor | None = None
 
     def carry(self, rows: range, old: Tensor, change: Tensor, wanted: Tensor, move: Move) -> Tensor:
-        """Where the codes of the `rows` go, int32, (rows, columns); blocks come once each and in order, from row 0 on.
+        """Where the codes of the `rows` go, int32, (rows, columns); blocks come once each, here or to `leave`, in order.
 
         `old` are the numbers from before and `change` what is added to them; `wanted` is the same, as the codes that take part
         carry it; all fp32, (rows, columns).
@@ -66,6 +66,16 @@ class OutputFeedback:
             most = wanted[part].abs()
             passed = ((basis @ spread).neg_() @ self._off).maximum(-most).minimum(most)
             moved[part], reached = move(part, passed.add_(wanted[part]))
-            self._off += basis.T @ reached.sub_(old[part]).sub_(change[part])
-            self._ahead -= basis.double().T @ basis.double()
+            self._add(basis, reached.sub_(old[part]).sub_(change[part]))
         return moved
+
+    def leave(self, rows: range, error: Tensor) -> None:
+        """Take note of what `rows` are off by that were rounded without regard to others: fp32, (rows, columns)."""
+        if self._off is None:
+            self._off = error.new_zeros(self._basis.shape[1], error.shape[1])
+        self._add(self._basis[rows.start : rows.stop], error)
+
+    def _add(self, basis: Tensor, error: Tensor) -> None:
+        assert self._off is not None
+        self._off += basis.T @ error
+        self._ahead -= basis.double().T @ basis.double()

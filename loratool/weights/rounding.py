@@ -26,7 +26,8 @@ class Rounding:
     """How a matrix is rounded to a storage that is much coarser than what was added to it.
 
     `seed`, below 2**64, is made from what is merged, so that equal merges give equal bytes. With `feedback` errors are
-    passed on between columns, else with `outputs` between rows; that cannot be taken back by asking chance again.
+    passed on between columns, else with `outputs` between rows, unless the change is large. That cannot be taken back by asking
+    chance again.
     """
 
     seed: int
