@@ -40,7 +40,7 @@ def main() -> None:
     like = {name: sum(bool(PIRATE.search(answer)) for answer in found) for name, found in spoken.items()}
     rows = [
         ["`loratool train`, whole process", f"{trained.wall:.0f} s", f"{MOST_SECONDS} s", holds(trained.wall, most=MOST_SECONDS)],
-        ["loss of the held out lines", f"{facts['metrics']['loss_before']:.3f} to {facts['loss']:.3f}", "", ""],
+        ["loss of the held out lines", f"{facts['metrics']['loss_before']:.3f} to {facts['metrics']['loss']:.3f}", "", ""],
         *([f"answers like a pirate's, {name}", f"{count} of {len(QUESTIONS)}", "", ""] for name, count in like.items()),
         ["peak memory", f"{trained.peak / 2**30:.2f} GiB", "", ""],
     ]  # fmt: skip
