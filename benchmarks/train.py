@@ -45,7 +45,8 @@ def main() -> None:
         f"SmolLM2-135M, rank 8 on all linear layers, {STEPS} steps of 4 pirate chats; the same batches, factors to begin "
         "with, AdamW, schedule and clipping; one thread; medians of steps over "
         f"{ROUNDS} processes each, in turn. loratool's loop makes logits of the tokens alone that count, which is part of its "
-        "speed and its memory. Targets: the same loss (1e-3), at least as quick, at most as much memory.",
+        "speed and its memory; the peak is that of the steps, loading left out. Targets: the same loss (1e-3), at least as "
+        "quick, at most as much memory.",
         table(["", "loss", "largest relative difference of a step's loss", "tokens/s, loratool / PEFT",
                "tokens per second of processor time", "ratio of these", "peak memory", "ratio"], rows),
     ])  # fmt: skip
