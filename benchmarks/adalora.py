@@ -15,7 +15,7 @@ from loratool.training.options import AdaLoRA, LoRA
 
 STYLES = os.environ.get("STYLES", "pirate,legal").split(",")
 STEPS = int(os.environ.get("STEPS", "32"))
-RATES = [float(rate) for rate in os.environ.get("RATES", "1e-3,3e-3,6e-3").split(",")]
+RATES = [float(rate) for rate in os.environ.get("RATES", "1e-3,3e-3,4e-3,6e-3").split(",")]
 SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "1,2,3").split(",")]
 RANK = 4
 PLOT = FILE.parent / "adalora-ranks.png"

@@ -24,6 +24,7 @@ PEFT_TYPE: Final = "ADALORA"
 
 IMPORTANCE: Final = "importance"
 """Where loratool's facts keep the scores of an AdaLoRA's training: for each module a list, one number a triplet."""
+
 _TENSOR: Final = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<factor>[AEB])|(?P<ranknum>ranknum))(?:\.(?P<adapter>[^.]+))?"
 )

@@ -43,7 +43,7 @@ class OutputFeedback:
         basis, _ = torch.linalg.qr(outputs.double())
         self._basis = basis.float()
         self._ahead = basis.T @ basis
-        self._off: Tensor | None = None
+        self._off = self._basis.new_zeros(self._basis.shape[1], 1)  # of every column, until there is something
 
     def carry(self, rows: range, old: Tensor, change: Tensor, wanted: Tensor, move: Move) -> Tensor:
         """Where the codes of the `rows` go, int32, (rows, columns); blocks come once each, here or to `leave`, in order.
@@ -54,8 +54,6 @@ class OutputFeedback:
         import torch
 
         rank = self._basis.shape[1]
-        if self._off is None:
-            self._off = old.new_zeros(rank, old.shape[1])
         moved = torch.empty(old.shape, dtype=torch.int32, device=old.device)
         damping = DAMPING * torch.eye(rank, dtype=torch.float64, device=old.device)
         step = max(GROUP, rank)
@@ -71,11 +69,8 @@ class OutputFeedback:
 
     def leave(self, rows: range, error: Tensor) -> None:
         """Take note of what `rows` are off by that were rounded without regard to others: fp32, (rows, columns)."""
-        if self._off is None:
-            self._off = error.new_zeros(self._basis.shape[1], error.shape[1])
         self._add(self._basis[rows.start : rows.stop], error)
 
     def _add(self, basis: Tensor, error: Tensor) -> None:
-        assert self._off is not None
-        self._off += basis.T @ error
+        self._off = self._off + basis.T @ error
         self._ahead -= basis.double().T @ basis.double()
