@@ -16,7 +16,7 @@ from loratool.training.options import AdaLoRA, LoRA
 STYLES = os.environ.get("STYLES", "pirate,legal").split(",")
 STEPS = int(os.environ.get("STEPS", "32"))
 RATES = [float(rate) for rate in os.environ.get("RATES", "1e-3,3e-3,4e-3,6e-3").split(",")]
-SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "1,2,3").split(",")]
+SEEDS = [int(seed) for seed in os.environ.get("SEEDS", "1,2,3,4,5,6").split(",")]
 RANK = 4
 PLOT = FILE.parent / "adalora-ranks.png"
 
@@ -36,9 +36,10 @@ def main() -> None:
                      f"{share:.1%} of LoRA's: {holds(share, least=1)}",
                      f"{ends[0]} of {wanted}: {holds(max(abs(end - wanted) for end in ends), most=0)}"])  # fmt: skip
     body = "\n\n".join([
-        f"SmolLM2-135M, all linear layers, {STEPS} steps of 4 samples, AdaLoRA from rank 6 to an average of {RANK}, default "
-        "schedule; one thread, fp32. The gap is what training takes off the loss of 16 samples held out: the mean over "
-        f"{len(SEEDS)} seeds, and each of them. A seed decides the factors, the samples held out and the order of the others.",
+        f"SmolLM2-135M, all linear layers, {STEPS} steps of 4 samples, AdaLoRA from rank {AdaLoRA(rank=RANK).init_r} to an "
+        f"average of {RANK}, default schedule; one thread, fp32. The gap is what training takes off the loss of 16 samples "
+        f"held out: the mean over {len(SEEDS)} seeds, and each of them. A seed decides the factors, the samples held out and the "
+        "order of the others.",
         table(["style", "learning rate", f"LoRA r={RANK}: gap", "AdaLoRA: gap", "target: LoRA's at its best rate",
                "ranks at the end"], rows),
         "Ranks at the end, mean over the 30 layers, of the first seed: "

@@ -38,7 +38,7 @@ METHODS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
 @click.option(
     "--rank", type=int, default=8, show_default=True, metavar="R", help="DyLoRA's largest, AdaLoRA's average."
 )
-@click.option("--initial-rank", type=int, metavar="R", help="AdaLoRA's at first; by default 1.5 times the rank.")
+@click.option("--initial-rank", type=int, metavar="R", help="AdaLoRA's at first; by default 1.25 times the rank.")
 @click.option("--targets", metavar="T", help="q_proj,v_proj, a pattern, or all-linear (the default).")
 @click.option("--batch-size", type=int, default=4, show_default=True, metavar="N", help="Rows computed at once.")
 @click.option("--max-length", "--length", type=int, metavar="N", help="Tokens of a row; by default 512.")

@@ -109,7 +109,7 @@ class TrainCommand(ExampleCommand):
 @click.option(
     "--scaling-law", type=click.Choice(["paper", "kohya"]), help="How rank b is scaled; by default alpha / b."
 )
-@click.option("--initial-rank", type=int, metavar="R", help="Of each module at first; by default 1.5 times the rank.")
+@click.option("--initial-rank", type=int, metavar="R", help="Of each module at first; by default 1.25 times the rank.")
 @click.option("--initial-steps", type=int, metavar="N", help="Before pruning begins; by default a tenth of all.")
 @click.option("--final-steps", type=int, metavar="N", help="After it has ended; by default three tenths.")
 @click.option("--allocation-steps", type=int, metavar="N", help="From one pruning to the next; by default a hundredth.")

@@ -136,7 +136,7 @@ def estimate(base: str | os.PathLike[str], *, method: str = "lora", rank: int = 
         base: a catalogued name, a folder, a ``config.json``, a Hub id, or the name of a known shape such as ``gpt3-175b``.
         method: ``lora``, ``dylora`` or ``adalora``.
         rank: of each module: DyLoRA's largest, the average that AdaLoRA ends with.
-        initial_rank: what AdaLoRA begins with; by default half as much again.
+        initial_rank: what AdaLoRA begins with; by default a quarter more.
         targets: names of modules with commas between them, or as a list, or a pattern; by default ``all-linear``.
         batch_size: rows that are computed at once.
         max_length: tokens of a row; by default 512, or the model's context where that is shorter.

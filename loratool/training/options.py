@@ -122,7 +122,7 @@ class AdaLoRA:
 
     Attributes:
         rank: the average rank that training ends with: the budget is this times the number of modules.
-        initial_rank: the rank that each module begins with; None for half as much again (section 4.1).
+        initial_rank: the rank that each module begins with; None for a quarter more (the paper: half as much again).
         alpha: what the scaling, ``alpha / (initial_rank + 1e-5)``, is made of; None for twice the initial rank.
         dropout: as LoRA's.
         initial_steps: steps before the budget begins to fall, t_i; None for a tenth of all steps.
@@ -167,7 +167,7 @@ class AdaLoRA:
     @property
     def init_r(self) -> int:
         """The rank that each module begins with."""
-        return math.ceil(1.5 * self.rank) if self.initial_rank is None else self.initial_rank
+        return math.ceil(1.25 * self.rank) if self.initial_rank is None else self.initial_rank
 
     @property
     def lora_alpha(self) -> float:
