@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import torch
 import transformers
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from numpy.typing import NDArray
 from tiny_models import ARCHITECTURES, DTYPES, StoredTensor, stored_tensors
 
 from loratool.weights.four_bit import STATE
+
+NF4_VALUES = bnb.get_4bit_type("nf4", device="cpu").double().numpy()
 
 
 def save_by_transformers(
@@ -71,3 +76,32 @@ def codes_apart(one: bytes, other: bytes) -> float:
 def _as_torch(tensor: StoredTensor) -> torch.Tensor:
     dtype = {"U8": torch.uint8, "F32": torch.float32}[tensor.dtype]
     return torch.frombuffer(bytearray(tensor.data), dtype=dtype).reshape(tensor.shape)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A matrix as its codes, in float64: `units`, what they stand for under a scale of one, and `scales`, one an element."""
+
+    units: NDArray[np.float64]
+    scales: NDArray[np.float64]
+
+    def nearest(self, weight: torch.Tensor) -> NDArray[np.float64]:
+        """What `weight` is under these scales when every code is the nearest, in units of them."""
+        wanted = weight.double().numpy() / self.scales
+        return NF4_VALUES[np.abs(wanted[..., None] - NF4_VALUES).argmin(-1)]
+
+    def off_by(self, weight: torch.Tensor) -> NDArray[np.float64]:
+        """How much farther from `weight` each code is than the nearest one, in units of its scale."""
+        wanted = weight.double().numpy() / self.scales
+        return np.abs(self.units - wanted) - np.abs(self.nearest(weight) - wanted)
+
+
+def coded(tensors: Mapping[str, StoredTensor], name: str) -> Coded:
+    """A doubly quantized NF4 matrix of a model."""
+    parts = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    state = bnb.QuantState.from_dict({key: _as_torch(part) for key, part in parts.items()}, torch.device("cpu"))
+    scales = (bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset).double().numpy()
+    raw = np.frombuffer(tensors[name].data, np.uint8)
+    count = int(np.prod(state.shape))
+    codes = np.stack([raw >> 4, raw & 15], 1).reshape(-1)[:count]
+    return Coded(NF4_VALUES[codes].reshape(state.shape), scales.repeat(state.blocksize)[:count].reshape(state.shape))

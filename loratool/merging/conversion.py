@@ -87,6 +87,11 @@ class Conversion:
         return sum(info.nbytes for info in self.source.tensors)
 
     @property
+    def twice(self) -> bool:
+        """Whether it is read twice: what is merged waits for the scales, which depend on the whole matrix."""
+        return self.nf4 is not None and self.merge is not None
+
+    @property
     def outcome(self) -> tuple[NewTensor, ...]:
         """The tensors that are written."""
         if self.nf4 is not None:
@@ -119,9 +124,8 @@ def to_nf4(weight: DenseWeight, options: Nf4Options, *, turned: bool, updates: T
            into_image: bool = False) -> Conversion:  # fmt: skip
     """The conversion of a dense matrix to NF4, with `updates` on the way.
 
-    They are merged into the dense matrix, which is rounded to its own dtype as any merge rounds it, and then quantized:
-    the bytes of a merge into the dense model that is quantized by anybody. With `into_image` they are merged into what
-    it is quantized to.
+    They are merged into the dense matrix, which is rounded to its own dtype as any merge rounds it, and then quantized. With
+    `into_image` they are merged into what it is quantized to.
     """
     rows, columns = weight.shape[::-1] if turned else weight.shape
     dense = DenseWeight(replace(weight.tensor, shape=(rows, columns)))
@@ -184,6 +188,6 @@ class ConversionPlan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of tensors that are read; a matrix into whose image is merged is read twice."""
-        twice = sum(conversion.nbytes for conversion in self.conversions if conversion.into_image)
+        """Bytes of tensors that are read."""
+        twice = sum(conversion.nbytes for conversion in self.conversions if conversion.twice)
         return self.base.nbytes + twice

@@ -144,6 +144,8 @@ class _Stream:
             self._store_dense()
         elif self._conversion.into_image:
             self._store_merged_image(nf4)
+        elif self._conversion.merge is not None:
+            self._store_merged_nf4(nf4)
         else:
             self._store_nf4(nf4)
 
@@ -151,7 +153,7 @@ class _Stream:
         conversion = self._conversion
         width = conversion.dense.element_bytes
         row_bytes = conversion.dense.shape[0] * width
-        for block in self._merged_blocks():
+        for block in self._merged_blocks(digest=True):
             if conversion.turned:
                 part = slice(block.rows.start * width, block.rows.stop * width)
                 columns = turned(block.dense, len(block.rows), width)
@@ -160,36 +162,47 @@ class _Stream:
                 self._outlet.append(conversion.name, block.dense)
 
     def _store_nf4(self, nf4: Nf4Layout) -> None:
-        """Quantize the matrix as it comes.
-
-        Where it is merged into, what survives is what it is quantized to beside what it would have been quantized to,
-        both under scales that are not quantized themselves yet.
-        """
+        """Quantize the matrix as it comes."""
         import torch
 
         quantizer = Nf4Quantizer(nf4.options.blocksize)
-        survival = None if self._conversion.merge is None else SurvivalCount()
         scales: list[torch.Tensor] = []
-        for stretch in self._stretches(self._merged_blocks(), nf4.options.blocksize):
+        for stretch in self._stretches(self._blocks(digest=True), nf4.options.blocksize):
             absmax = self._scales(quantizer, stretch.numbers)
-            codes = quantizer.codes(stretch.numbers, absmax)
-            self._outlet.append(self._conversion.name, codes)
+            self._outlet.append(self._conversion.name, quantizer.codes(stretch.numbers, absmax))
             scales.append(absmax)
-            if survival is not None:
-                self._measure(survival, quantizer, stretch, codes, absmax)
         self._write_scales(nf4, torch.cat(scales))
-        self.survival = survival
+
+    def _store_merged_nf4(self, nf4: Nf4Layout) -> None:
+        """Merge, then quantize to the codes that are nearest under the scales as they will be read.
+
+        bitsandbytes chooses codes before it quantizes the scales. What the scales lose by that is little beside a weight and
+        much beside an update, so that codes that make up for it keep more of the update. It needs the matrix twice.
+        """
+        import torch
+
+        quantizer, size = Nf4Quantizer(nf4.options.blocksize), nf4.options.blocksize
+        first = self._stretches(self._merged_blocks(digest=True), size)
+        absmax = torch.cat([self._scales(quantizer, stretch.numbers) for stretch in first])
+        scales = nf4.image(self._write_scales(nf4, absmax), self._outlet.info(self._conversion.name)).absmax
+        self.survival, done = SurvivalCount(), 0
+        for stretch in self._stretches(self._merged_blocks(digest=False), size):
+            here = scales[done : done + -(-len(stretch.numbers) // size)]
+            codes = quantizer.codes(stretch.numbers, here)
+            self._outlet.append(self._conversion.name, codes)
+            self._measure(self.survival, quantizer, stretch, codes, here)
+            done += len(here)
 
     def _measure(self, survival: SurvivalCount, quantizer: Nf4Quantizer, stretch: _Stretch, codes: torch.Tensor,
-                 absmax: torch.Tensor) -> None:  # fmt: skip
-        """Count what the codes of a stretch carry beside those that it would have had before the merge."""
-        count, scales = len(stretch.originals), self._scales(quantizer, stretch.originals)
+                 scales: torch.Tensor) -> None:  # fmt: skip
+        """Count what the codes of a stretch carry beside those that it would have had before the merge, under these scales."""
+        count = len(stretch.originals)
         before = quantizer.codes(stretch.originals, scales)
         image = quantizer.decode(before, scales, count)
         wanted = stretch.numbers.sub(stretch.originals).add_(image)
         apart = before ^ codes
         changed = int((apart & 15).count_nonzero() + (apart >> 4).count_nonzero())
-        survival.add(image[None], wanted[None], quantizer.decode(codes, absmax, count)[None], changed)
+        survival.add(image[None], wanted[None], quantizer.decode(codes, scales, count)[None], changed)
 
     def _store_merged_image(self, nf4: Nf4Layout) -> None:
         """Quantize the matrix, then move its codes, as a merge into the quantized model would.
@@ -238,14 +251,14 @@ class _Stream:
             )
         return absmax
 
-    def _merged_blocks(self) -> Iterator[_Block]:
+    def _merged_blocks(self, *, digest: bool) -> Iterator[_Block]:
         """The matrix in between block by block, merged into where there are updates."""
         target = self._conversion.merge
         if target is None:
-            yield from self._blocks(digest=True)
+            yield from self._blocks(digest=digest)
             return
         merge = Merge(target, choose_device(self._device))
-        for block in self._blocks(digest=True, cut=merge.blocks()):
+        for block in self._blocks(digest=digest, cut=merge.blocks()):
             original = block.dense.clone() if self._conversion.nf4 else block.dense
             merge.change(block.rows, (block.dense,))
             yield _Block(block.rows, block.dense, original)

@@ -9,6 +9,7 @@ goes to the code of the nearest value, to the lower one of two that are equally 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -168,16 +169,20 @@ class Nf4Quantizer:
         return torch.cat([absmax, flat[whole:].abs().amax().clamp(min=LEAST_SCALE)[None]])
 
     def codes(self, flat: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-        """The codes of the finite numbers of `flat` under their scales, packed in ``ceil(n / 2)`` bytes."""
+        """The codes of the finite numbers of `flat` under their scales, packed in ``ceil(n / 2)`` bytes.
+
+        Where a scale is below zero, as double quantization may leave that of a block of next to nothing, they are zero.
+        """
         import torch
 
         whole = len(flat) // self._blocksize * self._blocksize
         blocks = flat[:whole].view(-1, self._blocksize)
+        absmax = torch.where(absmax < 0, math.inf, absmax)
         reciprocals = 1.0 / absmax[: len(blocks)].clamp(min=LEAST_SCALE)
         scaled = torch.empty_like(flat)
         torch.mul(blocks, reciprocals[:, None], out=scaled[:whole].view(blocks.shape))
         if whole < len(flat):
-            torch.div(flat[whole:], absmax[-1], out=scaled[whole:])
+            torch.div(flat[whole:], absmax[-1].clamp(min=LEAST_SCALE), out=scaled[whole:])
         return _packed(self._nearest(scaled.clamp_(-1, 1)))
 
     def decode(self, codes: torch.Tensor, absmax: torch.Tensor, count: int) -> torch.Tensor:
