@@ -51,9 +51,8 @@ class Matrix:
         for rows in self.blocks:
             block = torch.empty(len(rows), self.columns, device=self.codes.device)
             part, scratch = self.part(rows), torch.empty_like(block)
-            self.codec.decode(rows, part, block)
-            self.update.apply(block, rows, scratch)
-            self.told.append(self.codec.encode(rows, block, part, Rounding(1)))
+            self.update.apply(block.zero_(), rows, scratch)
+            self.told.append(self.codec.encode(rows, block, part, Rounding(1)).told)
 
     def unmerge(self) -> None:
         for rows, told in zip(self.blocks, self.told, strict=True):

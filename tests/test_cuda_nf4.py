@@ -55,7 +55,7 @@ def test_decoding_on_cuda_has_the_bits_of_bitsandbytes_kernel(tmp_path: Path, ki
 
 def test_chance_is_the_same_on_both_devices() -> None:
     for seed in (0, 1, 2**64 - 1):
-        one, other = (Rounding(seed).noise(range(64, 128), 10_001, torch.device(name)) for name in ("cpu", "cuda"))
+        one, other = (Rounding(seed).words(range(64, 128), 10_001, torch.device(name)) for name in ("cpu", "cuda"))
         assert torch.equal(one, other.cpu())
 
 

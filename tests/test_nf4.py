@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,11 @@ from loratool.checkpoint.blocks import row_blocks
 from loratool.checkpoint.model import Checkpoint
 from loratool.cli import cli
 from loratool.errors import CheckpointError, LoratoolError, UnsupportedError, VerificationError
+from loratool.merging.workers import cpu_workers
 from loratool.weights import StoredWeight, stored_weight
-from loratool.weights.rounding import Rounding, philox
+from loratool.weights.four_bit import FourBitWeight
+from loratool.weights.output_feedback import OutputFeedback
+from loratool.weights.rounding import Rounding, noise_of, philox
 from loratool.weights.short_steps import LEVELS, MOST_ROWS
 
 SHAPES = [(64, 128), (100, 192), (130, 96), (33, 100), (7, 5), (1, 64)]
@@ -108,7 +113,7 @@ def moved(weight: StoredWeight, delta: torch.Tensor, seed: int) -> torch.Tensor:
     parts = parts_of(weight, rows)
     block = torch.empty(weight.shape)
     codec.decode(rows, parts, block)
-    codec.encode(rows, block + delta, parts, Rounding(seed))
+    codec.encode(rows, delta.clone(), parts, Rounding(seed))
     codec.decode(rows, parts, block)
     return block
 
@@ -164,6 +169,30 @@ def test_codes_with_short_steps_carry_small_updates_for_the_others(tmp_path: Pat
     steps.check_expected(expected, runs)
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (37, 96), (33, 31)])
+@pytest.mark.parametrize(("kind", "spread"), [("fp4", 0.003), ("nf4", 0.02)])
+def test_every_code_goes_where_its_chance_leads_it(
+    tmp_path: Path, kind: str, spread: float, shape: tuple[int, int]
+) -> None:
+    """As numpy says in float64, for changes so large that every code takes part; a tie in a thousand is left open."""
+    tensors = quantized(shape, kind, "fp32", nested=False, blocksize=64)
+    weight, rows = matrix(save_plain_model(tmp_path / "m", tensors)), range(shape[0])
+    before = by_bitsandbytes(tensors).double().numpy().ravel()
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * spread
+    after = moved(weight, delta, 11).double().numpy().ravel()
+    scale = np.repeat(tensors["m.weight.absmax"].double().numpy(), 64)[: before.size]
+    values = np.unique(bnb.get_4bit_type(kind, device="cpu").double().numpy())
+    wanted = np.clip((before + delta.double().numpy().ravel()) / scale, -1, 1)
+    below = np.clip(np.searchsorted(values, wanted, side="right") - 1, 0, len(values) - 2)
+    odds = (wanted - values[below]) / (values[below + 1] - values[below])
+    noise = noise_of(Rounding(11).words(rows, before.size, torch.device("cpu"))).double().numpy()
+    expected = values[below + (odds > noise)] * scale
+    clear = np.abs(odds - noise) > 1e-3
+    assert clear.mean() > 0.99
+    np.testing.assert_allclose(after[clear], expected[clear], rtol=1e-5, atol=1e-7)
+    assert (after != before).mean() > 0.05
+
+
 def test_short_steps_make_less_noise_and_keep_the_update(tmp_path: Path) -> None:
     steps = Steps(tmp_path / "m", "nf4", 0.0002, (256, 1024))
     runs = steps.runs(4)
@@ -172,6 +201,58 @@ def test_short_steps_make_less_noise_and_keep_the_update(tmp_path: Path) -> None
     assert noise < 0.75 * everywhere
     share = (runs * steps.delta).sum((1, 2)) / steps.delta.square().sum()
     assert share.mean().item() == pytest.approx(1, abs=0.1)
+
+
+def with_zero_blocks(
+    folder: Path, kind: str, of_all: float, *, nested: bool, small: float = 0.0
+) -> tuple[StoredWeight, torch.Tensor]:
+    """A random matrix, (256, 1024), as pruned models have them, and which of its blocks are zero, or as `small` as nothing."""
+    generator = torch.Generator().manual_seed(8)
+    blocks = torch.randn(256 * 16, 64, generator=generator) * 0.05
+    zeros = torch.rand(len(blocks), generator=generator) < of_all
+    blocks[zeros] *= small
+    codes, state = bnb.quantize_4bit(blocks.view(256, 1024), blocksize=64, compress_statistics=nested, quant_type=kind)
+    parts = {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    return matrix(save_plain_model(folder, {"m.weight": codes, **parts})), zeros
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("of_all", [0.25, 0.75])
+def test_an_update_is_carried_where_blocks_are_all_zeros(tmp_path: Path, of_all: float, nested: bool) -> None:
+    """These stay as they are, and in the others the update is there, however many there are."""
+    weight, zeros = with_zero_blocks(tmp_path / "m", "nf4", of_all, nested=nested)
+    delta = torch.randn(256, 1024, generator=torch.Generator().manual_seed(9)) * 2e-4
+    change = (torch.stack([moved(weight, delta, seed) for seed in range(8)]).mean(0) - decoded(weight)).view(-1, 64)
+    assert (change[zeros] == 0).all()
+    there = delta.view(-1, 64)[~zeros]
+    assert float((change[~zeros] * there).sum() / there.square().sum()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-37, 1e-35])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_scales_that_nothing_can_be_divided_by_do_no_harm(tmp_path: Path, kind: str, small: float) -> None:
+    """Whatever the noise and what is passed on from other rows: of half a million codes some have the least of all words."""
+    weight, zeros = with_zero_blocks(tmp_path / "m", kind, 0.5, nested=False, small=small)
+    codec, rows = weight.load("cpu"), range(256)
+    b, a = (torch.randn(shape, generator=torch.Generator().manual_seed(4)) for shape in ((256, 4), (4, 1024)))
+    for seed in range(4):
+        parts, after = parts_of(weight, rows), torch.empty(weight.shape)
+        codec.encode(rows, b @ a * 1e-4, parts, Rounding(seed, outputs=OutputFeedback(b)))
+        codec.decode(rows, parts, after)
+        assert ((after - decoded(weight)).view(-1, 64)[zeros].abs() <= small).all()
+
+
+@pytest.mark.parametrize("change", ["odd rows", "every 16th row", "rows 8 to 15 of 16"])
+def test_how_many_codes_take_part_does_not_depend_on_how_rows_alternate(tmp_path: Path, change: str) -> None:
+    """As the rows of attention heads do: the noise is that of as large a change in all rows."""
+    weight = matrix(save_plain_model(tmp_path / "m", quantized((1024, 512), "nf4", "fp32", nested=False, blocksize=64)))
+    row = torch.arange(1024)
+    there = {"odd rows": row % 2 == 1, "every 16th row": row % 16 != 0, "rows 8 to 15 of 16": row % 16 >= 8}[change]
+    delta, noise = torch.randn(1024, 512, generator=torch.Generator().manual_seed(2)) * 5e-3, []
+    for some in (delta, delta * there[:, None]):
+        error = moved(weight, some, 1) - decoded(weight) - some
+        noise.append(float(error.square().sum() / some.square().sum()))
+    assert noise[1] < 1.2 * noise[0]
 
 
 def test_a_weight_that_nothing_is_added_to_keeps_its_codes(tmp_path: Path) -> None:
@@ -275,10 +356,48 @@ def test_what_survived_is_what_numpy_says(four_bit: Quantize, tiny_adapters: Tin
     assert result.survival.share == pytest.approx(sums[0] / sums[1], rel=1e-3)
 
 
+def test_what_survived_of_an_update_that_codes_carry_exactly(tmp_path: Path) -> None:
+    """Each row one number, and its codes go to the other end of the scale: nothing is left out, and there is no noise."""
+    generator = torch.Generator().manual_seed(3)
+    column, row = torch.randn(64, 1, generator=generator), torch.ones(1, 128)
+    codes, state = bnb.quantize_4bit(column @ row, blocksize=64, compress_statistics=False, quant_type="nf4")
+    parts = {f"m.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    base = save_plain_model(tmp_path / "base", {"m.weight": codes, **parts})
+    adapter = save_plain_adapter(tmp_path / "adapter", {"m": (64, 128)}, r=1, lora_alpha=1)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    ends = {key: -2 * column if "lora_B" in key else row for key in factors}
+    save_file(ends, adapter / "adapter_model.safetensors")
+    survival = loratool.merge(adapter, base, out=tmp_path / "merged").survival
+    assert survival is not None
+    assert survival.share == pytest.approx(1, abs=1e-6)
+    assert survival.noise < 1e-3
+
+
 def test_equal_merges_give_equal_bytes(four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
     for out in ("a", "b"):
         loratool.merge(tiny_adapters.folder("llama-many-blocks"), four_bit(), out=tmp_path / out, undo=True)
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_matrices_are_not_in_memory_any_longer_than_they_are_worked_on(
+    four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: weakref.WeakSet[object] = weakref.WeakSet()
+    most, load = 0, FourBitWeight.load
+
+    def counted(weight: FourBitWeight, device: str) -> object:
+        nonlocal most
+        codec = load(weight, device)
+        loaded.add(codec)
+        gc.collect()
+        most = max(most, len(loaded))
+        return codec
+
+    monkeypatch.setattr(FourBitWeight, "load", counted)
+    result = loratool.merge(tiny_adapters.folder("llama-many-blocks"), four_bit(), out=tmp_path / "merged", undo=True)
+    workers = cpu_workers(computing=True)
+    assert len(result.plan.targets) > 2 * workers
+    assert most <= 2 * workers
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)
@@ -459,7 +578,7 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_seeds_that_differ_in_their_last_bit_give_other_chances() -> None:
-    one, other = (Rounding(2**64 - 1 - bit).noise(range(1), 64, torch.device("cpu")) for bit in (0, 1))
+    one, other = (Rounding(2**64 - 1 - bit).words(range(1), 64, torch.device("cpu")) for bit in (0, 1))
     assert not torch.equal(one, other)
 
 

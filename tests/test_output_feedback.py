@@ -37,7 +37,7 @@ class Merged:
             part = self.codes[start * COLUMNS // 2 : rows.stop * COLUMNS // 2]
             old, new = torch.empty(block_rows, COLUMNS), torch.empty(block_rows, COLUMNS)
             codec.decode(rows, (part,), old)
-            codec.encode(rows, old + change[start : rows.stop], (part,), rounding)
+            codec.encode(rows, change[start : rows.stop].clone(), (part,), rounding)
             codec.decode(rows, (part,), new)
             errors.append(new - old - change[start : rows.stop])
         error = torch.cat(errors)

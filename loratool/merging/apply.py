@@ -30,7 +30,7 @@ from loratool.merging.plan import MergePlan, Target, WeightedAdapter
 from loratool.merging.rewrite import Place, Progress, rewrite
 from loratool.merging.survival import Survival, SurvivalCount
 from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
-from loratool.merging.workers import Job, cpu_workers
+from loratool.merging.workers import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,21 +142,20 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
     digests = {name: digest for name, digest in known.items() if name not in plan.touched}
     unknown = [info for name, info in plan.base.tensors.items() if name not in plan.touched and name not in digests]
     previous = _previous_manifest(plan.base)
-    merges: dict[str, Merge] = {}
+    survival: dict[str, SurvivalCount] = {}  # not the merges themselves: they hold a matrix's scales and factors
     undo_folder = f"{UNDO_FOLDER}/{_undo_id(plan, previous)}" if undo else None
     with _undo_writer(plan, folder, undo_folder) as writer:
 
         def change(target: Target) -> Merge:
             merge = Merge(target, choose_device(device), writer.keeper(target.name) if writer else None)
             if target.weight.lossy:
-                merges[target.name] = merge
+                survival[target.name] = merge.survival
             return merge
 
         changed = rewrite(
             plan.targets,
             change,
             places,
-            workers=cpu_workers(),
             progress=progress,
             beside=[*beside, *(partial(_hash_into, digests, info) for info in unknown)],
             ahead=ahead,
@@ -171,7 +170,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         fingerprint=fingerprint(plan.base.tensors, after),
         adapters=tuple(_merged_adapter(weighted) for weighted in plan.adapters),
         options={"device": _kind_of_device(device)}
-        | ({"seed": plan.seed} if merges else {})
+        | ({"seed": plan.seed} if survival else {})
         | ({"calibration": plan.calibration} if plan.calibration else {}),
         versions=_versions(),
         changed=changed,
@@ -181,7 +180,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
         in_place=in_place,
-        **_survival({name: merge.survival for name, merge in merges.items()}),
+        **_survival(survival),
     )
     return MergeReport(manifest, before)
 

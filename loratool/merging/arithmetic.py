@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from loratool.checkpoint.blocks import BLOCK_BYTES, row_blocks
 from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
 from loratool.merging.plan import Target
-from loratool.merging.residual import add_residual, pack_told, residual, unpack_told
+from loratool.merging.residual import LEVEL, LEVEL_OF_CODES, add_residual, pack_told, residual, unpack_told
 from loratool.merging.survival import SurvivalCount
 from loratool.weights.feedback import Feedback
 from loratool.weights.output_feedback import OutputFeedback
@@ -18,6 +18,9 @@ from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:
     import torch
+
+LOSSY_BLOCK_BYTES: Final = 1 << 23
+"""fp32 bytes of a block of a lossy storage, on which much more is done: fewer calls are worth more than a cache."""
 
 CUDA_BLOCK_BYTES: Final = 1 << 25
 """fp32 bytes of a block on CUDA, where a launch costs more and memory is plenty."""
@@ -78,7 +81,8 @@ class BlockArithmetic:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         rows, columns = self.weight.shape
-        self._blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES if self._cuda else BLOCK_BYTES))
+        on_cpu = LOSSY_BLOCK_BYTES if target.weight.lossy else BLOCK_BYTES
+        self._blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES if self._cuda else on_cpu))
         with self._on_stream():
             self.codec = target.weight.load(device)
             self._updates = [
@@ -114,22 +118,29 @@ class BlockArithmetic:
     def apply(self, rows: range, parts: tuple[torch.Tensor, ...]) -> bytes:
         """Add the updates to the matrix whose bytes are `parts`, in place; returns what `revert` has to be told."""
         with self._on_stream():
-            on_device, block, scratch = self._load(rows, parts)
-            before = block.clone() if self.weight.lossy else None
-            for update in self._updates:
-                update.apply(block, rows, scratch)
+            block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
+            on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
+            if self.weight.lossy:  # the codec is told the change; low-rank updates, all that a plan has here, need no W
+                block.zero_()
+            else:
+                self.codec.decode(rows, on_device, block)
+            self._update(rows, block, scratch)
             self._refuse_overflow(block, rows, on_device, scratch)
-            told = self.codec.encode(rows, block, on_device, self._rounding)
+            moves = self.codec.encode(rows, block, on_device, self._rounding)
             self._bring_back(on_device, parts)
-            if before is not None:
-                self.codec.decode(rows, on_device, scratch)
-                self.survival.add(before, block, scratch)
-            return told
+            if moves is None:
+                return b""
+            self.survival.add_moves(block, moves)
+            return moves.told
+
+    def _update(self, rows: range, block: torch.Tensor, scratch: torch.Tensor) -> None:
+        for update in self._updates:
+            update.apply(block, rows, scratch)
 
     def _refuse_overflow(
         self, block: torch.Tensor, rows: range, originals: tuple[torch.Tensor, ...], scratch: torch.Tensor
     ) -> None:
-        """Raise AdapterError if a sum is beyond the stored type where the original was not."""
+        """Raise AdapterError if a sum, or a change, is beyond the stored type where the original was not."""
         least, most = block.aminmax()
         if bool(most < self.weight.limit) and bool(least > -self.weight.limit):
             return
@@ -158,14 +169,6 @@ class BlockArithmetic:
 
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def _load(
-        self, rows: range, parts: tuple[torch.Tensor, ...]
-    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-        block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
-        on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
-        self.codec.decode(rows, on_device, block)
-        return on_device, block, scratch
-
     def _bring_back(self, on_device: tuple[torch.Tensor, ...], parts: tuple[torch.Tensor, ...]) -> None:
         if self._stream is not None:
             for part, changed in zip(parts, on_device, strict=True):
@@ -190,8 +193,8 @@ class Merge(BlockArithmetic):
         self.revert(rows, predicted, told)
         doubts = self.codec.doubt(parts, predicted)
         each = zip(originals, predicted, doubts, strict=True)
-        width = self.weight.element_bytes
-        missing = b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width) for o, p, d in each)
+        width, level = self.weight.element_bytes, LEVEL_OF_CODES if self.weight.lossy else LEVEL
+        missing = b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width, level) for o, p, d in each)
         self._keep(rows, (pack_told(told) if self.weight.lossy else b"") + missing)
 
 

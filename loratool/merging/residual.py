@@ -28,15 +28,17 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 LEVEL: Final = 3
+LEVEL_OF_CODES: Final = 15
+"""Of 4-bit weights, of which little is to be told, and what there is is much of the file."""
 MOST_DOUBT: Final = 3
 _LENGTHS: Final = struct.Struct(f"<{2 + MOST_DOUBT}I")
 _ESCAPE: Final = 255
 
 
-def residual(original: Bytes, predicted: Bytes, doubt: Bytes, width: int) -> bytes:
+def residual(original: Bytes, predicted: Bytes, doubt: Bytes, width: int, level: int = LEVEL) -> bytes:
     """The residual that turns `predicted` into `original`, the bytes of elements of `width` 1, 2 or 4 bytes.
 
-    `doubt` has a number from 0 to `MOST_DOUBT` for each element.
+    `doubt` has a number from 0 to `MOST_DOUBT` for each element; `level` is Zstandard's.
     """
     import numpy as np
 
@@ -47,7 +49,7 @@ def residual(original: Bytes, predicted: Bytes, doubt: Bytes, width: int) -> byt
     listed = np.flatnonzero(difference != 0)
     streams = [_pack_places(listed), _pack(difference[listed], width)]
     streams += [_pack(doubted[degrees == degree], width) for degree in range(1, MOST_DOUBT + 1)]
-    compressor = zstandard.ZstdCompressor(level=LEVEL)
+    compressor = zstandard.ZstdCompressor(level=level)
     packed = [compressor.compress(stream) if stream else b"" for stream in streams]
     return _LENGTHS.pack(*map(len, packed)) + b"".join(packed)
 

@@ -23,7 +23,7 @@ from loratool.checkpoint.blocks import read_exactly
 from loratool.checkpoint.straight import SLACK_BYTES, TensorWriter, skip_to_lie_as_at
 from loratool.errors import CheckpointError, quoted
 from loratool.merging.plan import Target
-from loratool.merging.workers import Job, work_through
+from loratool.merging.workers import Job, cpu_workers, work_through
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ class Digests:
 
 
 def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], places: Mapping[str, Place], *,
-            workers: int, progress: Progress, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),
+            progress: Progress, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),
             known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Digests]:  # fmt: skip
     """Stream every target through its change and write each of its tensors to its place; those without are digested.
 
@@ -77,13 +77,15 @@ def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], place
     known to have before the change; they are not made again. Returns the digests of the targets' tensors, by name.
     """
     digests: dict[str, Digests] = {}
+    targets = sorted(targets, key=lambda target: -target.nbytes)
+    lossy = sum(target.nbytes for target in targets if target.weight.lossy)
 
     def one(target: Target, stop: threading.Event) -> None:
         digests.update(_stream(target, change(target), places, known, progress, stop))
 
     work_through(
-        [partial(one, target) for target in sorted(targets, key=lambda target: -target.nbytes)],
-        workers=workers,
+        [partial(one, target) for target in targets],
+        workers=cpu_workers(computing=2 * lossy > sum(target.nbytes for target in targets)),
         beside=beside,
         ahead=ahead,
         files={place.fd for place in places.values() if place.straight is None},

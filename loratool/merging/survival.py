@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 if TYPE_CHECKING:
     import torch
 
+    from loratool.weights.moves import Moves
+
 LEAST_SHARE: Final = 0.9
 """A merge that keeps less of its update than this is warned of."""
 
@@ -66,6 +68,17 @@ class SurvivalCount:
         change.sub_(delta)
         self._noise += _dot(change, change)
 
+    def add_moves(self, delta: torch.Tensor, moves: Moves) -> None:
+        """Count a block whose codes moved: `delta` is what W was to change by, (rows, columns)."""
+        jumps = moves.jumps.double()
+        carried, delta_squared = float(jumps @ delta.view(-1).index_select(0, moves.at).double()), _dot(delta, delta)
+        self._changed += int(moves.jumps.count_nonzero())
+        self._elements += delta.numel()
+        self._weight += moves.squares
+        self._carried += carried
+        self._delta += delta_squared
+        self._noise += max(float(jumps @ jumps) - 2 * carried + delta_squared, 0.0)
+
     @classmethod
     def of_all(cls, counts: Iterable[SurvivalCount]) -> SurvivalCount:
         """The sum of `counts`."""
@@ -89,7 +102,7 @@ def _finite(figure: float, otherwise: float) -> float:
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The inner product: fp32 within a row, fp64 between rows."""
+    """The inner product of matrices: fp32 within a row, fp64 between rows."""
     import torch
 
-    return float((a * b).sum(1).sum(dtype=torch.float64))
+    return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))

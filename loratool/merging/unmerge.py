@@ -165,7 +165,6 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
                 way.targets,
                 way.change,
                 places,
-                workers=cpu_workers(),
                 progress=progress,
                 beside=copy.copies,
             )
@@ -206,9 +205,7 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
     """
     with Journal(merged.folder) as journal:
         places = reserve(journal, way.targets)
-        digests = rewrite(
-            way.targets, way.change, places, workers=cpu_workers(), progress=progress, ahead=journal.ahead()
-        )
+        digests = rewrite(way.targets, way.change, places, progress=progress, ahead=journal.ahead())
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
             (journal.new / MANIFEST_NAME).write_bytes(manifest.previous)

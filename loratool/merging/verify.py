@@ -20,7 +20,6 @@ from loratool.merging.plan import OTHER_WEIGHTS, MergePlan, WeightedAdapter, pla
 from loratool.merging.plan_conversion import plan_conversion
 from loratool.merging.rewrite import Progress, rewrite
 from loratool.merging.unmerge import Restoration, check_restored
-from loratool.merging.workers import cpu_workers
 
 LOADED_SUFFIXES: Final = OTHER_WEIGHTS | {".py"}
 """Of files that a program may run when it loads the model, or take for its weights."""
@@ -113,7 +112,6 @@ def _computed_again(base: Checkpoint, manifest: Manifest, plan: MergePlan | None
         plan.targets if plan else (),
         lambda target: Merge(target, choose_device(device)),
         {},
-        workers=cpu_workers(),
         progress=progress,
     )
     after = {name: pair.after for name, pair in digests.items()}
@@ -136,7 +134,7 @@ def replay_undo(manifest: Manifest, way: Restoration, progress: Progress = lambd
     Raises:
         RestoreError: names the first tensor that comes out otherwise.
     """
-    digests = rewrite(way.targets, way.change, {}, workers=cpu_workers(), progress=progress)
+    digests = rewrite(way.targets, way.change, {}, progress=progress)
     check_restored(digests, manifest, way)
 
 

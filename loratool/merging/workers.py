@@ -19,9 +19,12 @@ Task = Callable[[threading.Event], None]
 """Work on one matrix; it ends early when the event is set."""
 
 
-def cpu_workers() -> int:
-    """Two workers more than cores that this process may use: some compute while others wait for the disk."""
-    return min(MOST, len(os.sched_getaffinity(0)) + 2)
+def cpu_workers(*, computing: bool = False) -> int:
+    """Two workers more than cores that this process may use: some compute while others wait for the disk.
+
+    Where nearly all of the work is `computing`, as many as cores: more would take the caches and Python from one another.
+    """
+    return min(MOST, len(os.sched_getaffinity(0)) + (0 if computing else 2))
 
 
 def work_through(tasks: Iterable[Task], *, workers: int, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.weights import dense, four_bit
+from loratool.weights.moves import Moves
 from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -69,11 +70,13 @@ class LoadedWeight(Protocol):
     def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         """Decode the bytes of a block into `out`, fp32, (rows, columns)."""
 
-    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> bytes:
+    def encode(
+        self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding
+    ) -> Moves | None:
         """Round `block`, fp32, (rows, columns), once to the stored type and put its bytes into `parts`.
 
-        `parts` hold the block's bytes from before it was changed; a lossy codec starts from them. Returns what `recover`
-        has to be told; nothing where that is not lossy.
+        `block` is what W becomes. Of a lossy storage it is what W changes by, and `parts` hold the bytes from before; then what
+        became of it is returned.
         """
 
     def recover(
@@ -87,7 +90,7 @@ class LoadedWeight(Protocol):
     ) -> None:
         """Turn the bytes in `parts`, of a block that was added to, into those from before, as far as they can be told.
 
-        `told` is what `encode` returned, or None where it is not known.
+        `told` is what `encode` said of it, or None where it is not known.
 
         `subtract` takes from fp32 numbers, (rows, columns), what was added; `block` is room for some. The bytes are the
         same on every machine: an undo file holds what they miss the true ones by.

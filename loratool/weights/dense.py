@@ -77,10 +77,9 @@ class DenseWeight:
         """Exact: every fp16 and bf16 number is an fp32 number."""
         out.copy_(self._elements(parts).view(out.shape))
 
-    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> bytes:
+    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
         """Rounds to nearest, ties to even."""
         self._elements(parts).view(block.shape).copy_(block)
-        return b""
 
     def recover(
         self,

@@ -101,7 +101,7 @@ class FourBitWeight:
         """Read the scales.
 
         Raises:
-            CheckpointError: a scale is NaN, infinite or negative, or the values of the codes are not those of the kind.
+            CheckpointError: a scale is NaN or infinite, or the values of the codes are not those of the kind.
         """
         from loratool.weights.four_bit_codes import LoadedFourBit
 

@@ -8,25 +8,27 @@ expect is the exact one (stochastic rounding).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from loratool.errors import CheckpointError, RestoreError, quoted
-from loratool.weights.four_bit import VALUES, FourBitWeight
+from loratool.weights.code_table import CodeTable, true_places, where_at_least
+from loratool.weights.four_bit import FourBitWeight
+from loratool.weights.moves import Movable, Moves
+from loratool.weights.output_feedback import MOST_PASSED
+from loratool.weights.rounding import WORDS, noise_of
 from loratool.weights.short_steps import ShortSteps
 
 if TYPE_CHECKING:
     import torch
 
+    from loratool.weights.feedback import Feedback
+    from loratool.weights.output_feedback import OutputFeedback
     from loratool.weights.rounding import Rounding
 
 PLAIN: Final = bytes(4)
 """What `recover` is told where chance alone decided."""
-
-ALL: Final = slice(None)
-Part = tuple[slice, slice]
-"""Rows and columns of a block."""
 
 LARGEST_CHANGE: Final = 0.11
 """Of the mean step between two codes, on average over a block. Where it is larger, nothing is passed on to rows. It would
@@ -34,8 +36,43 @@ still take off most of the noise, which is small there beside the change, but fo
 an update this large is near 8% of the bytes as it is. The blocks of the trained adapters that were measured have 0.107 at most.
 """
 
-CELLS: Final = 1024
-"""Equal cells from -1 to 1 so small that none holds more than one value of NF4 or two of FP4 next to zero."""
+LOOKED_AT: Final = 64
+"""In so many rows of a block at least it is looked how large its change is."""
+
+STRIP: Final = 1 << 18
+"""About so many elements are worked on at once: what is made of them stays in a processor's own cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Rows of a matrix that are to change.
+
+    Attributes:
+        rows: which ones.
+        raw: uint8, the bytes of their codes.
+        change: fp32, (rows, columns), what is to be added to the numbers that these stand for.
+        words: int16, flat, chance for each.
+    """
+
+    rows: range
+    raw: torch.Tensor
+    change: torch.Tensor
+    words: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Carriers:
+    """Which codes of a block carry its change.
+
+    Attributes:
+        chosen: int8, flat: 1 for those that take part.
+        gain: fp32, (columns,), how many times its own change each of them carries.
+        told: what `recover` is told of them.
+    """
+
+    chosen: torch.Tensor
+    gain: torch.Tensor
+    told: bytes
 
 
 class LoadedFourBit:
@@ -46,99 +83,165 @@ class LoadedFourBit:
 
         self.weight = weight
         self._scales = scales
-        device = scales.device
-        values = torch.tensor(VALUES[weight.state.kind], device=device)
-        high, low = torch.meshgrid(values, values, indexing="ij")
-        # Two fp32 numbers, looked up as one integer of 64 bits.
-        self._pairs = torch.stack([high, low], -1).view(torch.int64).view(256)
-        self._sorted, order = values.sort(stable=True)
-        self._place_of = order.argsort().to(torch.int32)
-        high, low = torch.meshgrid(self._place_of, self._place_of, indexing="ij")
-        self._pair_places = torch.stack([high, low], -1).view(torch.int64).view(256)
-        self._code_of = order.to(torch.uint8)
-        self._high_code_of = self._code_of << 4
-        # Above the last step there is none to go to: no number is at or above infinity.
-        self._next = torch.cat([self._sorted[1:15], self._sorted.new_full((1,), math.inf)])
-        self._per_step = 1 / (self._sorted[1:] - self._sorted[:-1])
-        cells = torch.linspace(-1, 1, CELLS + 1, device=device)[:-1]
-        self._below = (torch.searchsorted(self._sorted, cells, right=True) - 1).clamp_(0, 14).to(torch.int32)
+        # No code of a block moves that is all zeros (double quantization makes little of it, of either sign), or so small
+        # that there is no fp32 number to multiply by.
+        self._per_scale = torch.where(scales < torch.finfo(torch.float32).tiny, 0.0, 1 / scales)
+        self._table = CodeTable(weight.state.kind, scales.device)
         self._short = None
         if weight.state.kind == "nf4":
-            self._short = ShortSteps(scales, weight.shape, weight.state.blocksize, self._sorted)
+            self._short = ShortSteps(scales, weight.shape, weight.state.blocksize, self._table.sorted)
 
     def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
         """The bits of bitsandbytes' ``dequantize_4bit``: value times scale in fp32, rounded to the state's dtype."""
         import torch
 
-        flat = self._values_of(rows, parts, out)
-        self._by_scale(rows, flat, torch.mul)
+        (raw,) = parts
+        if rows.start * out.shape[1] % 2:
+            raise CheckpointError(f"{quoted(self.weight.name)} was cut inside a byte; the undo file is damaged")
         dtype = getattr(torch, self.weight.state.dtype)
-        if dtype != torch.float32:
-            out.copy_(out.to(dtype))
+        for few in self._strips(rows):
+            numbers = self._times(self._scales, few.rows, self._table.values(raw[few.bytes], few.count))
+            out[few.part] = numbers.view(-1, out.shape[1]).to(dtype)
 
-    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> bytes:
-        """Move the codes in `parts` to those of `block`, each to one of the two values around its own, by chance.
+    def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> Moves:
+        """Move the codes in `parts`, each to one of the two values around what it is to become, by chance.
 
-        What is moved by is the difference to the old decoded value, so a code that nothing was added to stays. In NF4 the
-        codes with short steps carry it for the others (`ShortSteps`), and how many of each column do, int32, is what `recover`
-        is told. What errors add that were passed on (`Feedback`, `OutputFeedback`) it is not told; that is left to the undo file.
+        `block` is what the numbers are to change by; a code that nothing is added to stays. In NF4 the codes with short steps
+        carry it for the others (`ShortSteps`), and how many of each column do, int32, is what `recover` is told. What errors
+        add that were passed on (`Feedback`, `OutputFeedback`) it is not told; that is left to the undo file.
+        """
+        (raw,) = parts
+        work = Block(rows, raw, block, rounding.words(rows, block.numel(), block.device))
+        sizes = self._sizes(rows, block)
+        carriers = self._carriers(work, sizes)
+        told = carriers.told if carriers else PLAIN
+        squares = self._squares(rows, raw)
+        if rounding.feedback is None:
+            at, there, jumps = self._by_chance(work, carriers, rounding.outputs, _mean_steps(sizes))
+        else:
+            at, there, jumps, short = self._with_least_error(work, carriers, rounding.feedback)
+            told = told if short else PLAIN
+        self._table.put(raw, at, there)
+        return Moves(at, jumps, squares, told)
+
+    def _carriers(self, block: Block, sizes: torch.Tensor) -> Carriers | None:
+        """The codes that carry a change, of these `sizes` in some rows, where not all do."""
+        import torch
+
+        if self._short is None:
+            return None
+        level = self._short.level(sizes.amax(1))
+        chosen, counts = [], torch.zeros(self.weight.shape[1], device=block.raw.device)
+        for few in self._strips(block.rows):
+            change = block.change[few.part]
+            some = self._short.chosen(few.rows, block.raw[few.bytes], change, level)
+            counts += some.view(change.shape).float().sum(0)
+            chosen.append(some)
+        told = counts.to(torch.int32).cpu().numpy().tobytes()
+        return Carriers(torch.cat(chosen), self._short.gain(block.rows, counts), told)
+
+    def _sizes(self, rows: range, change: torch.Tensor) -> torch.Tensor:
+        """How large a change of a block is, in units of the scale, in rows spread over it: fp32, (rows, columns)."""
+        columns, size = change.shape[1], self.weight.state.blocksize
+        step = max(1, len(rows) // LOOKED_AT - 1) | 1  # odd, as what rows have in common (heads) comes in powers of two
+        if columns % size:
+            return self._times(self._per_scale, rows, change.view(-1)).view(change.shape)[::step].abs()
+        scales = self._per_scale.view(-1, columns // size, 1)[rows.start : rows.stop : step]
+        return (change[::step].view(*scales.shape[:2], size).abs() * scales).view(-1, columns)
+
+    def _carried(self, few: Strip, block: Block, gains: torch.Tensor | float) -> torch.Tensor:
+        """What the codes of a strip are to change by, in units of the scale, times the `gains` of columns: (rows, columns)."""
+        change = block.change[few.part]
+        return self._times(self._per_scale, few.rows, change.view(-1)).view(change.shape).mul_(gains)
+
+    def _by_chance(
+        self, block: Block, carriers: Carriers | None, outputs: OutputFeedback | None, mean_steps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which codes move, to which places, and by how much their numbers change.
+
+        Errors are passed on between rows where the change, `mean_steps` on average, is not large.
         """
         import torch
 
-        old = torch.empty_like(block)
-        self.decode(rows, parts, old)
-        shift = (block - old).view(-1)
-        self._by_scale(rows, shift, _divide)
-        places, noise = self._places(parts, len(shift)), rounding.noise(rows, len(shift), shift.device)
-        carried, told = self._carried(rows, places, shift)
-        if rounding.feedback is None and rounding.outputs is None:
-            self._put(parts, self._moved(places, carried, noise))
-            return told
-        moved, short = self._moved_with_feedback(rows, old, shift, carried, places, noise, rounding)
-        self._put(parts, moved.view(-1))
-        return told if short else PLAIN
+        if outputs is None or mean_steps > LARGEST_CHANGE:
+            codes = self._movable(block, carriers, 1)
+            there, jumps = self._moved(codes, codes.wanted)
+            if outputs is not None:
+                outputs.leave(block.rows, _error(block.change, codes.at, jumps))
+        else:
+            codes = self._movable(block, carriers, 1 + MOST_PASSED)
+            columns, last, found = block.change.shape[1], 0, []
+            for group, passed in outputs.groups(block.rows, columns):
+                part = slice(group.start - block.rows.start, group.stop - block.rows.start)
+                first, last = last, int(torch.searchsorted(codes.at, part.stop * columns))
+                few = codes[first:last]
+                at, most = few.at - part.start * columns, few.wanted.abs().mul_(MOST_PASSED)
+                added = (
+                    passed.view(-1).index_select(0, at).div_(few.scales).maximum(-most).minimum(most).add_(few.wanted)
+                )
+                found.append(self._moved(few, added))
+                outputs.add(group, _error(block.change[part], at, found[-1][1]))
+            there, jumps = (torch.cat(column) for column in zip(*found, strict=True))
+        moved = true_places(jumps != 0)  # and not from one of FP4's zeros to the other
+        at, there, jumps = (each.index_select(0, moved) for each in (codes.at, there, jumps))
+        return at, there, jumps
 
-    def _carried(self, rows: range, places: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, bytes]:
-        """The shift as the codes that take part carry it, in units of the scale, and what `recover` is told of them."""
-        if self._short is None:
-            return shift, PLAIN
-        chosen = self._short.chosen(rows, places, shift)
-        counts = self._short.counts(rows, chosen)
-        return self._short.concentrated(rows, shift, chosen, counts), counts.cpu().numpy().tobytes()
+    def _moved(self, codes: Movable, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places that codes come to when something is added, in units of their scales; and how their numbers change."""
+        there = self._table.moved(codes.places, added, codes.noise)
+        return there, self._numbers(there, codes.scales).sub_(self._numbers(codes.places, codes.scales))
 
-    def _moved_with_feedback(
-        self,
-        rows: range,
-        old: torch.Tensor,
-        shift: torch.Tensor,
-        carried: torch.Tensor,
-        places: torch.Tensor,
-        noise: torch.Tensor,
-        rounding: Rounding,
-    ) -> tuple[torch.Tensor, bool]:
-        """Where the codes go when errors are passed on, (rows, columns), and whether `carried` was used for it."""
+    def _movable(self, block: Block, carriers: Carriers | None, most: float) -> Movable:
+        """The codes that chance may move when up to `most` times what they are to change by is added.
+
+        A code goes up where the odds, change / step, are above its noise, and down where they are above ``1 - noise``. No step
+        is shorter than the shortest, so that of most codes it is known without a look at theirs.
+        """
         import torch
 
-        scale = torch.ones_like(old)
-        self._by_scale(rows, scale.view(-1), _multiply)
-        per_scale = torch.where(scale == 0, 0.0, 1 / scale)  # where all is zero no code moves
-        change, wanted = (flat.view(old.shape) * scale for flat in (shift, carried))
+        times = most * WORDS / self._table.shortest
+        gains = times if carriers is None else carriers.gain * times
+        found = []
+        for few in self._strips(block.rows):
+            # In units of 1 / WORDS, noise is words + 1/2 + WORDS / 2; the two conditions are one on the distance to the middle,
+            # which no code meets that nothing is added to.
+            odds, words = self._carried(few, block, gains).view(-1), block.words[few.flat]
+            chosen = None if carriers is None else carriers.chosen[few.flat]
+            at = where_at_least(odds.sub(words.float()).sub_(0.5).abs_(), WORDS / 2, chosen)
+            wanted, noise = odds.index_select(0, at).div_(times), noise_of(words.index_select(0, at))
+            places = self._table.places_at(block.raw[few.bytes], at)
+            at += few.flat.start
+            found.append((at, places, self._of_blocks(self._scales, block.rows, at), wanted, noise))
+        return Movable(*(torch.cat(column) for column in zip(*found, strict=True)))
 
-        def move(part: Part, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """Where the codes of a part of the block go when a change is added, and the numbers that they stand for there."""
-            steps = added * per_scale[part]
-            here, chance = (flat.view(old.shape)[part].reshape(-1) for flat in (places, noise))
-            there = self._moved(here, steps.reshape(-1), chance)
-            return there.view(steps.shape), self._sorted.index_select(0, there).view(steps.shape) * scale[part]
+    def _with_least_error(
+        self, block: Block, carriers: Carriers | None, feedback: Feedback
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """As `_by_chance`, with errors passed on between columns; and whether `carriers` were used."""
+        import torch
 
-        if rounding.feedback is not None:
-            return rounding.feedback.best(old, change, wanted, lambda part, added: move((ALL, part), added))
-        assert rounding.outputs is not None
-        if _mean_change(carried) > LARGEST_CHANGE:
-            moved, reached = move((ALL, ALL), wanted)
-            rounding.outputs.leave(rows, reached.sub_(old).sub_(change))
-            return moved, True
-        return rounding.outputs.carry(rows, old, change, wanted, lambda part, added: move((part, ALL), added)), True
+        shape = block.change.shape
+        before, one = torch.empty(shape, device=block.raw.device), block.change.new_ones(shape).view(-1)
+        self.decode(block.rows, (block.raw,), before)
+        scale, per_scale = (self._times(each, block.rows, one).view(shape) for each in (self._scales, self._per_scale))
+        here = self._table.places(block.raw, len(one)).view(shape).int()
+        noise = noise_of(block.words).view(shape)
+        carried = block.change
+        if carriers is not None:
+            carried = block.change * carriers.gain * carriers.chosen.view(shape)
+
+        def move(part: slice, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Where the codes of these columns go when a change is added, and the numbers that they stand for there."""
+            steps = added * per_scale[:, part]
+            there = self._table.moved_where_shifted(
+                *(each.reshape(-1) for each in (here[:, part], steps, noise[:, part]))
+            )
+            return there.view(steps.shape), self._table.sorted.index_select(0, there).view(steps.shape) * scale[:, part]
+
+        moved, short = feedback.best(before, block.change, carried, move)
+        at = true_places((moved != here).view(-1))
+        there, scales = moved.view(-1).index_select(0, at), scale.view(-1).index_select(0, at)
+        return at, there, self._numbers(there, scales).sub_(before.view(-1).index_select(0, at)), short
 
     def recover(
         self,
@@ -156,28 +259,31 @@ class LoadedFourBit:
         """
         import torch
 
+        (raw,) = parts
         subtract(block.zero_())
-        shift = block.neg_().view(-1)
-        self._by_scale(rows, shift, _divide)
-        noise = rounding.noise(rows, len(shift), shift.device)
-        stayed = self._places(parts, len(shift))
-        came = (stayed - torch.sign(shift).to(torch.int32)).clamp_(0, 15)
+        shift = self._times(self._per_scale, rows, block.neg_().add_(0.0).view(-1))  # no -0, whose sign would count
+        noise = noise_of(rounding.words(rows, len(shift), shift.device))
+        stayed = self._table.places(raw, len(shift))
+        came = stayed.view(torch.int8).sub(torch.sign(shift).to(torch.int8)).clamp_(0, 15).view(torch.uint8)
         from_there, from_itself = shift, shift
         if self._short is not None and told != PLAIN:
-            chosen = self._short.chosen(rows, stayed, shift)
-            counts = self._counts(told, rows, chosen)
-            from_itself = self._short.concentrated(rows, shift, chosen, counts)
-            from_there = self._short.concentrated(rows, shift, self._short.chosen(rows, came, shift), counts)
-        only = (self._moved(came, from_there, noise) == stayed) & (self._moved(stayed, from_itself, noise) != stayed)
-        self._put(parts, torch.where(only, came, stayed))
+            level = self._short.level(self._sizes(rows, block).amax(1))
+            chosen = self._short.chosen(rows, raw, shift, level)
+            counts = self._counts(told, chosen.view(block.shape))
+            grown = (shift.view(block.shape) * self._short.gain(rows, counts)).view(-1)
+            came_chosen = self._short.chosen(rows, self._table.bytes(came), shift, level)
+            from_itself, from_there = (torch.where(some.view(torch.bool), grown, 0.0) for some in (chosen, came_chosen))
+        came_by, left_by = (self._table.moved_where_shifted(places.int(), by, noise)
+                            for places, by in ((came, from_there), (stayed, from_itself)))  # fmt: skip
+        at = true_places((came_by == stayed) & (left_by != stayed))
+        self._table.put(raw, at, came.index_select(0, at).int())
 
-    def _counts(self, told: bytes | None, rows: range, chosen: torch.Tensor) -> torch.Tensor:
-        """What `encode` told; without it, what can be seen of it now."""
+    def _counts(self, told: bytes | None, chosen: torch.Tensor) -> torch.Tensor:
+        """How many codes of each column took part: what `encode` told; without it, what can be seen of it now."""
         import torch
 
-        assert self._short is not None
         if told is None:
-            return self._short.counts(rows, chosen)
+            return chosen.sum(0, dtype=torch.int32)
         if len(told) != 4 * self.weight.shape[1]:
             raise RestoreError("a block of the undo file is damaged")
         return torch.frombuffer(bytearray(told), dtype=torch.int32).to(chosen.device)
@@ -187,92 +293,86 @@ class LoadedFourBit:
 
         return tuple(torch.zeros_like(part) for part in stored)
 
-    def _places(self, parts: tuple[torch.Tensor, ...], count: int) -> torch.Tensor:
-        """The place of each code's value in the order of size: int32, 0 to 15."""
+    def _numbers(self, places: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """The numbers, fp32, that codes at `places`, int32, stand for under these scales."""
         import torch
 
-        (raw,) = parts
-        return self._pair_places.index_select(0, raw.int()).view(torch.int32)[:count]
-
-    def _put(self, parts: tuple[torch.Tensor, ...], places: torch.Tensor) -> None:
-        """Put the codes of `places` into `parts`."""
-        import torch
-
-        if len(places) % 2:
-            places = torch.cat([places, self._place_of[:1]])
-        torch.add(
-            self._high_code_of.index_select(0, places[::2]),
-            self._code_of.index_select(0, places[1::2]),
-            out=parts[0],
+        return (
+            self._table.sorted.index_select(0, places).mul_(scales).to(getattr(torch, self.weight.state.dtype)).float()
         )
 
-    def _moved(self, places: torch.Tensor, shift: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Where the values at `places` go when `shift`, in units of the scale, is added.
-
-        To the value above with the odds of its nearness, else to the one below; `noise` decides.
-        """
-        some = _true(shift != 0)  # of an update that few codes carry, the others need no work
-        here, added = places.index_select(0, some), shift.index_select(0, some)
-        wanted = self._sorted.index_select(0, here).add_(added)
-        below = self._at_or_below(wanted)
-        odds = wanted.sub_(self._sorted.index_select(0, below)).mul_(self._per_step.index_select(0, below))
-        return places.index_copy(0, some, below.add_(odds > noise.index_select(0, some)))
-
-    def _at_or_below(self, wanted: torch.Tensor) -> torch.Tensor:
-        """The place of the largest value that is not above each number, 14 at most."""
-        cell = (wanted + 1).mul_(CELLS // 2).clamp_(0, CELLS - 1).int()
-        below = self._below.index_select(0, cell)
-        for _ in range(2 if self.weight.state.kind == "fp4" else 1):
-            below += wanted >= self._next.index_select(0, below)
-        return below
-
-    def _values_of(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-        """Put the value of each code into `out`; returns it flat."""
+    def _squares(self, rows: range, raw: torch.Tensor) -> float:
+        """The sum of the squares of the numbers of these rows, but for how they are rounded."""
         import torch
 
-        (raw,) = parts
-        flat = out.view(-1)
-        if rows.start * out.shape[1] % 2:
-            raise CheckpointError(f"{quoted(self.weight.name)} was cut inside a byte; the undo file is damaged")
-        pairs = self._pairs.index_select(0, raw.int())
-        flat.copy_(pairs.view(torch.float32)[: len(flat)])
-        return flat
+        columns, size = self.weight.shape[1], self.weight.state.blocksize
+        if columns % size or size % 2:
+            numbers = self._times(self._scales, rows, self._table.values(raw, len(rows) * columns))
+            return float(numbers.square_().sum(dtype=torch.float64))
+        scales = self._scales[rows.start * columns // size : rows.stop * columns // size]
+        return float(self._table.squares(raw, size).mul_(scales).mul_(scales).sum(dtype=torch.float64))
 
-    def _by_scale(self, rows: range, flat: torch.Tensor, operation: Callable[..., Any]) -> None:
-        """Multiply or divide the elements, in place, by the scales of their blocks."""
+    def _strips(self, rows: range) -> Iterator[Strip]:
+        """A block of rows in strips, each but the last of an even number of rows, so that none begins inside a byte.
+
+        On a device that is no CPU the block is one strip.
+        """
+        columns = self.weight.shape[1]
+        step = max(2, STRIP // max(columns, 1) // 2 * 2) if self._scales.device.type == "cpu" else len(rows)
+        for start in range(rows.start, rows.stop, max(step, 1)):
+            yield Strip(rows, range(start, min(start + step, rows.stop)), columns)
+
+    def _of_blocks(self, scales: torch.Tensor, rows: range, at: torch.Tensor) -> torch.Tensor:
+        """The numbers in `scales` of the blocks that the elements `at` these places of the flattened rows belong to."""
+        import torch
+
+        places = at + rows.start * self.weight.shape[1]
+        return scales.index_select(0, torch.div(places, self.weight.state.blocksize, rounding_mode="floor"))
+
+    def _times(self, scales: torch.Tensor, rows: range, flat: torch.Tensor) -> torch.Tensor:
+        """The elements of the flattened rows times the number in `scales` of their block, new."""
         size, start = self.weight.state.blocksize, rows.start * self.weight.shape[1]
         first, offset = divmod(start, size)
-        scales = self._scales[first : -(-(start + len(flat)) // size)]
+        here = scales[first : -(-(start + len(flat)) // size)]
         if offset == 0 and len(flat) % size == 0:
-            blocks = flat.view(-1, size)
-            operation(blocks, scales[:, None], out=blocks)
-        else:
-            operation(flat, scales.repeat_interleave(size)[offset : offset + len(flat)], out=flat)
+            return (flat.view(-1, size) * here[:, None]).view(-1)
+        return flat * here.repeat_interleave(size)[offset : offset + len(flat)]
 
 
-def _mean_change(change: torch.Tensor) -> float:
-    """The mean size of a change in units of the scale, in mean steps between two codes: 15 steps lead from -1 to 1."""
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Some rows of a block of `whole` rows, and where in it they are: rows, elements and bytes."""
+
+    whole: range
+    rows: range
+    columns: int
+
+    @property
+    def part(self) -> slice:
+        return slice(self.rows.start - self.whole.start, self.rows.stop - self.whole.start)
+
+    @property
+    def flat(self) -> slice:
+        return slice(self.part.start * self.columns, self.part.stop * self.columns)
+
+    @property
+    def bytes(self) -> slice:
+        return slice(self.flat.start // 2, -(-self.flat.stop // 2))
+
+    @property
+    def count(self) -> int:
+        return len(self.rows) * self.columns
+
+
+def _mean_steps(sizes: torch.Tensor) -> float:
+    """How large changes in units of the scale are on average, in mean steps between two codes: 15 steps lead from -1 to 1."""
     import torch
 
-    return float(change.abs().sum(dtype=torch.float64)) / len(change) * 15 / 2
+    return float(sizes.sum(dtype=torch.float64)) / max(sizes.numel(), 1) * 15 / 2
 
 
-def _true(mask: torch.Tensor) -> torch.Tensor:
-    """Where a flat `mask` is true: int64. On a CPU numpy tells it several times as quickly as torch."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero().squeeze(1)
-
-
-def _multiply(numbers: torch.Tensor, scales: torch.Tensor, *, out: torch.Tensor) -> None:
-    import torch
-
-    torch.mul(numbers, scales, out=out)
-
-
-def _divide(numbers: torch.Tensor, scales: torch.Tensor, *, out: torch.Tensor) -> None:
-    """`numbers` by `scales`; by 1 where a block is all zeros, whose scale is zero."""
-    import torch
-
-    torch.div(numbers, torch.where(scales == 0, 1.0, scales), out=out)
+def _error(change: torch.Tensor, at: torch.Tensor, jumps: torch.Tensor) -> torch.Tensor:
+    """What numbers are off by that were to change by `change`, when those numbered `at` changed by `jumps`: new."""
+    error = change.neg()
+    error.view(-1).index_add_(0, at, jumps)
+    return error

@@ -4,7 +4,7 @@ A change ``delta = B A`` moves the outputs of a layer in the few directions that
 these hurts most: it tells a model something about its own fine-tune. The rounding of one column has an error e, one number
 for each row, and ``U^T e`` of it lies there, U (rows, r) an orthonormal basis of B's columns. With rows in groups, S those
 before a group G and F all from it on, the least change of F that makes ``U^T e`` zero is ``-U_F (U_F^T U_F)^-1 U_S^T e_S``. Its
-part in G is added to what G is to change by, and so on down the rows, each column by itself. It needs no data, and of
+part in G is added to what G is to change by, and so on down the groups, each column by itself. It needs no data, and of
 memory r numbers for each column.
 
 A code that is moved by chance makes noise in proportion to what it is to change by. So what is passed on is cut at the change
@@ -13,7 +13,7 @@ that is wanted anyway, which makes no more moves, only other ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 
     Tensor = torch.Tensor
 
-Move = Callable[[slice, "Tensor"], "tuple[Tensor, Tensor]"]
-"""Takes rows of a block and what is added to them, (rows, columns); gives the places of their codes then, and their numbers."""
-
 GROUP: Final = 16
 """So many rows at least are rounded at once, without regard to one another; with a larger r as many as that."""
 
+MOST_GROUPS: Final = 16
+"""The groups of a tall matrix are larger, so that there are no more: each costs some calls, and little is gained by it."""
+
 DAMPING: Final = 0.01
 """Of ``U_F^T U_F``, which has ones in its diagonal at first: the last rows are not made to pay for all before them."""
+
+MOST_PASSED: Final = 1.0
+"""What is passed on to a code is cut at so many times what it is to change by anyway."""
 
 
 class OutputFeedback:
@@ -40,37 +43,49 @@ class OutputFeedback:
     def __init__(self, outputs: Tensor) -> None:
         import torch
 
-        basis, _ = torch.linalg.qr(outputs.double())
-        self._basis = basis.float()
-        self._ahead = basis.T @ basis
+        self._basis = torch.linalg.qr(outputs.double())[0].float()
+        self._ahead = self._basis.T @ self._basis
         self._off = self._basis.new_zeros(self._basis.shape[1], 1)  # of every column, until there is something
 
-    def carry(self, rows: range, old: Tensor, change: Tensor, wanted: Tensor, move: Move) -> Tensor:
-        """Where the codes of the `rows` go, int32, (rows, columns); blocks come once each, here or to `leave`, in order.
+    def groups(self, rows: range, columns: int) -> Iterator[tuple[range, Tensor]]:
+        """These rows in groups that are rounded at once, and what is to be passed on to each, fp32, (rows, columns).
 
-        `old` are the numbers from before and `change` what is added to them; `wanted` is the same, as the codes that take part
-        carry it; all fp32, (rows, columns).
+        What a group is off by is to be told to `add` before the next one. Blocks of rows come once each, in order.
         """
-        import torch
-
-        rank = self._basis.shape[1]
-        moved = torch.empty(old.shape, dtype=torch.int32, device=old.device)
-        damping = DAMPING * torch.eye(rank, dtype=torch.float64, device=old.device)
-        step = max(GROUP, rank)
-        for start in range(0, len(rows), step):
-            part = slice(start, min(start + step, len(rows)))
-            basis = self._basis[rows.start + part.start : rows.start + part.stop]
-            spread = torch.linalg.inv(self._ahead + damping).float()
-            most = wanted[part].abs()
-            passed = ((basis @ spread).neg_() @ self._off).maximum(-most).minimum(most)
-            moved[part], reached = move(part, passed.add_(wanted[part]))
-            self._add(basis, reached.sub_(old[part]).sub_(change[part]))
-        return moved
+        groups = self._groups(rows)
+        for group, spread in zip(groups, self._spreads(groups), strict=True):
+            yield group, spread @ self._off.expand(-1, columns)
 
     def leave(self, rows: range, error: Tensor) -> None:
-        """Take note of what `rows` are off by that were rounded without regard to others: fp32, (rows, columns)."""
-        self._add(self._basis[rows.start : rows.stop], error)
+        """Take note of rows to which nothing was passed on, and what they are off by."""
+        self._pass(rows)
+        self.add(rows, error)
 
-    def _add(self, basis: Tensor, error: Tensor) -> None:
-        self._off = self._off + basis.T @ error
-        self._ahead -= basis.double().T @ basis.double()
+    def add(self, rows: range, error: Tensor) -> None:
+        """Take note of what rows are off by: fp32, (rows, columns)."""
+        self._off = self._off + self._basis[rows.start : rows.stop].T @ error
+
+    def _groups(self, rows: range) -> list[range]:
+        """These rows in groups that are rounded at once."""
+        height, rank = self._basis.shape
+        step = max(GROUP, rank, height // MOST_GROUPS)
+        return [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+
+    def _spreads(self, groups: list[range]) -> list[Tensor]:
+        """Of each group, what is to be added to its rows for what columns are off by: ``-U_G (U_F^T U_F)^-1``, fp32."""
+        import torch
+
+        ahead = []
+        for group in groups:
+            ahead.append(self._ahead)
+            self._pass(group)
+        damping = DAMPING * torch.eye(self._basis.shape[1], device=self._basis.device)
+        inverses = torch.linalg.inv(torch.stack(ahead) + damping).neg_()
+        return [
+            self._basis[group.start : group.stop] @ inverse for group, inverse in zip(groups, inverses, strict=True)
+        ]
+
+    def _pass(self, rows: range) -> None:
+        """These rows are not among those ahead any more."""
+        basis = self._basis[rows.start : rows.stop]
+        self._ahead = self._ahead - basis.T @ basis

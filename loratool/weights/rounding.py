@@ -20,6 +20,9 @@ WEYL: Final = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 HALF: Final = (1 << 32) - 1
 
+WORDS: Final = 1 << 16
+"""So many words of 16 bits there are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
@@ -34,11 +37,11 @@ class Rounding:
     feedback: Feedback | None = None
     outputs: OutputFeedback | None = None
 
-    def noise(self, rows: range, count: int, device: torch.device) -> Tensor:
-        """`count` numbers between 0 and 1, fp32, for a block that begins with row ``rows.start``.
+    def words(self, rows: range, count: int, device: torch.device) -> Tensor:
+        """`count` random words of 16 bits, int16, for a block that begins with row ``rows.start``; `noise_of` tells more.
 
-        They are the 16-bit words of Philox4x64-10 with the seed and the row as its key, made by numpy, or on another device
-        than a CPU there.
+        They are those of Philox4x64-10 with the seed and the row as its key, made by numpy, or on another device than a CPU
+        there.
         """
         import numpy as np
         import torch
@@ -46,11 +49,15 @@ class Rounding:
         if device.type == "cpu":
             key = np.array([self.seed, rows.start], np.uint64)  # of a list numpy makes floating-point numbers
             raw = np.random.Philox(key=key).random_raw(-(-count // 4)).astype("<u8", copy=False)
-            noise = torch.from_numpy(raw.view("<u2")[:count].astype(np.float32))
+            words = torch.from_numpy(raw.view("<i2")[:count].astype(np.int16, copy=False))
         else:
-            words = philox((self.seed, rows.start), -(-count // 16), device)
-            noise = (words.view(torch.int16)[:count].int() & 0xFFFF).float()
-        return noise.add_(0.5).mul_(2.0**-16)
+            words = philox((self.seed, rows.start), -(-count // 16), device).view(torch.int16)[:count]
+        return words.bitwise_xor_(-WORDS // 2)  # from 0 to 65535 as they are made
+
+
+def noise_of(words: Tensor) -> Tensor:
+    """Chance that `words` from -32768 to 32767 stand for, fp32: between 0 and 1."""
+    return words.float().add_((WORDS + 1) / 2).div_(WORDS)
 
 
 def philox(key: tuple[int, int], count: int, device: torch.device) -> Tensor:

@@ -32,6 +32,12 @@ middle of the row: a quarter of all, two fifths, three fifths, all (docs/nf4-mer
 MOST_ROWS: Final = 0.75
 """In so many of the rows at hand the largest change is no larger than the one that the level is chosen by."""
 
+USUAL: Final = 0.9
+"""In so many rows the largest scale is no larger than the one that others are compared with."""
+
+NEGLIGIBLE: Final = 2**-7
+"""A scale below so much of that is one of a block of zeros."""
+
 
 class ShortSteps:
     """The steps of a matrix, (rows, columns): `scales` of its blocks, fp32, and the sorted `values` of its codes."""
@@ -39,39 +45,75 @@ class ShortSteps:
     def __init__(self, scales: Tensor, shape: tuple[int, int], blocksize: int, values: Tensor) -> None:
         import torch
 
-        self._columns = shape[1]
-        self._blocksize = blocksize
-        # A row that is no whole number of blocks has no scales of its own: its blocks count alike.
-        self._scales = scales.view(shape[0], -1) if shape[1] % blocksize == 0 else None
-        steps, end = values[1:] - values[:-1], values.new_full((1,), math.inf)
-        self._steps = torch.cat([end, steps, steps, end])  # down, then up
         bounds, short = zip(*LEVELS, strict=True)
         self._bounds, self._short = values.new_tensor(bounds[:-1]), values.new_tensor(short)
+        steps, end = values[1:] - values[:-1], values.new_full((1,), math.inf)
+        self._steps = torch.cat([steps.sort().values, end])
+        # For each byte what is to be known of its two codes, the first one first, two uint8 looked up as one int16: the ranks
+        # of their steps up, that is the number of shorter steps; and these xor those of their steps down.
+        up, down = (torch.searchsorted(self._steps, way).to(torch.uint8)
+                    for way in (torch.cat([steps, end]), torch.cat([end, steps])))  # fmt: skip
+        self._up, self._turn = (torch.cartesian_prod(of, of).view(torch.int16).view(256) for of in (up, up ^ down))
+        self._blocksize = blocksize
+        self._shorter_at: dict[int, Tensor] = {}
+        # A row that is no whole number of blocks has no scales of its own: its blocks count alike.
+        self._relative, self._unable = values.new_ones(1, 1), None
+        if shape[1] % blocksize == 0:
+            self._relative, self._unable = _relative(scales.view(shape[0], -1))
 
-    def chosen(self, rows: range, places: Tensor, shift: Tensor) -> Tensor:
-        """Which codes, at `places`, take part in a `shift` in units of their scales: bool, flat as these are."""
+    def level(self, largest: Tensor) -> int:
+        """Which of `LEVELS` holds where `largest` is the largest change of each row looked at, in units of its codes' scales."""
         import torch
 
-        largest = shift.view(len(rows), self._columns).abs().amax(1)
-        usual = largest.kthvalue(math.ceil(MOST_ROWS * len(rows))).values
-        short = self._short[torch.bucketize(usual, self._bounds)]
-        steps = self._steps.index_select(0, places + (shift > 0).to(torch.int32).mul_(16))
-        if self._scales is None:
-            return steps <= short
-        scales = self._scales[rows.start : rows.stop]
-        limit = short * scales.median(1, keepdim=True).values / scales
-        return (steps.view(*scales.shape, self._blocksize) <= limit[:, :, None]).view(-1)
+        usual = largest.kthvalue(math.ceil(MOST_ROWS * len(largest))).values
+        return int(torch.bucketize(usual, self._bounds))
 
-    def counts(self, rows: range, chosen: Tensor) -> Tensor:
-        """How many codes of each column take part, in these rows: int32."""
+    def chosen(self, rows: range, raw: Tensor, change: Tensor, level: int) -> Tensor:
+        """Which codes of these rows take part in a change: int8, 1 or 0, flat.
+
+        `raw`, uint8, are the bytes of the codes, which are NF4's: numbered in the order of size. Of `change`, fp32, the signs
+        count.
+        """
         import torch
 
-        return chosen.view(len(rows), self._columns).sum(0, dtype=torch.int32)
+        shorter = self._shorter(level)
+        if len(shorter) > 1:
+            shorter = shorter[rows.start : rows.stop]
+        index, count = raw.int(), change.numel()
+        rank, turn = (of.index_select(0, index).view(torch.int8)[:count] for of in (self._up, self._turn))
+        # The sign is in the last of 32 bits, and a shift to the right by 31 leaves -1 of it.
+        rank ^= turn.bitwise_and_(change.view(-1).view(torch.int32).bitwise_right_shift(31).to(torch.int8))
+        below = rank.view(*shorter.shape, -1) - shorter[:, :, None]
+        return below.bitwise_right_shift_(7).neg_().view(-1)
 
-    def concentrated(self, rows: range, shift: Tensor, chosen: Tensor, counts: Tensor) -> Tensor:
-        """The `shift` of the codes that take part, so much larger that they carry that of their column; else 0."""
+    def gain(self, rows: range, counts: Tensor) -> Tensor:
+        """How many times its own change each code carries, fp32, (columns,), where `counts` of a column's codes take part."""
+        able: Tensor | int = len(rows)
+        if self._unable is not None:
+            able = len(rows) - self._unable[rows.start : rows.stop].sum(0).repeat_interleave(self._blocksize)
+        return able / counts.clamp(min=1).float()
+
+    def _shorter(self, level: int) -> Tensor:
+        """How many steps are short in each block: int8, (rows, blocks of a row), or (1, 1) where they count alike."""
         import torch
 
-        gain = len(rows) / counts.clamp(min=1).float()
-        grown = (shift.view(len(rows), -1) * gain).view(-1)
-        return torch.where(chosen, grown, 0.0)
+        if level not in self._shorter_at:
+            short = self._short[level] * self._relative
+            self._shorter_at[level] = torch.searchsorted(self._steps, short, right=True).to(torch.int8)
+        return self._shorter_at[level]
+
+
+def _relative(scales: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scale in the middle of each row over that of each block, (rows, blocks); and which blocks cannot carry, if any.
+
+    Those are not counted: what they could change by is nothing beside the change. Of a block of zeros double quantization
+    makes a scale of about a five hundredth of the others'.
+    """
+    import torch
+
+    usual = scales.amax(1).kthvalue(math.ceil(USUAL * len(scales))).values
+    unable = scales < (usual * NEGLIGIBLE).clamp(min=torch.finfo(torch.float32).tiny)
+    if not unable.any():
+        return scales.median(1, keepdim=True).values / scales, None
+    middle = torch.where(unable, math.nan, scales).nanmedian(1, keepdim=True).values
+    return torch.where(unable, -1.0, middle / scales), unable
