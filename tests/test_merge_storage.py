@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,33 @@ def test_merging_into_the_image_is_quantizing_and_then_merging(
 
 
 # What holds of all three
+
+
+class Counted:
+    """What a command says that it begins, and how much of it it says is done."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int]] = []
+        self.done = 0
+        self._lock = threading.Lock()
+
+    def begin(self, label: str, total: int) -> None:
+        self.begun.append((label, total))
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_progress_ends_where_it_says(
+    base_for: Callable[..., Path], tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    base, merging, verifying = base_for(way), Counted(), Counted()
+    loratool.merge(tiny_adapters.folder("llama"), base, out=tmp_path / "out", progress=merging, **WAYS[way])
+    loratool.verify(tmp_path / "out", progress=verifying)
+    for counted in (merging, verifying):
+        assert counted.done == pytest.approx(sum(total for _, total in counted.begun), rel=0.03), counted.begun
 
 
 @pytest.mark.parametrize("way", WAYS)

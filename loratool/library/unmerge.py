@@ -325,7 +325,8 @@ def _replay(
         except NotFoundError as error:
             return "", (f"the merge was not replayed: {error}",)
         changing = sum(merged.tensors[name].nbytes for name in manifest.changed)
-        watcher.begin(f"replaying the {manifest.kind}", base.nbytes if manifest.converted else changing)
+        twice = sum(base.tensors[name].nbytes for name in manifest.survival if name in base.tensors)
+        watcher.begin(f"replaying the {manifest.kind}", base.nbytes + twice if manifest.converted else changing)
         try:
             differing = replay(base, manifest, adapters, progress=watcher.advance)
         except VerificationError as error:

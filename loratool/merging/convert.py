@@ -1,7 +1,8 @@
 """Streaming matrices into another storage: dense to NF4, or 4 bits to dense, with updates on the way or without.
 
 Between the two a matrix is dense, in the dtype that it has or decodes to, and its rows are outputs. So what is merged on
-the way has the bytes of a merge into the dense model, and what is quantized those of the dense model quantized.
+the way has the bytes of a merge into the dense model, and what is quantized those of the dense model quantized, but for the
+codes of what is merged *and* quantized (`_Stream._store_merged_nf4`).
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Map
     unknown = [info for name, info in plan.base.tensors.items() if name not in known and name not in digested]
 
     def digest(info: TensorInfo) -> None:
-        before[info.name] = hash_tensor(info, progress if new is None else lambda count: None)
+        copied = new is not None and info.name in plan.layout.kept
+        before[info.name] = hash_tensor(info, (lambda count: None) if copied else progress)
 
     def one(conversion: Conversion, stop: threading.Event) -> None:
         with suppress(_Stopped), _Stream(conversion, plan.layout, new, device, progress, stop) as stream:
@@ -271,8 +273,8 @@ class _Stream:
             if self._stop.is_set():
                 raise _Stopped
             dense = read.rows(block)
-            yield _Block(block, dense, dense)
             self._progress(self._conversion.nbytes * len(block) // rows)
+            yield _Block(block, dense, dense)
 
     def _stretches(self, blocks: Iterable[_Block], blocksize: int) -> Iterator[_Stretch]:
         """The same in whole blocks of elements that share a scale: rows need not end where one of these ends."""

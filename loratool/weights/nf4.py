@@ -2,7 +2,8 @@
 
 The arithmetic is that of bitsandbytes 0.50. Codes: ``quantize_4bit`` of its default backend. A block's numbers are
 multiplied by the reciprocal of their largest magnitude (those of an incomplete last block are divided by it), and each
-goes to the code of the nearest value, to the lower one of two that are equally near. Scales, with double quantization:
+goes to the code of the nearest value, to the lower one of two that are equally near; bitsandbytes takes the magnitude itself
+for it, before it quantizes that. Scales, with double quantization:
 ``quantize_blockwise`` of its C++ kernel, ``csrc/cpu_ops.cpp``, of the scales less their mean.
 """
 
@@ -186,7 +187,7 @@ class Nf4Quantizer:
         return _packed(self._nearest(scaled.clamp_(-1, 1)))
 
     def decode(self, codes: torch.Tensor, absmax: torch.Tensor, count: int) -> torch.Tensor:
-        """The `count` numbers, fp32, that packed `codes` stand for under scales that are not quantized themselves."""
+        """The `count` numbers, fp32, that packed `codes` stand for under these scales."""
         import torch
 
         numbers = self._pairs.index_select(0, codes.int()).view(torch.float32)[:count]
