@@ -102,7 +102,8 @@ def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Map
     jobs: list[Job] = [*(new.copies if new else ()), *(partial(digest, info) for info in unknown)]
     tasks = [partial(one, conversion) for conversion in conversions]
     files = set(new.files.values()) if new else set()
-    work_through(tasks, workers=cpu_workers(), beside=jobs, files=files)
+    computing = any(conversion.twice for conversion in conversions)
+    work_through(tasks, workers=cpu_workers(computing=computing), beside=jobs, files=files)
     return Converted(before, after | {name: before[name] for name in plan.layout.kept}, survival)
 
 
