@@ -398,8 +398,9 @@ def test_an_error_that_nobody_foresaw_asks_for_a_report(run: Run, monkeypatch: p
 
 def test_an_interrupt_exits_with_130_and_without_a_traceback() -> None:
     waiting = """
-import time
+import signal, time
 import loratool.library.adapters as adapters
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without one
 def wait(**options):
     print("ready", flush=True)
     while True:  # an interrupt that comes before a wait is seen after it
