@@ -5,6 +5,9 @@ some columns are rounded, the others do best to be off by ``-H_FF^-1 H_FS e_S`` 
 (Frantar et al. 2022, arXiv:2210.17323). With ``H = R R^T``, R upper triangular, it needs no inverse for each column: of the
 next columns G it is ``-e_S R_SG R_GG^-1``, by rows.
 
+Columns are rounded from the largest inputs to the smallest (GPTQ's "act-order"). Half of the energy of a layer's inputs is
+in one or two of them, whose errors are nearly all that a model notices; rounded first, they are made good by all others.
+
 GPTQ rounds to nearest, where an error is half a step at most whatever is passed on. Rounding by chance, a code moves with
 odds in proportion to what it is to change by: passing on makes noise itself. So what is passed on may be cut at `most` times
 the change that is wanted anyway, which makes no more moves, only other ones. Where the changes are not small it is better
@@ -13,8 +16,9 @@ not to cut. Nobody knows before, so each of `TRIALS` is rounded, and the one wit
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -26,8 +30,11 @@ if TYPE_CHECKING:
 Move = Callable[[slice, "Tensor"], "tuple[Tensor, Tensor]"]
 """Takes columns and what is added to them, (rows, columns); gives the places of their codes then, and their numbers."""
 
+ALONE: Final = 16
+"""So many columns, those with the largest inputs, are rounded one by one."""
+
 GROUP: Final = 16
-"""So many columns are rounded at once, without regard to one another."""
+"""Of the others so many are rounded at once, without regard to one another."""
 
 COMPARED_DAMPING: Final = 0.3
 """Of the H that errors are compared under; inputs that were not seen may come as well."""
@@ -53,14 +60,22 @@ TRIALS: Final = (Trial(1.0, 1.0, short=True), Trial(1.0, 3.0, short=True), Trial
 
 
 class Feedback:
-    """What errors of a matrix cost, and how they are passed on: from `inputs`, (tokens, columns), fp32."""
+    """What errors of a matrix cost, and how they are passed on: from `inputs`, (tokens, columns), fp32.
+
+    `order`, int64, (columns,): the columns as they are rounded, those with the largest inputs first.
+    """
 
     def __init__(self, inputs: Tensor) -> None:
         import torch
 
         hessian = inputs.T @ inputs
         hessian /= hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        self._passed = {damping: coefficients(hessian, damping) for damping in {trial.damping for trial in TRIALS}}
+        self.order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian = hessian[self.order][:, self.order]
+        self._groups = groups(len(hessian))
+        self._passed = {
+            damping: coefficients(hessian, damping, self._groups) for damping in {trial.damping for trial in TRIALS}
+        }
         hessian.diagonal().add_(COMPARED_DAMPING)
         self._hessian = hessian
 
@@ -68,7 +83,7 @@ class Feedback:
         """Where the codes go, int32, under the trial with the least error, and whether the short steps carry the change.
 
         `old` are the numbers from before, `change` what is added to them, `short` the same as the codes with short steps
-        carry it; all (rows, columns).
+        carry it; all (rows, columns), their columns in `order`, as those of what it gives are.
         """
         import torch
 
@@ -76,8 +91,7 @@ class Feedback:
         for trial in TRIALS:
             wanted = short if trial.short else change
             errors, moved = torch.zeros_like(old), torch.empty(old.shape, dtype=torch.int32, device=old.device)
-            for start in range(0, old.shape[1], GROUP):
-                part = slice(start, min(start + GROUP, old.shape[1]))
+            for part in self._groups:
                 passed = self._passed_on(errors, part, trial, wanted[:, part])
                 moved[:, part], reached = move(part, wanted[:, part] + passed)
                 errors[:, part] = reached - old[:, part] - change[:, part]
@@ -100,16 +114,21 @@ class Feedback:
         return float(((errors @ self._hessian) * errors).sum(1).sum(dtype=torch.float64))
 
 
-def coefficients(hessian: Tensor, damping: float, group: int = GROUP) -> Tensor:
-    """What of each column's error the columns after it take on, fp32, (columns, columns), zero up to each one's own group."""
+def groups(columns: int) -> list[slice]:
+    """The columns that are rounded at once."""
+    starts = [*range(min(ALONE, columns)), *range(ALONE, columns, GROUP), columns]
+    return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+def coefficients(hessian: Tensor, damping: float, parts: Sequence[slice]) -> Tensor:
+    """What of each column's error the columns after it take on, fp32, (columns, columns), zero up to each one's own part."""
     import torch
 
     damped = hessian.double()
     damped.diagonal().add_(damping)
     upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     passed = torch.zeros_like(hessian)
-    for start in range(group, len(hessian), group):
-        part = slice(start, start + group)
-        solved = torch.linalg.solve_triangular(upper[part, part], upper[:start, part], upper=True, left=False)
-        passed[:start, part] = solved.float()
+    for part in parts[1:]:
+        solved = torch.linalg.solve_triangular(upper[part, part], upper[: part.start, part], upper=True, left=False)
+        passed[: part.start, part] = solved.float()
     return passed

@@ -225,23 +225,30 @@ class LoadedFourBit:
         self.decode(block.rows, (block.raw,), before)
         scale, per_scale = (self._times(each, block.rows, one).view(shape) for each in (self._scales, self._per_scale))
         here = self._table.places(block.raw, len(one)).view(shape).int()
-        noise = noise_of(block.words).view(shape)
         carried = block.change
         if carriers is not None:
             carried = block.change * carriers.gain * carriers.chosen.view(shape)
+
+        def ordered(each: torch.Tensor) -> torch.Tensor:
+            return each.index_select(1, feedback.order)
+
+        places, noise, scales, per_scale = map(ordered, (here, noise_of(block.words).view(shape), scale, per_scale))
 
         def move(part: slice, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             """Where the codes of these columns go when a change is added, and the numbers that they stand for there."""
             steps = added * per_scale[:, part]
             there = self._table.moved_where_shifted(
-                *(each.reshape(-1) for each in (here[:, part], steps, noise[:, part]))
+                *(each.reshape(-1) for each in (places[:, part], steps, noise[:, part]))
             )
-            return there.view(steps.shape), self._table.sorted.index_select(0, there).view(steps.shape) * scale[:, part]
+            return there.view(steps.shape), self._table.sorted.index_select(0, there).view(steps.shape) * scales[
+                :, part
+            ]
 
-        moved, short = feedback.best(before, block.change, carried, move)
+        in_order, short = feedback.best(ordered(before), ordered(block.change), ordered(carried), move)
+        moved = torch.empty_like(here).index_copy_(1, feedback.order, in_order)
         at = true_places((moved != here).view(-1))
-        there, scales = moved.view(-1).index_select(0, at), scale.view(-1).index_select(0, at)
-        return at, there, self._numbers(there, scales).sub_(before.view(-1).index_select(0, at)), short
+        there, at_scales = (each.view(-1).index_select(0, at) for each in (moved, scale))
+        return at, there, self._numbers(there, at_scales).sub_(before.view(-1).index_select(0, at)), short
 
     def recover(
         self,
