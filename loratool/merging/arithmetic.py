@@ -146,10 +146,7 @@ class BlockArithmetic:
             return
         self.codec.decode(rows, originals, scratch)
         if scratch.isfinite().all():
-            raise AdapterError(
-                f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(self.weight.name)} that "
-                f"{self.weight.codec} cannot hold; give the adapter a smaller weight, as in ADAPTER=0.5"
-            )
+            raise overflow(self.weight.name, rows, self.weight.codec)
 
     def revert(self, rows: range, parts: tuple[torch.Tensor, ...], told: bytes | None) -> None:
         """Take the updates out, last one first; the same bits on every machine, but not always those from before."""
@@ -174,6 +171,14 @@ class BlockArithmetic:
             for part, changed in zip(parts, on_device, strict=True):
                 part.copy_(changed, non_blocking=True)
             self._stream.synchronize()
+
+
+def overflow(name: str, rows: range, codec: str) -> AdapterError:
+    """Says that sums in some rows of a matrix are beyond what it is stored as."""
+    return AdapterError(
+        f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(name)} that {codec} cannot hold; give the "
+        "adapter a smaller weight, as in ADAPTER=0.5"
+    )
 
 
 class Merge(BlockArithmetic):

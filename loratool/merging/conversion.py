@@ -124,28 +124,32 @@ def to_nf4(weight: DenseWeight, options: Nf4Options, *, turned: bool, updates: T
            into_image: bool = False) -> Conversion:  # fmt: skip
     """The conversion of a dense matrix to NF4, with `updates` on the way.
 
-    They are merged into the dense matrix, which is rounded to its own dtype as any merge rounds it, and then quantized. With
-    `into_image` they are merged into what it is quantized to.
+    They are merged into the dense matrix in fp32, and the sums are quantized: rounded to the base's dtype before, they would be
+    rounded twice. With `into_image` they are merged into what the matrix is quantized to.
     """
     rows, columns = weight.shape[::-1] if turned else weight.shape
     dense = DenseWeight(replace(weight.tensor, shape=(rows, columns)))
     nf4 = Nf4Layout(weight.name, (rows, columns), TORCH_NAMES[weight.tensor.dtype], options)
-    return Conversion(
-        weight, dense, turned, nf4, _on(dense, updates, turned=turned), into_image and updates is not None
-    )
+    merge = _on(_in_fp32(dense), updates, turned=turned)
+    return Conversion(weight, dense, turned, nf4, merge, into_image and updates is not None)
 
 
 def to_dense(weight: FourBitWeight, *, turned: bool, updates: Target | None = None) -> Conversion:
     """The conversion of a 4-bit matrix to the dtype that it decodes to; `updates` are added to what is decoded."""
     dtype = SAFETENSORS_NAMES[weight.state.dtype]
-    info = TensorInfo(weight.name, dtype, weight.shape, weight.codes.file, 0, nbytes(dtype, weight.shape))
-    dense = DenseWeight(info)
+    dense = DenseWeight(TensorInfo(weight.name, dtype, weight.shape, weight.codes.file, 0, nbytes(dtype, weight.shape)))
     return Conversion(weight, dense, turned, merge=_on(dense, updates, turned=False))
 
 
 def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
     """No change of storage: a dense matrix that is merged into."""
     return Conversion(weight, weight, merge=updates)
+
+
+def _in_fp32(dense: DenseWeight) -> DenseWeight:
+    """The same matrix as its numbers are in memory."""
+    info = dense.tensor
+    return DenseWeight(TensorInfo(info.name, "F32", info.shape, info.file, 0, nbytes("F32", info.shape)))
 
 
 def _on(dense: DenseWeight, target: Target | None, *, turned: bool) -> Target | None:

@@ -1,8 +1,8 @@
 """Streaming matrices into another storage: dense to NF4, or 4 bits to dense, with updates on the way or without.
 
 Between the two a matrix is dense, in the dtype that it has or decodes to, and its rows are outputs. So what is merged on
-the way has the bytes of a merge into the dense model, and what is quantized those of the dense model quantized, but for the
-codes of what is merged *and* quantized (`_Stream._store_merged_nf4`).
+the way has the bytes of a merge into the dense model, and what is quantized those of the dense model quantized. What is merged
+*and* quantized is rounded once: the sums are quantized as they are in fp32 (`_Stream._store_merged_nf4`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.layout import Layout, NewFiles, new_files
 from loratool.errors import CheckpointError, quoted
-from loratool.merging.arithmetic import Merge, choose_device
+from loratool.merging.arithmetic import Merge, choose_device, overflow
 from loratool.merging.between import Reader, elements, turned
 from loratool.merging.conversion import CONFIG_NAME, Conversion, ConversionPlan
 from loratool.merging.outlet import Outlet
@@ -156,7 +156,7 @@ class _Stream:
         conversion = self._conversion
         width = conversion.dense.element_bytes
         row_bytes = conversion.dense.shape[0] * width
-        for block in self._merged_blocks(digest=True):
+        for block in self._merged_blocks():
             if conversion.turned:
                 part = slice(block.rows.start * width, block.rows.stop * width)
                 columns = turned(block.dense, len(block.rows), width)
@@ -170,7 +170,7 @@ class _Stream:
 
         quantizer = Nf4Quantizer(nf4.options.blocksize)
         scales: list[torch.Tensor] = []
-        for stretch in self._stretches(self._blocks(digest=True), nf4.options.blocksize):
+        for stretch in self._stretches(self._unmerged(digest=True), nf4.options.blocksize):
             absmax = self._scales(quantizer, stretch.numbers)
             self._outlet.append(self._conversion.name, quantizer.codes(stretch.numbers, absmax))
             scales.append(absmax)
@@ -185,11 +185,11 @@ class _Stream:
         import torch
 
         quantizer, size = Nf4Quantizer(nf4.options.blocksize), nf4.options.blocksize
-        first = self._stretches(self._merged_blocks(digest=True), size)
+        first = self._stretches(self._merged(digest=True), size)
         absmax = torch.cat([self._scales(quantizer, stretch.numbers) for stretch in first])
         scales = nf4.image(self._write_scales(nf4, absmax), self._outlet.info(self._conversion.name)).absmax
         self.survival, done = SurvivalCount(), 0
-        for stretch in self._stretches(self._merged_blocks(digest=False), size):
+        for stretch in self._stretches(self._merged(digest=False), size):
             here = scales[done : done + -(-len(stretch.numbers) // size)]
             codes = quantizer.codes(stretch.numbers, here)
             self._outlet.append(self._conversion.name, codes)
@@ -217,7 +217,7 @@ class _Stream:
         quantizer = Nf4Quantizer(nf4.options.blocksize)
         target, name = self._conversion.merge, self._conversion.name
         assert target is not None
-        first = self._stretches(self._blocks(digest=True), nf4.options.blocksize)
+        first = self._stretches(self._unmerged(digest=True), nf4.options.blocksize)
         absmax = torch.cat([self._scales(quantizer, stretch.numbers) for stretch in first])
         image = nf4.image(self._write_scales(nf4, absmax), self._outlet.info(name))
         merge = Merge(replace(target, weight=image, transposed=False), choose_device(self._device))
@@ -231,7 +231,7 @@ class _Stream:
 
     def _image_codes(self, quantizer: Nf4Quantizer, nf4: Nf4Layout, absmax: torch.Tensor) -> Iterator[torch.Tensor]:
         done = 0
-        for stretch in self._stretches(self._blocks(digest=False), nf4.options.blocksize):
+        for stretch in self._stretches(self._unmerged(digest=False), nf4.options.blocksize):
             count = -(-len(stretch.numbers) // nf4.options.blocksize)
             yield quantizer.codes(stretch.numbers, absmax[done : done + count])
             done += count
@@ -254,17 +254,16 @@ class _Stream:
             )
         return absmax
 
-    def _merged_blocks(self, *, digest: bool) -> Iterator[_Block]:
+    def _merged_blocks(self) -> Iterator[_Block]:
         """The matrix in between block by block, merged into where there are updates."""
         target = self._conversion.merge
         if target is None:
-            yield from self._blocks(digest=digest)
+            yield from self._blocks(digest=True)
             return
         merge = Merge(target, choose_device(self._device))
-        for block in self._blocks(digest=digest, cut=merge.blocks()):
-            original = block.dense.clone() if self._conversion.nf4 else block.dense
+        for block in self._blocks(digest=True, cut=merge.blocks()):
             merge.change(block.rows, (block.dense,))
-            yield _Block(block.rows, block.dense, original)
+            yield block
 
     def _blocks(self, *, digest: bool, cut: Iterable[range] | None = None) -> Iterator[_Block]:
         """The matrix in between block by block as the base has it; `digest`: what is read is digested."""
@@ -275,47 +274,78 @@ class _Stream:
                 raise _Stopped
             dense = read.rows(block)
             self._progress(self._conversion.nbytes * len(block) // rows)
-            yield _Block(block, dense, dense)
+            yield _Block(block, dense)
 
-    def _stretches(self, blocks: Iterable[_Block], blocksize: int) -> Iterator[_Stretch]:
+    def _unmerged(self, *, digest: bool) -> Iterator[_Stretch]:
+        """The elements of the matrix in between, as the base has it."""
+        for block in self._blocks(digest=digest):
+            numbers = elements(block.dense, self._conversion.dense).float()
+            yield _Stretch(numbers, numbers)
+
+    def _merged(self, *, digest: bool) -> Iterator[_Stretch]:
+        """The elements of the matrix in between, merged into and not rounded.
+
+        Raises:
+            AdapterError: one is beyond the dtype that the base has, and that the new matrix decodes to.
+        """
+        import torch
+
+        target, dense = self._conversion.merge, self._conversion.dense
+        assert target is not None
+        merge = Merge(target, choose_device(self._device))
+        for block in self._blocks(digest=digest, cut=merge.blocks()):
+            originals = elements(block.dense, dense).float()
+            numbers = originals.clone()
+            merge.change(block.rows, (numbers.view(torch.uint8),))
+            if numbers.abs().amax() >= dense.limit and originals.isfinite().all():
+                raise overflow(dense.name, block.rows, dense.codec)
+            yield _Stretch(numbers, originals)
+
+    def _stretches(self, parts: Iterable[_Stretch], blocksize: int) -> Iterator[_Stretch]:
         """The same in whole blocks of elements that share a scale: rows need not end where one of these ends."""
         import torch
 
         rest = _Stretch(torch.empty(0), torch.empty(0))
-        for block in blocks:
-            numbers = self._joined(rest.numbers, block.dense)
-            originals = numbers if block.original is block.dense else self._joined(rest.originals, block.original)
-            whole = len(numbers) // blocksize * blocksize
+        for part in parts:
+            joined = rest.followed_by(part)
+            whole = len(joined.numbers) // blocksize * blocksize
             for start in range(0, whole, STRETCH):
-                part = slice(start, min(start + STRETCH, whole))
-                yield _Stretch(numbers[part], originals[part])
-            rest = _Stretch(numbers[whole:].clone(), originals[whole:].clone())
+                yield joined[start : min(start + STRETCH, whole)]
+            rest = joined[whole:].copied()
         if len(rest.numbers):
             yield rest
-
-    def _joined(self, rest: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-        """Elements, fp32, and after them those of some bytes of the matrix in between."""
-        import torch
-
-        numbers = elements(raw, self._conversion.dense).float()
-        return torch.cat([rest, numbers]) if len(rest) else numbers
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Rows of the matrix in between, as bytes, uint8, and what they were before anything was merged."""
+    """Rows of the matrix in between, as bytes, uint8."""
 
     rows: range
     dense: torch.Tensor
-    original: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Elements of the matrix in between, fp32, and what they were before anything was merged."""
+    """Elements of the matrix in between, fp32, and what they were before anything was merged, which may be the same tensor."""
 
     numbers: torch.Tensor
     originals: torch.Tensor
+
+    def __getitem__(self, part: slice) -> _Stretch:
+        return _Stretch(self.numbers[part], self.originals[part])
+
+    def followed_by(self, other: _Stretch) -> _Stretch:
+        import torch
+
+        if not len(self.numbers):
+            return other
+        numbers = torch.cat([self.numbers, other.numbers])
+        if other.originals is other.numbers:
+            return _Stretch(numbers, numbers)
+        return _Stretch(numbers, torch.cat([self.originals, other.originals]))
+
+    def copied(self) -> _Stretch:
+        return _Stretch(self.numbers.clone(), self.originals.clone())
 
 
 def _recut(parts: Iterator[torch.Tensor], sizes: Iterable[int]) -> Iterator[torch.Tensor]:
