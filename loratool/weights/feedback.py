@@ -55,7 +55,7 @@ class Trial:
     short: bool
 
 
-TRIALS: Final = (Trial(1.0, 1.0, short=True), Trial(1.0, 3.0, short=True), Trial(3.0, math.inf, short=False))
+TRIALS: Final = (Trial(1.0, 1.0, short=True), Trial(3.0, math.inf, short=False))
 """docs/nf4-merge.md says what each of them gives."""
 
 
