@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -176,6 +177,10 @@ def test_quantizing_a_merge_is_quantizing_the_fp32_sums_under_the_scales_of_bits
         assert tensors[f"{name}.absmax"].data == state.absmax.numpy().tobytes(), name
         assert tensors[f"{name}.nested_absmax"] == as_stored(state.state2.absmax), name
         assert coded(tensors, name).off_by(weight).max() < 1e-5, name
+        state_of = f"{name}.quant_state.bitsandbytes__nf4"
+        offset = ours[state_of]["nested_offset"]
+        assert offset == pytest.approx(float(state.offset), rel=1e-7)
+        assert ours[state_of] == theirs[state_of] | {"nested_offset": offset}
 
 
 @pytest.mark.parametrize("way", ["quantize", "base-as"])
@@ -216,10 +221,70 @@ def test_a_sum_that_the_quantized_matrix_could_not_decode_to_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_survives_quantizing_is_measured_beside_the_image_under_the_same_scales(
-    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (torch.full((64, 64), math.inf), "NaN or infinity"),  # and not what the merge gives
+        (torch.eye(64) * math.nan, "NaN or infinity"),
+        (torch.eye(64).repeat(16, 1) * (torch.arange(1024) < 515)[:, None] * 65472, "scales in 8 bits are beyond"),
+    ],
+)
+@pytest.mark.parametrize("way", ["quantize", "base-as", None])
+def test_a_base_that_has_no_nf4_image_is_refused(
+    tmp_path: Path, numbers: torch.Tensor, message: str, way: str | None
 ) -> None:
-    base, adapter = tiny_models.folder("llama-many-blocks", "fp32"), tiny_adapters.folder("llama-many-blocks")
+    base = save_plain_model(tmp_path / "base", {"model.layers.0.q_proj.weight": numbers.half()})
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    adapter = save_plain_adapter(tmp_path / "adapter", {"model.layers.0.q_proj": (len(numbers), 64)})
+    with pytest.raises(LoratoolError, match=message):
+        if way is None:
+            loratool.quantize(base, out=tmp_path / "out")
+        else:
+            loratool.merge([(adapter, 1e-3)], base, out=tmp_path / "out", **WAYS[way])
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_whose_sum_is_beyond_fp32_are_refused(tmp_path: Path) -> None:
+    numbers = torch.full((64, 256), 3.3e38, dtype=torch.bfloat16)
+    base = save_plain_model(tmp_path / "base", {"model.layers.0.q_proj.weight": numbers})
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(LoratoolError, match="scales in 8 bits are beyond"):
+        loratool.quantize(base, out=tmp_path / "out")
+    assert loratool.quantize(base, out=tmp_path / "out", double_quant=False).out.exists()
+
+
+@pytest.mark.parametrize("way", ["quantize", "base-as"])
+@pytest.mark.parametrize(
+    ("architecture", "target", "saved", "name"),
+    [
+        ("llama", "v_proj", "k_proj", "model.layers.0.self_attn.k_proj.weight"),
+        ("gpt2", "c_attn", "c_fc", "transformer.h.0.mlp.c_fc.weight"),
+        ("gpt2", "c_fc", "attn.c_proj", "transformer.h.0.attn.c_proj.weight"),  # square
+    ],
+)
+def test_a_matrix_that_the_adapter_holds_whole_is_quantized_as_it_is(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path,
+    architecture: str, target: str, saved: str, name: str, way: str
+) -> None:  # fmt: skip
+    base = tiny_models.folder(architecture, "bf16")
+    options = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
+    adapter = tiny_adapters.folder(architecture, target_modules=[target], modules_to_save=[saved], **options)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    (held,) = (tensor for key, tensor in factors.items() if key.endswith(name))
+    out = loratool.merge(adapter, base, out=tmp_path / "out", **WAYS[way]).out
+    tensors = stored_tensors(out)
+    whole = held.float().T if architecture == "gpt2" else held.float()
+    assert whole.dtype == torch.float32
+    assert coded(tensors, name).off_by(whole.contiguous()).max() < 1e-5
+    assert not torch.equal(whole, as_torch(stored_tensors(base)[name]).float())
+    assert loratool.verify(out).replayed == "base"
+
+
+@pytest.mark.parametrize("architecture", ["llama-many-blocks", "llama-odd"])
+def test_what_survives_quantizing_is_measured_beside_the_image_under_the_same_scales(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path, architecture: str
+) -> None:
+    base, adapter = tiny_models.folder(architecture, "fp32"), tiny_adapters.folder(architecture)
     result = loratool.merge(adapter, base, out=tmp_path / "out", quantize=NF4)
     before, after = stored_tensors(base), stored_tensors(result.out)
     for name, survival in result.survivals.items():

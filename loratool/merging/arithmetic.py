@@ -120,7 +120,7 @@ class BlockArithmetic:
         with self._on_stream():
             block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
-            if self.weight.lossy:  # the codec is told the change; low-rank updates, all that a plan has here, need no W
+            if self.weight.lossy:  # the codec is told the change alone; all updates here are additive
                 block.zero_()
             else:
                 self.codec.decode(rows, on_device, block)

@@ -125,13 +125,15 @@ def to_nf4(weight: DenseWeight, options: Nf4Options, *, turned: bool, updates: T
     """The conversion of a dense matrix to NF4, with `updates` on the way.
 
     They are merged into the dense matrix in fp32, and the sums are quantized: rounded to the base's dtype before, they would be
-    rounded twice. With `into_image` they are merged into what the matrix is quantized to.
+    rounded twice. With `into_image` they are merged into what the matrix is quantized to, but for a replacement, which leaves
+    nothing of that.
     """
     rows, columns = weight.shape[::-1] if turned else weight.shape
     dense = DenseWeight(replace(weight.tensor, shape=(rows, columns)))
     nf4 = Nf4Layout(weight.name, (rows, columns), TORCH_NAMES[weight.tensor.dtype], options)
     merge = _on(_in_fp32(dense), updates, turned=turned)
-    return Conversion(weight, dense, turned, nf4, merge, into_image and updates is not None)
+    adds = updates is not None and all(planned.update.additive for planned in updates.updates)
+    return Conversion(weight, dense, turned, nf4, merge, into_image and adds)
 
 
 def to_dense(weight: FourBitWeight, *, turned: bool, updates: Target | None = None) -> Conversion:
@@ -147,7 +149,7 @@ def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
 
 
 def _in_fp32(dense: DenseWeight) -> DenseWeight:
-    """The same matrix as its numbers are in memory."""
+    """The same matrix, as if it were stored in fp32."""
     info = dense.tensor
     return DenseWeight(TensorInfo(info.name, "F32", info.shape, info.file, 0, nbytes("F32", info.shape)))
 

@@ -1,8 +1,8 @@
 """Streaming matrices into another storage: dense to NF4, or 4 bits to dense, with updates on the way or without.
 
 Between the two a matrix is dense, in the dtype that it has or decodes to, and its rows are outputs. So what is merged on
-the way has the bytes of a merge into the dense model, and what is quantized those of the dense model quantized. What is merged
-*and* quantized is rounded once: the sums are quantized as they are in fp32 (`_Stream._store_merged_nf4`).
+the way has the bytes of a merge into the dense model, and what is quantized those of the dense model quantized. Only what is
+merged *and* quantized is not rounded in between: the sums are quantized as they are in fp32 (`_Stream._store_merged_nf4`).
 """
 
 from __future__ import annotations

@@ -33,6 +33,10 @@ class Update(Protocol):
         """How many components it has now; 0 changes nothing."""
 
     @property
+    def additive(self) -> bool:
+        """Whether it adds the same to W whatever W is, so that a storage can be told the change alone."""
+
+    @property
     def scaling(self) -> float:
         """What multiplies the product of its factors."""
 

@@ -40,6 +40,10 @@ class LowRank:
         return self.a.shape[0] if self.leading is None else self.leading
 
     @property
+    def additive(self) -> bool:
+        return True
+
+    @property
     def kind(self) -> str:
         return f"lora r={self.rank}"
 

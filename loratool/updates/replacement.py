@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from loratool.checkpoint.blocks import read_columns, read_exactly
 from loratool.checkpoint.header import TensorInfo
-from loratool.errors import AdapterError, quoted
+from loratool.errors import AdapterError, CheckpointError, quoted
 from loratool.weights.dense import DenseWeight, as_matrix
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ class Replacement:
     @property
     def rank(self) -> int:
         return 0
+
+    @property
+    def additive(self) -> bool:
+        return False
 
     @property
     def kind(self) -> str:
@@ -41,16 +46,20 @@ class Replacement:
         return {"R": self.tensor}
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedReplacement:
-        """Itself: blocks are read when they are needed. R is stored as W is, and has no weight but 1."""
+        """Itself: blocks are read when they are needed. It has no weight but 1.
+
+        R lies in its file as W does in the base. With `transposed` the blocks are of rows of the other way round.
+        """
         assert weight == 1
-        return LoadedReplacement(self.tensor)
+        return LoadedReplacement(self.tensor, transposed)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedReplacement:
-    """R, read from its file block by block."""
+    """R, or with `transposed` its transpose, read from its file block by block."""
 
     tensor: TensorInfo
+    transposed: bool = False
 
     @property
     def outputs(self) -> None:
@@ -60,26 +69,40 @@ class LoadedReplacement:
         """Put the `rows` of R into `block`.
 
         Raises:
-            AdapterError: a number is NaN or infinite.
+            AdapterError: a number is NaN or infinite, or the file ends before.
         """
         import torch
 
         weight = DenseWeight(as_matrix(self.tensor))
-        ((_, start, stop),) = weight.extents(rows)
-        raw = torch.empty(stop - start, dtype=torch.uint8)
+        raw = torch.empty(block.numel() * weight.element_bytes, dtype=torch.uint8)
+        content: Any = raw.numpy()
         with open(self.tensor.file, "rb") as stream:
-            stream.seek(start)
-            content: Any = raw.numpy()
-            if stream.readinto(content) != stop - start:
+            try:
+                self._read(stream.fileno(), weight, rows, memoryview(content))
+            except CheckpointError:
                 raise AdapterError(
                     f"{quoted(self.tensor.file)} became shorter while it was read; run the command again"
-                )
-        weight.decode(rows, (raw.to(block.device),), block)
+                ) from None
+        if self.transposed:
+            columns = torch.empty(block.shape[::-1])
+            weight.decode(range(len(columns)), (raw,), columns)
+            block.copy_(columns.T)
+        else:
+            weight.decode(rows, (raw.to(block.device),), block)
         if not torch.isfinite(block).all():
             raise AdapterError(
                 f"{quoted(self.tensor.name)} in {quoted(self.tensor.file)} holds NaN or infinity; "
                 "the training of this adapter failed"
             )
+
+    def _read(self, fd: int, weight: DenseWeight, rows: range, content: memoryview) -> None:
+        if self.transposed:
+            width = weight.element_bytes
+            part = slice(rows.start * width, rows.stop * width)
+            read_columns(fd, content, self.tensor.start, weight.shape[1] * width, part)
+        else:
+            ((_, start, _),) = weight.extents(rows)
+            read_exactly(fd, content, start)
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Nothing: R tells nothing of W, so an undo file holds all of it."""

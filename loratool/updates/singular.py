@@ -36,6 +36,10 @@ class SingularValue:
         return self.a.shape[0]
 
     @property
+    def additive(self) -> bool:
+        return True
+
+    @property
     def kind(self) -> str:
         return f"adalora r={self.rank}"
 

@@ -5,8 +5,9 @@ some columns are rounded, the others do best to be off by ``-H_FF^-1 H_FS e_S`` 
 (Frantar et al. 2022, arXiv:2210.17323). With ``H = R R^T``, R upper triangular, it needs no inverse for each column: of the
 next columns G it is ``-e_S R_SG R_GG^-1``, by rows.
 
-Columns are rounded from the largest inputs to the smallest (GPTQ's "act-order"). Half of the energy of a layer's inputs is
-in one or two of them, whose errors are nearly all that a model notices; rounded first, they are made good by all others.
+Columns are rounded in the order of H's diagonal, largest first (GPTQ's act-order). Half of its sum is often that of one or two
+columns, those of massive activations (Sun et al. 2024, arXiv:2402.17762), and their errors are nearly all that a model notices.
+Rounded first, they are made good by all others.
 
 GPTQ rounds to nearest, where an error is half a step at most whatever is passed on. Rounding by chance, a code moves with
 odds in proportion to what it is to change by: passing on makes noise itself. So what is passed on may be cut at `most` times
@@ -56,7 +57,7 @@ class Trial:
 
 
 TRIALS: Final = (Trial(1.0, 1.0, short=True), Trial(3.0, math.inf, short=False))
-"""docs/nf4-merge.md says what each of them gives."""
+"""The first moves no more codes than are moved anyway; where changes are large, the second has less error."""
 
 
 class Feedback:
@@ -68,6 +69,8 @@ class Feedback:
     def __init__(self, inputs: Tensor) -> None:
         import torch
 
+        # Squares of the largest inputs are fp32 numbers, too, and a power of two rounds nothing.
+        inputs = torch.ldexp(inputs, -torch.frexp(inputs.abs().amax()).exponent)
         hessian = inputs.T @ inputs
         hessian /= hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         self.order = torch.argsort(hessian.diagonal(), descending=True, stable=True)

@@ -225,7 +225,7 @@ def _read_scales(weight: FourBitWeight) -> torch.Tensor:
     else:
         indices = torch.frombuffer(bytearray(_read(weight.scales["absmax"])), dtype=torch.uint8)
         values, outer = (_floats(weight.scales[part]) for part in ("nested_quant_map", "nested_absmax"))
-        scales = nested_scales(indices, values, outer, weight.state)
+        scales = nested_scales(indices, values, outer, weight.state.nested_blocksize, weight.state.nested_offset)
     if not torch.isfinite(scales).all():
         raise CheckpointError(
             f"the scales of {quoted(weight.name)} in {quoted(weight.codes.file)} hold NaN or infinity; "
@@ -234,11 +234,14 @@ def _read_scales(weight: FourBitWeight) -> torch.Tensor:
     return scales
 
 
-def nested_scales(indices: torch.Tensor, values: torch.Tensor, outer: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """Scales that are quantized themselves, fp32: of the 256 `values` those at `indices`, times `outer`, plus the offset."""
-    assert state.nested_blocksize is not None
+def nested_scales(indices: torch.Tensor, values: torch.Tensor, outer: torch.Tensor, blocksize: int,
+                  offset: float) -> torch.Tensor:  # fmt: skip
+    """Scales that are quantized themselves, fp32: of the 256 `values` those at `indices`, times `outer`, plus the offset.
+
+    Every `blocksize` of them share a number of `outer`.
+    """
     scales = values[indices.int()]
-    return scales.mul_(outer.repeat_interleave(state.nested_blocksize)[: len(scales)]).add_(state.nested_offset)
+    return scales.mul_(outer.repeat_interleave(blocksize)[: len(scales)]).add_(offset)
 
 
 def _floats(info: TensorInfo) -> torch.Tensor:

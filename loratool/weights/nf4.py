@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.layout import NewTensor
+from loratool.errors import CheckpointError, quoted
 from loratool.weights.four_bit import NF4, STATE, FourBitWeight, nested_scales, parse_state
 from loratool.weights.four_bit_codes import LoadedFourBit
 
@@ -103,6 +104,9 @@ class Nf4Layout:
         """Every tensor but the codes, for the scales `absmax`, fp32, one for each block; called on one torch thread.
 
         How a mean is rounded depends on the number of torch's threads.
+
+        Raises:
+            CheckpointError: the scales, quantized, stand for numbers beyond the dtype that the matrix decodes to.
         """
         import torch
 
@@ -112,6 +116,12 @@ class Nf4Layout:
             mean = absmax.mean()
             offset = mean.item()
             codes, outer = _quantize_scales(absmax - mean)
+            again = nested_scales(codes, dynamic_map(), outer, NESTED_BLOCKSIZE, offset)
+            if not again.to(getattr(torch, self.dtype)).isfinite().all():
+                raise CheckpointError(
+                    f"the numbers of {quoted(self.name)} are so large that their scales in 8 bits are beyond {self.dtype}; "
+                    "loratool cannot quantize this model with double quantization"
+                )
             parts[f"{self.name}.absmax"] = codes
             parts[f"{self.name}.nested_absmax"] = outer
             parts[f"{self.name}.nested_quant_map"] = dynamic_map()
@@ -126,7 +136,7 @@ class Nf4Layout:
         scales = parts[f"{self.name}.absmax"]
         if state.nested_blocksize is not None:
             values, outer = (parts[f"{self.name}.{part}"] for part in ("nested_quant_map", "nested_absmax"))
-            scales = nested_scales(scales, values, outer, state)
+            scales = nested_scales(scales, values, outer, state.nested_blocksize, state.nested_offset)
         return Nf4Image(self.name, state, codes, {}, scales)
 
 
