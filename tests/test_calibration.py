@@ -192,6 +192,8 @@ def test_inputs_whose_squares_no_fp32_number_holds_are_as_good_as_others(tmp_pat
         found.append(parts[0])
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+    Feedback(inputs * 2.0**-140)
+    Feedback(inputs * 0)
 
 
 def test_equal_calibrated_merges_give_equal_bytes_and_verify_takes_them_out(
