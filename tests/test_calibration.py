@@ -27,6 +27,7 @@ from loratool.training.calibration import MOST_TOKENS, calibration_samples, reco
 from loratool.training.data import read_data
 from loratool.training.model import load_config, load_model, quiet_libraries
 from loratool.weights.feedback import ALONE, GROUP, Feedback, coefficients, groups
+from loratool.weights.four_bit import FourBitWeight
 from loratool.weights.rounding import Rounding
 
 LINES = [
@@ -80,29 +81,30 @@ def test_the_inputs_that_are_kept_are_those_of_each_sample_by_itself(base: Path,
         np.testing.assert_allclose(np.load(files[module]), torch.cat(rows).numpy(), rtol=1e-4, atol=1e-5)
 
 
+def off_by(weight: FourBitWeight, delta: torch.Tensor, inputs: torch.Tensor, feedback: Feedback | None) -> float:
+    """The squared error of the outputs for `inputs` when `delta` is added to a matrix, the mean of four draws of chance."""
+    codec, rows, before, after = weight.load("cpu"), range(weight.shape[0]), *torch.empty(2, *weight.shape)
+    codec.decode(rows, parts_of(weight, rows), before)
+    sums = []
+    for seed in range(4):
+        parts = parts_of(weight, rows)
+        codec.encode(rows, delta.clone(), parts, Rounding(seed, feedback))
+        codec.decode(rows, parts, after)
+        sums.append(float(((after - before - delta) @ inputs.T).square().sum()))
+    return float(np.mean(sums))
+
+
 @pytest.mark.parametrize("spread", [0.0003, 0.003])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_outputs_are_off_by_less_on_inputs_that_have_much_in_common(tmp_path: Path, kind: str, spread: float) -> None:
     """As the inputs of a model's layers have: most of their energy is that of their mean and of a few directions."""
     generator = torch.Generator().manual_seed(2)
     tensors = quantized((128, 512), kind, "fp32", nested=True, blocksize=64)
-    weight, rows = matrix(save_plain_model(tmp_path / "m", tensors)), range(128)
+    weight = matrix(save_plain_model(tmp_path / "m", tensors))
     few = torch.randn(300, 6, generator=generator) @ torch.randn(6, 512, generator=generator)
     inputs = torch.randn(512, generator=generator) * 2 + few + torch.randn(300, 512, generator=generator) * 0.5
     delta = torch.randn(128, 512, generator=generator) * spread
-    codec = weight.load("cpu")
-    before = torch.empty(weight.shape)
-    codec.decode(rows, parts_of(weight, rows), before)
-    off = {}
-    for feedback in (None, Feedback(inputs)):
-        sums = []
-        for seed in range(4):
-            parts, after = parts_of(weight, rows), torch.empty_like(before)
-            codec.encode(rows, delta.clone(), parts, Rounding(seed, feedback))
-            codec.decode(rows, parts, after)
-            sums.append(float(((after - before - delta) @ inputs.T).square().sum()))
-        off[feedback is not None] = np.mean(sums)
-    assert off[True] < 0.7 * off[False]
+    assert off_by(weight, delta, inputs, Feedback(inputs)) < 0.7 * off_by(weight, delta, inputs, None)
 
 
 @pytest.mark.parametrize("size", [1, 16, 40, 48])
@@ -129,23 +131,12 @@ def test_the_error_of_the_column_with_the_largest_inputs_is_made_good_wherever_i
     """It is last here, where no column after it could; a channel of massive activations may be anywhere."""
     generator = torch.Generator().manual_seed(3)
     tensors = quantized((128, 256), "nf4", "fp32", nested=True, blocksize=64)
-    weight, rows = matrix(save_plain_model(tmp_path / "m", tensors)), range(128)
+    weight = matrix(save_plain_model(tmp_path / "m", tensors))
     inputs = torch.randn(400, 256, generator=generator)
     inputs[:200] += torch.randn(256, generator=generator)
     inputs[:200, -1] = 30
     delta = torch.randn(128, 256, generator=generator) * 0.002
-    codec, before = weight.load("cpu"), torch.empty(weight.shape)
-    codec.decode(rows, parts_of(weight, rows), before)
-    off = {}
-    for feedback in (None, Feedback(inputs)):
-        sums = []
-        for seed in range(4):
-            parts, after = parts_of(weight, rows), torch.empty_like(before)
-            codec.encode(rows, delta.clone(), parts, Rounding(seed, feedback))
-            codec.decode(rows, parts, after)
-            sums.append(float(((after - before - delta) @ inputs.T).square().sum()))
-        off[feedback is not None] = np.mean(sums)
-    assert off[True] < 0.5 * off[False]
+    assert off_by(weight, delta, inputs, Feedback(inputs)) < 0.5 * off_by(weight, delta, inputs, None)
 
 
 @pytest.mark.parametrize("spread", [0.0003, 0.003])

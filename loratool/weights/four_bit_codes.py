@@ -240,9 +240,8 @@ class LoadedFourBit:
             there = self._table.moved_where_shifted(
                 *(each.reshape(-1) for each in (places[:, part], steps, noise[:, part]))
             )
-            return there.view(steps.shape), self._table.sorted.index_select(0, there).view(steps.shape) * scales[
-                :, part
-            ]
+            values = self._table.sorted.index_select(0, there).view(steps.shape)
+            return there.view(steps.shape), values * scales[:, part]
 
         in_order, short = feedback.best(ordered(before), ordered(block.change), ordered(carried), move)
         moved = torch.empty_like(here).index_copy_(1, feedback.order, in_order)

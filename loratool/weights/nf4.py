@@ -120,7 +120,7 @@ class Nf4Layout:
             if not again.to(getattr(torch, self.dtype)).isfinite().all():
                 raise CheckpointError(
                     f"the numbers of {quoted(self.name)} are so large that their scales in 8 bits are beyond {self.dtype}; "
-                    "loratool cannot quantize this model with double quantization"
+                    "`loratool quantize --no-double-quant` stores them in fp32"
                 )
             parts[f"{self.name}.absmax"] = codes
             parts[f"{self.name}.nested_absmax"] = outer
