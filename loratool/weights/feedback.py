@@ -69,8 +69,8 @@ class Feedback:
     def __init__(self, inputs: Tensor) -> None:
         import torch
 
-        # Squares of the largest inputs are to be fp32 numbers, and powers of two, which are such down to 2**-126, round nothing.
-        inputs = torch.ldexp(inputs, -torch.frexp(inputs.abs().amax()).exponent.clamp(min=-126))
+        # Squares of the largest inputs are to be fp32 numbers, and a power of two rounds nothing.
+        inputs = torch.ldexp(inputs, -torch.frexp(inputs.abs().amax()).exponent)
         hessian = inputs.T @ inputs
         hessian /= hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
         self.order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
