@@ -22,10 +22,15 @@ class Run:
 
 
 def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Run:
-    """Run a command to its end, its output kept back unless it fails; exits with its output when it does."""
+    """Run a command to its end, its output kept back unless it fails; exits with its output when it does.
+
+    Python keeps the bytecode that it compiles, whatever it is told here: an installer compiles all, and a checkout has it
+    after the first run.
+    """
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=None if env is None else {**os.environ, **env}
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=kept if env is None else {**kept, **env}
     )
     assert process.stdout is not None
     output = process.stdout.read()
