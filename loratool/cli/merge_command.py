@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     type=PathType(),
     metavar="FILE",
     help="Into NF4: keep more of the update, by a short text like those that the model will read (.jsonl or .txt, at most "
-    "1,024 tokens are used). Runs the model once: takes its memory in fp32 on a CPU, and 'loratool[train]'.",
+    "1,024 tokens are used). Runs the model once: takes its memory (4-bit weights stay packed) and 'loratool[train]'.",
 )
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
