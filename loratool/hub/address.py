@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
-from loratool.errors import NotFoundError, printable, quoted
+from loratool.errors import HubError, NotFoundError, printable, quoted
 
-NAME: Final = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9_](?:[\w.-]{0,94}[\w-])?", re.ASCII)
+NAME: Final = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 """A part of ``owner/name``, by the rules that huggingface_hub checks."""
 
 LINK_HOSTS: Final = ("https://huggingface.co/", "https://hf.co/", "hf://")
@@ -39,7 +39,7 @@ class HubAddress:
         if len(inside) > 1 and inside[0] in LINK_WORDS and _is_link(text):
             _, revision, *inside = inside
             revision, at = unquote(revision), "@"
-        if not NAME.fullmatch(owner) or not NAME.fullmatch(name):
+        if not is_repository(f"{owner}/{name}"):
             raise NotFoundError(
                 f"{quoted(text)} is no repository on the Hub; write owner/name, owner/name@revision or "
                 "owner/name/path/inside"
@@ -69,10 +69,27 @@ class HubAddress:
         return steps[-1].removesuffix(".safetensors").removesuffix(".st")
 
 
+def is_repository(name: str) -> bool:
+    """Whether `name` reads ``owner/name``, as the Hub allows it."""
+    owner, slash, last = name.partition("/")
+    return bool(slash and NAME.fullmatch(owner) and NAME.fullmatch(last))
+
+
+def repository_id(text: str) -> str:
+    """``owner/name`` from what a person wrote: that, or the link to the repository.
+
+    Raises:
+        HubError: it is neither.
+    """
+    name = _without_host(text).rstrip("/")
+    if not is_repository(name):
+        raise HubError(f"{quoted(text)} is no name of a repository on the Hub; write owner/name")
+    return name
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` reads ``owner/name``, as a base is called in a configuration or a card, and is no relative path here."""
-    owner, slash, last = name.partition("/")
-    return bool(slash and NAME.fullmatch(owner) and NAME.fullmatch(last)) and not Path(name).exists()
+    return is_repository(name) and not Path(name).exists()
 
 
 def is_safe(path: str) -> bool:

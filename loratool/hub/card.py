@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from loratool.hub.address import is_repository
 from loratool.hub.markdown import code, plain, sections, table
 from loratool.hub.readme import FrontMatter
 
@@ -231,8 +232,6 @@ def task_of(config: Mapping[str, Any], architecture: str | None) -> str | None:
 def dataset_ids(recipe: Mapping[str, Any]) -> list[str]:
     """The Hub's data sets among what a recipe says that it was trained on; a file is none."""
     from pathlib import PurePosixPath
-
-    from loratool.hub.names import is_repository
 
     given = recipe.get("data")
     names = given if isinstance(given, list) else [given]

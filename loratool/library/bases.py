@@ -13,8 +13,7 @@ from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, NotFoundError, VerificationError, WrongBaseError, quoted
-from loratool.hub.address import HubAddress
-from loratool.hub.names import repository_id
+from loratool.hub.address import HubAddress, repository_id
 from loratool.library.hub_bases import HubBase, find_hub_base, is_away
 from loratool.library.merge import hold
 from loratool.library.progress import Progress, Silent

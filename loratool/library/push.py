@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
+from loratool.hub.address import is_repository, repository_id
 from loratool.hub.errors import refuse_anonymous, refuse_offline
-from loratool.hub.names import is_repository, repository_id
 from loratool.hub.push import (
     COMMAND,
     MAIN,
