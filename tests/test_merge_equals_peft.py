@@ -176,6 +176,20 @@ def test_matrices_of_many_row_blocks_equal_peft(
     expect_pefts_bytes(tiny_models, tiny_adapters, adapter, tmp_path / "out", architecture=architecture, dtype=dtype)
 
 
+def test_matrices_of_a_few_odd_elements_are_summed_as_a_new_product_is(tmp_path: Path) -> None:
+    """A BLAS sums the last elements of a row in another order where the product does not begin where new memory does."""
+    generator = torch.Generator().manual_seed(8)
+    shapes = {
+        f"model.layers.{layer}.mlp.up_proj": shape for layer, shape in enumerate([(7, 5), (1, 130), (33, 5), (3, 770)])
+    }
+    weights = {f"{module}.weight": torch.randn(shape, generator=generator) for module, shape in shapes.items()}
+    base = save_plain_model(tmp_path / "base", weights)
+    for r in (8, 33):
+        adapter = save_plain_adapter(tmp_path / f"adapter-{r}", shapes, r=r, lora_alpha=10_000)
+        out = loratool.merge([adapter], into=base, out=tmp_path / f"out-{r}").out
+        assert_same_tensors(stored_tensors(out), merged_once_rounded(stored_tensors(base), [(adapter, 1.0)]))
+
+
 @pytest.mark.parametrize("r", [5, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])

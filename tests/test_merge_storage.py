@@ -13,6 +13,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from four_bit_models import (
     coded,
@@ -280,6 +281,22 @@ def test_a_matrix_that_the_adapter_holds_whole_is_quantized_as_it_is(
     whole = held.float().T if architecture == "gpt2" else held.float()
     assert coded(tensors, name).off_by(whole).max() < 1e-5
     assert loratool.verify(out).replayed == "base"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_norm_that_the_adapter_holds_whole_keeps_its_shape(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path, way: str
+) -> None:
+    base = tiny_models.folder("llama", "bf16")
+    adapter = tiny_adapters.folder("llama", target_modules=["q_proj"], modules_to_save=["model.norm"])
+    if way == "dequantize":
+        base = loratool.quantize(base, out=tmp_path / "image").out
+    out = loratool.merge(adapter, base, out=tmp_path / "out", **WAYS[way]).out
+    (held,) = (each for key, each in load_file(adapter / "adapter_model.safetensors").items() if "norm" in key)
+    stored = as_torch(stored_tensors(out)["model.norm.weight"])
+    assert stored.shape == held.shape == (64,)
+    assert torch.equal(stored, held.to(stored.dtype))
+    transformers.AutoModelForCausalLM.from_pretrained(out)
 
 
 @pytest.mark.parametrize("architecture", ["llama-many-blocks", "llama-odd"])

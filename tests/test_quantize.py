@@ -330,6 +330,21 @@ def test_names_tell_the_modules_that_transformers_stores_in_4_bits(model_type: s
         assert is_conv1d(name, {"model_type": model_type}) == isinstance(modules[name], Conv1D)
 
 
+def test_a_head_with_a_bias_is_stored_in_4_bits_and_one_without_is_not(tmp_path: Path) -> None:
+    """As transformers does, which takes the last parameter for the last module."""
+    small = transformers.Qwen3Config(vocab_size=48, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                                     num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_labels=64)  # fmt: skip
+    for auto in (transformers.AutoModelForTokenClassification, transformers.AutoModelForSequenceClassification):
+        folder = tmp_path / auto.__name__
+        model = auto.from_config(small)
+        model.save_pretrained(folder)
+        skipped = get_keys_to_not_convert(model)
+        tensors = loratool.quantize(folder, out=tmp_path / f"{auto.__name__}-nf4").out
+        is_4_bits = "score.weight.absmax" in stored_tensors(tensors)
+        assert is_4_bits == should_convert_module("score", skipped)
+        auto.from_pretrained(tensors)(torch.tensor([[5, 6, 7]]))
+
+
 def test_experts_stay_dense_and_the_config_names_them(tmp_path: Path) -> None:
     config = transformers.MixtralConfig(
         vocab_size=131,
@@ -366,6 +381,7 @@ def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(tiny_models:
         "NaN": save_plain_model(tmp_path / "nan", {name: linear[name] * torch.nan}),
         "infinity": save_plain_model(tmp_path / "infinite", {name: linear[name] * torch.inf}),
         "'falcon'": save_plain_model(tmp_path / "falcon", linear, model_type="falcon"),
+        "'HubertForCTC'": save_plain_model(tmp_path / "ctc", linear, architectures=["HubertForCTC"]),
     }
     for message, base in cases.items():
         with pytest.raises(LoratoolError, match=message):

@@ -28,7 +28,7 @@ from loratool.errors import PlacementError, nearest, quoted
 SUFFIX: Final = ".weight"
 KOHYA_PREFIX: Final = re.compile(r"lora_[a-z]+\d*_(?=[^.]+$)")
 SHOWN: Final = 5
-OUTPUT_HEADS: Final = frozenset({"lm_head", "embed_out", "output_projection"})
+OUTPUT_HEADS: Final = frozenset({"lm_head", "embed_out", "output_projection", "proj_out", "decoder", "lm_loss"})
 """Modules that a checkpoint lacks where the model ties them to its input embedding."""
 
 

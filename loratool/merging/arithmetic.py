@@ -25,6 +25,9 @@ LOSSY_BLOCK_BYTES: Final = 1 << 23
 CUDA_BLOCK_BYTES: Final = 1 << 25
 """fp32 bytes of a block on CUDA, where a launch costs more and memory is plenty."""
 
+ALIGNED: Final = 16
+"""Numbers in a line of cache, where new tensors begin; written elsewhere, a product may be summed in another order by a BLAS."""
+
 Keep = Callable[[range, bytes], None]
 """Takes the residual of a block of rows for the undo file."""
 
@@ -61,9 +64,10 @@ class _Room(threading.local):
         import torch
 
         numbers, count = self._numbers, rows * columns
-        if numbers is None or numbers.device != device or len(numbers) < 2 * count:
-            self._numbers = numbers = torch.empty(2 * count, device=device)
-        return numbers[:count].view(rows, columns), numbers[count : 2 * count].view(rows, columns)
+        second = -(-count // ALIGNED) * ALIGNED
+        if numbers is None or numbers.device != device or len(numbers) < second + count:
+            self._numbers = numbers = torch.empty(second + count, device=device)
+        return numbers[:count].view(rows, columns), numbers[second : second + count].view(rows, columns)
 
 
 _room: Final = _Room()

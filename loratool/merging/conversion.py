@@ -68,6 +68,7 @@ class Conversion:
         nf4: how it is stored in the end; None for dense.
         merge: the updates that are added to the matrix in between; None where there are none.
         into_image: whether they are added, not to that, but to what it is quantized to.
+        shape: of the tensor that is written, where it is no matrix (a norm, a bias, a convolution); None for a matrix's own.
     """
 
     source: DenseWeight | FourBitWeight
@@ -76,6 +77,7 @@ class Conversion:
     nf4: Nf4Layout | None = None
     merge: Target | None = None
     into_image: bool = False
+    shape: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -96,8 +98,8 @@ class Conversion:
         """The tensors that are written."""
         if self.nf4 is not None:
             return self.nf4.tensors
-        shape = self.dense.shape[::-1] if self.turned else self.dense.shape
-        return (NewTensor(self.name, self.dense.tensor.dtype, shape),)
+        matrix = self.dense.shape[::-1] if self.turned else self.dense.shape
+        return (NewTensor(self.name, self.dense.tensor.dtype, matrix if self.shape is None else self.shape),)
 
     @property
     def codec(self) -> str:
@@ -143,9 +145,9 @@ def to_dense(weight: FourBitWeight, *, turned: bool, updates: Target | None = No
     return Conversion(weight, dense, turned, merge=_on(dense, updates, turned=False))
 
 
-def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
-    """No change of storage: a dense matrix that is merged into."""
-    return Conversion(weight, weight, merge=updates)
+def merged_only(weight: DenseWeight, shape: tuple[int, ...], updates: Target) -> Conversion:
+    """No change of storage: a dense tensor of this `shape`, taken as a matrix, that is merged into."""
+    return Conversion(weight, weight, merge=updates, shape=shape)
 
 
 def _in_fp32(dense: DenseWeight) -> DenseWeight:

@@ -3,7 +3,7 @@
 transformers replaces every linear module except the output head, modules tied to it and the model's last module
 (``get_keys_to_not_convert``). It asks the modules; here the names of the tensors and ``config.json`` tell, so that no model
 is built. Compared with the modules of all causal, sequence-to-sequence and classification models of transformers 5.23, the
-names tell the same but for the model types of `UNLIKE`.
+names tell the same but for the model types of `UNLIKE` and the classes of `UNLIKE_CLASSES`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ HEAD: Final = re.compile(
 )
 """The names of output heads; those that other modules have as well only at the top of a model."""
 
+SCORE: Final = "score"
+"""The head of classifying models. transformers keeps it for its place, the last one, but takes the name of the last parameter
+for that of the last module: one with a bias, as for classes of tokens, is stored in 4 bits."""
+
 ROUTED: Final = re.compile(r"((?:.*\.)?(?:experts|router|gate))(?:\..*)?")
 """Experts and what chooses them: modules of their own kind, not linear ones, in transformers 5."""
 
@@ -34,11 +38,16 @@ T5_TYPES: Final = frozenset({"t5", "mt5", "umt5"})
 """Model types that keep the modules called ``wo`` in fp32."""
 
 UNLIKE: Final = frozenset({
-    "afmoe", "axk2", "canine", "ctrl", "deepseek_v32", "deepseek_v4", "falcon", "fsmt", "fuyu", "gemma3n", "gemma3n_text",
-    "glm_moe_dsa", "ibert", "jetmoe", "lilt", "longcat_flash", "markuplm", "nllb-moe", "pegasus_x", "phi4_multimodal",
-    "prophetnet", "switch_transformers", "tapas", "voxtral_realtime", "xlm", "zamba", "zamba2", "zaya",
+    "afmoe", "aimv2", "altclip", "axk2", "blip-2", "canine", "chinese_clip", "clip", "clipseg", "ctrl", "deepseek_v32",
+    "deepseek_v4", "dia", "falcon", "fsmt", "fuyu", "gemma3n", "gemma3n_text", "glm_moe_dsa", "ibert", "instructblip",
+    "instructblipvideo", "jetmoe", "kosmos-2.5", "lilt", "longcat_flash", "markuplm", "metaclip_2", "nllb-moe", "ovis2", "owlv2",
+    "owlvit", "pegasus_x", "phi4_multimodal", "pix2struct", "pop2piano", "prophetnet", "switch_transformers", "tapas", "udop",
+    "voxtral_realtime", "xlm", "zamba", "zamba2", "zaya",
 })  # fmt: skip
 """Model types whose linear modules cannot be told by their names."""
+
+UNLIKE_CLASSES: Final = ("ForCTC", "OlmoModel")
+"""How the names of classes end of which it is the same."""
 
 CONV1D_TYPES: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_LEAVES: Final = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
@@ -50,17 +59,18 @@ def linear_weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any])
     Raises:
         UnsupportedError: the names of this type of model do not tell.
     """
-    model_type = _model_type(config)
-    if model_type in UNLIKE:
+    model_type, classes = _model_type(config), config.get("architectures")
+    unlike = [name for name in classes if str(name).endswith(UNLIKE_CLASSES)] if isinstance(classes, list) else []
+    if model_type in UNLIKE or unlike:
         raise UnsupportedError(
-            f"the names of a {quoted(model_type)} model do not tell which of its modules are stored in 4 bits; "
-            "quantize it with transformers and bitsandbytes"
+            f"the names of a {quoted(unlike[0] if unlike else model_type)} model do not tell which of its modules are stored in "
+            "4 bits; quantize it with transformers and bitsandbytes"
         )
     keeps_wo = model_type in T5_TYPES
     return tuple(
         name
         for name in sorted(tensors)
-        if _is_linear(name, tensors[name]) and not (keeps_wo and name.endswith(".wo" + SUFFIX))
+        if _is_linear(name, tensors) and not (keeps_wo and name.endswith(".wo" + SUFFIX))
     )
 
 
@@ -89,12 +99,14 @@ def _model_type(config: Mapping[str, Any]) -> str:
     return str(config.get("model_type", ""))
 
 
-def _is_linear(name: str, info: TensorInfo) -> bool:
-    module = name.removesuffix(SUFFIX)
+def _is_linear(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    module, info = name.removesuffix(SUFFIX), tensors[name]
     patterns: Iterable[tuple[re.Pattern[str], str]] = (
         (EMBEDDING, module.rpartition(".")[2]),
         (HEAD, module),
         (ROUTED, module),
     )
     is_matrix = module != name and len(info.shape) == 2 and 0 not in info.shape
+    if module == SCORE and f"{SCORE}.bias" in tensors:
+        return is_matrix
     return is_matrix and all(pattern.fullmatch(text) is None for pattern, text in patterns)

@@ -44,7 +44,10 @@ def plan_conversion(base: Checkpoint, storage: Storage, merge: MergePlan | None 
         found, config = _quantization(base, storage, targets)
     named = {conversion.name for conversion in found}
     alone = [name for name in targets if name not in named and base.tensors[name].nbytes]
-    conversions = [*found, *(merged_only(_dense(name, base), targets[name]) for name in alone)]
+    conversions = [
+        *found,
+        *(merged_only(_dense(name, base), base.tensors[name].shape, targets[name]) for name in alone),
+    ]
     return ConversionPlan(base, storage, tuple(sorted(conversions, key=lambda each: each.name)), config, merge)
 
 

@@ -15,14 +15,17 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import PlacementError, quoted
 from loratool.formats.names import OUTPUT_HEADS
 
-EMBEDDINGS: Final = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-)
-"""How the names of input embeddings end."""
+EMBEDDINGS: Final = frozenset({
+    "embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared", "embeddings", "tokens_embed",
+    "word_embedding",
+})  # fmt: skip
+"""What input embeddings are called: the last components of their modules' names."""
+
+GENERATING: Final = ("LM", "Generation")
+"""Words in the names of classes that have an output head."""
+
+HEADLESS: Final = ("Classification", "QuestionAnswering")
+"""And in those of classes that have none, but another one on top."""
 
 
 def refuse_tied(targets: Iterable[str], base: Checkpoint) -> None:
@@ -37,10 +40,10 @@ def refuse_tied(targets: Iterable[str], base: Checkpoint) -> None:
 def tied(names: Iterable[str], base: Checkpoint) -> dict[str, str]:
     """Those tensors of `names` that share their values with an input embedding, and the name of that.
 
-    They do where the two have the same dtype and shape and the configuration ties them, or does not say so and their
-    bytes are equal.
+    They do where the two have the same dtype and shape and equal bytes; an output head whatever its bytes are where the
+    configuration ties it, and never where that says that it does not.
     """
-    embeddings = [info for name, info in base.tensors.items() if name.endswith(EMBEDDINGS)]
+    embeddings = [info for name, info in base.tensors.items() if _is_embedding(name)]
     found = {}
     for name in names:
         info = base.tensors[name]
@@ -54,26 +57,42 @@ def tied(names: Iterable[str], base: Checkpoint) -> dict[str, str]:
 def is_tied_embedding(name: str, base: Checkpoint) -> bool:
     """Whether `name` is an input embedding that the model uses as its output head as well.
 
-    One that stores no head of its own does, unless it says otherwise, where it is a language model.
+    A model that writes text and stores no head of its own does, whatever it says.
     """
-    if not name.endswith(EMBEDDINGS):
+    if not _is_embedding(name):
         return False
-    heads = [other for other in base.tensors if other.removesuffix(".weight").rsplit(".", 1)[-1] in OUTPUT_HEADS]
+    heads = [other for other in base.tensors if _leaf(other) in OUTPUT_HEADS]
     if heads:
         return name in tied(heads, base).values()
-    declared = _declared(base)
-    return ("LM" in str(base.config.get("architectures"))) if declared is None else declared
+    architecture = str(base.config.get("architectures"))
+    if any(word in architecture for word in GENERATING):
+        return True
+    return _declared(base) is True and not any(word in architecture for word in HEADLESS)
 
 
-def _are_tied(head: TensorInfo, embedding: TensorInfo, base: Checkpoint) -> bool:
+def _are_tied(matrix: TensorInfo, embedding: TensorInfo, base: Checkpoint) -> bool:
     declared = _declared(base)
-    return hash_tensor(head) == hash_tensor(embedding) if declared is None else declared
+    if declared is None or (declared and _leaf(matrix.name) not in OUTPUT_HEADS):
+        return hash_tensor(matrix) == hash_tensor(embedding)
+    return declared
+
+
+def _is_embedding(name: str) -> bool:
+    return name.endswith(".weight") and _leaf(name) in EMBEDDINGS
+
+
+def _leaf(name: str) -> str:
+    """What the module is called that a weight belongs to."""
+    return name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def _declared(base: Checkpoint) -> bool | None:
-    """What the configuration says of ties, or None."""
+    """What the configuration says of ties, or None.
+
+    Of a model that has a text model inside, either may tie them; that the text model does not is no answer, since the whole
+    has a default of its own.
+    """
     text_config = base.config.get("text_config")
+    inside = text_config.get("tie_word_embeddings") if isinstance(text_config, dict) else None
     declared = base.config.get("tie_word_embeddings")
-    if declared is None and isinstance(text_config, dict):
-        declared = text_config.get("tie_word_embeddings")
-    return declared if isinstance(declared, bool) else None
+    return True if True in (declared, inside) else declared if isinstance(declared, bool) else None
