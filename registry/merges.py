@@ -13,7 +13,7 @@ from registry.bases import find_base_id
 from registry.database import Database, inserted_id
 from registry.errors import NotFoundError, RegistryError
 from registry.names import is_reference, parse_reference, printable
-from registry.records import MergedAdapter, MergeRecord, MergeState
+from registry.records import AdapterRecord, MergedAdapter, MergeRecord, MergeState
 from registry.tables import adapters, bases, merged_adapters, merges
 
 _columns = (*(column for column in merges.c if column is not merges.c.base_id), bases.c.name.label("base"))
@@ -75,9 +75,12 @@ class Merges:
         with self._database.reading() as connection:
             return _all(connection, _merges.where(merges.c.output.in_([output])))
 
-    def of_adapter(self, sha256: str) -> tuple[MergeRecord, ...]:
-        """The merges that took in the adapter with these weights, the newest first."""
-        ids = select(merged_adapters.c.merge_id).where(merged_adapters.c.sha256 == sha256)
+    def of_adapter(self, adapter: AdapterRecord) -> tuple[MergeRecord, ...]:
+        """The merges that took in this adapter, the newest first.
+
+        Not those of equal weights that were not catalogued then: under another configuration they act otherwise.
+        """
+        ids = select(merged_adapters.c.merge_id).where(merged_adapters.c.adapter_id == adapter.id)
         with self._database.reading() as connection:
             return _all(connection, _merges.where(merges.c.id.in_(ids)))
 

@@ -626,6 +626,57 @@ def test_a_merge_of_a_catalogued_adapter_is_told_by_its_name_and_not_by_its_plac
         loratool.merge(["pirate"], into=tiny_models.folder("gpt2", "bf16"), dry_run=True)
 
 
+@pytest.mark.parametrize(
+    "otherwise",
+    [{"use_rslora": True}, {"lora_alpha": 3}, {"alpha_pattern": {"q_proj": 5}}],
+    ids=lambda otherwise: next(iter(otherwise)),
+)
+def test_the_same_weights_under_another_configuration_are_another_adapter(
+    otherwise: dict[str, object], llama: Path, pirate: Path, tmp_path: Path
+) -> None:
+    """They act otherwise: they are not merged, shown, verified or taken out as the one that is catalogued."""
+    other, base = shutil.copytree(pirate, tmp_path / "other"), shutil.copytree(llama, tmp_path / "base")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | otherwise))
+    loratool.add(pirate, name="pirate")
+    with pytest.raises(NotFoundError, match="its weights are those of pirate@1, its configuration is another"):
+        loratool.show(other)
+    result = loratool.merge([other], into=base, out=tmp_path / "merged")
+    assert str(other) in result.adapters[0].adapter
+    assert loratool.show("pirate").merges == ()
+    assert loratool.verify(result.out).replayed == "base"
+    added = loratool.add(other, name="pirate")
+    assert (added.record.reference, added.new) == ("pirate@2", True)
+    loratool.add(pirate, name="newest")
+    assert loratool.show(other).record.reference == "pirate@2"
+    assert loratool.show(pirate).record.reference == "newest@1"
+    shutil.rmtree(base)
+    shutil.rmtree(other)
+    back = loratool.unmerge(result.out, out=tmp_path / "back", approximate=True).out
+    off = {
+        name: (as_torch(tensor).float() - as_torch(stored_tensors(llama)[name]).float()).abs().max()
+        for name, tensor in stored_tensors(back).items()
+    }
+    assert max(off.values()) < 2e-3
+
+
+def test_an_adapter_whose_copy_in_the_catalogue_is_gone_is_found_where_it_was(
+    llama: Path, pirate: Path, tmp_path: Path, home_of_its_own: Path
+) -> None:
+    out = loratool.merge([pirate], into=llama, out=tmp_path / "merged").out
+    loratool.add(pirate, name="pirate")
+    shutil.rmtree(home_of_its_own / "store")
+    assert loratool.verify(out).replayed == "base"
+
+
+def test_a_bare_file_is_shown_as_it_was_catalogued(pirate: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(pirate / WEIGHTS), bare)
+    loratool.add(bare, name="four", alpha=4)
+    loratool.add(bare, name="five", alpha=5)
+    assert loratool.show(bare).record.name in {"four", "five"}
+
+
 def test_an_in_place_merge_and_its_unmerge_are_recorded(llama: Path, pirate: Path, tmp_path: Path) -> None:
     model = shutil.copytree(llama, tmp_path / "model")
     loratool.add(pirate, name="pirate")

@@ -60,6 +60,12 @@ class Adapter:
         return float(self.config["lora_alpha"])
 
     @property
+    def scaling(self) -> float | dict[str, float]:
+        """What multiplies the products of its factors: one number, or that of each module where they differ."""
+        scalings = {module: update.scaling for module, update in sorted(self.updates.items())}
+        return next(iter(scalings.values())) if len(set(scalings.values())) == 1 else scalings
+
+    @property
     def target_modules(self) -> tuple[str, ...]:
         """The last component of each module's name, once each, sorted: ``("q_proj", "v_proj")``."""
         return tuple(sorted({path_of(module)[-1] for module in self.updates}))

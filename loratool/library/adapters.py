@@ -245,7 +245,7 @@ def show(adapter: str | os.PathLike[str], *, registry: str | None = None) -> Sho
             versions=catalogue.adapters.versions(record.name),
             ancestors=catalogue.lineage.ancestors(record),
             descendants=catalogue.lineage.descendants(record),
-            merges=catalogue.merges.of_adapter(record.sha256),
+            merges=catalogue.merges.of_adapter(record),
         )
 
 
@@ -326,13 +326,13 @@ def adapter_json(record: AdapterSummary) -> dict[str, Any]:
 
 
 def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
-    """The entry that a name, a path or a Hub id means; a path by the sha256 of its weights."""
+    """The entry that a name, a path or a Hub id means; a path by what is in it."""
     from loratool.checkpoint.model import has_file
     from loratool.errors import NotFoundError, quoted
     from loratool.formats.adapter import sha256_of
     from loratool.formats.read import WEIGHTS_NAME
     from loratool.hub.address import HubAddress
-    from loratool.library.resolve import HUB_ID, exists, pulled_from, user_path
+    from loratool.library.resolve import HUB_ID, entry_at, exists, pulled_from, user_path
 
     path = user_path(adapter)
     if HUB_ID.fullmatch(adapter) and not exists(path):
@@ -342,9 +342,16 @@ def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
     file = path / WEIGHTS_NAME if exists(path) and path.is_dir() else path
     if not adapter or not has_file(file) or (is_reference(adapter) and catalogue.adapters.versions(adapter)):
         return catalogue.adapters.find(adapter)
-    for record in catalogue.adapters.find_by_sha256(sha256_of(file)):
-        return record
-    raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")
+    known = catalogue.adapters.find_by_sha256(sha256_of(file))
+    if not known:
+        raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")
+    found = entry_at(path, known)
+    if found is None:
+        raise NotFoundError(
+            f"{quoted(path)} is not in the catalogue: its weights are those of {known[0].reference}, its configuration is "
+            "another; put it there with 'loratool add'"
+        )
+    return found
 
 
 def _edge_json(edge: LineageRecord) -> dict[str, Any]:
@@ -352,8 +359,6 @@ def _edge_json(edge: LineageRecord) -> dict[str, Any]:
 
 
 def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:
-    scalings = {module: update.scaling for module, update in sorted(adapter.updates.items())}
-    same = len(set(scalings.values())) == 1
     return AdapterFacts(
         kind=adapter.kind,
         sha256=adapter.sha256,
@@ -361,7 +366,7 @@ def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:
         rank=adapter.rank,
         ranks=adapter.ranks,
         alpha=adapter.alpha,
-        scaling=next(iter(scalings.values())) if same else scalings,
+        scaling=adapter.scaling,
         target_modules=list(adapter.target_modules),
         dtype=DTYPE_NAMES.get(adapter.dtype, adapter.dtype),
         parameter_count=adapter.parameter_count,

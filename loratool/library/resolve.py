@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -269,8 +269,30 @@ def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: float | None
 
 def _entry_of(adapter: Adapter, registry: Registry) -> AdapterRecord | None:
     """The entry of an adapter's content in the catalogue."""
-    known = registry.adapters.find_by_sha256(adapter.sha256)
-    return next((record for record in known if record.alpha == adapter.alpha), None)
+    return next((each for each in registry.adapters.find_by_sha256(adapter.sha256) if is_entry_of(each, adapter)), None)
+
+
+def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None:
+    """Which of the entries `known` for its weights is that of the adapter at `path`, which may be without an alpha of its own.
+
+    Raises:
+        AdapterError, UnsupportedError: it cannot be read.
+    """
+    try:
+        adapter = read_adapter(path)
+    except AdapterError:
+        # A bare file that was catalogued with an alpha; whatever else is wrong with it is wrong with one given, too.
+        return next((each for each in known if is_entry_of(each, read_adapter(path, each.alpha))), None)
+    return next((each for each in known if is_entry_of(each, adapter)), None)
+
+
+def is_entry_of(record: AdapterRecord, adapter: Adapter) -> bool:
+    """Whether an entry is that of an adapter with the same weights: whether they have the same numbers.
+
+    The same file acts otherwise under another configuration (alpha, rsLoRA, alpha_pattern).
+    """
+    numbers = (adapter.kind, adapter.ranks, adapter.alpha, adapter.scaling)
+    return (record.kind, record.ranks, record.alpha, record.scaling) == numbers
 
 
 def _on_hub(hub_id: str, progress: Progress | None, *, download: bool) -> ResolvedBase:

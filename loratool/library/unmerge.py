@@ -18,7 +18,7 @@ from loratool.formats.read import read_adapter
 from loratool.library.hub_bases import is_away, obtain
 from loratool.library.merge import hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import digest_cache, exists, open_registry, resolve_merged, user_path
+from loratool.library.resolve import digest_cache, exists, is_here, open_registry, resolve_merged, user_path
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.manifest import KINDS, Manifest, MergedAdapter, read_manifest
 from loratool.merging.survival import Survival
@@ -294,10 +294,11 @@ def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Mani
         kept = _readable(folder / manifest.undo / adapter_file(index))
         if kept is not None and kept.sha256 in (manifest.undo_adapters[index : index + 1] or (kept.sha256,)):
             return kept
-    places = [catalogue.adapters.files(record) for record in catalogue.adapters.find_by_sha256(entry.sha256)]
+    known = catalogue.adapters.find_by_sha256(entry.sha256)
+    places = [catalogue.adapters.files(record) for record in known if is_here(record, catalogue)]
     for place in [*places, Path(entry.file)]:
         adapter = _readable(place)
-        if adapter is not None and adapter.sha256 == entry.sha256 and adapter.alpha == entry.alpha:
+        if adapter is not None and entry.is_it(adapter):
             return adapter
     raise NotFoundError(
         f"the adapter {quoted(entry.name)} (sha256 {entry.sha256[:12]}…) is neither in the catalogue nor at "

@@ -243,6 +243,7 @@ def _merged_adapter(weighted: WeightedAdapter) -> MergedAdapter:
         rank=adapter.rank,
         alpha=adapter.alpha,
         file=str(adapter.file.absolute()),
+        scaling=adapter.scaling,
     )
 
 

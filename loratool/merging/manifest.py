@@ -37,7 +37,11 @@ _UNDO: Final = re.compile(r"loratool-undo/[0-9a-f]{12}")
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """One adapter of a merge. `file` is where it was read, or "" ; `sha256` tells whether that is still it."""
+    """One adapter of a merge. `file` is where it was read, or "".
+
+    `sha256` and the numbers that its configuration gives tell whether that is still it; `scaling` is None in manifests that
+    were written before it was kept.
+    """
 
     name: str
     sha256: str
@@ -46,10 +50,17 @@ class MergedAdapter:
     rank: int
     alpha: float
     file: str
+    scaling: float | Mapping[str, float] | None = None
 
     def restored(self, adapter: Adapter) -> Adapter:
         """`adapter`, which is this one as it was read again, at the rank at which it was merged."""
         return at_rank(adapter, self.rank) if adapter.kind == KIND and adapter.rank != self.rank else adapter
+
+    def is_it(self, adapter: Adapter) -> bool:
+        """Whether `adapter`, read again, is the one that was merged, at whatever rank."""
+        if (adapter.sha256, adapter.kind, adapter.alpha) != (self.sha256, self.kind, self.alpha):
+            return False
+        return self.scaling is None or self.restored(adapter).scaling == self.scaling
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,14 @@ def _adapter(entry: Mapping[str, Any]) -> MergedAdapter:
         rank=int(entry["rank"]),
         alpha=float(entry["alpha"]),
         file=_text(entry["file"]),
+        scaling=_scaling(entry.get("scaling")),
     )
+
+
+def _scaling(value: object) -> float | Mapping[str, float] | None:
+    if isinstance(value, Mapping):
+        return {_text(module): float(scaling) for module, scaling in value.items()}
+    return None if value is None else float(value)  # type: ignore[arg-type]
 
 
 def _pack(content: bytes) -> str:
