@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -149,6 +149,15 @@ def refuse_impossible(out: Path, option: str = "--out") -> None:
         possible = False
     if not possible:
         raise OutputError(f"{quoted(out)} is no name for a file or folder; choose another {option}")
+
+
+def refuse_no_text(sources: Iterable[Path]) -> None:
+    """Raise CheckpointError if the name of one of the `sources` is no text, which a manifest could not hold."""
+    for path in sources:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"the name {quoted(path)} is no valid text; write it in UTF-8") from None
 
 
 def foreign_file(error: OSError, own: tuple[Path, ...]) -> str | None:

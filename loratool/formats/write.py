@@ -80,9 +80,9 @@ def _fill_folder(folder: Path, adapter: Adapter, *, keep_metadata: bool = True) 
         _copy_file(adapter.file, target)
     else:
         _write_tensors(target, tensors, {"format": "pt"})
-    (folder / CONFIG_NAME).write_text(_pretty(adapter.config))
+    (folder / CONFIG_NAME).write_text(_pretty(adapter.config), encoding="utf-8")
     if adapter.facts:
-        (folder / FACTS_NAME).write_text(_pretty(adapter.facts))
+        (folder / FACTS_NAME).write_text(_pretty(adapter.facts), encoding="utf-8")
 
 
 def _fill_file(file: Path, adapter: Adapter) -> None:

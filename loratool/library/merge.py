@@ -16,7 +16,7 @@ from typing import Any, Final
 from loratool.checkpoint.fingerprint import file_identity, fingerprint, tensor_digests
 from loratool.checkpoint.journal import locked, refuse_links
 from loratool.checkpoint.model import Checkpoint
-from loratool.checkpoint.staging import refuse_existing, refuse_impossible
+from loratool.checkpoint.staging import refuse_existing, refuse_impossible, refuse_no_text
 from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
@@ -165,6 +165,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
             )
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
+        refuse_no_text([base.path, *(found.adapter.file for found in resolved)])
         target = base.path if in_place else _output(out, base, resolved, storage)
         if not in_place:
             refuse_overlap(target, [base.path, *(found.adapter.file for found in resolved)])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.checkpoint.staging import refuse_existing
+from loratool.checkpoint.staging import refuse_existing, refuse_no_text
 from loratool.errors import LoratoolError, WrongBaseError, quoted
 from loratool.library.bases import add_variant
 from loratool.library.merge import beside_base, hold, refuse_overlap, remembered
@@ -102,6 +102,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
         check_name(name, "base")
     with open_registry(registry, read_only=dry_run) as catalogue:
         source = resolve_base(base, catalogue, watcher, download=not dry_run)
+        refuse_no_text([source.path])
         target = beside_base(source, f"{source.name}-nf4") if out is None else user_path(out)
         refuse_overlap(target, [source.path])
         refuse_existing(target, force=force)

@@ -52,7 +52,7 @@ class Upload:
     def card(self) -> str:
         """The text of the README."""
         found = next(each.source for each in self.contents if each.path == README)
-        return found.decode() if isinstance(found, bytes) else found.read_text()
+        return found.decode() if isinstance(found, bytes) else found.read_text(encoding="utf-8")
 
 
 def hub_base(fingerprint: str | None, owner: BaseRecord | None, recorded: str | None, remote: Remote, wishes: Wishes,

@@ -62,7 +62,7 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
         with replica(plan.base, stage, plan.touched, others, progress) as copy:
             places = places_in(copy, plan.base, plan.touched)
             report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, ())
-        (stage / MANIFEST_NAME).write_text(report.manifest.to_json())
+        (stage / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
     return report
 
 
@@ -95,7 +95,7 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
             files=_file_digests(Checkpoint.open(stage)),
             **_survival(converted.survival),
         )
-        (stage / MANIFEST_NAME).write_text(manifest.to_json())
+        (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return MergeReport(manifest, converted.before)
 
 
@@ -114,7 +114,7 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
     with Journal(plan.base.folder) as journal:
         places = reserve(journal, plan.targets)
         report = _merge(plan, places, journal.new, base, device, True, progress, (), journal.ahead(), in_place=True)
-        (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json())
+        (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
         journal.commit()
     return report
 

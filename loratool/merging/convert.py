@@ -63,7 +63,8 @@ def write_converted(plan: ConversionPlan, folder: Path, *, device: str, known: M
         OutputError: the disk takes no more.
     """
     if plan.config is not None:
-        (folder / CONFIG_NAME).write_text(json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n")
+        content = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG_NAME).write_text(content, encoding="utf-8")
     with new_files(plan.layout, folder, plan.others, progress) as new:
         return _convert(plan, new, device, known, progress)
 
