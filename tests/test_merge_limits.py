@@ -85,3 +85,12 @@ def test_other_weights_in_the_folder_are_copied_and_said(tmp_path: Path) -> None
     result = loratool.merge([adapter], into=base, out=tmp_path / "out")
     assert (result.out / "consolidated.safetensors").read_bytes() == (base / "consolidated.safetensors").read_bytes()
     assert any("consolidated.safetensors" in note for note in result.notes)
+
+
+def test_a_merge_into_a_file_of_a_models_folder_goes_beside_that_folder(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", torch.bfloat16)
+    adapter = save_plain_adapter(tmp_path / "adapter", {"model.layers.0.q_proj": (64, 32)})
+    file = base / "model.safetensors"
+    assert loratool.merge([adapter], into=file).out == tmp_path / "model-adapter"
+    (base / "config.json").unlink()
+    assert loratool.merge([adapter], into=file).out == base / "model-adapter"

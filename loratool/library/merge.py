@@ -33,7 +33,7 @@ from loratool.library.resolve import (
 )
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
-from loratool.merging.conversion import ConversionPlan, Storage
+from loratool.merging.conversion import CONFIG_NAME, ConversionPlan, Storage
 from loratool.merging.manifest import read_manifest
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.plan_conversion import plan_conversion
@@ -266,8 +266,13 @@ def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Se
 
 
 def beside_base(base: ResolvedBase, name: str) -> Path:
-    """A folder of that name beside the base, or in the working folder for a base in the Hub's cache."""
-    parent = Path.cwd() if "snapshots" in base.path.resolve().parts else base.path.resolve().parent
+    """A folder of that name beside the base, or in the working folder for a base in the Hub's cache.
+
+    Beside a file that lies in a model's folder it would become a part of that model.
+    """
+    path = base.path.resolve()
+    within = path.is_file() and (path.parent / CONFIG_NAME).is_file()
+    parent = Path.cwd() if "snapshots" in path.parts else path.parent.parent if within else path.parent
     return parent / re.sub(r"[^\w.+-]+", "-", name)
 
 
