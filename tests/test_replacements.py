@@ -14,7 +14,7 @@ from tiny_adapters import copy_with, merge_by_peft, save_peft_adalora
 from tiny_models import assert_same_tensors, load, stored_tensors
 
 import loratool
-from loratool.errors import LoratoolError
+from loratool.errors import LoratoolError, UnsupportedError
 from loratool.formats.read import read_adapter
 
 if TYPE_CHECKING:
@@ -200,3 +200,13 @@ def test_it_is_not_combined(tiny_adapters: TinyAdapters, tmp_path: Path) -> None
     adapters = [tiny_adapters.folder("llama", modules_to_save=["lm_head"]), tiny_adapters.folder("llama", seed=2)]
     with pytest.raises(LoratoolError, match=r"'lm_head.weight' whole \(modules_to_save\)"):
         loratool.combine(adapters, "cat", out=tmp_path / "both.st")
+
+
+def test_a_matrix_that_is_stored_in_4_bits_is_not_replaced_and_it_says_what_to_do(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    image = loratool.quantize(tiny_models.folder("llama", "bf16"), out=tmp_path / "image").out
+    adapter = tiny_adapters.folder("llama", target_modules=["v_proj"], modules_to_save=["k_proj"])
+    with pytest.raises(UnsupportedError, match=r"stores in 4 bits; .*--quantize nf4"):
+        loratool.merge([adapter], into=image, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

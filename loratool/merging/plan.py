@@ -162,9 +162,14 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], exchanges: Sequence[E
             )
         for own, tensor in adapter.replacements.items():
             name = own if own in base.tensors else exchange.new + own.removeprefix(exchange.old)
-            _refuse_replacement(name, own, tensor, adapter, {*taken, *targets}, base)
             weight = stored_weight(base.tensors, name)
-            if weight is None or weight.lossy or tensor.dtype not in CODEC_OF:
+            if weight is not None and weight.lossy:
+                raise UnsupportedError(
+                    f"{quoted(adapter.name)} replaces {quoted(own)}, which the base stores in 4 bits; merge into the dense "
+                    "base with --quantize nf4, which stores what replaces it in 4 bits, too"
+                )
+            _refuse_replacement(name, own, tensor, adapter, {*taken, *targets}, base)
+            if weight is None or tensor.dtype not in CODEC_OF:
                 raise UnsupportedError(
                     f"{quoted(own)} of {quoted(adapter.name)} is {tensor.dtype} and replaces {quoted(name)}, stored as "
                     f"{base.tensors[name].dtype}; loratool replaces fp32, fp16 and bf16 tensors by such"
