@@ -426,6 +426,32 @@ main()
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("module", ["torch", "numpy.matrixlib", "torch.functional", "torch.optim"])
+def test_an_interrupt_while_torch_is_imported_is_not_lost(
+    module: str, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    program = """
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+module, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+from loratool.cli import run
+run()
+"""
+    words = ["merge", str(adapter), "--into", str(base), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, module, *words], capture_output=True, text=True, cwd=REPOSITORY, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip().startswith("Interrupted") and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
 def test_a_reader_that_goes_away_is_no_error(home_of_its_own: Path) -> None:
     catalogue_of(home_of_its_own, 200)
     child = subprocess.Popen(

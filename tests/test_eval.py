@@ -774,15 +774,15 @@ def test_a_picture_shows_the_ranks_and_what_its_lines_are(
 def test_a_picture_is_replaced_only_with_force(
     base: Path, adapter: Path, data: Path, tmp_path: Path, run: Callable[..., Outcome]
 ) -> None:
-    picture = tmp_path / "loss.png"
+    picture, mine = tmp_path / "loss.png", b"\x89PNG\r\n\x1a\nmine"
     words = [base, "--data", data, "--adapter", adapter, "--ranks", "1", "--plot", picture, "--device", "cpu"]
-    picture.write_bytes(b"mine")
+    picture.write_bytes(mine)
     assert_refused(run(*words), "exists already; choose another --plot, or give --force")
-    assert picture.read_bytes() == b"mine"
+    assert picture.read_bytes() == mine
     done = run(*words, "--force")
     assert (done.status, done.err) == (0, "")
     assert done.out.endswith(f"The picture is {picture}\n")
-    assert picture.read_bytes() != b"mine"
+    assert picture.read_bytes() != mine
 
 
 def test_the_table_by_rank_has_a_row_for_each_and_a_bar_as_long_as_its_loss(

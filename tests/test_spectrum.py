@@ -250,13 +250,13 @@ def test_a_name_is_no_formula_and_drives_nothing(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_replaced_only_with_force(adapter: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "x.png"
-    picture.write_bytes(b"mine")
+    picture, mine = tmp_path / "x.png", b"\x89PNG\r\n\x1a\nmine"
+    picture.write_bytes(mine)
     with pytest.raises(LoratoolError, match=r"exists already; choose another --plot"):
         loratool.spectrum("pirate", plot=picture)
-    assert picture.read_bytes() == b"mine"
+    assert picture.read_bytes() == mine
     loratool.spectrum("pirate", plot=picture, force=True)
-    assert picture.read_bytes() != b"mine"
+    assert picture.read_bytes() != mine
 
 
 def test_a_file_that_is_no_picture_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tiny_models import digest
 
 import loratool
@@ -118,6 +120,50 @@ def test_a_file_put_into_the_output_while_it_is_replaced_is_kept(adapter: Path, 
     assert digest(out) == before | digest(out)
     assert (out / "letter.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_replaces_an_adapter_alone_among_safetensors_files(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = loratool.export(adapter, tmp_path / "out.safetensors")
+    exported = digest(out)
+    loratool.export(adapter, out, force=True)
+    save_file({"a": np.zeros(1, np.float32)}, out, {"ss_network_dim": "4"})
+    loratool.export(adapter, out, force=True)
+    assert digest(out) == exported
+    out.write_bytes(b"")
+    loratool.export(adapter, out, force=True)
+    for content in ((base / "model.safetensors").read_bytes(), b"mine"):
+        out.write_bytes(content)
+        with pytest.raises(OutputError, match="is a file that loratool did not write, so --force does not replace it"):
+            loratool.export(adapter, out, force=True)
+        assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["pipe.safetensors", "pipe.png", "pipe"])
+def test_force_replaces_no_pipe(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OutputError, match="is no regular file"), staged_file(tmp_path / name, force=True):
+        pass
+    assert (tmp_path / name).is_fifo()
+
+
+@pytest.mark.parametrize(("suffix", "first"), [(".png", b"\x89PNG\r\n\x1a\n"), (".pdf", b"%PDF-")])
+def test_force_replaces_a_picture_alone_under_the_name_of_one(suffix: str, first: bytes, tmp_path: Path) -> None:
+    out = tmp_path / f"out{suffix}"
+    out.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="did not write"), staged_file(out, force=True):
+        pass
+    out.write_bytes(first + b"old")
+    with staged_file(out, force=True) as stage:
+        stage.write_bytes(b"new")
+    assert out.read_bytes() == b"new"
+
+
+def test_a_file_put_in_place_of_the_output_while_it_is_replaced_is_kept(adapter: Path, tmp_path: Path) -> None:
+    out = loratool.export(adapter, tmp_path / "out.st")
+    with pytest.raises(OutputError, match="did not write"), staged_file(out, force=True) as stage:
+        write(stage, "new")
+        write(out)
+    assert out.read_text() == "mine"
 
 
 # Which file an error is about.

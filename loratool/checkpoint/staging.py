@@ -12,12 +12,14 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from loratool.checkpoint.copying import sync_folder
+from loratool.checkpoint.header import read_header
 from loratool.errors import CheckpointError, OutputError, quoted
 
 RENAME_EXCHANGE: Final = 2
@@ -30,6 +32,13 @@ OWN_FILE: Final = "loratool.json"
 UNDO_FOLDER: Final = "loratool-undo"
 ADAPTER_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 WEIGHT_SUFFIXES: Final = (".safetensors", ".safetensors.index.json")
+
+OWN_METADATA: Final = ("adapter_config", "loratool", "ss_")
+"""How a key begins in the metadata of each safetensors file that loratool writes alone: an adapter's, in its own layout or
+kohya's, or a training's state."""
+
+FIRST_BYTES: Final = {".pdf": b"%PDF-", ".png": b"\x89PNG\r\n\x1a\n"}
+"""What a picture begins with, by its suffix."""
 
 
 @contextmanager
@@ -75,7 +84,9 @@ def staged_file(out: Path, *, force: bool = False, option: str = "--out") -> Ite
             try:
                 yield stage
                 sync_file(stage)
-                if not force and os.path.lexists(out):
+                if force:
+                    refuse_existing(out, force=True, option=option)  # somebody may have put another there meanwhile
+                elif os.path.lexists(out):
                     raise OutputError(f"{quoted(out)} appeared while it was being written; choose another {option}")
                 os.replace(stage, out)
                 sync_folder(out.parent)
@@ -95,7 +106,7 @@ def refuse_existing(out: Path, *, force: bool, option: str = "--out") -> None:
         raise OutputError(f"{quoted(out)} is a link, which loratool never writes through; choose another {option}")
     if Path.cwd().is_relative_to(out):
         raise OutputError(f"{quoted(out)} holds the folder that you work in; choose another {option}")
-    reason = _why_not_ours(out) if out.is_dir() and any(out.iterdir()) else None
+    reason = _why_not_ours(out) if out.is_dir() else _why_no_output(out)
     if reason is not None:
         raise OutputError(
             f"{quoted(out)} {reason}, so --force does not replace it; remove it yourself or choose another {option}"
@@ -104,6 +115,8 @@ def refuse_existing(out: Path, *, force: bool, option: str = "--out") -> None:
 
 def _why_not_ours(folder: Path) -> str | None:
     """Why `folder` is not one that loratool made, or is more than that; None if losing it loses nothing else."""
+    if not any(folder.iterdir()):
+        return None
     if not (folder / OWN_FILE).is_file():
         return "is a folder that loratool did not write"
     try:
@@ -116,6 +129,25 @@ def _why_not_ours(folder: Path) -> str | None:
         return "is a model of your own that was changed in place"
     foreign = next((name for name in _names_in(folder) if not _is_accounted_for(name, record)), None)
     return None if foreign is None else f"holds {quoted(foreign)}, which loratool did not write"
+
+
+def _why_no_output(file: Path) -> str | None:
+    """Why `file` is not one that loratool made, by its first bytes; None if it may be one, or holds nothing."""
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        return "is no regular file"
+    if status.st_size == 0:
+        return None
+    if file.suffix in {".safetensors", ".st"}:
+        try:
+            ours = any(key.startswith(OWN_METADATA) for key in read_header(file).metadata)
+        except CheckpointError:
+            ours = False
+    else:
+        first = FIRST_BYTES.get(file.suffix, b"")
+        with open(file, "rb") as stream:
+            ours = stream.read(len(first)) == first
+    return None if ours else "is a file that loratool did not write"
 
 
 def _names_in(folder: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any, Final, TextIO
 
 import click
 
+from loratool.cli.interrupt import interrupt_between_imports
 from loratool.cli.options import ExampleGroup
 
 COMMANDS: Final = {
@@ -143,6 +144,7 @@ def run() -> None:
 
     Tearing torch down takes the interpreter a third of a second, in which it only gives back memory.
     """
+    interrupt_between_imports()
     _open_streams()
     try:
         main()

@@ -27,7 +27,9 @@ def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 
 
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
-force_option: Decorator = click.option("--force", is_flag=True, help="Replace an output that loratool wrote before.")
+force_option: Decorator = click.option(
+    "--force", is_flag=True, help="Replace an output that loratool wrote, or another adapter's file."
+)
 device_option: Decorator = click.option(
     "--device",
     callback=_check_device,

@@ -42,7 +42,7 @@ MOST_RANKS: Final = 12
 @click.argument("adapter")
 @click.option("--spectrum", "with_spectrum", is_flag=True, help="Singular values, and the energy kept at each rank.")
 @click.option("--plot", type=PathType(), metavar="FILE", help="Draw a heat map by layer and module: .png, .svg, .pdf.")
-@click.option("--force", is_flag=True, help="Replace the picture if it exists.")
+@click.option("--force", is_flag=True, help="Replace an earlier picture.")
 @json_option
 @click.pass_obj
 def command(
