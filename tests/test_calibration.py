@@ -133,7 +133,7 @@ def test_what_is_passed_on_is_the_least_squares_answer_to_the_errors_so_far(size
 
 
 def test_of_a_text_longer_than_a_matrix_is_wide_only_what_its_inputs_have_in_common_counts(tmp_path: Path) -> None:
-    """Read twice it says the same, and takes no more memory."""
+    """Read twice it says the same."""
     weight = matrix(save_plain_model(tmp_path / "m", quantized((64, 128), "nf4", "fp32", nested=True, blocksize=64)))
     once = torch.randn(100, 128, generator=torch.Generator().manual_seed(5))
     delta, rows, found = torch.full((64, 128), 0.001), range(64), []
@@ -174,12 +174,18 @@ def test_columns_whose_inputs_have_nothing_in_common_are_rounded_as_without_a_te
     assert torch.equal(parts[None][0], parts[backwards][0])
 
 
+@pytest.mark.parametrize("seen", [1.0, 0.0])
 @pytest.mark.parametrize("is_short", [True, False])
-def test_of_the_two_ways_of_passing_errors_on_the_one_with_the_least_error_is_taken(is_short: bool) -> None:
-    """Numbers become what they are to become here, so that an error is what carries the change being unlike it."""
+def test_of_the_two_ways_of_passing_errors_on_the_one_with_the_least_error_is_taken(
+    is_short: bool, seen: float
+) -> None:
+    """Numbers become what they are to become here, so that an error is what carries the change being unlike it.
+
+    It counts for inputs that were not seen, too.
+    """
     generator = torch.Generator().manual_seed(4)
     change = torch.randn(8, 40, generator=generator)
-    feedback = Feedback(torch.randn(90, 40, generator=generator))
+    feedback = Feedback(torch.randn(90, 40, generator=generator) * seen)
 
     def move(part: slice, added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.full(added.shape, part.start, dtype=torch.int32), added

@@ -12,7 +12,7 @@ from loratool.errors import HubError
 from loratool.hub.address import is_repository, repository_id
 
 
-@given(st.from_regex(r"[aB1_.é-]{0,4}/[aB1_.é-]{0,4}(.git)?", fullmatch=True))
+@given(st.from_regex(r"[aB1_.é-]{0,4}/[aB1_.é-]{0,4}(\.git)?", fullmatch=True))
 @example(f"a/{'b' * 96}")
 @example(f"a/{'b' * 97}")
 @example("a")

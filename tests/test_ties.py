@@ -50,6 +50,10 @@ def llama(**ties: bool) -> transformers.PreTrainedConfig:
     return transformers.LlamaConfig(**SMALL, **ties)
 
 
+def roberta(**ties: bool) -> transformers.PreTrainedConfig:
+    return transformers.XLMRobertaConfig(**SMALL, **ties)
+
+
 MODELS = {
     "mamba": (mamba, transformers.AutoModelForCausalLM),
     "whisper": (whisper, transformers.AutoModelForSpeechSeq2Seq),
@@ -57,6 +61,8 @@ MODELS = {
     "llava": (llava, transformers.AutoModelForImageTextToText),
     "llama": (llama, transformers.AutoModelForCausalLM),
     "classifier": (llama, transformers.AutoModelForSequenceClassification),
+    "xlm-classifier": (roberta, transformers.AutoModelForTokenClassification),
+    "xlm": (roberta, transformers.AutoModelForMaskedLM),
 }
 
 
@@ -76,6 +82,21 @@ def test_an_embedding_is_tied_where_transformers_ties_it(model: str, said: bool 
     base = Checkpoint.open(tmp_path)
     name = next(name for name, info in base.tensors.items() if list(info.shape) == list(embedding.shape))
     assert is_tied_embedding(name, base) == (head is not None and head.weight is embedding)
+
+
+@pytest.mark.parametrize(("whole", "text"), [(False, True), (True, False), (False, False)])
+def test_a_head_that_is_stored_is_tied_where_the_model_or_its_text_model_says_so(
+    whole: bool, text: bool, tmp_path: Path
+) -> None:
+    config = llava(tie_word_embeddings=False)
+    config.tie_word_embeddings = False
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": whole}
+    content["text_config"]["tie_word_embeddings"] = text
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    base = Checkpoint.open(tmp_path)
+    (head,) = (name for name in base.tensors if "lm_head" in name)
+    assert bool(tied([head], base)) == (whole or text)
 
 
 def test_a_matrix_that_is_no_head_is_not_tied_for_its_shape_alone(tmp_path: Path) -> None:

@@ -106,14 +106,14 @@ def refuse_existing(out: Path, *, force: bool, option: str = "--out") -> None:
         raise OutputError(f"{quoted(out)} is a link, which loratool never writes through; choose another {option}")
     if Path.cwd().is_relative_to(out):
         raise OutputError(f"{quoted(out)} holds the folder that you work in; choose another {option}")
-    reason = _why_not_ours(out) if out.is_dir() else _why_no_output(out)
+    reason = _why_not_our_folder(out) if out.is_dir() else _why_not_our_file(out)
     if reason is not None:
         raise OutputError(
             f"{quoted(out)} {reason}, so --force does not replace it; remove it yourself or choose another {option}"
         )
 
 
-def _why_not_ours(folder: Path) -> str | None:
+def _why_not_our_folder(folder: Path) -> str | None:
     """Why `folder` is not one that loratool made, or is more than that; None if losing it loses nothing else."""
     if not any(folder.iterdir()):
         return None
@@ -131,7 +131,7 @@ def _why_not_ours(folder: Path) -> str | None:
     return None if foreign is None else f"holds {quoted(foreign)}, which loratool did not write"
 
 
-def _why_no_output(file: Path) -> str | None:
+def _why_not_our_file(file: Path) -> str | None:
     """Why `file` is not one that loratool made, by its first bytes; None if it may be one, or holds nothing."""
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):

@@ -280,9 +280,11 @@ def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None
     """
     try:
         adapter = read_adapter(path)
-    except AdapterError:
-        # A bare file that was catalogued with an alpha; whatever else is wrong with it is wrong with one given, too.
-        return next((each for each in known if is_entry_of(each, read_adapter(path, each.alpha))), None)
+    except AdapterError as problem:
+        try:  # a bare file, which was catalogued with an alpha
+            return next((each for each in known if is_entry_of(each, read_adapter(path, each.alpha))), None)
+        except AdapterError:
+            raise problem from None
     return next((each for each in known if is_entry_of(each, adapter)), None)
 
 

@@ -9,7 +9,7 @@ names tell the same but for the model types of `UNLIKE` and the classes of `UNLI
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
@@ -47,7 +47,7 @@ UNLIKE: Final = frozenset({
 """Model types whose linear modules cannot be told by their names."""
 
 UNLIKE_CLASSES: Final = ("ForCTC", "OlmoModel")
-"""How the names of classes end of which it is the same."""
+"""How the names of classes end whose linear modules cannot be told either."""
 
 CONV1D_TYPES: Final = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D_LEAVES: Final = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
@@ -83,7 +83,7 @@ def skipped_modules(tensors: Collection[str]) -> list[str] | None:
     routed = {found[1] for found in map(ROUTED.fullmatch, modules) if found}
     if not routed:
         return None
-    return sorted({*routed, "lm_head", *(module for module in modules if HEAD.fullmatch(module))})
+    return sorted({*routed, "lm_head", *(module for module in modules if _is_head(module, tensors))})
 
 
 def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
@@ -101,12 +101,11 @@ def _model_type(config: Mapping[str, Any]) -> str:
 
 def _is_linear(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     module, info = name.removesuffix(SUFFIX), tensors[name]
-    patterns: Iterable[tuple[re.Pattern[str], str]] = (
-        (EMBEDDING, module.rpartition(".")[2]),
-        (HEAD, module),
-        (ROUTED, module),
-    )
     is_matrix = module != name and len(info.shape) == 2 and 0 not in info.shape
-    if module == SCORE and f"{SCORE}.bias" in tensors:
-        return is_matrix
-    return is_matrix and all(pattern.fullmatch(text) is None for pattern, text in patterns)
+    is_another = EMBEDDING.fullmatch(module.rpartition(".")[2]) or ROUTED.fullmatch(module) or _is_head(module, tensors)
+    return is_matrix and not is_another
+
+
+def _is_head(module: str, tensors: Collection[str]) -> bool:
+    """Whether a module of a model with these tensors is an output head that stays dense."""
+    return HEAD.fullmatch(module) is not None and not (module == SCORE and f"{SCORE}.bias" in tensors)

@@ -166,7 +166,7 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], exchanges: Sequence[E
             if weight is not None and weight.lossy:
                 raise UnsupportedError(
                     f"{quoted(adapter.name)} replaces {quoted(own)}, which the base stores in 4 bits; merge into the dense "
-                    "base with --quantize nf4, which stores what replaces it in 4 bits, too"
+                    "base instead, with --quantize nf4 for a 4-bit model"
                 )
             _refuse_replacement(name, own, tensor, adapter, {*taken, *targets}, base)
             if weight is None or tensor.dtype not in CODEC_OF:

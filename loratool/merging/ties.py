@@ -21,11 +21,11 @@ EMBEDDINGS: Final = frozenset({
 })  # fmt: skip
 """What input embeddings are called: the last components of their modules' names."""
 
-GENERATING: Final = ("LM", "Generation")
+GENERATING: Final = ("CausalLM", "MaskedLM", "LMHead", "ConditionalGeneration")
 """Words in the names of classes that have an output head."""
 
 HEADLESS: Final = ("Classification", "QuestionAnswering")
-"""And in those of classes that have none, but another one on top."""
+"""And in those of classes that have none, but another head in its place."""
 
 
 def refuse_tied(targets: Iterable[str], base: Checkpoint) -> None:

@@ -99,14 +99,15 @@ class Feedback:
         for trial in TRIALS:
             wanted = short if trial.short else change
             moved = torch.empty(old.shape, dtype=torch.int32, device=old.device)
-            off, unseen = old.new_zeros(len(old), self._inputs.shape[1]), 0.0
+            off, unseen = old.new_zeros(len(old), self._inputs.shape[1]), old.new_zeros((), dtype=torch.float64)
             for part in self._groups:
                 passed = self._passed_on(off, part, trial, wanted[:, part])
                 moved[:, part], reached = move(part, wanted[:, part] + passed)
                 error = reached - old[:, part] - change[:, part]
                 off.addmm_(error, self._inputs[part])
-                unseen += float(error.square().sum(dtype=torch.float64))
-            found.append((float(off.square().sum(dtype=torch.float64)) + COMPARED_DAMPING * unseen, moved, trial.short))
+                unseen += error.square().sum(dtype=torch.float64)
+            cost = off.square().sum(dtype=torch.float64) + COMPARED_DAMPING * unseen
+            found.append((float(cost), moved, trial.short))
         _, moved, is_short = min(found, key=lambda each: each[0])
         return moved, is_short
 
