@@ -330,19 +330,28 @@ def test_names_tell_the_modules_that_transformers_stores_in_4_bits(model_type: s
         assert is_conv1d(name, {"model_type": model_type}) == isinstance(modules[name], Conv1D)
 
 
-def test_a_head_with_a_bias_is_stored_in_4_bits_and_one_without_is_not(tmp_path: Path) -> None:
+QWEN3 = {"head_dim": 32, "intermediate_size": 64}
+MIXTRAL = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 64}
+
+
+@pytest.mark.parametrize("task", ["TokenClassification", "SequenceClassification"])
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(transformers.Qwen3Config, QWEN3), (transformers.MixtralConfig, MIXTRAL)],
+    ids=["qwen3", "mixtral"],
+)
+def test_a_head_with_a_bias_is_stored_in_4_bits_and_one_without_is_not(
+    config: type[transformers.PreTrainedConfig], sizes: dict[str, int], task: str, tmp_path: Path
+) -> None:
     """As transformers does, which takes the last parameter for the last module."""
-    small = transformers.Qwen3Config(vocab_size=48, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                                     num_attention_heads=2, num_key_value_heads=2, head_dim=32, num_labels=64)  # fmt: skip
-    for auto in (transformers.AutoModelForTokenClassification, transformers.AutoModelForSequenceClassification):
-        folder = tmp_path / auto.__name__
-        model = auto.from_config(small)
-        model.save_pretrained(folder)
-        skipped = get_keys_to_not_convert(model)
-        tensors = loratool.quantize(folder, out=tmp_path / f"{auto.__name__}-nf4").out
-        is_4_bits = "score.weight.absmax" in stored_tensors(tensors)
-        assert is_4_bits == should_convert_module("score", skipped)
-        auto.from_pretrained(tensors)(torch.tensor([[5, 6, 7]]))
+    auto = getattr(transformers, f"AutoModelFor{task}")
+    model = auto.from_config(config(vocab_size=48, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                    num_key_value_heads=2, num_labels=64, pad_token_id=0, **sizes))  # fmt: skip
+    model.save_pretrained(tmp_path / "base")
+    out = loratool.quantize(tmp_path / "base", out=tmp_path / "nf4").out
+    is_4_bits = "score.weight.absmax" in stored_tensors(out)
+    assert is_4_bits == should_convert_module("score", get_keys_to_not_convert(model))
+    auto.from_pretrained(out)(torch.tensor([[5, 6, 7]]))
 
 
 def test_experts_stay_dense_and_the_config_names_them(tmp_path: Path) -> None:
