@@ -8,6 +8,7 @@ from registry.adapters import Adapters
 from registry.bases import Bases
 from registry.database import Database
 from registry.merges import Merges
+from registry.names import printable
 from registry.records import AdapterRecord, Finding, Freed
 from registry.store import Store
 
@@ -35,10 +36,14 @@ class Doctor:
         return tuple([*found, *self._damaged()] if deep else found)
 
     def collect(self) -> Freed:
-        """Removes from the store what no row names, and what killed processes left there a day ago or longer."""
+        """Removes from the store what no row names, and what killed processes left there a day ago or longer.
+
+        Of merges whose models or undo files are gone it notes that they are.
+        """
         with self._database.writing():
+            merges = self._merges.note_gone()
             entries, size_bytes = self._store.collect(self._adapters.store_keys())
-        return Freed(entries=entries, size_bytes=size_bytes)
+        return Freed(entries=entries, size_bytes=size_bytes, merges=merges)
 
     def _missing_bases(self) -> Iterator[Finding]:
         for base in self._bases.list():
@@ -81,26 +86,31 @@ class Doctor:
                     kind="merge-output-missing",
                     subject=adapters,
                     path=merge.output,
-                    message=f"the model merged from {adapters} is gone; merge again if you need it",
+                    message=f"the model merged from {adapters} is no longer at '{printable(str(merge.output), 400)}'; put it "
+                    "back or merge again if you need it, or let 'loratool doctor --gc' note that it is gone",
                 )
             elif merge.undo_file is not None and not merge.undo_file.exists():
                 yield Finding(
                     kind="undo-file-missing",
                     subject=adapters,
                     path=merge.undo_file,
-                    message=f"the undo file of the merge of {adapters} is gone; 'loratool unmerge' needs the base "
-                    "instead",
+                    message=f"the undo file of the merge of {adapters} is no longer at "
+                    f"'{printable(str(merge.undo_file), 400)}'; put it back, or let 'loratool doctor --gc' note that "
+                    "'loratool unmerge' needs the base instead",
                 )
 
     def _orphans(self) -> Iterator[Finding]:
         named = self._adapters.store_keys()
+        way = "'loratool doctor --gc' frees it"
+        if not named:  # more likely a lost catalogue than a store of nothing but leftovers
+            way = f"put 'registry.db' back if it was lost, or catalogue it with 'loratool add'; {way}"
         entries = [(key, self._store.path(key)) for key in self._store.entries() if key not in named]
         for subject, path in [*entries, *((path.name, path) for path in self._store.abandoned())]:
             yield Finding(
                 kind="store-orphan",
                 subject=subject,
                 path=path,
-                message="nothing in the catalogue names this entry of the store; 'loratool doctor --gc' frees it",
+                message=f"nothing in the catalogue names '{printable(str(path), 400)}' in the store; {way}",
                 size_bytes=self._store.size_bytes(path),
             )
 

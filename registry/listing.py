@@ -50,9 +50,9 @@ def quick_fetch(path: Path, timeout: float = 10.0) -> list[Rows] | None:
             if connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone() != (HEAD,):
                 return None
             adapters, tags, bases = (connection.execute(statement).fetchall() for statement in STATEMENTS)
-    except sqlite3.Error:
+        return [[_decoded(row) for row in adapters], tags, bases]
+    except (sqlite3.Error, ValueError, TypeError):
         return None
-    return [[_decoded(row) for row in adapters], tags, bases]
 
 
 def _decoded(row: Sequence[Any]) -> tuple[Any, ...]:

@@ -90,8 +90,26 @@ class Merges:
             either = or_(merges.c.base_fingerprint == fingerprint, merges.c.output_fingerprint == fingerprint)
             return _all(connection, _merges.where(either))
 
+    def note_gone(self) -> int:
+        """Says of the merges whose models are no longer there that they are `gone`, and forgets undo files that are not.
+
+        How many merges that is of.
+        """
+        with self._database.writing() as connection:
+            noted = 0
+            for merge in self.list(state="merged"):
+                gone: dict[str, Any] = {}
+                if not merge.output.exists():
+                    gone = {"state": "gone"}
+                elif merge.undo_file is not None and not merge.undo_file.exists():
+                    gone = {"undo_file": None}
+                if gone:
+                    connection.execute(update(merges).where(merges.c.id == merge.id).values(gone))
+                    noted += 1
+            return noted
+
     def set_state(self, merge_id: int, state: MergeState) -> MergeRecord:
-        """Says that a merge was taken out again (`unmerged`), or its output replaced.
+        """Says that a merge was taken out again (`unmerged`), or its output replaced or gone.
 
         Raises NotFoundError, RegistryError (no such state).
         """

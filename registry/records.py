@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 LocationKind = Literal["store", "path", "hub"]
-MergeState = Literal["merged", "unmerged", "replaced"]
+MergeState = Literal["merged", "unmerged", "replaced", "gone"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Freed:
-    """What a garbage collection removed from the store."""
+    """What a garbage collection removed from the store, and of how many merges it noted that what they wrote is gone."""
 
     entries: int
     size_bytes: int
+    merges: int

@@ -7,8 +7,10 @@ They are Core tables rather than mapped classes: a command that reads the catalo
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import (
     JSON,
@@ -59,6 +61,19 @@ class UTCDateTime(TypeDecorator[datetime]):
     def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return None if value is None else value.replace(tzinfo=UTC)
 
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        return _checked(super().result_processor(dialect, coltype), "a time")
+
+
+class JSONValue(TypeDecorator[Any]):
+    """Anything that JSON can hold."""
+
+    impl = JSON
+    cache_ok = True
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        return _checked(super().result_processor(dialect, coltype), "JSON")
+
 
 class FilePath(TypeDecorator[Path]):
     """A path of the file system, stored as text."""
@@ -73,7 +88,23 @@ class FilePath(TypeDecorator[Path]):
         return None if value is None else Path(value)
 
 
-_JSON = JSON(none_as_null=True)
+def _checked(read: Callable[[Any], Any] | None, what: str) -> Callable[[Any], Any] | None:
+    """What reads a column's values; a RegistryError where a row was damaged."""
+    if read is None:
+        return None
+
+    def checked(value: Any) -> Any:
+        try:
+            return read(value)
+        except (ValueError, TypeError, AttributeError):
+            raise RegistryError(
+                f"the registry is damaged: a row holds '{printable(str(value))}' where {what} belongs; put a backup in its place"
+            ) from None
+
+    return checked
+
+
+_JSON = JSONValue(none_as_null=True)
 _NAME = String(LONGEST_NAME)
 _DIGEST = String(64)
 

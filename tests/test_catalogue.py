@@ -591,7 +591,49 @@ def test_the_doctor_finds_a_merge_that_is_gone(llama: Path, pirate: Path, tmp_pa
     result.undo_file.rename(tmp_path / "elsewhere")
     assert [found.kind for found in loratool.doctor().findings] == ["undo-file-missing"]
     shutil.rmtree(result.out)
-    assert [found.kind for found in loratool.doctor().findings] == ["merge-output-missing"]
+    (found,) = loratool.doctor().findings
+    assert found.kind == "merge-output-missing"
+    assert str(result.out) in found.message
+
+
+def test_the_doctor_notes_what_is_gone_and_is_content_then(llama: Path, pirate: Path, tmp_path: Path) -> None:
+    loratool.add(pirate, name="pirate")
+    kept, without, deleted = (
+        loratool.merge(["pirate"], into=llama, out=tmp_path / name, undo=True)
+        for name in ("kept", "without", "deleted")
+    )
+    assert without.undo_file is not None
+    without.undo_file.unlink()
+    shutil.rmtree(deleted.out)
+    assert len(loratool.doctor().findings) == 2
+    result = loratool.doctor(gc=True)
+    assert result.freed is not None
+    assert (result.findings, result.freed.merges, result.freed.entries) == ((), 2, 0)
+    states = {merge.output.name: (merge.state, merge.undo_file) for merge in loratool.show("pirate").merges}
+    assert states == {
+        "kept": ("merged", kept.undo_file),
+        "without": ("merged", None),
+        "deleted": ("gone", deleted.undo_file),
+    }
+    again = loratool.doctor(gc=True).freed
+    assert again is not None
+    assert again.merges == 0
+    loratool.merge(["pirate"], into=llama, out=deleted.out)
+    assert sorted(merge.state for merge in loratool.show("pirate").merges) == ["gone", "merged", "merged", "merged"]
+
+
+def test_the_doctor_of_a_lost_catalogue_does_not_first_advise_to_free_its_adapters(
+    pirate: Path, home_of_its_own: Path
+) -> None:
+    loratool.add(pirate, name="pirate")
+    for file in home_of_its_own.glob("registry.db*"):
+        file.unlink()
+    (found,) = loratool.doctor().findings
+    assert found.kind == "store-orphan"
+    assert found.path is not None
+    assert "put 'registry.db' back" in found.message
+    assert loratool.add(found.path, name="pirate").record.reference == "pirate@1"
+    assert loratool.doctor().findings == ()
 
 
 # Registries elsewhere

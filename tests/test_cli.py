@@ -470,6 +470,16 @@ def test_a_reader_that_goes_away_is_no_error(home_of_its_own: Path) -> None:
     child.stderr.close()
 
 
+@pytest.mark.parametrize("words", ["-h", "merge -h", "--version", "list", "doctor"])
+def test_a_reader_that_has_gone_before_the_first_byte_is_no_error(words: str, home_of_its_own: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "loratool", *words.split()]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("words", ["list --json", "list", "--help", "--version", "show adapter-0000"])
 def test_a_standard_output_that_takes_nothing_is_named_in_the_error(words: str, home_of_its_own: Path) -> None:
     catalogue_of(home_of_its_own, 200)
@@ -488,6 +498,17 @@ def test_a_closed_standard_error_is_no_error(words: list[str], base: Path, adapt
     done = subprocess.run(["sh", "-c", f"{command} 2>&-"], capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0
     assert done.stdout
+
+
+def test_a_closed_standard_input_is_no_error(home_of_its_own: Path) -> None:
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(home_of_its_own)}
+    environment.pop("HF_TOKEN", None)
+    command = shlex.join([sys.executable, "-m", "loratool", "push", "someone/name"])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} <&-"], capture_output=True, text=True, cwd=REPOSITORY, env=environment
+    )
+    assert done.returncode == 1
+    assert "log in with 'hf auth login'" in done.stderr
 
 
 # JSON
@@ -566,7 +587,7 @@ def test_json_of_the_doctor(catalogued: Run) -> None:
     done = catalogued("doctor", "--json")
     assert done.status == 0
     assert done.json() == {
-        "bases": 1, "adapters": 1, "versions": 1, "merges": 0, "findings": [], "freed_bytes": 0,
+        "bases": 1, "adapters": 1, "versions": 1, "merges": 0, "findings": [], "freed_bytes": 0, "gone_merges": 0,
     }  # fmt: skip
 
 

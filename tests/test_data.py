@@ -354,6 +354,24 @@ def test_a_data_set_runs_no_code_loads_no_pickle_and_says_what_is_wrong(
     assert "\n" not in str(raised.value)
 
 
+def test_where_the_hub_does_not_answer_it_is_asked_once_and_its_cache_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(NotFoundError, match=r"'someone/name' is neither .* cache holds .*refused.*; give a file"):
+        fetch_table("someone/name", columns=COLUMNS)
+    assert not (constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
+    assert slept == []
+
+
 def test_a_name_is_a_file_before_it_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked: list[tuple[Any, ...]] = []

@@ -311,7 +311,7 @@ class WebPage(BaseHTTPRequestHandler):
 
 @pytest.mark.usefixtures("nothing_is_left")
 def test_what_is_no_hub_is_said_to_be_none(
-    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+    hub: HubStandIn, monkeypatch: pytest.MonkeyPatch, waits: list[float], hub_waits: list[float]
 ) -> None:
     page = ThreadingHTTPServer(("127.0.0.1", 0), WebPage)
     threading.Thread(target=page.serve_forever, args=(0.01,), daemon=True).start()
@@ -326,6 +326,7 @@ def test_what_is_no_hub_is_said_to_be_none(
     page.shutdown()
     page.server_close()
     assert waits == []
+    assert hub_waits == [], "huggingface_hub asked somebody again who does not answer"
 
 
 @pytest.mark.usefixtures("nothing_is_left")

@@ -450,3 +450,36 @@ def test_a_damaged_manifest_is_refused(text: bytes, merged: Callable[..., Path])
     for command in (loratool.verify, loratool.unmerge):
         with pytest.raises(LoratoolError, match=r"loratool\.json"):
             command(folder)
+
+
+def test_a_recorded_merge_is_found_by_its_folders_name(
+    merged: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = merged(out=tmp_path / "models" / "pirate é", undo=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert loratool.verify("pirate é").path == folder
+    assert loratool.unmerge("pirate é").out == folder.with_name("pirate é-unmerged")
+    assert not list(elsewhere.iterdir())
+    for name in ("nowhere", "pirate", "models/pirate é", ".."):
+        with pytest.raises((NotFoundError, CheckpointError)):
+            loratool.verify(name)
+
+
+def test_which_of_several_merges_of_one_name_is_meant_is_not_guessed(
+    merged: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = merged(out=tmp_path / "one" / "model")
+    other = loratool.merge([tmp_path / "adapter"], into=tmp_path / "base", out=tmp_path / "other" / "model").out
+    monkeypatch.chdir(tmp_path / "base")
+    for command in (loratool.verify, loratool.unmerge):
+        with pytest.raises(NotFoundError, match="several merged models") as raised:
+            command("model")
+        assert str(one) in str(raised.value)
+        assert str(other) in str(raised.value)
+    shutil.rmtree(one)
+    assert loratool.verify("model").path == other
+    shutil.rmtree(other)
+    with pytest.raises(NotFoundError, match="no longer at"):
+        loratool.verify("model")

@@ -7,7 +7,8 @@ import gc
 import io
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import islice
 from typing import Any, Final, TextIO
@@ -82,13 +83,13 @@ class LazyGroup(ExampleGroup):
             raise click.UsageError(f"there is no command {quoted(name)}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _quiet_where_nobody_reads():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _quiet_where_nobody_reads():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            # Whoever read the output has gone (``loratool list | head``): no more can be said, and nothing is wrong.
-            _discard(sys.stdout)
-            ctx.exit(0)
 
 
 @click.group(
@@ -175,6 +176,8 @@ def _open_streams() -> None:
     """Replace standard streams that are closed, and have errors of standard output say what they are of."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open to the end)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: SIM115 (it stays open to the end)
     if sys.stdout is None:
         # No result could be seen, and the next file opened would get what is printed past Python.
         click.echo("Error: standard output is closed; send it somewhere, such as >/dev/null", err=True)
@@ -187,6 +190,16 @@ def _open_streams() -> None:
             errors=sys.stdout.errors,
             line_buffering=sys.stdout.line_buffering,
         )
+
+
+@contextmanager
+def _quiet_where_nobody_reads() -> Iterator[None]:
+    """End the command where whoever read its output has gone (``loratool list | head``): nothing is wrong."""
+    try:
+        yield
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        raise click.exceptions.Exit(0) from None
 
 
 def _discard(stream: TextIO) -> None:

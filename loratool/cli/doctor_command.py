@@ -11,7 +11,7 @@ from loratool.cli.rendering import counted, print_json, shown, size
 
 
 @click.command("doctor", **example("loratool doctor --gc"))
-@click.option("--gc", is_flag=True, help="Free what nothing in the catalogue names.")
+@click.option("--gc", is_flag=True, help="Free what nothing in the catalogue names; note which merged models are gone.")
 @click.option("--deep", is_flag=True, help="Read every stored file and compare its sha256.")
 @json_option
 @click.pass_obj
@@ -33,6 +33,7 @@ def command(registry: str | None, gc: bool, deep: bool, as_json: bool) -> None:
                     for finding in result.findings
                 ],
                 "freed_bytes": result.freed.size_bytes if result.freed else 0,
+                "gone_merges": result.freed.merges if result.freed else 0,
             }
         )
     else:
@@ -42,6 +43,8 @@ def command(registry: str | None, gc: bool, deep: bool, as_json: bool) -> None:
         )
         if result.freed is not None:
             click.echo(f"Freed {size(result.freed.size_bytes)} in {counted(result.freed.entries, 'unnamed folder')}")
+            if result.freed.merges:
+                click.echo(f"Noted of {counted(result.freed.merges, 'merge')} that what it wrote is gone")
         for finding in result.findings:
             click.echo(click.style("problem: ", fg="red") + shown(finding.message))
         if not result.findings:

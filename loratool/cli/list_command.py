@@ -7,12 +7,13 @@ import click
 from loratool.cli.options import example, json_option
 from loratool.cli.rendering import age, print_json, print_table, ranks, size, targets
 
+KINDS = ["lora", "dylora", "adalora"]
 SORTS = ["name", "kind", "rank", "alpha", "base", "size_bytes", "created_at"]
 
 
 @click.command("list", **example("loratool list --base smollm2 --sort rank"))
 @click.option("--base", metavar="BASE", help="Only adapters of this base and its variants.")
-@click.option("--kind", metavar="K", help="Only adapters of this kind: lora, dylora or adalora.")
+@click.option("--kind", type=click.Choice(KINDS), help="Only adapters of this kind.")
 @click.option("--tag", metavar="T", help="Only adapters with this tag.")
 @click.option(
     "--sort",

@@ -22,4 +22,5 @@ def command(registry: str | None, adapter: str, tags: tuple[str, ...], remove: b
     if as_json:
         print_json(adapter_json(record))
         return
-    click.echo(f"{record.reference} has {'the tags ' + ' '.join(record.tags) if record.tags else 'no tags'}")
+    word = "the tag" if len(record.tags) == 1 else "the tags" if record.tags else "no tags"
+    click.echo(" ".join([record.reference, "has", word, *record.tags]))

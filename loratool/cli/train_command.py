@@ -246,7 +246,7 @@ def _print_result(result: TrainResult) -> None:
     where = (
         f"on {counted(recipe.validation, 'sample')} held out"
         if outcome.is_held_out
-        else "on its first and its last samples"
+        else "on its first and last samples"
     )
     change = outcome.loss - outcome.loss_before
     print_facts(

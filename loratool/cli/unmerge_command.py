@@ -19,7 +19,7 @@ WORDS = {
 
 @click.command("unmerge", **example("loratool unmerge smollm2-pirate --out smollm2-again"))
 @click.argument("merged")
-@click.option("--out", type=PathType(), help="The new folder; by default MERGED-unmerged beside it.")
+@click.option("--out", type=PathType(), metavar="DIR", help="The new folder; by default MERGED-unmerged beside it.")
 @click.option("--in-place", is_flag=True, help="Restore the merged model's own files.")
 @click.option(
     "--approximate", is_flag=True, help="Without undo file and base: subtract, off by a rounding here and there."

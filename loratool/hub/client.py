@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from loratool.hub.logs import keep_logs_clean
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+ANSWER_SECONDS: Final = 10.0
+"""How long the Hub may take to answer at all."""
 
 
 def client() -> HfApi:
@@ -17,3 +20,13 @@ def client() -> HfApi:
 
     keep_logs_clean()
     return HfApi(library_name="loratool", library_version=version("loratool"))
+
+
+def ask_once() -> None:
+    """Ask the Hub for anything at all: what huggingface_hub's HTTP library raises where nobody answers, at once.
+
+    Some of what huggingface_hub asks it asks six times, over half a minute, with a line for each.
+    """
+    from huggingface_hub import constants, get_session
+
+    get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)

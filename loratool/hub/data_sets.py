@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loratool.errors import DataError, LoratoolError, NotFoundError, quoted
+from loratool.hub.client import ask_once
+from loratool.hub.patience import is_unreachable
 
 TABLES: Final = frozenset({"arrow", "csv", "json", "parquet", "text"})
 """The formats that are read; a data set in any other could hold pickles, pictures or sound."""
@@ -41,7 +43,7 @@ def fetch_table(repo: str, split: str | None = None, *, columns: Sequence[str], 
         raise LoratoolError(
             f"a data set of the Hub needs packages that are not installed ({error}); pip install 'loratool[train]'"
         ) from None
-    with _quiet(datasets):
+    with _quiet(datasets), _by_the_cache_where_nobody_answers(datasets) as silence:
         try:
             builder = datasets.load_dataset_builder(repo, revision=revision)
             if builder.name not in TABLES:
@@ -57,7 +59,7 @@ def fetch_table(repo: str, split: str | None = None, *, columns: Sequence[str], 
         except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
             raise NotFoundError(
                 f"{quoted(repo)} is neither a file nor a data set that the Hub gives or its cache holds "
-                f"({_first_line(error)}); give a file, or go online once"
+                f"({_first_line(silence or error)}); give a file, or go online once"
             ) from None
         except LoratoolError:
             raise
@@ -90,6 +92,30 @@ def _quiet(datasets: Any) -> Iterator[None]:
             logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _by_the_cache_where_nobody_answers(datasets: Any) -> Iterator[Exception | None]:
+    """As with HF_HUB_OFFLINE where the Hub cannot be reached, which ``datasets`` asks for half a minute otherwise.
+
+    Gives what says that it cannot.
+    """
+    from huggingface_hub import constants
+
+    silence: Exception | None = None
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before):
+        try:
+            ask_once()
+        except Exception as error:
+            if not is_unreachable(error):
+                raise
+            silence = error
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield silence
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _first_line(error: BaseException) -> str:

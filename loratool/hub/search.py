@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, get_args
 
 from loratool.errors import HubError, quoted
 from loratool.hub.address import is_safe
-from loratool.hub.client import client
+from loratool.hub.client import ask_once, client
 from loratool.hub.errors import hub_errors, refuse_offline
 from loratool.hub.patience import patiently
 from loratool.hub.repository import sensible_answers
@@ -62,6 +62,7 @@ def search_adapters(text: str | None, base: str | None, limit: int, sort: HubSor
     wanted = f"base_model:adapter:{base}" if base is not None else ADAPTERS
     subject = base or text or ADAPTERS
     with hub_errors(COMMAND, subject), sensible_answers(subject):
+        ask_once()
         listed = patiently(
             lambda: list(
                 client().list_models(

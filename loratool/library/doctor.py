@@ -21,7 +21,7 @@ def doctor(*, gc: bool = False, deep: bool = False, registry: str | None = None)
     """Check that what the catalogue names is on the disk, and that nothing in the store is unnamed.
 
     Args:
-        gc: free what nothing in the catalogue names.
+        gc: free what nothing in the catalogue names, and note which merged models and undo files are gone.
         deep: read every stored file and compare its sha256.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 

@@ -182,19 +182,40 @@ def resolve_base(name: str | os.PathLike[str], registry: Registry, progress: Pro
 
 
 def resolve_merged(name: str | os.PathLike[str], registry: Registry) -> Path:
-    """Find the folder of a merged model: a path, or a catalogued name.
+    """Find the folder of a merged model: a path, a catalogued name, or the folder's own name of a recorded merge.
 
     Raises:
-        NotFoundError: nothing is called `name`, or it is no folder.
+        NotFoundError: nothing is called `name`, it is no folder, or several merges are called so.
     """
     text = os.fspath(name)
     path = user_path(text)
-    if not (text and exists(path)) and (is_plainly_a_path(text) or not is_name(text)):
-        raise NotFoundError(f"there is no folder {quoted(text)}; give the folder of a merged model")
+    if not (text and exists(path)):
+        if is_plainly_a_path(text) or path.name != text:
+            raise NotFoundError(f"there is no folder {quoted(text)}; give the folder of a merged model")
+        if not is_name(text) or registry.bases.get(text) is None:
+            return _recorded_merge(text, registry)
     path = resolve_base(name, registry).path
     if not path.is_dir():
         raise NotFoundError(f"{quoted(path)} is not a folder; give the folder of a merged model")
     return path
+
+
+def _recorded_merge(name: str, registry: Registry) -> Path:
+    """The folder called `name` that a merge which is recorded wrote, wherever it lies."""
+    written = {merge.output for merge in registry.merges.list(state="merged") if merge.output.name == name}
+    here = sorted(output for output in written if output.is_dir())
+    if len(here) == 1:
+        return here[0]
+    if here:
+        raise NotFoundError(
+            f"several merged models are called {quoted(name)}; give the path of one: {', '.join(map(quoted, here))}"
+        )
+    if written:
+        raise NotFoundError(f"the merged model {quoted(name)} is no longer at {quoted(min(written))}; say where it is")
+    raise NotFoundError(
+        f"there is no merged model {quoted(name)}: neither a folder, nor a recorded merge, nor a catalogued base; give "
+        "the folder of one"
+    )
 
 
 def pulled_from(address: HubAddress, registry: Registry) -> tuple[AdapterRecord, ...]:

@@ -102,7 +102,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
     """Take the last merge out of a merged model: by its undo file, else from the base found by its fingerprint.
 
     Args:
-        merged: the merged model's folder, or the catalogued name of one.
+        merged: the merged model's folder, or its name where it is catalogued or the merge was recorded.
         out: the new folder; by default ``<merged>-unmerged`` beside it.
         in_place: restore the merged model's own files instead.
         approximate: where neither undo file nor base is at hand, subtract the update; off by a rounding here and there.
@@ -187,7 +187,7 @@ def verify(
     """Check a merged or quantized model against its manifest, byte by byte, and replay it where base or undo is at hand.
 
     Args:
-        merged: the model's folder, or the catalogued name of one.
+        merged: the model's folder, or its name where it is catalogued or the merge was recorded.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 

@@ -110,7 +110,7 @@ def test_merges_in_place_add_up_and_a_new_output_replaces_the_old(catalogue: Reg
     with pytest.raises(NotFoundError):
         catalogue.merges.set_state(99, "unmerged")
     with pytest.raises(RegistryError):
-        catalogue.merges.set_state(third.id, "gone")  # type: ignore[arg-type]
+        catalogue.merges.set_state(third.id, "lost")  # type: ignore[arg-type]
 
 
 def test_a_merge_outlives_its_adapter_and_its_base(catalogue: Registry, tmp_path: Path) -> None:

@@ -219,6 +219,29 @@ def test_a_damaged_database_is_an_error_of_one_sentence(home: Path) -> None:
     assert "damaged" in one_sentence(raised.value)
 
 
+@pytest.mark.usefixtures("catalogue")
+@pytest.mark.parametrize(
+    ("column", "value", "what"),
+    [
+        ("target_modules", '["q_proj"', "JSON"),
+        ("target_modules", b"\xff", "JSON"),
+        ("created_at", "last week", "a time"),
+        ("created_at", 5, "a time"),
+    ],
+)
+def test_a_damaged_row_is_an_error_of_one_sentence(column: str, value: object, what: str, home: Path) -> None:
+    with Registry.open(home) as registry:
+        registry.adapters.add("pirate", facts())
+    with closing(sqlite3.connect(home / DATABASE_NAME)) as connection, connection:
+        connection.execute(f"UPDATE adapters SET {column} = ?", (value,))
+    with pytest.raises(RegistryError, match=what) as quick:
+        list_adapters(home)
+    with pytest.raises(RegistryError, match=what) as whole, Registry.open(home, read_only=True) as registry:
+        registry.adapters.find("pirate")
+    assert "damaged" in one_sentence(quick.value)
+    assert "damaged" in one_sentence(whole.value)
+
+
 def test_another_programs_database_is_refused_and_left_alone(home: Path) -> None:
     home.mkdir()
     with closing(sqlite3.connect(home / DATABASE_NAME)) as connection:
