@@ -6,12 +6,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 import transformers
-from tiny_adapters import copy_with, merge_by_peft, merged_once_rounded, save_plain_adapter
+from tiny_adapters import copy_with, merge_by_peft, merged_once_rounded, save_peft_adapter, save_plain_adapter
 from tiny_models import (
     Layout,
     as_torch,
@@ -143,6 +144,64 @@ def test_adapter_of_the_whole_lands_in_the_language_model_alone(
         lambda key: key.replace(".model.model.", f".model.{prefix}"),
     )
     expect_landing(adapter, tiny_models.folder("llama"), tmp_path / "out", lambda name: name.replace(prefix, "model."))
+
+
+def test_an_adapter_of_language_and_vision_lands_in_a_checkpoint_with_other_names_for_both(tmp_path: Path) -> None:
+    text = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}  # fmt: skip
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    transformers.Qwen2VLForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path / "base")
+
+    def load_base(dtype: torch.dtype) -> Any:
+        return transformers.Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=dtype)
+
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", modules_to_save=["ln_q"])
+    adapter = save_peft_adapter(load_base(torch.float32), lora, tmp_path / "adapter")
+    assert any("model.language_model.layers" in key for key in stored_tensors(adapter))
+    assert not any("language_model" in name or "model.visual" in name for name in stored_tensors(tmp_path / "base"))
+    result = loratool.merge([adapter], into=tmp_path / "base", out=tmp_path / "out")
+    assert sum("matched by that exchange of prefixes" in note for note in result.notes) == 2
+    assert not any("without holding tensors" in note for note in result.notes)
+    merge_by_peft(load_base(torch.bfloat16), adapter, tmp_path / "theirs")
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "theirs"))
+
+
+STACKS = ["model.layers.0.q_proj", "visual.blocks.0.q_proj"]
+OF_BOTH = {"model.language_model.layers.0.q_proj": (24, 16), "model.visual.blocks.0.q_proj": (24, 16)}
+
+
+def test_what_is_in_no_stack_goes_by_an_exchange_of_one(tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", [*STACKS, "visual.merger", "other.merger"])
+    adapter = save_plain_adapter(tmp_path / "adapter", OF_BOTH | {"model.visual.merger": (24, 16)})
+    names = {"model.language_model.": "model.", "model.visual.": "visual."}
+    expect_landing(
+        adapter, base, tmp_path / "out", lambda name: re.sub("|".join(names), lambda old: names[old[0]], name)
+    )
+
+
+@pytest.mark.parametrize(
+    ("stored", "more"),
+    [
+        (["model.layers.0.q_proj", "model.blocks.0.q_proj"], {"model.visual.merger": (24, 16)}),
+        (["model.layers.0.q_proj"], {}),
+        (["visual.blocks.0.q_proj"], {}),
+        (["model.layers.0.q_proj", "image.blocks.0.q_proj", "audio.blocks.0.q_proj"], {}),
+        (STACKS, {"model.audio.layers.0.q_proj": (24, 16)}),
+        (STACKS, {"model.visual.blocks.1.q_proj": (24, 16)}),
+        ([*STACKS, "model.merger", "visual.merger"], {"merger": (24, 16)}),
+    ],
+    ids=["a loose one nowhere", "no vision", "no language", "two towers", "a third stack into the first",
+         "one layer more", "a loose one that no exchange is of"],
+)  # fmt: skip
+def test_stacks_that_do_not_each_land_in_one_place_are_refused(
+    stored: list[str], more: dict[str, tuple[int, int]], tmp_path: Path
+) -> None:
+    base = plain_base(tmp_path / "base", stored)
+    adapter = save_plain_adapter(tmp_path / "adapter", OF_BOTH | more)
+    assert re.search("land on|could land", refusal(adapter, base, tmp_path / "work"))
 
 
 def test_a_name_that_fits_exactly_is_taken_although_a_prefixed_one_exists(tmp_path: Path) -> None:

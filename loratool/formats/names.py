@@ -11,6 +11,9 @@ The rules, in order:
    so a module never moves to another layer or another kind of layer. The exchange that keeps most of the module's own
    name is taken.
 3. Where several exchanges keep equally much, the one under which every shape fits is taken, if it is the only one.
+4. Where no one exchange lands them all, each stack of layers, the modules with the same name up to the first number
+   (``model.language_model.layers`` and ``model.visual.blocks``, stored as ``model.layers`` and ``visual.blocks``), must land by
+   one of its own. What is in no stack goes by one of these.
 
 Anything else is an error that lists what did not land and the nearest names; nothing is guessed.
 """
@@ -18,7 +21,7 @@ Anything else is an error that lists what did not land and the nearest names; no
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -41,7 +44,11 @@ class Exchange:
 
     def apply(self, module: str) -> str | None:
         """The name of the tensor that `module` lands on, or None where it does not begin with `old`."""
-        return self.new + module[len(self.old) :] + SUFFIX if module.startswith(self.old) else None
+        return self.rename(module + SUFFIX)
+
+    def rename(self, name: str) -> str | None:
+        """The name that the checkpoint gives to the tensor `name`, or None where that does not begin with `old`."""
+        return self.new + name[len(self.old) :] if name.startswith(self.old) else None
 
     def reverse(self, tensor: str) -> str | None:
         """The module that would land on `tensor`, or None where there is none."""
@@ -52,10 +59,23 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """Where every module lands: module to tensor name, and the exchange of prefixes that did it."""
+    """Where every module lands: module to tensor name, and the exchanges of prefixes that did it; none where names are equal."""
 
     tensors: Mapping[str, str]
-    exchange: Exchange
+    exchanges: tuple[Exchange, ...]
+
+    def place(self, name: str, tensors: Container[str]) -> str | None:
+        """Where another tensor of the same model lands, as `name` or by the one exchange that leads to a tensor."""
+        if name in tensors:
+            return name
+        found = {exchange.rename(name) for exchange in self.exchanges}
+        there = [place for place in found if place is not None and place in tensors]
+        return there[0] if len(there) == 1 else None
+
+    def module(self, tensor: str) -> str | None:
+        """The module that would land on `tensor`, or None where there is none."""
+        longest_first = sorted(self.exchanges, key=lambda exchange: -len(exchange.new))
+        return next(filter(None, (each.reverse(tensor) for each in (*longest_first, Exchange("", "")))), None)
 
 
 def land(modules: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo], source: str) -> Landing:
@@ -67,11 +87,11 @@ def land(modules: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInf
     landed = {module: module + SUFFIX for module in modules if module + SUFFIX in tensors}
     landed |= _land_flat(modules, tensors)
     rest = {module: shape for module, shape in modules.items() if module not in landed}
-    exchange = _find_exchange(rest, tensors, source) if rest else Exchange("", "")
-    for module in rest:
+    exchanges = _find_exchanges(rest, tensors, source) if rest else {}
+    for module, exchange in exchanges.items():
         landed[module] = exchange.apply(module) or module
     _refuse_collisions(landed, source)
-    return Landing(landed, exchange)
+    return Landing(landed, tuple(dict.fromkeys(exchanges.values())))
 
 
 def _land_flat(modules: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
@@ -82,6 +102,42 @@ def _land_flat(modules: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dic
         if name.endswith(SUFFIX):
             found.setdefault(name.removesuffix(SUFFIX).replace(".", "_"), []).append(name)
     return {module: found[path][0] for module, path in paths.items() if len(found.get(path, ())) == 1}
+
+
+def _find_exchanges(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo],
+                    source: str) -> dict[str, Exchange]:  # fmt: skip
+    """The exchange for each module: one for all, else one for each stack."""
+    try:
+        return dict.fromkeys(rest, _find_exchange(rest, tensors, source))
+    except _NotAllLandError as error:
+        whole = error
+    stacks: dict[str, dict[str, tuple[int, int]]] = {}
+    for module, shape in rest.items():
+        stacks.setdefault(_stack(module), {})[module] = shape
+    loose = stacks.pop("", {})
+    if len(stacks) < 2:
+        raise whole
+    try:
+        found = {stack: _find_exchange(modules, tensors, source) for stack, modules in stacks.items()}
+    except _NotAllLandError:
+        raise whole from None
+    for module in loose:
+        fitting = [exchange for exchange in dict.fromkeys(found.values()) if exchange.apply(module) in tensors]
+        if len(fitting) != 1:
+            raise whole
+        found[module] = fitting[0]
+    return {module: found[_stack(module) or module] for module in rest}
+
+
+def _stack(module: str) -> str:
+    """The name up to the first number; empty where it has none."""
+    parts = module.split(".")
+    first = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return "" if first is None else ".".join(parts[:first]) + "."
+
+
+class _NotAllLandError(PlacementError):
+    """No one exchange lands all modules."""
 
 
 def _find_exchange(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo], source: str) -> Exchange:
@@ -140,7 +196,7 @@ def _only_one(complete: list[Exchange], rest: Mapping[str, tuple[int, int]],
 
 
 def _not_landed(rest: Mapping[str, tuple[int, int]], exchange: Exchange,
-                tensors: Mapping[str, TensorInfo], source: str) -> PlacementError:  # fmt: skip
+                tensors: Mapping[str, TensorInfo], source: str) -> _NotAllLandError:  # fmt: skip
     missing = [module for module in rest if exchange.apply(module) not in tensors]
     lines = []
     for module in missing[:SHOWN]:
@@ -150,7 +206,7 @@ def _not_landed(rest: Mapping[str, tuple[int, int]], exchange: Exchange,
         lines.append(f"  and {len(missing) - SHOWN} more")
     tied = all(module.rsplit(".", 1)[-1] in OUTPUT_HEADS for module in missing)
     advice = "the base seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
-    return PlacementError(
+    return _NotAllLandError(
         f"{len(missing)} of the modules of {quoted(source)} land on no tensor of the base, so nothing was merged; "
         f"{advice}\n" + "\n".join(lines)
     )

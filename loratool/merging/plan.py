@@ -16,7 +16,7 @@ from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
-from loratool.formats.names import SUFFIX, Exchange, Landing, land
+from loratool.formats.names import SUFFIX, Landing, land
 from loratool.merging.storage import refuse_other_storage
 from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
@@ -135,7 +135,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     )
     seed = seed or _seed(adapters)
     targets = tuple(replace(target, seed=_seed_of(seed, target.name)) for target in targets)
-    targets += plan_replacements(adapters, [landing.exchange for landing in landings], arriving, base)
+    targets += plan_replacements(adapters, landings, arriving, base)
     refuse_tied([target.name for target in targets], base)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
@@ -143,7 +143,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
 
 
-def plan_replacements(adapters: Sequence[WeightedAdapter], exchanges: Sequence[Exchange],
+def plan_replacements(adapters: Sequence[WeightedAdapter], landings: Sequence[Landing],
                       taken: Collection[str], base: Checkpoint) -> tuple[Target, ...]:  # fmt: skip
     """The tensors that adapters replace whole; `taken` are the names of those that others change.
 
@@ -153,7 +153,7 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], exchanges: Sequence[E
         UnsupportedError: it lands on a tensor whose storage loratool does not replace.
     """
     targets: dict[str, Target] = {}
-    for index, (weighted, exchange) in enumerate(zip(adapters, exchanges, strict=True)):
+    for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
         adapter = weighted.adapter
         if adapter.replacements and weighted.weight != 1:
             raise LoratoolError(
@@ -161,7 +161,7 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], exchanges: Sequence[E
                 f"the weight {weighted.weight:g} out"
             )
         for own, tensor in adapter.replacements.items():
-            name = own if own in base.tensors else exchange.new + own.removeprefix(exchange.old)
+            name = landing.place(own, base.tensors) or own
             weight = stored_weight(base.tensors, name)
             if weight is not None and weight.lossy:
                 raise UnsupportedError(
@@ -321,19 +321,17 @@ def _leaf(name: str) -> str:
 
 
 def _landing_notes(adapter: Adapter, landing: Landing, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    notes = []
-    exchange = landing.exchange
-    if exchange.old != exchange.new:
-        notes.append(
-            f"{quoted(adapter.name)} names its modules {quoted(exchange.old + '…')} and the base "
-            f"{quoted(exchange.new + '…')}: matched by that exchange of prefixes"
-        )
+    notes = [
+        f"{quoted(adapter.name)} names its modules {quoted(exchange.old + '…')} and the base "
+        f"{quoted(exchange.new + '…')}: matched by that exchange of prefixes"
+        for exchange in landing.exchanges
+    ]
     config = LoraConfig.targeting(adapter.config, str(adapter.file))
     if config.target_modules not in (None, ALL_LINEAR):
         matrices = (
             name for name, info in tensors.items() if len(info.shape) == 2 and _leaf(name) not in EMBEDDING_LEAVES
         )
-        modules = {exchange.reverse(name) for name in matrices} - {None, *adapter.updates}
+        modules = {landing.module(name) for name in matrices} - {None, *adapter.updates}
         without = sorted(module for module in modules if module is not None and config.targets(module))
         if without:
             notes.append(

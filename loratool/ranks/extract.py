@@ -18,7 +18,7 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, nearest, quoted
 from loratool.formats.draft import Draft
-from loratool.formats.names import OUTPUT_HEADS, SUFFIX, Exchange, land
+from loratool.formats.names import OUTPUT_HEADS, SUFFIX, Landing, land
 from loratool.merging.plan import EMBEDDING_LEAVES
 from loratool.merging.rewrite import opened
 from loratool.merging.storage import refuse_other_storage
@@ -172,9 +172,9 @@ def _check_wanted(wanted: Wanted) -> None:
 
 
 def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
-    """Each tensor of the tuned model with that of the base; names may differ by one exchange of prefixes."""
-    exchange = _exchange(tuned, base)
-    places = {name: _place(name, exchange, base) for name in tuned.tensors}
+    """Each tensor of the tuned model with that of the base; names may differ as an adapter's may."""
+    landing = _landing(tuned, base)
+    places = {name: landing.place(name, base.tensors) for name in tuned.tensors}
     _refuse_missing([name for name, place in places.items() if place is None], tuned, base)
     reached = set(places.values())
     _refuse_missing([name for name in base.tensors if name not in reached], base, tuned)
@@ -190,25 +190,17 @@ def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
     return pairs
 
 
-def _exchange(tuned: Checkpoint, base: Checkpoint) -> Exchange:
-    """The exchange of prefixes that turns the tuned model's names into the base's."""
+def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing:
+    """The exchanges of prefixes that turn the tuned model's names into the base's."""
     matrices = {
         name.removesuffix(SUFFIX): (info.shape[0], info.shape[1])
         for name, info in tuned.tensors.items()
         if name.endswith(SUFFIX) and len(info.shape) == 2 and not _is_head(name)
     }
     try:
-        return land(matrices, base.tensors, str(tuned.path)).exchange
+        return land(matrices, base.tensors, str(tuned.path))
     except PlacementError:
-        return Exchange("", "")  # what is missing is said tensor by tensor
-
-
-def _place(name: str, exchange: Exchange, base: Checkpoint) -> str | None:
-    """The base's name for a tensor of the tuned model, or None."""
-    if name in base.tensors:
-        return name
-    exchanged = exchange.new + name.removeprefix(exchange.old)
-    return exchanged if name.startswith(exchange.old) and exchanged in base.tensors else None
+        return Landing({}, ())  # what is missing is said tensor by tensor
 
 
 def _refuse_missing(names: list[str], here: Checkpoint, there: Checkpoint) -> None:
