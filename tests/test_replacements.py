@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_adapters import copy_with, merge_by_peft, save_peft_adalora
+from tiny_adapters import copy_with, merge_by_peft, save_peft_adalora, save_peft_adapter
 from tiny_models import assert_same_tensors, load, stored_tensors
 
 import loratool
@@ -194,6 +196,29 @@ def test_a_module_that_the_base_lacks_is_refused(
         "bert", modules_to_save=["classifier"], auto=transformers.AutoModelForSequenceClassification
     )
     refuses(r"'classifier.bias' .* which the base lacks", [adapter], tiny_models.folder("bert-headless"), tmp_path)
+
+
+def test_a_classifier_that_peft_lists_and_the_model_has_under_another_name_is_not_missed(tmp_path: Path) -> None:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 131}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BartForSequenceClassification(transformers.BartConfig(**sizes))
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+    adapter = save_peft_adapter(model, config, tmp_path / "adapter")
+    assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
+    loratool.merge(adapter, into=tmp_path / "base", out=tmp_path / "merged")
+    load_base = transformers.BartForSequenceClassification.from_pretrained
+    theirs = merge_by_peft(load_base(tmp_path / "base"), adapter, tmp_path / "peft")
+    assert_same_tensors(stored_tensors(tmp_path / "merged"), theirs)
+
+
+def test_a_classifier_that_the_base_has_and_the_adapter_lost_is_missed(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    adapter = copy_with(tiny_adapters.folder("bert"), tmp_path / "adapter", modules_to_save=["classifier", "score"])
+    message = r"holds none of their tensors, of which the base has 'classifier\.(bias|weight)'; the file is incomplete"
+    refuses(message, [adapter], tiny_models.folder("bert"), tmp_path)
 
 
 def test_it_is_not_combined(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:

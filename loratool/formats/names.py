@@ -122,7 +122,8 @@ def _find_exchanges(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, T
     except _NotAllLandError:
         raise whole from None
     for module in loose:
-        fitting = [exchange for exchange in dict.fromkeys(found.values()) if exchange.apply(module) in tensors]
+        places = {exchange.apply(module): exchange for exchange in found.values()}
+        fitting = [exchange for place, exchange in places.items() if place in tensors]
         if len(fitting) != 1:
             raise whole
         found[module] = fitting[0]

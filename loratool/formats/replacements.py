@@ -6,12 +6,15 @@ tensors under their own names behind the prefix of all keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.formats.tensor_keys import PREFIX
+
+CLASSIFIERS: Final = frozenset({"classifier", "score"})
+"""What PEFT lists by itself for a model that classifies (``PeftModelForSequenceClassification``), whether it has them or not."""
 
 
 def split_replacements(
@@ -26,13 +29,19 @@ def split_replacements(
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise AdapterError(f"'modules_to_save' in {quoted(source)} is {quoted(saved, 40)} and must be a list of names")
     found = {key.removeprefix(PREFIX): info for key, info in tensors.items() if _is_whole(key, tuple(saved))}
-    if saved and not found:
+    if not found and not CLASSIFIERS.issuperset(saved):
         raise AdapterError(
             f"{quoted(source)} lists modules_to_save ({quoted(saved[0])}, ...) and holds none of their tensors; "
             "the file is incomplete"
         )
     rest = {key: info for key, info in tensors.items() if key.removeprefix(PREFIX) not in found}
     return rest, dict(sorted(found.items()))
+
+
+def lacking(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Of the tensors `names` of a base those in modules that ``modules_to_save`` lists."""
+    saved = tuple(config.get("modules_to_save") or ())
+    return [name for name in names if _is_whole(name, saved)]
 
 
 def _is_whole(key: str, saved: tuple[str, ...]) -> bool:

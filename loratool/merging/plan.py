@@ -13,10 +13,11 @@ from blake3 import blake3
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
-from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
+from loratool.errors import AdapterError, LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX, Landing, land
+from loratool.formats.replacements import lacking
 from loratool.merging.storage import refuse_other_storage
 from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
@@ -149,12 +150,19 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], landings: Sequence[La
 
     Raises:
         PlacementError: one lands nowhere, on a tensor of another shape or one that is changed twice, or on a tied embedding.
+        AdapterError: an adapter lacks those that its configuration lists and the base has.
         LoratoolError: the adapter has a weight, which a replacement cannot have.
         UnsupportedError: it lands on a tensor whose storage loratool does not replace.
     """
     targets: dict[str, Target] = {}
     for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
         adapter = weighted.adapter
+        missing = [] if adapter.replacements else lacking(adapter.config, base.tensors)
+        if missing:
+            raise AdapterError(
+                f"{quoted(adapter.name)} lists modules_to_save and holds none of their tensors, of which the base has "
+                f"{quoted(missing[0])}; the file is incomplete"
+            )
         if adapter.replacements and weighted.weight != 1:
             raise LoratoolError(
                 f"{quoted(adapter.name)} replaces tensors whole (modules_to_save), which no weight but 1 can do; leave "
