@@ -29,7 +29,7 @@ def split_replacements(
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise AdapterError(f"'modules_to_save' in {quoted(source)} is {quoted(saved, 40)} and must be a list of names")
     found = {key.removeprefix(PREFIX): info for key, info in tensors.items() if _is_whole(key, tuple(saved))}
-    if not found and not CLASSIFIERS.issuperset(saved):
+    if saved and not found and set(saved) != CLASSIFIERS:
         raise AdapterError(
             f"{quoted(source)} lists modules_to_save ({quoted(saved[0])}, ...) and holds none of their tensors; "
             "the file is incomplete"
