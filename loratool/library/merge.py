@@ -195,29 +195,25 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
                 calibrated(plan, text, device, watcher) as plan,
                 remembered(checkpoint, unless=in_place or bool(digests)) as remember,
             ):
-                if conversion is not None:
-                    watcher.begin("merging", conversion.read_bytes)
-                    report = apply_conversion(
-                        conversion, target, identity, device=device, force=force, progress=watcher.advance
-                    )
-                elif in_place:
-                    watcher.begin("merging", plan.touched_bytes)
-                    report = merge_in_place(plan, identity, device=device, progress=watcher.advance)
-                else:
-                    watcher.begin("merging", sum(header.size for header in checkpoint.headers))
-                    report = apply_merge(
-                        plan,
-                        target,
-                        identity,
-                        device=device,
-                        undo=undo or text is not None,
-                        force=force,
-                        progress=watcher.advance,
-                    )
+                report = _apply(plan, conversion, target, identity, in_place=in_place, undo=undo or text is not None,
+                                device=device, force=force, watcher=watcher)  # fmt: skip
                 remember(report.base_digests)
         seconds = time.monotonic() - started
         result = _result(target, base, merged, report, plan, conversion, (*notes, *plan.notes), seconds)
         return _recorded(result, catalogue, in_place=in_place)
+
+
+def _apply(plan: MergePlan, conversion: ConversionPlan | None, target: Path, identity: BaseIdentity, *, in_place: bool,
+           undo: bool, device: str, force: bool, watcher: Progress) -> MergeReport:  # fmt: skip
+    """Write what is planned: a model stored otherwise, the base's own files, or a new folder."""
+    if conversion is not None:
+        watcher.begin("merging", conversion.read_bytes)
+        return apply_conversion(conversion, target, identity, device=device, force=force, progress=watcher.advance)
+    if in_place:
+        watcher.begin("merging", plan.touched_bytes)
+        return merge_in_place(plan, identity, device=device, progress=watcher.advance)
+    watcher.begin("merging", sum(header.size for header in plan.base.headers))
+    return apply_merge(plan, target, identity, device=device, undo=undo, force=force, progress=watcher.advance)
 
 
 def _storage(quantize: str | None, base_as: str | None, *, dequantize: bool) -> Storage | None:
