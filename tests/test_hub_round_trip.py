@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from hub_adapters import files_of
-from hub_stand_in import Failure, HubStandIn
+from hub_stand_in import Cut, Failure, HubStandIn
 from tiny_adapters import TinyAdapters, save_peft_adalora
 from tiny_models import TinyModels, load
 
@@ -189,9 +189,11 @@ def test_the_table_of_a_search_fits_a_terminal(filled: HubStandIn, monkeypatch: 
 
 
 def test_a_search_needs_the_network_and_a_sensible_answer(filled: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled.faults.append(Failure("GET", "/api/models", 1, 503))
     monkeypatch.setattr("loratool.hub.patience.time.sleep", lambda seconds: None)
-    assert loratool.hub_search("pirate")
+    for fault in (Failure("GET", "/api/models", 2, 503), Cut("GET", "/api/models", 1), Cut("GET", "/api/models", 2)):
+        filled.faults.append(fault)
+        assert loratool.hub_search("pirate"), fault
+        assert fault.times == 0
     describe = type(filled.repositories["ada/pirate"]).describe
     for wrong in ({"id": "../../x"}, {"id": "a\x1b[2J/b"}, {"tags": [5], "downloads": "many", "lastModified": None}):
         monkeypatch.setattr(

@@ -146,7 +146,10 @@ def test_adapter_of_the_whole_lands_in_the_language_model_alone(
     expect_landing(adapter, tiny_models.folder("llama"), tmp_path / "out", lambda name: name.replace(prefix, "model."))
 
 
-def test_an_adapter_of_language_and_vision_lands_in_a_checkpoint_with_other_names_for_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "qkv", "lm_head"]], ids=str)
+def test_an_adapter_of_language_and_vision_lands_in_a_checkpoint_with_other_names_for_both(
+    targets: Any, tmp_path: Path
+) -> None:
     text = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2,
             "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}  # fmt: skip
@@ -158,8 +161,8 @@ def test_an_adapter_of_language_and_vision_lands_in_a_checkpoint_with_other_name
     def load_base(dtype: torch.dtype) -> Any:
         return transformers.Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=dtype)
 
-    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear", modules_to_save=["ln_q"])
-    adapter = save_peft_adapter(load_base(torch.float32), lora, tmp_path / "adapter")
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=targets, modules_to_save=["ln_q"])
+    adapter = save_peft_adapter(load_base(torch.float32), lora, tmp_path / "adapter", save_embedding_layers=False)
     assert any("model.language_model.layers" in key for key in stored_tensors(adapter))
     assert not any("language_model" in name or "model.visual" in name for name in stored_tensors(tmp_path / "base"))
     result = loratool.merge([adapter], into=tmp_path / "base", out=tmp_path / "out")
@@ -167,6 +170,50 @@ def test_an_adapter_of_language_and_vision_lands_in_a_checkpoint_with_other_name
     assert not any("without holding tensors" in note for note in result.notes)
     merge_by_peft(load_base(torch.bfloat16), adapter, tmp_path / "theirs")
     assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*language_model.*\.(q|v)_proj", "modules_to_save": ["multi_modal_projector"]},
+        {"target_modules": r".*language_model.*\.(q|v)_proj|.*multi_modal_projector.linear_\d|lm_head"},
+        {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    ],
+    ids=["a projector replaced", "a projector and a head updated", "a head replaced"],
+)
+def test_an_adapter_of_language_and_projector_lands(options: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(vocab_size=131, **(sizes | {"hidden_size": 64}))
+    vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=32, **sizes)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=vision))
+    model.bfloat16().save_pretrained(tmp_path / "base")
+
+    def load_base(dtype: torch.dtype) -> Any:
+        return transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=dtype)
+
+    lora = peft.LoraConfig(r=2, lora_alpha=3, **options)
+    adapter = save_peft_adapter(load_base(torch.float32), lora, tmp_path / "adapter", save_embedding_layers=False)
+    assert not any(name.startswith(("model.multi", "lm_head")) for name in stored_tensors(tmp_path / "base"))
+    result = loratool.merge([adapter], into=tmp_path / "base", out=tmp_path / "out")
+    assert not any("without holding tensors" in note for note in result.notes)
+    merge_by_peft(load_base(torch.bfloat16), adapter, tmp_path / "theirs")
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        ["model.language_model.layers.0.up_proj", "model.vision_tower.layers.0.q_proj"],
+        ["model.layers.0.up_proj", "model.vision_tower.layers.0.q_proj"],
+        ["encoder.layers.0.q_proj", "decoder.layers.1.q_proj"],
+    ],
+    ids=["language and vision", "language by its own name, and vision", "encoder and decoder"],
+)
+def test_two_stacks_never_land_in_one(modules: list[str], tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", [f"model.layers.{n}.{leaf}" for n in (0, 1) for leaf in ("up_proj", "q_proj")])
+    adapter = save_plain_adapter(tmp_path / "adapter", dict.fromkeys(modules, (24, 16)))
+    assert "different stacks of layers" in refusal(adapter, base, tmp_path / "work")
 
 
 STACKS = ["model.layers.0.q_proj", "visual.blocks.0.q_proj"]
@@ -192,9 +239,13 @@ def test_what_is_in_no_stack_goes_by_an_exchange_of_one(tmp_path: Path) -> None:
         (STACKS, {"model.audio.layers.0.q_proj": (24, 16)}),
         (STACKS, {"model.visual.blocks.1.q_proj": (24, 16)}),
         ([*STACKS, "model.merger", "visual.merger"], {"merger": (24, 16)}),
+        ([*STACKS, "visual.merger"], {"model.audio.merger": (24, 16)}),
+        ([*STACKS, "visual.in.merger", "audio.in.merger"], {"model.in.merger": (24, 16)}),
+        ([*STACKS, "visual.0.merger"], {"merger": (24, 16)}),
     ],
     ids=["a loose one nowhere", "no vision", "no language", "two towers", "a third stack into the first",
-         "one layer more", "a loose one that no exchange is of"],
+         "one layer more", "a loose one in two places", "a loose one of another part", "a loose one in two parts",
+         "a loose one in a layer"],
 )  # fmt: skip
 def test_stacks_that_do_not_each_land_in_one_place_are_refused(
     stored: list[str], more: dict[str, tuple[int, int]], tmp_path: Path

@@ -217,8 +217,16 @@ def test_a_classifier_that_the_base_has_and_the_adapter_lost_is_missed(
     tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
 ) -> None:
     adapter = copy_with(tiny_adapters.folder("bert"), tmp_path / "adapter", modules_to_save=["classifier", "score"])
-    message = r"holds none of their tensors, of which the base has 'classifier\.(bias|weight)'; the file is incomplete"
+    message = r"of which it holds no tensors, and the base has 'classifier\.(bias|weight)'; the file is incomplete"
     refuses(message, [adapter], tiny_models.folder("bert"), tmp_path)
+
+
+def test_a_classifier_that_was_lost_beside_a_norm_that_was_not_is_missed(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    kept = tiny_adapters.folder("bert", modules_to_save=["pooler"])
+    adapter = copy_with(kept, tmp_path / "adapter", modules_to_save=["pooler", "classifier", "score"])
+    refuses("the base has 'classifier", [adapter], tiny_models.folder("bert"), tmp_path)
 
 
 def test_it_is_not_combined(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ The rules, in order:
 3. Where several exchanges keep equally much, the one under which every shape fits is taken, if it is the only one.
 4. Where no one exchange lands them all, each stack of layers, the modules with the same name up to the first number
    (``model.language_model.layers`` and ``model.visual.blocks``, stored as ``model.layers`` and ``visual.blocks``), must land by
-   one of its own. What is in no stack goes by one of these.
+   one of its own. What has no number goes by one of these, or else alone: on the only tensor that keeps all of its name, or
+   most of it and its last two parts at least (``multi_modal_projector.linear_1`` of ``model.multi_modal_projector.linear_1``).
+   So does a tensor that is replaced whole (``modules_to_save``); one of a stack keeps the two names before the number.
+5. Two stacks never land in one: layers of an image are not those of a text, though the base has room for both.
 
 Anything else is an error that lists what did not land and the nearest names; nothing is guessed.
 """
@@ -21,7 +24,7 @@ Anything else is an error that lists what did not land and the nearest names; no
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -64,13 +67,9 @@ class Landing:
     tensors: Mapping[str, str]
     exchanges: tuple[Exchange, ...]
 
-    def place(self, name: str, tensors: Container[str]) -> str | None:
-        """Where another tensor of the same model lands, as `name` or by the one exchange that leads to a tensor."""
-        if name in tensors:
-            return name
-        found = {exchange.rename(name) for exchange in self.exchanges}
-        there = [place for place in found if place is not None and place in tensors]
-        return there[0] if len(there) == 1 else None
+    def place(self, name: str, tensors: Collection[str]) -> str | None:
+        """Where another tensor of the same model lands, as `name` or by rule 4; None where that is nowhere, or not clear."""
+        return name if name in tensors else _loose_place(name, self.exchanges, tensors)
 
     def module(self, tensor: str) -> str | None:
         """The module that would land on `tensor`, or None where there is none."""
@@ -115,19 +114,51 @@ def _find_exchanges(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, T
     for module, shape in rest.items():
         stacks.setdefault(_stack(module), {})[module] = shape
     loose = stacks.pop("", {})
-    if len(stacks) < 2:
-        raise whole
     try:
         found = {stack: _find_exchange(modules, tensors, source) for stack, modules in stacks.items()}
     except _NotAllLandError:
         raise whole from None
+    exchanges = {module: found[stack] for stack, modules in stacks.items() for module in modules}
     for module in loose:
-        places = {exchange.apply(module): exchange for exchange in found.values()}
-        fitting = [exchange for place, exchange in places.items() if place in tensors]
-        if len(fitting) != 1:
+        place = _loose_place(module + SUFFIX, tuple(found.values()), tensors)
+        if place is None:
             raise whole
-        found[module] = fitting[0]
-    return {module: found[_stack(module) or module] for module in rest}
+        exchanges[module] = _between(module, place.removesuffix(SUFFIX))
+    return exchanges
+
+
+def _loose_place(name: str, exchanges: Sequence[Exchange], tensors: Collection[str]) -> str | None:
+    """Where a tensor lands, by the exchange of a stack or else alone, by rule 4; None where that is not clear."""
+    renamed = (exchange.rename(name) for exchange in exchanges)
+    by_stacks = {place for place in renamed if place is not None and place in tensors}
+    if by_stacks:
+        return by_stacks.pop() if len(by_stacks) == 1 else None
+    parts = name.split(".")
+    for cut in range(_last_cut(parts) + 1):
+        tail = ".".join(parts[cut:])
+        ending = [each for each in tensors if each == tail or each.endswith(f".{tail}")]
+        if ending:
+            return ending[0] if len(ending) == 1 and not _has_number(ending[0].removesuffix(tail)) else None
+    return None
+
+
+def _last_cut(parts: Sequence[str]) -> int:
+    """Where the part of a tensor's name begins that it keeps at least when it lands alone.
+
+    The two names before the first number, or that of a module and of the one it is in; all where there are fewer.
+    """
+    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    of_module = len(parts) - (parts[-1] in ("weight", "bias"))
+    return max(0, (of_module if number is None else number) - 2)
+
+
+def _between(module: str, place: str) -> Exchange:
+    """The exchange of as little as can be that turns one name into another."""
+    parts, others = module.split("."), place.split(".")
+    same = next((n for n, (a, b) in enumerate(zip(reversed(parts), reversed(others), strict=False)) if a != b), None)
+    same = min(len(parts), len(others)) if same is None else same
+    old, new = parts[: len(parts) - same], others[: len(others) - same]
+    return Exchange("".join(f"{part}." for part in old), "".join(f"{part}." for part in new))
 
 
 def _stack(module: str) -> str:
@@ -222,3 +253,11 @@ def _refuse_collisions(landed: Mapping[str, str], source: str) -> None:
                 "keep one of them"
             )
         seen[tensor] = module
+    stacks: dict[str, str] = {}
+    for module, tensor in landed.items():
+        first = stacks.setdefault(_stack(tensor), module)
+        if _stack(tensor) and _stack(first) != _stack(module):
+            raise PlacementError(
+                f"{quoted(first)} and {quoted(module)} of {quoted(source)} are of different stacks of layers, and the base "
+                f"has one for both, {quoted(_stack(tensor) + '…')}; is it the right base?"
+            )

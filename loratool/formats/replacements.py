@@ -6,7 +6,7 @@ tensors under their own names behind the prefix of all keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
@@ -23,7 +23,8 @@ def split_replacements(
     """The tensors of factors, by their keys; and those of whole modules, by the names that the base gives them.
 
     Raises:
-        AdapterError: ``modules_to_save`` is no list of names, or none of what it lists is there.
+        AdapterError: ``modules_to_save`` is no list of names, or none of what it lists is there, and it is not what PEFT
+            lists by itself.
     """
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
@@ -38,10 +39,11 @@ def split_replacements(
     return rest, dict(sorted(found.items()))
 
 
-def lacking(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Of the tensors `names` of a base those in modules that ``modules_to_save`` lists."""
-    saved = tuple(config.get("modules_to_save") or ())
-    return [name for name in names if _is_whole(name, saved)]
+def lacking(config: Mapping[str, Any], held: Collection[str], names: Collection[str]) -> list[str]:
+    """Of the tensors `names` of a base those in modules that ``modules_to_save`` lists and no tensor `held` is of."""
+    saved = config.get("modules_to_save") or ()
+    lost = tuple(each for each in saved if not any(_is_whole(name, (each,)) for name in held))
+    return [name for name in names if _is_whole(name, lost)]
 
 
 def _is_whole(key: str, saved: tuple[str, ...]) -> bool:

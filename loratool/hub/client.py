@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from loratool.hub.logs import keep_logs_clean
+from loratool.hub.patience import may_pass
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -23,10 +24,15 @@ def client() -> HfApi:
 
 
 def ask_once() -> None:
-    """Ask the Hub for anything at all: what huggingface_hub's HTTP library raises where nobody answers, at once.
+    """Ask the Hub for next to nothing: what huggingface_hub's HTTP library raises where nobody answers, at once.
 
-    Some of what huggingface_hub asks it asks six times, over half a minute, with a line for each.
+    Some of what huggingface_hub asks it asks six times, over half a minute, with a line for each; which is right where somebody
+    answered and hung up.
     """
     from huggingface_hub import constants, get_session
 
-    get_session().head(constants.ENDPOINT, timeout=ANSWER_SECONDS)
+    try:
+        get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=ANSWER_SECONDS)
+    except Exception as error:
+        if not may_pass(error):
+            raise

@@ -42,6 +42,11 @@ def is_unreachable(error: BaseException) -> bool:
     return library in HTTP_LIBRARIES and not isinstance(error, HfHubHTTPError)
 
 
+def may_pass(error: Exception) -> bool:
+    """Whether there is sense in asking again."""
+    return _wait(error) is not None
+
+
 def _wait(error: Exception) -> float | None:
     """How long to wait at least before the next attempt, in seconds; None where there is no sense in one."""
     from huggingface_hub.errors import HfHubHTTPError

@@ -157,10 +157,10 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], landings: Sequence[La
     targets: dict[str, Target] = {}
     for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
         adapter = weighted.adapter
-        missing = [] if adapter.replacements else lacking(adapter.config, base.tensors)
+        missing = lacking(adapter.config, adapter.replacements, base.tensors)
         if missing:
             raise AdapterError(
-                f"{quoted(adapter.name)} lists modules_to_save and holds none of their tensors, of which the base has "
+                f"{quoted(adapter.name)} lists modules_to_save of which it holds no tensors, and the base has "
                 f"{quoted(missing[0])}; the file is incomplete"
             )
         if adapter.replacements and weighted.weight != 1:
@@ -191,9 +191,10 @@ def _refuse_replacement(name: str, own: str, tensor: TensorInfo, adapter: Adapte
     found = base.tensors.get(name)
     if found is None or found.shape != tensor.shape:
         there = f"which has {list(found.shape)} there" if found else "which the base lacks"
+        tied = found is None and own.split(".")[-2:-1] == ["lm_head"]
+        advice = "it seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
         raise PlacementError(
-            f"{quoted(adapter.name)} replaces {quoted(own)} by a tensor of shape {list(tensor.shape)}, {there}; "
-            "is it the right base?"
+            f"{quoted(adapter.name)} replaces {quoted(own)} by a tensor of shape {list(tensor.shape)}, {there}; {advice}"
         )
     if name in taken:
         raise PlacementError(
@@ -336,8 +337,11 @@ def _landing_notes(adapter: Adapter, landing: Landing, tensors: Mapping[str, Ten
     ]
     config = LoraConfig.targeting(adapter.config, str(adapter.file))
     if config.target_modules not in (None, ALL_LINEAR):
+        landed = set(landing.tensors.values())
         matrices = (
-            name for name, info in tensors.items() if len(info.shape) == 2 and _leaf(name) not in EMBEDDING_LEAVES
+            name
+            for name, info in tensors.items()
+            if len(info.shape) == 2 and _leaf(name) not in EMBEDDING_LEAVES and name not in landed
         )
         modules = {landing.module(name) for name in matrices} - {None, *adapter.updates}
         without = sorted(module for module in modules if module is not None and config.targets(module))

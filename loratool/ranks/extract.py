@@ -177,6 +177,10 @@ def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
     places = {name: landing.place(name, base.tensors) for name in tuned.tensors}
     _refuse_missing([name for name, place in places.items() if place is None], tuned, base)
     reached = set(places.values())
+    if len(reached) < len(places) and None not in reached:
+        raise PlacementError(
+            f"two tensors of {quoted(tuned.path)} are one of the base's; give both under the same names"
+        )
     _refuse_missing([name for name in base.tensors if name not in reached], base, tuned)
     pairs = {
         name: Pair(tuned.tensors[name], base.tensors[place]) for name, place in places.items() if place is not None
