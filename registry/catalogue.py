@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -58,10 +59,10 @@ class Registry:
 
         Raises RegistryError: not a database, cannot be read or written, of a newer loratool, busy, full disk.
         """
-        store = Store(home / STORE_NAME)
         target = db.file_url(home / DATABASE_NAME) if url is None else db.parse_url(url)
         where = db.shown_url(target)
         path = db.database_file(target)
+        store = Store(home / STORE_NAME, _identity(home, where, path))
         if path is not None:
             _refuse_under_a_file(path.parent)
         if read_only and (db.is_in_memory(target) or (path is not None and not path.exists())):
@@ -122,6 +123,14 @@ class Registry:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _identity(home: Path, where: str, path: Path | None) -> str:
+    """How the store tells this catalogue from others: by the file, whatever its URL is, or by the URL."""
+    if path is None:
+        return where
+    own = home / DATABASE_NAME
+    return str(own) if os.path.realpath(path) == os.path.realpath(own) else printable(os.path.realpath(path), 4096)
 
 
 def _version(engine: Engine) -> str | None:

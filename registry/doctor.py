@@ -9,6 +9,7 @@ from registry.bases import Bases
 from registry.database import Database
 from registry.merges import Merges
 from registry.names import printable
+from registry.places import is_gone
 from registry.records import AdapterRecord, Finding, Freed
 from registry.store import Store
 
@@ -43,12 +44,13 @@ class Doctor:
         with self._database.writing():
             merges = self._merges.note_gone()
             entries, size_bytes = self._store.collect(self._adapters.store_keys())
-        return Freed(entries=entries, size_bytes=size_bytes, merges=merges)
+        others = self._store.other_catalogues()
+        return Freed(entries=entries, size_bytes=size_bytes, merges=merges, shared_with=tuple(others))
 
     def _missing_bases(self) -> Iterator[Finding]:
         for base in self._bases.list():
             # One whose files on the Hub are known is downloaded again when it is needed.
-            if base.path is not None and not base.path.exists() and not (base.files and base.revision):
+            if base.path is not None and is_gone(base.path) and not (base.files and base.revision):
                 yield Finding(
                     kind="base-missing",
                     subject=base.name,
@@ -67,7 +69,7 @@ class Doctor:
         """One finding where no place holds the files any more, or the store lost what another place still has."""
         in_store = [self._store.path(place.store_key) for place in record.locations if place.store_key is not None]
         elsewhere = [place.path for place in record.locations if place.path is not None]
-        lost = [path for path in (*in_store, *elsewhere) if not path.exists()]
+        lost = [path for path in (*in_store, *elsewhere) if is_gone(path)]
         gone = len(lost) == len(in_store) + len(elsewhere) and not any(place.repo for place in record.locations)
         if gone or any(path in in_store for path in lost):
             yield Finding(
@@ -81,7 +83,7 @@ class Doctor:
     def _missing_merges(self) -> Iterator[Finding]:
         for merge in self._merges.list(state="merged"):
             adapters = " + ".join(member.adapter for member in merge.adapters)
-            if not merge.output.exists():
+            if is_gone(merge.output):
                 yield Finding(
                     kind="merge-output-missing",
                     subject=adapters,
@@ -89,7 +91,7 @@ class Doctor:
                     message=f"the model merged from {adapters} is no longer at '{printable(str(merge.output), 400)}'; put it "
                     "back or merge again if you need it, or let 'loratool doctor --gc' note that it is gone",
                 )
-            elif merge.undo_file is not None and not merge.undo_file.exists():
+            elif merge.undo_file is not None and is_gone(merge.undo_file):
                 yield Finding(
                     kind="undo-file-missing",
                     subject=adapters,
@@ -103,7 +105,9 @@ class Doctor:
         named = self._adapters.store_keys()
         way = "'loratool doctor --gc' frees it"
         if not named:  # more likely a lost catalogue than a store of nothing but leftovers
-            way = f"put 'registry.db' back if it was lost, or catalogue it with 'loratool add'; {way}"
+            way = f"if {self._database.where} was lost, put it back; else catalogue this with 'loratool add'; {way} for good"
+        if self._store.other_catalogues():
+            return  # it may be theirs
         entries = [(key, self._store.path(key)) for key in self._store.entries() if key not in named]
         for subject, path in [*entries, *((path.name, path) for path in self._store.abandoned())]:
             yield Finding(

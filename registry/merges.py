@@ -13,6 +13,7 @@ from registry.bases import find_base_id
 from registry.database import Database, inserted_id
 from registry.errors import NotFoundError, RegistryError
 from registry.names import is_reference, parse_reference, printable
+from registry.places import is_gone
 from registry.records import AdapterRecord, MergedAdapter, MergeRecord, MergeState
 from registry.tables import adapters, bases, merged_adapters, merges
 
@@ -47,7 +48,7 @@ class Merges:
         with self._database.writing() as connection:
             base_id, _ = find_base_id(connection, base, base_fingerprint)
             if not in_place:
-                earlier = (merges.c.output.in_([output]), merges.c.state == "merged")
+                earlier = (merges.c.output.in_([output]), merges.c.state.in_(["merged", "gone"]))
                 connection.execute(update(merges).where(*earlier).values(state="replaced"))
             row = insert(merges).values(
                 base_id=base_id,
@@ -93,18 +94,20 @@ class Merges:
     def note_gone(self) -> int:
         """Says of the merges whose models are no longer there that they are `gone`, and forgets undo files that are not.
 
-        How many merges that is of.
+        A model that is there again is `merged` again. How many merges that is of.
         """
         with self._database.writing() as connection:
             noted = 0
-            for merge in self.list(state="merged"):
-                gone: dict[str, Any] = {}
-                if not merge.output.exists():
-                    gone = {"state": "gone"}
-                elif merge.undo_file is not None and not merge.undo_file.exists():
-                    gone = {"undo_file": None}
-                if gone:
-                    connection.execute(update(merges).where(merges.c.id == merge.id).values(gone))
+            for merge in self.list():
+                changed: dict[str, Any] = {}
+                if merge.state == "gone" and merge.output.is_dir():
+                    changed = {"state": "merged"}
+                elif merge.state == "merged" and is_gone(merge.output):
+                    changed = {"state": "gone"}
+                elif merge.state == "merged" and merge.undo_file is not None and is_gone(merge.undo_file):
+                    changed = {"undo_file": None}
+                if changed:
+                    connection.execute(update(merges).where(merges.c.id == merge.id).values(changed))
                     noted += 1
             return noted
 

@@ -9,6 +9,17 @@ DATABASE_NAME = "registry.db"
 STORE_NAME = "store"
 
 
+def is_gone(path: Path) -> bool:
+    """Whether nothing is at `path`. Where that cannot be told, on a disk that fails or in a folder that is closed, it is not."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def home() -> Path:
     """The home folder: `LORATOOL_HOME`, else the platform's user data folder. Absolute; it may not exist yet."""
     named = os.environ.get("LORATOOL_HOME")

@@ -31,11 +31,13 @@ from typing import Self
 
 from registry.errors import RegistryError
 from registry.names import printable
+from registry.places import DATABASE_NAME, is_gone
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 _STAGING = "tmp"
+_CATALOGUES = "catalogues"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,21 @@ class Staged:
 
 
 class Store:
-    """The content store in the folder `root`, which is made when the first file comes."""
+    """The content store in the folder `root`, which is made when the first file comes.
 
-    def __init__(self, root: Path) -> None:
+    `catalogue` is the database whose rows name its entries. Those of several may lie in one store, which keeps a list of
+    them: what one does not name is then not removed, as it may be another's.
+    """
+
+    def __init__(self, root: Path, catalogue: str = "") -> None:
         self.root = root
+        self._own_catalogue = str(root.parent / DATABASE_NAME)
+        self.catalogue = catalogue or self._own_catalogue
+
+    def other_catalogues(self) -> list[str]:
+        """The other catalogues with files here, sorted; a SQLite file that is gone is none."""
+        others = {*self._listed(), self._own_catalogue} - {self.catalogue}
+        return sorted(each for each in others if not (Path(each).is_absolute() and is_gone(Path(each))))
 
     def path(self, key: str) -> Path:
         """The folder of an entry, whether it exists or not."""
@@ -112,6 +125,7 @@ class Store:
         """
         target = self.path(staged.key)
         try:
+            self._enlist()
             shard = self._folder(staged.key[:2])
             try:
                 staged.folder.rename(target)
@@ -165,11 +179,12 @@ class Store:
     def collect(self, named: Iterable[str], among: Iterable[str] | None = None) -> tuple[int, int]:
         """Removes the entries that are not `named` (of all, or of those `among` these): how many, how many bytes.
 
-        Call it in a write transaction that has read `named`. Looking at all entries, it also clears the staging folder
-        of what is a day old.
+        Where other catalogues have files here, no entry is removed: it may be theirs. Call it in a write transaction that
+        has read `named`. Looking at all entries, it also clears the staging folder of what is a day old.
         """
         kept = set(named)
-        doomed = [self.path(key) for key in (self.entries() if among is None else among) if key not in kept]
+        candidates = () if self.other_catalogues() else self.entries() if among is None else among
+        doomed = [self.path(key) for key in candidates if key not in kept]
         abandoned = self.abandoned() if among is None else []
         entries = freed = 0
         try:
@@ -183,6 +198,28 @@ class Store:
         except OSError as error:
             raise _disk_error(error, self.root) from error
         return entries, freed
+
+    def _listed(self) -> list[str]:
+        """The catalogues, but for the one of the store's own home, that have put files here."""
+        try:
+            return (self.root / _CATALOGUES).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        except (OSError, UnicodeDecodeError) as error:
+            raise RegistryError(
+                f"'{printable(str(self.root / _CATALOGUES), 400)}' cannot be read ({error}); it lists the catalogues with "
+                "files in the store, one a line: mend it"
+            ) from None
+
+    def _enlist(self) -> None:
+        """Notes that the catalogue has files here."""
+        if self.catalogue in (self._own_catalogue, *self._listed()):
+            return
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with open(os.open(self.root / _CATALOGUES, flags, 0o666), "a", encoding="utf-8") as file:
+            file.write(f"{self.catalogue}\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _set_aside(self, folder: Path) -> None:
         """Removes an entry so that nobody ever sees half of it: out of its place first."""

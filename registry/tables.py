@@ -87,6 +87,9 @@ class FilePath(TypeDecorator[Path]):
     def process_result_value(self, value: str | None, dialect: Dialect) -> Path | None:
         return None if value is None else Path(value)
 
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        return _checked(super().result_processor(dialect, coltype), "a path")
+
 
 def _checked(read: Callable[[Any], Any] | None, what: str) -> Callable[[Any], Any] | None:
     """What reads a column's values; a RegistryError where a row was damaged."""

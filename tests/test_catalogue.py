@@ -573,7 +573,9 @@ def test_the_doctor_frees_what_nothing_names_and_nothing_else(pirate: Path, home
     (weights,) = home_of_its_own.rglob("*.safetensors")
     orphan = weights.parent.parent.with_name("ff") / ("f" * 64)
     shutil.copytree(weights.parent, orphan)
-    assert [found.kind for found in loratool.doctor().findings] == ["store-orphan"]
+    (found,) = loratool.doctor().findings
+    assert found.kind == "store-orphan"
+    assert "was lost" not in found.message
     assert orphan.exists()
     result = loratool.doctor(gc=True)
     assert result.findings == ()
@@ -619,7 +621,64 @@ def test_the_doctor_notes_what_is_gone_and_is_content_then(llama: Path, pirate: 
     assert again is not None
     assert again.merges == 0
     loratool.merge(["pirate"], into=llama, out=deleted.out)
-    assert sorted(merge.state for merge in loratool.show("pirate").merges) == ["gone", "merged", "merged", "merged"]
+    states_of = [merge.state for merge in loratool.show("pirate").merges]
+    assert sorted(states_of) == ["merged", "merged", "merged", "replaced"]
+
+
+def test_a_merge_on_a_disk_that_was_away_is_there_again(llama: Path, pirate: Path, tmp_path: Path) -> None:
+    out = loratool.merge([pirate], into=llama, out=tmp_path / "drive" / "model").out
+    (tmp_path / "drive").rename(tmp_path / "away")
+    freed = loratool.doctor(gc=True).freed
+    assert freed is not None and freed.merges == 1
+    with pytest.raises(NotFoundError, match="no longer at"):
+        loratool.verify("model")
+    (tmp_path / "away").rename(tmp_path / "drive")
+    assert loratool.verify("model").path == out
+    freed = loratool.doctor(gc=True).freed
+    assert freed is not None and freed.merges == 1
+    shutil.rmtree(out)
+    assert [found.kind for found in loratool.doctor().findings] == ["merge-output-missing"]
+
+
+def test_a_place_that_cannot_be_looked_at_is_not_gone(llama: Path, pirate: Path, tmp_path: Path) -> None:
+    out = loratool.merge([pirate], into=llama, out=tmp_path / "drive" / "model").out
+    shutil.rmtree(out.parent)
+    out.parent.symlink_to(out.parent)
+    result = loratool.doctor(gc=True)
+    assert (result.findings, result.freed and result.freed.merges) == ((), 0)
+
+
+def test_catalogues_that_share_a_store_do_not_free_each_others_files(
+    pirate: Path, home_of_its_own: Path, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'team.db'}"
+
+    def stored() -> int:
+        return len(list(home_of_its_own.rglob("*.safetensors")))
+
+    other = shutil.copytree(pirate, tmp_path / "other")
+    (other / "README.md").write_text("beside it")
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    loratool.add(pirate, name="pirate")
+    loratool.add(pirate, name="pirate", registry=url)
+    loratool.add(other, name="other", registry=url)
+    assert stored() == 2
+    for registry in (None, url, f"sqlite:///{tmp_path / 'empty.db'}"):
+        result = loratool.doctor(gc=True, registry=registry)
+        assert (result.findings, stored()) == ((), 2)
+        assert result.freed is not None
+        assert any(str(tmp_path / "team.db") in each or "registry.db" in each for each in result.freed.shared_with)
+    loratool.remove("pirate")
+    assert stored() == 2
+    assert loratool.show("pirate", registry=url).record.name == "pirate"
+    assert loratool.doctor(registry=url, deep=True).findings == ()
+    loratool.add(other, name="other")
+    for file in tmp_path.glob("team.db*"):
+        file.unlink()
+    result = loratool.doctor(gc=True)
+    assert result.freed is not None
+    assert (result.freed.entries, result.freed.shared_with, stored()) == (1, (), 1)
 
 
 def test_the_doctor_of_a_lost_catalogue_does_not_first_advise_to_free_its_adapters(
@@ -631,7 +690,7 @@ def test_the_doctor_of_a_lost_catalogue_does_not_first_advise_to_free_its_adapte
     (found,) = loratool.doctor().findings
     assert found.kind == "store-orphan"
     assert found.path is not None
-    assert "put 'registry.db' back" in found.message
+    assert re.search(r"if .*registry\.db was lost, put it back; .* '.*--gc' frees it for good", found.message)
     assert loratool.add(found.path, name="pirate").record.reference == "pirate@1"
     assert loratool.doctor().findings == ()
 

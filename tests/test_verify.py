@@ -479,7 +479,14 @@ def test_which_of_several_merges_of_one_name_is_meant_is_not_guessed(
         assert str(one) in str(raised.value)
         assert str(other) in str(raised.value)
     shutil.rmtree(one)
-    assert loratool.verify("model").path == other
+    one.write_text("no model")
+    (tmp_path / "link").symlink_to(other.parent)
+    loratool.merge([tmp_path / "adapter"], into=tmp_path / "base", out=tmp_path / "link" / "model", force=True)
+    assert loratool.verify("model").path == other, "one folder, by two paths"
+    loratool.base_add("model", tmp_path / "base")
+    with pytest.raises(LoratoolError, match=r"base.*loratool\.json|no manifest|not merged"):
+        loratool.verify("model")
+    loratool.base_remove("model")
     shutil.rmtree(other)
     with pytest.raises(NotFoundError, match="no longer at"):
         loratool.verify("model")

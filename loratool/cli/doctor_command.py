@@ -7,7 +7,7 @@ import sys
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import counted, print_json, shown, size
+from loratool.cli.rendering import counted, print_json, print_notes, shown, size
 
 
 @click.command("doctor", **example("loratool doctor --gc"))
@@ -44,7 +44,10 @@ def command(registry: str | None, gc: bool, deep: bool, as_json: bool) -> None:
         if result.freed is not None:
             click.echo(f"Freed {size(result.freed.size_bytes)} in {counted(result.freed.entries, 'unnamed folder')}")
             if result.freed.merges:
-                click.echo(f"Noted of {counted(result.freed.merges, 'merge')} that what it wrote is gone")
+                click.echo(f"Noted of {counted(result.freed.merges, 'merge')} what is gone or there again")
+            others = ", ".join(map(shown, result.freed.shared_with))
+            if others:
+                print_notes([f"the store also holds files of {others}, so nothing in it was freed"])
         for finding in result.findings:
             click.echo(click.style("problem: ", fg="red") + shown(finding.message))
         if not result.findings:

@@ -202,8 +202,9 @@ def resolve_merged(name: str | os.PathLike[str], registry: Registry) -> Path:
 
 def _recorded_merge(name: str, registry: Registry) -> Path:
     """The folder called `name` that a merge which is recorded wrote, wherever it lies."""
-    written = {merge.output for merge in registry.merges.list(state="merged") if merge.output.name == name}
-    here = sorted(output for output in written if output.is_dir())
+    merges = [merge for merge in registry.merges.list() if merge.output.name == name]
+    written = {merge.output for merge in merges if merge.state in ("merged", "gone")}
+    here = sorted({output.resolve() for output in written if output.is_dir()})
     if len(here) == 1:
         return here[0]
     if here:

@@ -148,7 +148,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
             report, notes = _by_the_first_that_works(ways, take_out, checkpoint, manifest)
         if in_place:
             for record in catalogue.merges.of_output(path.absolute()):
-                if record.output_fingerprint == manifest.fingerprint and record.state == "merged":
+                if record.output_fingerprint == manifest.fingerprint and record.state in ("merged", "gone"):
                     catalogue.merges.set_state(record.id, "unmerged")
     restored = None if report.inexact else manifest.base_fingerprint
     return UnmergeResult(target, report.method, restored, report.inexact, (*notes, *report.notes))
