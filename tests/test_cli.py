@@ -452,6 +452,31 @@ run()
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+def test_an_interrupt_while_workers_are_waited_for_does_not_leave_their_locks_taken(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    program = """
+import os, signal, sys
+from concurrent.futures import _base
+class Interrupting(_base._AcquireFutures):
+    def __enter__(self):
+        for future in self.futures:
+            future._condition.acquire()
+            os.kill(os.getpid(), signal.SIGINT)
+_base._AcquireFutures = Interrupting
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from loratool.cli import run
+run()
+"""
+    words = ["merge", str(adapter), "--into", str(base), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=REPOSITORY, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.strip().startswith("Interrupted")
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_reader_that_goes_away_is_no_error(home_of_its_own: Path) -> None:
     catalogue_of(home_of_its_own, 200)
     child = subprocess.Popen(
