@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_adapters import copy_with, merge_by_peft, merged_once_rounded, save_peft_adapter, save_plain_adapter
 from tiny_models import (
     Layout,
@@ -206,14 +207,83 @@ def test_an_adapter_of_language_and_projector_lands(options: dict[str, Any], tmp
     [
         ["model.language_model.layers.0.up_proj", "model.vision_tower.layers.0.q_proj"],
         ["model.layers.0.up_proj", "model.vision_tower.layers.0.q_proj"],
-        ["encoder.layers.0.q_proj", "decoder.layers.1.q_proj"],
+        ["model.encoder.layers.0.q_proj", "model.decoder.layers.1.q_proj"],
     ],
-    ids=["language and vision", "language by its own name, and vision", "encoder and decoder"],
+    ids=["language and vision", "language by its own name, and vision", "different layers"],
 )
 def test_two_stacks_never_land_in_one(modules: list[str], tmp_path: Path) -> None:
     base = plain_base(tmp_path / "base", [f"model.layers.{n}.{leaf}" for n in (0, 1) for leaf in ("up_proj", "q_proj")])
     adapter = save_plain_adapter(tmp_path / "adapter", dict.fromkeys(modules, (24, 16)))
     assert "different stacks of layers" in refusal(adapter, base, tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("adapters", "stored"),
+    [
+        (["layers.0.q", "layers.1.q"], ["layers.0.q", "text.layers.0.q", "text.layers.1.q"]),
+        (["roberta.layer.0.q"], ["bert.layer.0.q"]),
+        (["decoder.layers.0.q"], ["encoder.layers.0.q"]),
+        (["model.layers.0.q"], ["encoder.layers.0.q"]),
+        (["model.layers.0.q"], ["model.blocks.0.q"]),
+        (["model.layers.0.q"], ["model.layers.1.q"]),
+        (["layers.0.q"], ["tower.0.layers.0.q"]),
+        (["layers.0.q"], ["mylayers.0.q"]),
+        (["layers.0.q", "merger"], ["layers.0.q", "mymerger"]),
+        (["layers.0.q", "audio_projector.linear"], ["layers.0.q", "vision_projector.linear"]),
+        (["layer.0.dense", "pooler.dense"], ["layer.0.dense", "cls.transform.dense"]),
+        (["layer.0.dense", "classifier.dense"], ["layer.0.dense", "lm_head.dense"]),
+        (["m.proj.out", "m.proj.0"], ["x.out", "x.0"]),
+        (["m.proj.0", "m.proj.out"], ["x.out", "x.0"]),
+    ],
+    ids=str,
+)
+def test_a_name_never_takes_the_place_of_another(adapters: list[str], stored: list[str], tmp_path: Path) -> None:
+    adapter = save_plain_adapter(tmp_path / "adapter", dict.fromkeys(adapters, (24, 16)))
+    message = refusal(adapter, plain_base(tmp_path / "base", stored), tmp_path / "work")
+    assert re.search("land on no tensor|is one stack of layers", message)
+
+
+@pytest.mark.parametrize(
+    ("module", "stored"),
+    [
+        ("transformer.h.0.q", "model.h.0.q"),
+        ("model.visual.blocks.0.q", "model.vision_tower.blocks.0.q"),
+        ("model.language_model.layers.0.q", "language_model.model.layers.0.q"),
+        ("llm.layers.0.q", "text_model.layers.0.q"),
+        ("a.b.layers.0.q", "layers.0.q"),
+        ("layers.0.q", "a.b.layers.0.q"),
+    ],
+)
+def test_a_name_may_be_dropped_added_moved_and_be_another_of_the_same_part(
+    module: str, stored: str, tmp_path: Path
+) -> None:
+    base = plain_base(tmp_path / "base", [stored])
+    adapter = save_plain_adapter(tmp_path / "adapter", {module: (24, 16)})
+    expect_landing(adapter, base, tmp_path / "out", lambda name: name.replace(module, stored))
+
+
+@pytest.mark.parametrize(
+    ("module", "replaced", "stored"),
+    [
+        ("layers.0.q", "layers.0.norm1.weight", ["text.layers.0.q", "vision.layers.0.norm1"]),
+        ("layers.0.q", "layers.0.norm1.weight", ["layers.0.q", "vision.layers.0.norm1"]),
+        ("encoder.layers.0.q", "model.layers.0.norm.weight", ["model.encoder.layers.0.q", "model.layers.0.norm", "x"]),
+        ("model.layers.0.q", "a.b.layers.0.norm.weight", ["model.layers.0.q", "c.layers.0.norm"]),
+        ("layers.0.q", "model.proj.bias_of_it", ["layers.0.q", "other.bias_of_it"]),
+        ("layers.0.q", "model.proj.linear.weight", ["layers.0.q", "other.linear"]),
+    ],
+    ids=["of a stack that landed", "of a stack by its own name", "of a stack in the first's place", "of no stack there",
+         "no weight", "of another part"],
+)  # fmt: skip
+def test_a_replaced_tensor_stays_with_its_part(module: str, replaced: str, stored: list[str], tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", stored)
+    adapter = save_plain_adapter(tmp_path / "adapter", {module: (24, 16)}, modules_to_save=[replaced.split(".")[-2]])
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{replaced}": torch.ones(24, 16)}, file)
+    if replaced.startswith("model.layers"):
+        loratool.merge([adapter], into=base, out=tmp_path / "out")  # exact, in a stack of its own
+        return
+    assert "which the base lacks" in refusal(adapter, base, tmp_path / "work")
 
 
 STACKS = ["model.layers.0.q_proj", "visual.blocks.0.q_proj"]

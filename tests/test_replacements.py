@@ -229,6 +229,14 @@ def test_a_classifier_that_was_lost_beside_a_norm_that_was_not_is_missed(
     refuses("the base has 'classifier", [adapter], tiny_models.folder("bert"), tmp_path)
 
 
+def test_half_a_module_is_refused(tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    adapter = tiny_adapters.folder("bert", modules_to_save=["classifier"], task_type="SEQ_CLS")
+    for half in ("weight", "bias"):
+        damaged = changed(adapter, tmp_path / half, f"classifier.{half}", None)
+        message = rf"and holds no 'classifier.{half}'; the file is incomplete"
+        refuses(message, [damaged], tiny_models.folder("bert"), tmp_path)
+
+
 def test_it_is_not_combined(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
     adapters = [tiny_adapters.folder("llama", modules_to_save=["lm_head"]), tiny_adapters.folder("llama", seed=2)]
     with pytest.raises(LoratoolError, match=r"'lm_head.weight' whole \(modules_to_save\)"):

@@ -8,15 +8,16 @@ The rules, in order:
    Hub's GPT-2, whose tensors begin with ``h.0``; ``encoder.layer.0`` for a BERT with its head, ``bert.encoder.layer.0``;
    ``model.layers.0`` for ``model.language_model.layers.0``). One exchange of one leading prefix for another must land all
    of them. What is exchanged never reaches the component before the first number (``layers`` in ``model.layers.0``),
-   so a module never moves to another layer or another kind of layer. The exchange that keeps most of the module's own
-   name is taken.
+   so a module never moves to another layer or another kind of layer; and it drops names, adds some or moves them, but puts
+   none in another's place (``bert`` for ``roberta``), unless both are names of the same part (`SAME_PART`). The exchange that
+   keeps most of the module's own name is taken.
 3. Where several exchanges keep equally much, the one under which every shape fits is taken, if it is the only one.
 4. Where no one exchange lands them all, each stack of layers, the modules with the same name up to the first number
    (``model.language_model.layers`` and ``model.visual.blocks``, stored as ``model.layers`` and ``visual.blocks``), must land by
    one of its own. What has no number goes by one of these, or else alone: on the only tensor that keeps all of its name, or
    most of it and its last two parts at least (``multi_modal_projector.linear_1`` of ``model.multi_modal_projector.linear_1``).
    So does a tensor that is replaced whole (``modules_to_save``); one of a stack keeps the two names before the number.
-5. Two stacks never land in one: layers of an image are not those of a text, though the base has room for both.
+5. A stack lands in one, and no two in the same: layers of an image are not those of a text, though the base has room for both.
 
 Anything else is an error that lists what did not land and the nearest names; nothing is guessed.
 """
@@ -24,6 +25,7 @@ Anything else is an error that lists what did not land and the nearest names; no
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -34,6 +36,15 @@ from loratool.errors import PlacementError, nearest, quoted
 SUFFIX: Final = ".weight"
 KOHYA_PREFIX: Final = re.compile(r"lora_[a-z]+\d*_(?=[^.]+$)")
 SHOWN: Final = 5
+PARTS: Final = (
+    ("model", "transformer", "backbone"),
+    ("language_model", "text_model", "llm"),
+    ("vision_tower", "vision_model", "visual", "vit"),
+    ("audio_tower", "audio"),
+)
+SAME_PART: Final = {name: names[0] for names in PARTS for name in names}
+"""Names that programs give to the same part of a model (as transformers' ``conversion_mapping`` does), by one of them."""
+
 OUTPUT_HEADS: Final = frozenset({"lm_head", "embed_out", "output_projection", "proj_out", "decoder", "lm_loss"})
 """Modules that a checkpoint lacks where the model ties them to its input embedding."""
 
@@ -69,7 +80,13 @@ class Landing:
 
     def place(self, name: str, tensors: Collection[str]) -> str | None:
         """Where another tensor of the same model lands, as `name` or by rule 4; None where that is nowhere, or not clear."""
-        return name if name in tensors else _loose_place(name, self.exchanges, tensors)
+        place = name if name in tensors else _loose_place(name, self.exchanges, tensors)
+        if place is None or not _stack(name):
+            return place
+        homes = {_stack(module): _stack(tensor) for module, tensor in self.tensors.items()}
+        stack = _stack(place)
+        is_home = homes[_stack(name)] == stack if _stack(name) in homes else stack not in homes.values()
+        return place if is_home else None
 
     def module(self, tensor: str) -> str | None:
         """The module that would land on `tensor`, or None where there is none."""
@@ -138,7 +155,9 @@ def _loose_place(name: str, exchanges: Sequence[Exchange], tensors: Collection[s
         tail = ".".join(parts[cut:])
         ending = [each for each in tensors if each == tail or each.endswith(f".{tail}")]
         if ending:
-            return ending[0] if len(ending) == 1 and not _has_number(ending[0].removesuffix(tail)) else None
+            new = ending[0].removesuffix(tail)
+            is_clear = len(ending) == 1 and not _has_number(new) and not _replaces(name.removesuffix(tail), new)
+            return ending[0] if is_clear else None
     return None
 
 
@@ -191,9 +210,13 @@ def _prefixes(modules: list[str]) -> Iterator[str]:
     components = modules[0].split(".")
     for count in range(1, len(components)):
         prefix = ".".join(components[:count]) + "."
-        if _has_number(".".join(components[: count + 1])) or not all(module.startswith(prefix) for module in modules):
+        if not all(module.startswith(prefix) and not _has_number(_up_to(module, count + 1)) for module in modules):
             return
         yield prefix
+
+
+def _up_to(name: str, count: int) -> str:
+    return ".".join(name.split(".")[:count])
 
 
 def _exchanges(old: str, module: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Exchange]:
@@ -201,8 +224,14 @@ def _exchanges(old: str, module: str, tensors: Mapping[str, TensorInfo]) -> Iter
     tail = module[len(old) :] + SUFFIX
     for name in tensors:
         new = name[: -len(tail)] if name.endswith(tail) else None
-        if new is not None and (not new or new.endswith(".")) and not _has_number(new):
+        if new is not None and (not new or new.endswith(".")) and not _has_number(new) and not _replaces(old, new):
             yield Exchange(old, new)
+
+
+def _replaces(old: str, new: str) -> bool:
+    """Whether an exchange puts a name in another's place that is not of the same part."""
+    lost, gained = (Counter(SAME_PART.get(name, name) for name in prefix.split(".")) for prefix in (old, new))
+    return bool(lost - gained and gained - lost)
 
 
 def _has_number(name: str) -> bool:
@@ -236,7 +265,8 @@ def _not_landed(rest: Mapping[str, tuple[int, int]], exchange: Exchange,
         lines.append(f"  {quoted(module)}" + (f"  nearest: {', '.join(quoted(name) for name in near)}" if near else ""))
     if len(missing) > SHOWN:
         lines.append(f"  and {len(missing) - SHOWN} more")
-    tied = all(module.rsplit(".", 1)[-1] in OUTPUT_HEADS for module in missing)
+    has_head = any(name.removesuffix(SUFFIX).rsplit(".", 1)[-1] in OUTPUT_HEADS for name in tensors)
+    tied = not has_head and all(module.rsplit(".", 1)[-1] in OUTPUT_HEADS for module in missing)
     advice = "the base seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
     return _NotAllLandError(
         f"{len(missing)} of the modules of {quoted(source)} land on no tensor of the base, so nothing was merged; "
@@ -253,11 +283,18 @@ def _refuse_collisions(landed: Mapping[str, str], source: str) -> None:
                 "keep one of them"
             )
         seen[tensor] = module
-    stacks: dict[str, str] = {}
+    inhabitants: dict[str, str] = {}
+    homes: dict[str, str] = {}
     for module, tensor in landed.items():
-        first = stacks.setdefault(_stack(tensor), module)
+        first = inhabitants.setdefault(_stack(tensor), module)
         if _stack(tensor) and _stack(first) != _stack(module):
             raise PlacementError(
                 f"{quoted(first)} and {quoted(module)} of {quoted(source)} are of different stacks of layers, and the base "
                 f"has one for both, {quoted(_stack(tensor) + '…')}; is it the right base?"
+            )
+        first = homes.setdefault(_stack(module), tensor)
+        if _stack(module) and _stack(first) != _stack(tensor):
+            raise PlacementError(
+                f"{quoted(_stack(module) + '…')} of {quoted(source)} is one stack of layers, and would land on {quoted(first)} "
+                f"and on {quoted(tensor)} of two; is it the right base?"
             )

@@ -27,6 +27,7 @@ from loratool.weights.dense import CODEC_OF
 
 OTHER_WEIGHTS: Final = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 
+HALVES: Final = {"weight": "bias", "bias": "weight"}
 EMBEDDING_LEAVES: Final = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
 """Last components of modules that are embeddings, whose tensors are matrices but no linear layers."""
 
@@ -183,7 +184,19 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], landings: Sequence[La
                     f"{base.tensors[name].dtype}; loratool replaces fp32, fp16 and bf16 tensors by such"
                 )
             targets[name] = Target(weight, (PlannedUpdate(index, own, Replacement(tensor), 1.0),), transposed=False)
+        _refuse_halves([name for name, target in targets.items() if target.updates[0].adapter == index], adapter, base)
     return tuple(targets.values())
+
+
+def _refuse_halves(replaced: Collection[str], adapter: Adapter, base: Checkpoint) -> None:
+    """Raise AdapterError for a module of which the adapter replaces the weight or the bias, and the base has both."""
+    for name in replaced:
+        module, _, leaf = name.rpartition(".")
+        other = f"{module}.{HALVES.get(leaf)}"
+        if other in base.tensors and other not in replaced:
+            raise AdapterError(
+                f"{quoted(adapter.name)} replaces {quoted(name)} and holds no {quoted(other)}; the file is incomplete"
+            )
 
 
 def _refuse_replacement(name: str, own: str, tensor: TensorInfo, adapter: Adapter, taken: Collection[str],

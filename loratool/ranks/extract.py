@@ -174,10 +174,12 @@ def _check_wanted(wanted: Wanted) -> None:
 def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
     """Each tensor of the tuned model with that of the base; names may differ as an adapter's may."""
     landing = _landing(tuned, base)
-    places = {name: landing.place(name, base.tensors) for name in tuned.tensors}
+    places = dict.fromkeys(tuned.tensors, None) | {name: name for name in tuned.tensors if name in base.tensors}
+    if landing is not None:
+        places = {name: landing.place(name, base.tensors) for name in tuned.tensors}
     _refuse_missing([name for name, place in places.items() if place is None], tuned, base)
     reached = set(places.values())
-    if len(reached) < len(places) and None not in reached:
+    if len(reached - {None}) < sum(place is not None for place in places.values()):
         raise PlacementError(
             f"two tensors of {quoted(tuned.path)} are one of the base's; give both under the same names"
         )
@@ -194,8 +196,8 @@ def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
     return pairs
 
 
-def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing:
-    """The exchanges of prefixes that turn the tuned model's names into the base's."""
+def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing | None:
+    """The exchanges of prefixes that turn the tuned model's names into the base's; None where there are none."""
     matrices = {
         name.removesuffix(SUFFIX): (info.shape[0], info.shape[1])
         for name, info in tuned.tensors.items()
@@ -204,7 +206,7 @@ def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing:
     try:
         return land(matrices, base.tensors, str(tuned.path))
     except PlacementError:
-        return Landing({}, ())  # what is missing is said tensor by tensor
+        return None  # what is missing is said tensor by tensor
 
 
 def _refuse_missing(names: list[str], here: Checkpoint, there: Checkpoint) -> None:
