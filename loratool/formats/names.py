@@ -28,6 +28,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from loratool.checkpoint.header import TensorInfo
@@ -71,7 +72,7 @@ class Exchange:
         return self.old + tensor[len(self.new) : -len(SUFFIX)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Landing:
     """Where every module lands: module to tensor name, and the exchanges of prefixes that did it; none where names are equal."""
 
@@ -83,10 +84,18 @@ class Landing:
         place = name if name in tensors else _loose_place(name, self.exchanges, tensors)
         if place is None or not _stack(name):
             return place
-        homes = {_stack(module): _stack(tensor) for module, tensor in self.tensors.items()}
-        stack = _stack(place)
-        is_home = homes[_stack(name)] == stack if _stack(name) in homes else stack not in homes.values()
+        home, stack = self._homes.get(_stack(name)), _stack(place)
+        is_home = home == stack if home is not None else stack not in self._inhabited
         return place if is_home else None
+
+    @cached_property
+    def _homes(self) -> dict[str, str]:
+        """The stack in which each stack of the adapter lands."""
+        return {_stack(module): _stack(tensor) for module, tensor in self.tensors.items()}
+
+    @cached_property
+    def _inhabited(self) -> frozenset[str]:
+        return frozenset(self._homes.values())
 
     def module(self, tensor: str) -> str | None:
         """The module that would land on `tensor`, or None where there is none."""
