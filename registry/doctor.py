@@ -39,7 +39,7 @@ class Doctor:
     def collect(self) -> Freed:
         """Removes from the store what no row names, and what killed processes left there a day ago or longer.
 
-        Of merges whose models or undo files are gone it notes that they are.
+        Of merges whose models or undo files are gone it notes that they are, and of models that are there again that, too.
         """
         with self._database.writing():
             merges = self._merges.note_gone()
@@ -102,12 +102,12 @@ class Doctor:
                 )
 
     def _orphans(self) -> Iterator[Finding]:
+        if self._store.other_catalogues():
+            return  # what this one does not name may be theirs
         named = self._adapters.store_keys()
         way = "'loratool doctor --gc' frees it"
         if not named:  # more likely a lost catalogue than a store of nothing but leftovers
             way = f"if {self._database.where} was lost, put it back; else catalogue this with 'loratool add'; {way} for good"
-        if self._store.other_catalogues():
-            return  # it may be theirs
         entries = [(key, self._store.path(key)) for key in self._store.entries() if key not in named]
         for subject, path in [*entries, *((path.name, path) for path in self._store.abandoned())]:
             yield Finding(

@@ -195,7 +195,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Freed:
-    """What a garbage collection removed from the store, and of how many merges it noted that what they wrote is gone.
+    """What a garbage collection removed from the store, and of how many `merges` it noted that what they wrote is gone, or
+    there again.
 
     `shared_with` names the other catalogues with files in the store, because of which nothing was removed.
     """

@@ -612,7 +612,8 @@ def test_json_of_the_doctor(catalogued: Run) -> None:
     done = catalogued("doctor", "--json")
     assert done.status == 0
     assert done.json() == {
-        "bases": 1, "adapters": 1, "versions": 1, "merges": 0, "findings": [], "freed_bytes": 0, "gone_merges": 0,
+        "bases": 1, "adapters": 1, "versions": 1, "merges": 0, "findings": [], "freed_bytes": 0, "noted_merges": 0,
+        "shared_with": [],
     }  # fmt: skip
 
 

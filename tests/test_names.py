@@ -402,6 +402,17 @@ def test_a_head_that_is_tied_and_not_stored_is_refused(
     assert "lm_head" in refusal(adapter, base, tmp_path / "work")
 
 
+@pytest.mark.parametrize(("head", "advice"), [("embed_out", "is it the right base"), ("norm", "untie them first")])
+def test_a_head_is_said_to_be_tied_only_where_the_base_has_none(head: str, advice: str, tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", ["layers.0.q", head])
+    adapter = save_plain_adapter(tmp_path / "adapter", {"layers.0.q": (24, 16), "lm_head": (24, 16)})
+    assert advice in refusal(adapter, base, tmp_path / "work")
+    replacing = save_plain_adapter(tmp_path / "replacing", {"layers.0.q": (24, 16)}, modules_to_save=["lm_head"])
+    file = replacing / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.lm_head.weight": torch.ones(24, 16)}, file)
+    assert advice in refusal(replacing, base, tmp_path / "work again")
+
+
 def test_a_head_that_is_tied_and_stored_again_is_refused(
     tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
 ) -> None:

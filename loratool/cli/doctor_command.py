@@ -33,7 +33,8 @@ def command(registry: str | None, gc: bool, deep: bool, as_json: bool) -> None:
                     for finding in result.findings
                 ],
                 "freed_bytes": result.freed.size_bytes if result.freed else 0,
-                "gone_merges": result.freed.merges if result.freed else 0,
+                "noted_merges": result.freed.merges if result.freed else 0,
+                "shared_with": list(result.freed.shared_with) if result.freed else [],
             }
         )
     else:

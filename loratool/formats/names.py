@@ -107,7 +107,8 @@ def land(modules: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInf
     """Find the tensor for each of `modules` (name to (out_features, in_features)) by the rules above.
 
     Raises:
-        PlacementError: a module lands on no tensor, on one of several, or on the same tensor as another.
+        PlacementError: a module lands on no tensor, on one of several, or on the same tensor as another; a stack of layers
+            lands in two, or with another in one.
     """
     landed = {module: module + SUFFIX for module in modules if module + SUFFIX in tensors}
     landed |= _land_flat(modules, tensors)
@@ -175,7 +176,7 @@ def _last_cut(parts: Sequence[str]) -> int:
 
     The two names before the first number, or that of a module and of the one it is in; all where there are fewer.
     """
-    number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    number = _first_number(parts)
     of_module = len(parts) - (parts[-1] in ("weight", "bias"))
     return max(0, (of_module if number is None else number) - 2)
 
@@ -192,7 +193,7 @@ def _between(module: str, place: str) -> Exchange:
 def _stack(module: str) -> str:
     """The name up to the first number; empty where it has none."""
     parts = module.split(".")
-    first = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    first = _first_number(parts)
     return "" if first is None else ".".join(parts[:first]) + "."
 
 
@@ -244,7 +245,12 @@ def _replaces(old: str, new: str) -> bool:
 
 
 def _has_number(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
+    return _first_number(name.split(".")) is not None
+
+
+def _first_number(parts: Sequence[str]) -> int | None:
+    """Which part of a name is the first number."""
+    return next((place for place, part in enumerate(parts) if part.isdigit()), None)
 
 
 def _only_one(complete: list[Exchange], rest: Mapping[str, tuple[int, int]],
@@ -274,13 +280,18 @@ def _not_landed(rest: Mapping[str, tuple[int, int]], exchange: Exchange,
         lines.append(f"  {quoted(module)}" + (f"  nearest: {', '.join(quoted(name) for name in near)}" if near else ""))
     if len(missing) > SHOWN:
         lines.append(f"  and {len(missing) - SHOWN} more")
-    has_head = any(name.removesuffix(SUFFIX).rsplit(".", 1)[-1] in OUTPUT_HEADS for name in tensors)
-    tied = not has_head and all(module.rsplit(".", 1)[-1] in OUTPUT_HEADS for module in missing)
+    tied = all(is_tied_head(module, tensors) for module in missing)
     advice = "the base seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
     return _NotAllLandError(
         f"{len(missing)} of the modules of {quoted(source)} land on no tensor of the base, so nothing was merged; "
         f"{advice}\n" + "\n".join(lines)
     )
+
+
+def is_tied_head(module: str, tensors: Iterable[str]) -> bool:
+    """Whether a module that a checkpoint lacks is an output head, and it has none under any name: it ties it, then."""
+    stored = {name.removesuffix(SUFFIX).rpartition(".")[2] for name in tensors}
+    return module.rpartition(".")[2] in OUTPUT_HEADS and OUTPUT_HEADS.isdisjoint(stored)
 
 
 def _refuse_collisions(landed: Mapping[str, str], source: str) -> None:

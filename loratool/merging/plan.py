@@ -16,7 +16,7 @@ from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
 from loratool.errors import AdapterError, LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
-from loratool.formats.names import SUFFIX, Landing, land
+from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
 from loratool.formats.replacements import lacking
 from loratool.merging.storage import refuse_other_storage
 from loratool.merging.ties import is_tied_embedding, refuse_tied
@@ -204,7 +204,7 @@ def _refuse_replacement(name: str, own: str, tensor: TensorInfo, adapter: Adapte
     found = base.tensors.get(name)
     if found is None or found.shape != tensor.shape:
         there = f"which has {list(found.shape)} there" if found else "which the base lacks"
-        tied = found is None and own.split(".")[-2:-1] == ["lm_head"]
+        tied = found is None and is_tied_head(own.rpartition(".")[0], base.tensors)
         advice = "it seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
         raise PlacementError(
             f"{quoted(adapter.name)} replaces {quoted(own)} by a tensor of shape {list(tensor.shape)}, {there}; {advice}"
