@@ -468,3 +468,12 @@ def test_kept_modules_survive_the_catalogue_and_an_export(base: Path, tmp_path: 
     expected = load_file(tuned / "model.safetensors")
     assert torch.equal(kept[f"{PREFIX}model.norm.weight"], expected["model.norm.weight"])
     assert "model.norm" in json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["modules_to_save"]
+
+
+def test_two_tensors_of_the_tuned_model_that_are_one_of_the_base_are_refused(tmp_path: Path) -> None:
+    matrix, norm = torch.ones(24, 16), torch.ones(16)
+    base = save_plain_model(tmp_path / "base", {"layers.0.q.weight": matrix, "norm.weight": norm})
+    tensors = {"model.layers.0.q.weight": 2 * matrix, "model.norm.weight": norm, "norm.weight": norm.clone()}
+    tuned = save_plain_model(tmp_path / "tuned", tensors)
+    with pytest.raises(LoratoolError, match=r"two tensors of .* are one of the base's"):
+        loratool.extract(tuned, base=base, rank=1, out=tmp_path / "x.safetensors")

@@ -269,11 +269,12 @@ def test_a_name_may_be_dropped_added_moved_and_be_another_of_the_same_part(
         ("layers.0.q", "layers.0.norm1.weight", ["layers.0.q", "vision.layers.0.norm1"]),
         ("encoder.layers.0.q", "model.layers.0.norm.weight", ["model.encoder.layers.0.q", "model.layers.0.norm", "x"]),
         ("model.layers.0.q", "a.b.layers.0.norm.weight", ["model.layers.0.q", "c.layers.0.norm"]),
+        ("text.layers.0.q", "a.b.layers.0.norm.weight", ["text.layers.0.q", "layers.0.norm"]),
         ("layers.0.q", "model.proj.bias_of_it", ["layers.0.q", "other.bias_of_it"]),
         ("layers.0.q", "model.proj.linear.weight", ["layers.0.q", "other.linear"]),
     ],
     ids=["of a stack that landed", "of a stack by its own name", "of a stack in the first's place", "of no stack there",
-         "no weight", "of another part"],
+         "of too little that is kept", "no weight", "of another part"],
 )  # fmt: skip
 def test_a_replaced_tensor_stays_with_its_part(module: str, replaced: str, stored: list[str], tmp_path: Path) -> None:
     base = plain_base(tmp_path / "base", stored)
