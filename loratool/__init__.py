@@ -10,25 +10,27 @@ Every command of the command line is one function here, with the same name and t
     loratool.verify(result.out)
     loratool.unmerge(result.out)
 
-``loratool.eval`` is also called ``loratool.evaluate``, for where Python's own ``eval`` must not be hidden.
+``loratool.eval`` is also called ``loratool.evaluate``, and ``loratool.list`` ``loratool.list_adapters``: under these names
+``from loratool import *`` brings them, which so hides nothing of Python's own.
 Functions are imported when they are first used, so ``import loratool`` is quick and imports no torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import LoratoolError
 
 if TYPE_CHECKING:
     from loratool.library.adapters import add, export, remove, show, tag
-    from loratool.library.adapters import list_adapters as list  # noqa: A004
+    from loratool.library.adapters import list_adapters as list_adapters
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
     from loratool.library.combine import combine
     from loratool.library.doctor import doctor
     from loratool.library.estimate import estimate
-    from loratool.library.evaluate import evaluate as eval  # noqa: A004
     from loratool.library.evaluate import evaluate as evaluate
     from loratool.library.extract import extract
     from loratool.library.hub import hub_search
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from loratool.library.truncate import truncate
     from loratool.library.unmerge import unmerge, verify
 
+    eval = evaluate  # noqa: A001
+    list = list_adapters  # noqa: A001
+
 __all__ = [
     "LoratoolError",
     "add",
@@ -53,11 +58,11 @@ __all__ = [
     "combine",
     "doctor",
     "estimate",
-    "eval",
+    "evaluate",
     "export",
     "extract",
     "hub_search",
-    "list",
+    "list_adapters",
     "merge",
     "prune",
     "pull",
@@ -89,6 +94,7 @@ _FUNCTIONS: Final = {
     "extract": ("extract", "extract"),
     "hub_search": ("hub", "hub_search"),
     "list": ("adapters", "list_adapters"),
+    "list_adapters": ("adapters", "list_adapters"),
     "merge": ("merge", "merge"),
     "prune": ("prune", "prune"),
     "pull": ("pull", "pull"),
@@ -110,3 +116,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'loratool' has no attribute {name!r}")
     module, function = _FUNCTIONS[name]
     return getattr(import_module(f"loratool.library.{module}"), function)
+
+
+def __dir__() -> Sequence[str]:
+    own = [name for name, value in globals().items() if name.startswith("__") or isinstance(value, ModuleType)]
+    return sorted({*own, *__all__, *_FUNCTIONS})

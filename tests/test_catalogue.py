@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import json
 import os
@@ -741,7 +742,8 @@ def test_the_same_weights_under_another_configuration_are_another_adapter(
     (other / "adapter_config.json").write_text(json.dumps(config | otherwise))
     loratool.add(pirate, name="pirate")
     with pytest.raises(NotFoundError, match="its weights are those of pirate@1, its configuration is another"):
-        loratool.show(other)
+        loratool.tag(other, ["x"])
+    assert loratool.show(other).place == str(other / WEIGHTS)
     result = loratool.merge([other], into=base, out=tmp_path / "merged")
     assert str(other) in result.adapters[0].adapter
     assert loratool.show("pirate").merges == ()
@@ -800,7 +802,10 @@ def test_an_in_place_merge_and_its_unmerge_are_recorded(llama: Path, pirate: Pat
 # The library
 
 
-FUNCTIONS = sorted(set(loratool.__all__) - {"LoratoolError"})
+ALIASES = {"evaluate": "eval", "list_adapters": "list"}
+"""Under these names a star import brings the functions whose own names are Python's."""
+
+FUNCTIONS = sorted({ALIASES.get(name, name) for name in loratool.__all__} - {"LoratoolError"})
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -851,7 +856,26 @@ def test_every_command_is_one_function_with_the_same_name_and_the_same_words() -
 def test_a_name_that_the_library_does_not_have_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="frobnicate"):
         _ = loratool.frobnicate
-    assert set(loratool.__all__) <= {*dir(loratool), *FUNCTIONS}
+
+
+def test_a_star_import_hides_nothing_of_pythons_own() -> None:
+    namespace: dict[str, Any] = {}
+    exec("from loratool import *", namespace)
+    brought = namespace.keys() - {"__builtins__"}
+    assert brought == set(loratool.__all__)
+    assert not brought & set(dir(builtins))
+    for alias, name in ALIASES.items():
+        assert namespace[alias] is getattr(loratool, name)
+
+
+def test_dir_shows_the_functions_before_they_are_imported() -> None:
+    program = "import loratool, sys; print(*dir(loratool)); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    shown = set(done.stdout.split())
+    assert {*FUNCTIONS, *ALIASES, "LoratoolError"} <= shown
+    assert not shown & {"Any", "Final", "TYPE_CHECKING", "import_module"}
 
 
 def test_a_result_is_what_json_can_hold(llama: Path, pirate: Path, tmp_path: Path) -> None:

@@ -249,6 +249,8 @@ def test_list_imports_neither_torch_nor_sqlalchemy(catalogued: Run) -> None:
 def test_the_catalogue_is_kept_without_torch(catalogued: Run, base: Path, adapter: Path, tmp_path: Path) -> None:
     commands: list[list[str | Path]] = [
         ["show", "pirate"],
+        ["show", adapter],
+        ["list", "--base", base],
         ["add", adapter, "--name", "second", "--base", "llama"],
         ["base", "add", "again", base],
         ["base", "show", "llama"],
@@ -321,7 +323,6 @@ def test_an_error_is_one_sentence_on_stderr_and_exit_status_1(
 
 MISUSED: dict[str, list[str]] = {
     "no argument": ["add"],
-    "no base to merge into": ["merge", "pirate"],
     "no adapter to merge": ["merge", "--into", "llama"],
     "an unknown option": ["list", "--colour"],
     "an option that is no name": ["show", "-x"],
@@ -558,7 +559,9 @@ def test_json_of_adapters_has_the_catalogues_words(run: Run, base: Path, adapter
     (summary,) = run("list", "--json").json()
     assert summary.keys() == SUMMARY
     shown = run("show", "pirate", "--json").json()
-    assert shown.keys() == RECORD | {"parent", "versions", "ancestors", "descendants", "hub", "merges"}
+    assert shown.keys() == RECORD | {
+        "catalogued", "parent", "parent_sha256", "versions", "ancestors", "descendants", "hub", "merges",
+    }  # fmt: skip
     assert {key: shown[key] for key in SUMMARY} == summary
     assert (summary["rank"], summary["alpha"], summary["base"]) == (4, 8.0, "llama")
     assert set(shown["ranks"].values()) == {4}

@@ -376,7 +376,8 @@ def test_what_the_command_prints(hub: HubStandIn, pirate: Path, newer: Path) -> 
 def test_show_takes_the_hub_id_of_what_was_pulled(hub: HubStandIn, pirate: Path) -> None:
     commit = publish(hub, "ada/pirate", pirate).head.oid
     with pytest.raises(NotFoundError, match="loratool pull ada/pirate"):
-        loratool.show("ada/pirate")
+        loratool.tag("ada/pirate", ["x"])
+    assert loratool.show("ada/pirate").place == f"ada/pirate@{commit[:12]}"
     record = loratool.pull("ada/pirate", name="mine").record
     assert loratool.show("ada/pirate").record == loratool.show(f"ada/pirate@{commit}").record == record
 

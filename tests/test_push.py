@@ -227,6 +227,19 @@ def test_a_template_of_peft_is_replaced(hub: HubStandIn, base: Path, tiny_adapte
     assert "More Information" not in loratool.push(folder, "ada/pirate", base_model=BASE).card
 
 
+def test_a_dry_run_without_a_network_shows_the_files_and_the_card(
+    hub: HubStandIn, pirate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = loratool.push("pirate", "ada/pirate", dry_run=True)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    result = loratool.push("pirate", "ada/pirate", dry_run=True)
+    assert [(each.path, each.state) for each in result.files] == [(each.path, each.state) for each in expected.files]
+    assert "of rank 4" in result.card and not result.sent
+    assert "the Hub was not asked what is there: http://127.0.0.1:9 cannot be reached" in result.notes
+    with pytest.raises(HubError, match="write owner/pirate"):
+        loratool.push("pirate", dry_run=True)
+
+
 def test_dry_run_sends_nothing(hub: HubStandIn, pirate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = loratool.push("pirate", "ada/pirate", dry_run=True)
     assert {each.path: each.state for each in result.files} == dict.fromkeys(

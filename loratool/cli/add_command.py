@@ -5,14 +5,16 @@ from __future__ import annotations
 import click
 
 from loratool.cli.options import PathType, alpha_option, example, json_option
-from loratool.cli.rendering import print_facts, print_json, print_notes, size, targets
+from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_notes, size, targets
 
 
 @click.command("add", **example("loratool add pirate.safetensors --base smollm2 --tag speech"))
 @click.argument("path", type=PathType())
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the folder's or file's name.")
 @click.option(
-    "--base", metavar="BASE", help="The catalogued base that it belongs to; its names and shapes are checked."
+    "--base",
+    metavar="BASE",
+    help="The base that it belongs to: a catalogued name, a folder (then catalogued), or a Hub id.",
 )
 @alpha_option
 @click.option("--tag", "tags", multiple=True, metavar="T", help="A word to find it by; may be given several times.")
@@ -33,7 +35,8 @@ def command(
     """
     from loratool.library.adapters import adapter_json, add
 
-    result = add(path, name=name, base=base, alpha=alpha, tags=tags, registry=registry)
+    with ProgressBar() as progress:
+        result = add(path, name=name, base=base, alpha=alpha, tags=tags, registry=registry, progress=progress)
     record = result.record
     if as_json:
         print_json({**adapter_json(record), "new": result.new, "notes": list(result.notes)})

@@ -30,7 +30,9 @@ command = base
 @click.argument("name")
 @click.argument("source", type=PathType())
 @click.option(
-    "--variant-of", metavar="BASE", help="The catalogued base that this is the same model as, stored otherwise."
+    "--variant-of",
+    metavar="BASE",
+    help="The base (a name, a folder or a Hub id) that this is the same model as, stored differently.",
 )
 @click.option("--hub-id", metavar="ID", help="The Hub model that the folder holds; adapters that are pushed name it.")
 @click.option("--download", is_flag=True, help="Get a base on the Hub at once, not when it is first needed.")
@@ -113,11 +115,11 @@ def list_bases(registry: str | None, as_json: bool) -> None:
 
 
 @base.command("show", **example("loratool base show smollm2"))
-@click.argument("name")
+@click.argument("name", metavar="BASE")
 @json_option
 @click.pass_obj
 def show_base(registry: str | None, name: str, as_json: bool) -> None:
-    """One base: everything known of it, its adapters and the merges into it."""
+    """One base: everything known of it, its adapters and the merges into it. BASE is its name, its folder or its Hub id."""
     from loratool.library.bases import base_show
     from loratool.library.hub_bases import is_away
 
@@ -145,7 +147,7 @@ def show_base(registry: str | None, name: str, as_json: bool) -> None:
 
 
 @base.command("verify", **example("loratool base verify smollm2"))
-@click.argument("name")
+@click.argument("name", metavar="BASE")
 @json_option
 @click.pass_obj
 def verify_base(registry: str | None, name: str, as_json: bool) -> None:
@@ -161,7 +163,7 @@ def verify_base(registry: str | None, name: str, as_json: bool) -> None:
 
 
 @base.command("remove", **example("loratool base remove smollm2"))
-@click.argument("name")
+@click.argument("name", metavar="BASE")
 @click.option("--force", is_flag=True, help="Also while adapters belong to it; they keep its fingerprint.")
 @json_option
 @click.pass_obj

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
 from loratool.cli.options import PathType, alpha_option, device_option, example, json_option
-from loratool.cli.rendering import ProgressBar, bar, counted, print_json, print_notes, print_table, shown, shown_path
+from loratool.cli.rendering import (
+    ProgressBar,
+    bar,
+    counted,
+    print_json,
+    print_notes,
+    print_table,
+    shown,
+    shown_adapter,
+    shown_path,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,7 +132,7 @@ def _print_result(result: EvalResult) -> None:
         f"{f' ({result.truncated:,} of them cut)' if result.truncated else ''}, {counted(result.score.tokens, 'token')} scored"
     )
     if result.ranks and result.adapter is not None and result.without_adapter is not None:
-        click.echo(f"{title} by {shown(result.model)} + {_adapter(result.adapter)}\n")
+        click.echo(f"{title} by {shown(result.model)} + {shown_adapter(result.adapter)}\n")
         _print_ranks(result.ranks, result.without_adapter)
     else:
         click.echo(f"{title}\n")
@@ -140,7 +149,7 @@ def _print_scores(result: EvalResult) -> None:
         gap = result.score.loss - result.without_adapter.loss
         rows = [
             _row(model, result.without_adapter),
-            _row(f"{model} + {_adapter(result.adapter)}", result.score),
+            _row(f"{model} + {shown_adapter(result.adapter)}", result.score),
             ["difference", f"{gap:+.4f}", f"{result.score.perplexity - result.without_adapter.perplexity:+.2f}", ""],
         ]
     print_table(
@@ -158,14 +167,6 @@ def _print_ranks(ranks: Sequence[RankScore], alone: Score) -> None:
         for name, score in scores
     ]
     print_table(["RANK", "LOSS", "PERPLEXITY", ""], rows, right=("RANK", "LOSS", "PERPLEXITY"))
-
-
-def _adapter(reference: str) -> str:
-    """A catalogued adapter's reference, or the path of another: of its folder, where that is what PEFT calls by name."""
-    path = Path(reference)
-    if path.suffix not in {".safetensors", ".st"}:
-        return reference
-    return shown_path(path.parent if path.name == "adapter_model.safetensors" else path)
 
 
 def _row(name: str, score: Score) -> list[str]:

@@ -20,7 +20,11 @@ command = hub
 
 @hub.command("search", **example("loratool hub search --base smollm2\nloratool hub search pirate --sort updated"))
 @click.argument("text", required=False)
-@click.option("--base", metavar="BASE", help="Adapters of this base: a catalogued one from the Hub, or a Hub id.")
+@click.option(
+    "--base",
+    metavar="BASE",
+    help="Adapters of this base: the name or folder of one from the Hub, or a Hub id.",
+)
 @click.option(
     "--limit", type=click.IntRange(1, 1000), default=20, show_default=True, metavar="N", help="How many to list."
 )

@@ -12,7 +12,9 @@ SORTS = ["name", "kind", "rank", "alpha", "base", "size_bytes", "created_at"]
 
 
 @click.command("list", **example("loratool list --base smollm2 --sort rank"))
-@click.option("--base", metavar="BASE", help="Only adapters of this base and its variants.")
+@click.option(
+    "--base", metavar="BASE", help="Only adapters of this base (a name, a folder or a Hub id) and its variants."
+)
 @click.option("--kind", type=click.Choice(KINDS), help="Only adapters of this kind.")
 @click.option("--tag", metavar="T", help="Only adapters with this tag.")
 @click.option(

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[@rank=B][=WEIGHT]...")
-@click.option("--into", required=True, metavar="BASE", help="A catalogued name, a folder, or a Hub id.")
+@click.option(
+    "--into", metavar="BASE", help="A catalogued name, a folder, or a Hub id; by default the base they are tied to."
+)
 @click.option("--out", type=PathType(), metavar="DIR", help="The new folder; by default BASE-ADAPTER beside the base.")
 @click.option("--in-place", is_flag=True, help="Change the base's own files; an undo file is always kept.")
 @click.option(
@@ -74,7 +76,7 @@ if TYPE_CHECKING:
 def command(
     registry: str | None,
     adapters: tuple[str, ...],
-    into: str,
+    into: str | None,
     out: str | None,
     in_place: bool,
     quantize: str | None,

@@ -19,7 +19,9 @@ loratool pull someone/pirate --update"""
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the repository's.")
 @click.option("--path", metavar="PATH", help="The folder or file inside the repository.")
 @click.option(
-    "--base", metavar="BASE", help="The catalogued base that it belongs to; its names and shapes are checked."
+    "--base",
+    metavar="BASE",
+    help="The base that it belongs to: a catalogued name, a folder (then catalogued), or a Hub id.",
 )
 @alpha_option
 @click.option("--update", is_flag=True, help="Follow the branch: what is new becomes the next version.")

@@ -112,6 +112,14 @@ def shown_path(path: Path | str) -> str:
     return shown(absolute if relative == ".." or relative.startswith("../") else relative)
 
 
+def shown_adapter(reference: str) -> str:
+    """A catalogued adapter's reference, or the path of another: of its folder, where that is what PEFT calls by name."""
+    path = Path(reference)
+    if path.suffix not in {".safetensors", ".st"}:
+        return reference
+    return shown_path(path.parent if path.name == "adapter_model.safetensors" else path)
+
+
 def shown(text: str) -> str:
     """`text` without what could drive a terminal."""
     if text.isprintable():

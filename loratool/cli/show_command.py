@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loratool.cli.family_tree import family_tree
-from loratool.cli.options import PathType, example, json_option
+from loratool.cli.options import PathType, alpha_option, example, json_option
 from loratool.cli.rendering import (
     age,
     console,
@@ -19,6 +19,7 @@ from loratool.cli.rendering import (
     print_json,
     ranks,
     shown,
+    shown_adapter,
     shown_path,
     size,
     targets,
@@ -43,16 +44,26 @@ MOST_RANKS: Final = 12
 @click.option("--spectrum", "with_spectrum", is_flag=True, help="Singular values, and the energy kept at each rank.")
 @click.option("--plot", type=PathType(), metavar="FILE", help="Draw a heat map by layer and module: .png, .svg, .pdf.")
 @click.option("--force", is_flag=True, help="Replace an earlier picture.")
+@alpha_option
 @json_option
 @click.pass_obj
 def command(
-    registry: str | None, adapter: str, with_spectrum: bool, plot: str | None, force: bool, as_json: bool
+    registry: str | None,
+    adapter: str,
+    with_spectrum: bool,
+    plot: str | None,
+    force: bool,
+    alpha: float | None,
+    as_json: bool,
 ) -> None:
-    """One adapter: everything the catalogue knows of it, its family and the merges it went into."""
+    """One adapter: everything known of it, its family and the merges it went into.
+
+    ADAPTER is a catalogued name (pirate or pirate@2), a path or a Hub id.
+    """
     from loratool.library.adapters import show
 
-    result = show(adapter, registry=registry)
-    spectrum = _spectrum(adapter, plot, force, registry) if with_spectrum or plot else None
+    result = show(adapter, alpha=alpha, registry=registry)
+    spectrum = _spectrum(adapter, plot, force, alpha, registry) if with_spectrum or plot else None
     if as_json:
         print_json(result.to_json() | (spectrum.to_json() if spectrum else {}))
         return
@@ -63,10 +74,10 @@ def command(
         click.echo(f"Drew {shown_path(spectrum.plot)}")
 
 
-def _spectrum(adapter: str, plot: str | None, force: bool, registry: str | None) -> SpectrumResult:
+def _spectrum(adapter: str, plot: str | None, force: bool, alpha: float | None, registry: str | None) -> SpectrumResult:
     from loratool.library.spectrum import spectrum
 
-    return spectrum(adapter, plot=plot, force=force, registry=registry)
+    return spectrum(adapter, plot=plot, force=force, alpha=alpha, registry=registry)
 
 
 def _print_card(result: ShowResult) -> None:
@@ -78,7 +89,8 @@ def _print_card(result: ShowResult) -> None:
     card = Table.grid(padding=(0, 2))
     card.add_column(style="dim", no_wrap=True)
     card.add_column(overflow="fold")
-    newest = max(each.version for each in result.versions)
+    newest = max((each.version for each in result.versions), default=1)
+    title = record.reference if result.place is None else f"{shown_adapter(result.place)} (not in the catalogue)"
     facts = [
         ("kind", record.kind),
         ("ranks" if record.kind == "dylora" else "rank", _ranks(record.kind, record.ranks, record.rank)),
@@ -92,7 +104,7 @@ def _print_card(result: ShowResult) -> None:
         ("base", _base(record.base, record.base_fingerprint, record.base_model)),
         ("on the Hub", listed(hub_places(record), 3)),
         ("tags", " ".join(record.tags)),
-        ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
+        ("added", "" if result.place else f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
         ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),
         ("family", family_tree(record, (*result.ancestors, *result.descendants))),
         ("merges", listed([_merge(merge) for merge in result.merges])),
@@ -100,7 +112,7 @@ def _print_card(result: ShowResult) -> None:
     for key, value in facts:
         if value:
             card.add_row(key, Text("\n".join(map(shown, value.split("\n")))))
-    console().print(Panel(card, title=Text(record.reference, style="bold"), title_align="left", expand=False))
+    console().print(Panel(card, title=Text(shown(title), style="bold"), title_align="left", expand=False))
 
 
 def hub_places(record: AdapterRecord) -> list[str]:

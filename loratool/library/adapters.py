@@ -7,7 +7,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +33,8 @@ from registry import (
 
 if TYPE_CHECKING:
     from loratool.formats.adapter import Adapter
+    from loratool.library.progress import Progress
+    from loratool.library.resolve import ResolvedAdapter
     from loratool.merging.survival import Survival
     from registry import Registry  # brings SQLAlchemy, which a list does without
     from registry.store import Staged
@@ -58,7 +61,10 @@ class HubPlace:
 
 @dataclass(frozen=True, slots=True)
 class ShowResult:
-    """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies."""
+    """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies.
+
+    An adapter that is not catalogued has a `place` instead, its file or its Hub id; its record has no version (0).
+    """
 
     record: AdapterRecord
     base: BaseRecord | None
@@ -66,12 +72,17 @@ class ShowResult:
     ancestors: tuple[LineageRecord, ...]
     descendants: tuple[LineageRecord, ...]
     merges: tuple[MergeRecord, ...]
+    place: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
+        parent = next((edge for edge in self.ancestors if edge.child_id == self.record.id), None)
         return {
             **adapter_json(self.record),
-            "parent": next((edge.parent for edge in self.ancestors if edge.child_id == self.record.id), None),
+            **({} if self.place is None else {"version": None, "created_at": None}),
+            "catalogued": self.place is None,
+            "parent": parent.parent if parent else None,
+            "parent_sha256": parent.parent_sha256 if parent else None,
             "versions": [record.version for record in self.versions],
             "ancestors": [_edge_json(edge) for edge in self.ancestors],
             "descendants": [_edge_json(edge) for edge in self.descendants],
@@ -105,19 +116,22 @@ def survival_of(merge: MergeRecord) -> Survival | None:
         return None
 
 
-def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | None = None, alpha: float | None = None,
-        tags: Sequence[str] = (), registry: str | None = None) -> AddResult:  # fmt: skip
+def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os.PathLike[str] | None = None,
+        alpha: float | None = None, tags: Sequence[str] = (), registry: str | None = None,
+        progress: Progress | None = None) -> AddResult:  # fmt: skip
     """Catalogue the adapter at `path`: its files are copied into the content store, under their sha256.
 
     Args:
         path: a PEFT folder or a single safetensors file.
         name: letters, digits, ``.``, ``_`` and ``-``; by default the folder's or file's name. The same name with other
             content becomes its next version.
-        base: the catalogued base that it belongs to. By default the one whose fingerprint it records, else the one that
-            was catalogued from the Hub id that it records.
+        base: the base that it belongs to: a catalogued name, a folder or a Hub id. One that is not catalogued yet is
+            catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
+            catalogued from the Hub id that it records.
         alpha: for a bare file that does not say its own.
         tags: words to find it by.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many bytes of a new base are fingerprinted.
 
     Raises:
         LoratoolError, registry.RegistryError: it cannot be read, does not fit `base`, or the name is taken wrongly.
@@ -125,6 +139,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | No
     from loratool.errors import NotFoundError, quoted
     from loratool.formats.finite import refuse_not_finite
     from loratool.formats.read import read_adapter
+    from loratool.library.owner import name_owner
     from loratool.library.resolve import exists, open_registry, user_path
 
     source = user_path(path)
@@ -134,7 +149,9 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | No
     refuse_not_finite(adapter)
     chosen = name_from(adapter.name, source) if name is None else name
     with open_registry(registry) as catalogue:
-        return enter(adapter, catalogue, name=chosen, base=base, tags=tags)
+        owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress)
+        added = enter(adapter, catalogue, name=chosen, base=owner, tags=tags)
+        return replace(added, notes=(*notes, *added.notes))
 
 
 def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None, tags: Sequence[str] = (),
@@ -207,12 +224,12 @@ class StagedEntry:
         return AddResult(record, new, self.notes if tied_before else (*self.notes, *self.base_notes))
 
 
-def list_adapters(*, base: str | None = None, kind: str | None = None, tag: str | None = None, sort: SortKey = "name",
-                  registry: str | None = None) -> tuple[AdapterSummary, ...]:  # fmt: skip
+def list_adapters(*, base: str | os.PathLike[str] | None = None, kind: str | None = None, tag: str | None = None,
+                  sort: SortKey = "name", registry: str | None = None) -> tuple[AdapterSummary, ...]:  # fmt: skip
     """The catalogued adapters that pass every filter.
 
     Args:
-        base: only those of this catalogued base and of its variants.
+        base: only those of this base and of its variants: a catalogued name, a folder or a Hub id.
         kind: only those of this kind: ``lora``, ``dylora`` or ``adalora``.
         tag: only those with this tag.
         sort: by ``name`` (then version), ``kind`` or ``base``; by ``rank``, ``alpha`` or ``size_bytes``, largest first;
@@ -222,23 +239,39 @@ def list_adapters(*, base: str | None = None, kind: str | None = None, tag: str 
     Raises:
         registry.RegistryError: the catalogue cannot be read, or `base` is not in it.
     """
-    return list_catalogued(home(), registry or registry_url(), base=base, kind=kind, tag=tag, sort=sort)
+    url = registry or registry_url()
+    name = None if base is None else os.fspath(base)
+    if name is not None and (not is_name(name) or Path(name).exists()):
+        name = _base_name(name, registry)
+    return list_catalogued(home(), url, base=name, kind=kind, tag=tag, sort=sort)
 
 
-def show(adapter: str | os.PathLike[str], *, registry: str | None = None) -> ShowResult:
-    """Everything the catalogue knows of one adapter.
+def _base_name(base: str, registry: str | None) -> str:
+    """The name of the catalogued base that is meant by a folder or a Hub id."""
+    from loratool.library.base_entry import base_entry
+    from loratool.library.resolve import open_registry
+
+    with open_registry(registry, read_only=True) as catalogue:
+        return base_entry(base, catalogue).name
+
+
+def show(adapter: str | os.PathLike[str], *, alpha: float | None = None, registry: str | None = None) -> ShowResult:
+    """Everything known of one adapter: by the catalogue, or else by its own files.
 
     Args:
-        adapter: ``name``, ``name@version``, the path of a file or folder whose content is catalogued, or a Hub id.
+        adapter: ``name``, ``name@version``, a path or a Hub id.
+        alpha: for a bare file that is not catalogued and does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
         LoratoolError, registry.RegistryError: there is no such adapter; the nearest names are listed.
     """
-    from loratool.library.resolve import open_registry
+    from loratool.library.resolve import open_registry, resolve_adapter
 
     with open_registry(registry, read_only=True) as catalogue:
-        record = _entry(os.fspath(adapter), catalogue)
+        record = _find_entry(os.fspath(adapter), catalogue)
+        if record is None:
+            return _uncatalogued(resolve_adapter(adapter, catalogue, alpha), catalogue)
         return ShowResult(
             record=record,
             base=catalogue.bases.get(record.base) if record.base else None,
@@ -249,11 +282,32 @@ def show(adapter: str | os.PathLike[str], *, registry: str | None = None) -> Sho
         )
 
 
-def tag(adapter: str, tags: Sequence[str], *, remove: bool = False, registry: str | None = None) -> AdapterRecord:
+def _uncatalogued(found: ResolvedAdapter, catalogue: Registry) -> ShowResult:
+    """What the files of an adapter that is not catalogued say."""
+    from loratool.library.owner import recorded_owner
+
+    adapter = found.adapter
+    owner = recorded_owner(found, catalogue)
+    facts = _facts(adapter, owner)
+    record = AdapterRecord(
+        id=0,
+        name=adapter.name,
+        version=0,
+        base=owner.name if owner else None,
+        tags=(),
+        created_at=datetime.fromtimestamp(adapter.file.stat().st_mtime, UTC),
+        locations=(),
+        **{field.name: getattr(facts, field.name) for field in fields(facts)},
+    )
+    return ShowResult(record, owner, (), (), (), (), place=found.hub_id or str(adapter.file))
+
+
+def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = False,
+        registry: str | None = None) -> AdapterRecord:  # fmt: skip
     """Put tags on an adapter, or take them off; its entry afterwards.
 
     Args:
-        adapter: ``name`` (its newest version) or ``name@version``.
+        adapter: ``name`` (its newest version), ``name@version``, or the path or Hub id of one that is catalogued.
         tags: names; those that it has already stay.
         remove: take them off instead.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -265,14 +319,15 @@ def tag(adapter: str, tags: Sequence[str], *, remove: bool = False, registry: st
 
     with open_registry(registry) as catalogue:
         change = catalogue.adapters.untag if remove else catalogue.adapters.tag
-        return change(adapter, *tags)
+        return change(_entry(os.fspath(adapter), catalogue).reference, *tags)
 
 
-def remove(adapter: str, *, all_versions: bool = False, registry: str | None = None) -> tuple[AdapterRecord, ...]:
+def remove(adapter: str | os.PathLike[str], *, all_versions: bool = False,
+           registry: str | None = None) -> tuple[AdapterRecord, ...]:  # fmt: skip
     """Forget an adapter and free its files in the content store; files elsewhere stay. Returns what was removed.
 
     Args:
-        adapter: ``name@version``, or ``name`` where it has one version only.
+        adapter: ``name@version``, ``name`` where it has one version only, or the path or Hub id of one that is catalogued.
         all_versions: remove every version of ``name``.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
@@ -282,7 +337,11 @@ def remove(adapter: str, *, all_versions: bool = False, registry: str | None = N
     from loratool.library.resolve import open_registry
 
     with open_registry(registry) as catalogue:
-        return catalogue.adapters.remove(adapter, all_versions=all_versions)
+        named = os.fspath(adapter)
+        if not (is_reference(named) and catalogue.adapters.versions(named.partition("@")[0])):
+            entry = _entry(named, catalogue)
+            named = entry.name if all_versions else entry.reference
+        return catalogue.adapters.remove(named, all_versions=all_versions)
 
 
 def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: float | None = None,
@@ -326,36 +385,68 @@ def adapter_json(record: AdapterSummary) -> dict[str, Any]:
 
 
 def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
-    """The entry that a name, a path or a Hub id means; a path by what is in it."""
-    from loratool.checkpoint.model import has_file
+    """The entry that a name, a path or a Hub id means.
+
+    Raises:
+        LoratoolError, registry.RegistryError: there is none; the message says how to make one, or what is near.
+    """
     from loratool.errors import NotFoundError, quoted
     from loratool.formats.adapter import sha256_of
-    from loratool.formats.read import WEIGHTS_NAME
+    from loratool.library.resolve import HUB_ID, exists, user_path
+
+    found = _find_entry(adapter, catalogue)
+    if found is not None:
+        return found
+    path = user_path(adapter)
+    if HUB_ID.fullmatch(adapter) and not exists(path):
+        raise NotFoundError(f"{quoted(adapter)} is not in the catalogue; bring it in with 'loratool pull {adapter}'")
+    file = _weights_file(adapter)
+    if file is None:
+        return catalogue.adapters.find(adapter)  # raises, with the nearest names
+    known = catalogue.adapters.find_by_sha256(sha256_of(file))
+    if not known:
+        raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")
+    raise NotFoundError(
+        f"{quoted(path)} is not in the catalogue: its weights are those of {known[0].reference}, its configuration is "
+        "another; put it there with 'loratool add'"
+    )
+
+
+def _find_entry(adapter: str, catalogue: Registry) -> AdapterRecord | None:
+    """The entry that a name, a path or a Hub id means; None where the catalogue has none."""
+    from loratool.formats.adapter import sha256_of
     from loratool.hub.address import HubAddress
     from loratool.library.resolve import HUB_ID, entry_at, exists, pulled_from, user_path
 
     path = user_path(adapter)
-    if HUB_ID.fullmatch(adapter) and not exists(path):
-        for record in pulled_from(HubAddress.parse(adapter), catalogue):
-            return record
-        raise NotFoundError(f"{quoted(adapter)} is not in the catalogue; bring it in with 'loratool pull {adapter}'")
-    file = path / WEIGHTS_NAME if exists(path) and path.is_dir() else path
-    if not adapter or not has_file(file) or (is_reference(adapter) and catalogue.adapters.versions(adapter)):
+    if is_reference(adapter) and catalogue.adapters.versions(adapter.partition("@")[0]):
         return catalogue.adapters.find(adapter)
-    known = catalogue.adapters.find_by_sha256(sha256_of(file))
-    if not known:
-        raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")
-    found = entry_at(path, known)
-    if found is None:
-        raise NotFoundError(
-            f"{quoted(path)} is not in the catalogue: its weights are those of {known[0].reference}, its configuration is "
-            "another; put it there with 'loratool add'"
-        )
-    return found
+    if HUB_ID.fullmatch(adapter) and not exists(path):
+        return next(iter(pulled_from(HubAddress.parse(adapter), catalogue)), None)
+    file = _weights_file(adapter)
+    known = () if file is None else catalogue.adapters.find_by_sha256(sha256_of(file))
+    return entry_at(path, known) if known else None
+
+
+def _weights_file(adapter: str) -> Path | None:
+    """The file of an adapter's weights at a path; None where there is no such file."""
+    from loratool.checkpoint.model import has_file
+    from loratool.formats.read import WEIGHTS_NAME
+    from loratool.library.resolve import exists, user_path
+
+    path = user_path(adapter)
+    file = path / WEIGHTS_NAME if exists(path) and path.is_dir() else path
+    return file if adapter and has_file(file) else None
 
 
 def _edge_json(edge: LineageRecord) -> dict[str, Any]:
-    return {"child": edge.child, "parent": edge.parent, "operation": edge.operation, "details": edge.details}
+    return {
+        "child": edge.child,
+        "parent": edge.parent,
+        "parent_sha256": edge.parent_sha256,
+        "operation": edge.operation,
+        "details": edge.details,
+    }
 
 
 def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:

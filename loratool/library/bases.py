@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, NotFoundError, VerificationError, WrongBaseError, quoted
 from loratool.hub.address import HubAddress, repository_id
+from loratool.library.base_entry import base_entry
 from loratool.library.hub_bases import HubBase, find_hub_base, is_away
 from loratool.library.merge import hold
 from loratool.library.progress import Progress, Silent
@@ -40,8 +41,9 @@ class BaseShowResult:
         }
 
 
-def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | None = None, hub_id: str | None = None,
-             download: bool = False, registry: str | None = None, progress: Progress | None = None) -> BaseRecord:  # fmt: skip
+def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | os.PathLike[str] | None = None,
+             hub_id: str | None = None, download: bool = False, registry: str | None = None,
+             progress: Progress | None = None) -> BaseRecord:  # fmt: skip
     """Catalogue a base model under `name`, with the fingerprint of its content. Its files stay where they are.
 
     One on the Hub is catalogued by what the Hub and its headers say, and downloaded, checked and fingerprinted when its
@@ -50,8 +52,8 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
     Args:
         name: letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit, 96 at most.
         source: its folder or safetensors file, or a Hub id (``owner/name`` or ``owner/name@revision``).
-        variant_of: the catalogued base that this is the same model as, stored otherwise; one on the Hub is downloaded, to
-            compare them.
+        variant_of: the catalogued base that this is the same model as, stored differently: its name, folder or Hub id. A
+            model on the Hub is downloaded to compare them.
         hub_id: of a folder or file, the Hub model that it is (``owner/name``), which adapters that are pushed name.
         download: get one on the Hub at once.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -60,46 +62,93 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | Non
     Raises:
         LoratoolError, registry.RegistryError: it is no model, the name is taken by another one, or it is no variant.
     """
-    watcher = progress or Silent()
-    text = os.fspath(source)
-    path, base = user_path(text), None
     _check_name(name)
-    if variant_of is not None:
-        _check_name(variant_of)
     if hub_id is not None:
         hub_id = repository_id(hub_id)
+    watcher = progress or Silent()
     with open_registry(registry) as catalogue:
-        if text and exists(path):
-            path = Path(os.path.abspath(path))
-            text = hub_id or str(path)
-        elif hub_id is not None:
-            raise NotFoundError(f"there is no model at {quoted(text)}; --hub-id is for a folder or file of yours")
-        elif HUB_ID.fullmatch(text):
-            base = _find_on_hub(name, text, catalogue)
-            text = base.snapshot.repo
-            if not (download or variant_of or base.is_here) and base.can_wait:
-                return _add_headers(name, base, catalogue)
-            path = base.download(watcher, recheck=download)
-        else:
-            raise NotFoundError(
-                f"there is no model at {quoted(text)}; give its folder, its safetensors file or a Hub id"
-            )
-        with hold(path, exclusive=False):
-            checkpoint = Checkpoint.open(path)
-            _refuse_adapter(checkpoint)
-            if variant_of is not None:
-                _refuse_other_model(checkpoint, catalogue.bases.find(variant_of))
-            watcher.begin("fingerprinting", checkpoint.nbytes)
-            digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
+        original = None if variant_of is None else base_entry(variant_of, catalogue, watcher)
+        found = look_at_base(
+            name, source, catalogue, hub_id=hub_id, download=download, original=original, watcher=watcher
+        )
+        return found.add(name, catalogue, variant_of=None if original is None else original.name)
+
+
+@dataclass(frozen=True, slots=True)
+class NewBase:
+    """A base model that was looked at whole, and is not catalogued yet.
+
+    Attributes:
+        source: its Hub id, or else its folder or file.
+        checkpoint: what its headers say.
+        path: where its files are; None for one on the Hub that is not downloaded.
+        fingerprint: of its content; None where `path` is.
+        on_hub: its commit on the Hub and what the Hub says of its weight files.
+    """
+
+    source: str
+    checkpoint: Checkpoint
+    path: Path | None = None
+    fingerprint: str | None = None
+    on_hub: Mapping[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, catalogue: Registry, *, variant_of: str | None = None) -> BaseRecord:
+        """Catalogue it under `name`.
+
+        Raises:
+            registry.RegistryError: the name is taken by another model, or the catalogue cannot be written.
+        """
         return catalogue.bases.add(
             name,
-            text,
-            path=path,
-            fingerprint=fingerprint(checkpoint.tensors, digests),
+            self.source,
+            path=self.path,
+            fingerprint=self.fingerprint,
             variant_of=variant_of,
-            **({} if base is None else _place_on_hub(base)),
-            **_facts(checkpoint),
+            **self.on_hub,
+            **_facts(self.checkpoint),
         )
+
+
+def look_at_base(name: str, source: str | os.PathLike[str], catalogue: Registry, *, watcher: Progress,
+                 hub_id: str | None = None, download: bool = False, original: BaseRecord | None = None) -> NewBase:  # fmt: skip
+    """Read the model in a folder or at a Hub id, and fingerprint it where its weights are on this disk.
+
+    `name` is what it is to be called, `original` the base that it has to be a variant of, if any.
+
+    Raises:
+        LoratoolError: it is no model, cannot be got, or is no variant of `original`.
+    """
+    text = os.fspath(source)
+    path, base = user_path(text), None
+    if text and exists(path):
+        path = Path(os.path.abspath(path))
+        text = hub_id or str(path)
+    elif hub_id is not None:
+        raise NotFoundError(f"there is no model at {quoted(text)}; --hub-id is for a folder or file of yours")
+    elif HUB_ID.fullmatch(text):
+        base = _find_on_hub(name, text, catalogue)
+        text = base.snapshot.repo
+        if not (download or original or base.is_here) and base.can_wait:
+            headers = base.headers()
+            _refuse_adapter(headers)
+            return NewBase(text, headers, on_hub=_place_on_hub(base))
+        path = base.download(watcher, recheck=download)
+    else:
+        raise NotFoundError(f"there is no model at {quoted(text)}; give its folder, its safetensors file or a Hub id")
+    with hold(path, exclusive=False):
+        checkpoint = Checkpoint.open(path)
+        _refuse_adapter(checkpoint)
+        if original is not None:
+            _refuse_other_model(checkpoint, original)
+        watcher.begin("fingerprinting", checkpoint.nbytes)
+        digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
+    return NewBase(
+        text,
+        checkpoint,
+        path,
+        fingerprint(checkpoint.tensors, digests),
+        {} if base is None else _place_on_hub(base),
+    )
 
 
 def _find_on_hub(name: str, hub_id: str, catalogue: Registry) -> HubBase:
@@ -109,13 +158,6 @@ def _find_on_hub(name: str, hub_id: str, catalogue: Registry) -> HubBase:
     if known is not None and known.source == address.repo and address.revision is None:
         address = address.at(known.revision)
     return find_hub_base(address, f"loratool base add {name} {hub_id}")
-
-
-def _add_headers(name: str, base: HubBase, catalogue: Registry) -> BaseRecord:
-    """Catalogue a base by its headers, without its weights."""
-    checkpoint = base.headers()
-    _refuse_adapter(checkpoint)
-    return catalogue.bases.add(name, base.snapshot.repo, **_place_on_hub(base), **_facts(checkpoint))
 
 
 def _place_on_hub(base: HubBase) -> dict[str, Any]:
@@ -178,28 +220,29 @@ def base_list(*, registry: str | None = None) -> tuple[BaseRecord, ...]:
         return catalogue.bases.list()
 
 
-def base_show(name: str, *, registry: str | None = None) -> BaseShowResult:
+def base_show(name: str | os.PathLike[str], *, registry: str | None = None) -> BaseShowResult:
     """Everything the catalogue knows of one base.
 
     Args:
-        name: of the catalogued base.
+        name: of the catalogued base; or its folder, or its Hub id.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        registry.RegistryError: there is no such base; the nearest names are listed.
+        LoratoolError, registry.RegistryError: there is no such base; the nearest names are listed.
     """
-    _check_name(name)
     with open_registry(registry, read_only=True) as catalogue:
-        record = catalogue.bases.find(name)
+        record = base_entry(name, catalogue)
         merges = catalogue.merges.of_base(record.fingerprint) if record.fingerprint else ()
-        return BaseShowResult(record, catalogue.adapters.list(base=name), merges)
+        return BaseShowResult(record, catalogue.adapters.list(base=record.name), merges)
 
 
-def base_verify(name: str, *, registry: str | None = None, progress: Progress | None = None) -> BaseRecord:
+def base_verify(
+    name: str | os.PathLike[str], *, registry: str | None = None, progress: Progress | None = None
+) -> BaseRecord:
     """Read every byte of a catalogued base again and compare its fingerprint; its entry.
 
     Args:
-        name: of the catalogued base.
+        name: of the catalogued base; or its folder, or its Hub id.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 
@@ -208,9 +251,9 @@ def base_verify(name: str, *, registry: str | None = None, progress: Progress | 
         LoratoolError, registry.RegistryError: there is no such base, or it is damaged.
     """
     watcher = progress or Silent()
-    _check_name(name)
     with open_registry(registry, read_only=True) as catalogue:
-        record = catalogue.bases.find(name)
+        record = base_entry(name, catalogue, by_content=False)
+    name = record.name
     if is_away(record):
         raise VerificationError(
             f"base {quoted(name)} is not downloaded, so there are no bytes to verify; get them with "
@@ -233,20 +276,19 @@ def base_verify(name: str, *, registry: str | None = None, progress: Progress | 
     return record
 
 
-def base_remove(name: str, *, force: bool = False, registry: str | None = None) -> BaseRecord:
+def base_remove(name: str | os.PathLike[str], *, force: bool = False, registry: str | None = None) -> BaseRecord:
     """Forget a base; its files stay. Returns the entry that it had.
 
     Args:
-        name: of the catalogued base.
+        name: of the catalogued base; or its folder, or its Hub id.
         force: also while adapters belong to it; they then keep only its fingerprint.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        registry.RegistryError: there is no such base, or adapters belong to it.
+        LoratoolError, registry.RegistryError: there is no such base, or adapters belong to it.
     """
-    _check_name(name)
     with open_registry(registry) as catalogue:
-        return catalogue.bases.remove(name, force=force)
+        return catalogue.bases.remove(base_entry(name, catalogue, by_content=False).name, force=force)
 
 
 def base_json(record: BaseRecord) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from loratool.errors import LoratoolError, NotFoundError, quoted
 from loratool.hub.address import HubAddress, is_hub_id
 from loratool.hub.search import SORTS, FoundAdapter, HubSort, search_adapters
-from loratool.library.resolve import open_registry
+from loratool.library.base_entry import base_entry, find_base
+from loratool.library.resolve import exists, open_registry, user_path
 from registry import is_name
 
 MOST: int = 1000
@@ -17,7 +18,7 @@ def hub_search(text: str | None = None, *, base: str | None = None, limit: int =
 
     Args:
         text: what the repository's name holds.
-        base: a catalogued base that came from the Hub, or a Hub id.
+        base: a catalogued base that came from the Hub (its name or its folder), or a Hub id.
         limit: how many, 1000 at most.
         sort: ``downloads`` (of the last 30 days), ``likes``, ``updated`` or ``created``; the most or newest first.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -35,11 +36,12 @@ def hub_search(text: str | None = None, *, base: str | None = None, limit: int =
 
 
 def _hub_id(base: str, registry: str | None) -> str:
-    """The Hub id of a catalogued base, or `base` itself."""
-    if not is_name(base):
-        return HubAddress.parse(base).repo
+    """The Hub id of a base: `base` itself, or what its entry in the catalogue, or that of its family, says."""
     with open_registry(registry, read_only=True) as catalogue:
-        record = catalogue.bases.find(base)
+        is_hub_id_itself = not is_name(base) and not exists(user_path(base))
+        record = find_base(base, catalogue) if is_hub_id_itself else base_entry(base, catalogue)
+        if record is None:
+            return HubAddress.parse(base).repo
         family = [record, *(each for each in catalogue.bases.list() if each.name == record.variant_of)]
     for each in family:
         if is_hub_id(each.source):

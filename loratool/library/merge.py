@@ -21,6 +21,7 @@ from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.library.calibration import calibrated, calibration_text
+from loratool.library.owner import owner_of_all
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import (
     ResolvedAdapter,
@@ -120,7 +121,7 @@ class MergeResult:
         }
 
 
-def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: PathLike | None = None,
+def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = None, *, out: PathLike | None = None,
           in_place: bool = False, quantize: str | None = None, base_as: str | None = None, dequantize: bool = False,
           calibrate: PathLike | None = None,
           dry_run: bool = False, undo: bool = False, force: bool = False, device: str = "auto", alpha: float | None = None,
@@ -130,7 +131,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
     Args:
         adapters: catalogued names, paths or Hub ids, each alone or as (adapter, weight); one may stand alone. A DyLoRA
             acts at its full rank, or as ``ADAPTER@rank=b`` at rank b.
-        into: the base: a catalogued name, a folder, a safetensors file, or a Hub id.
+        into: the base: a catalogued name, a folder, a safetensors file, or a Hub id; by default the catalogued base that the
+            adapters are tied to.
         out: the new folder; by default ``<base>-<adapter>`` beside the base.
         in_place: change the base's own files instead; an undo file is always kept.
         quantize: ``nf4``: merge into a dense base, then store its linear modules in NF4; the most exact NF4 model.
@@ -158,18 +160,20 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=dry_run) as catalogue:
+        resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
+        if into is None:
+            into = owner_of_all(resolved, catalogue)
         base = resolve_base(into, catalogue, watcher, download=not (dry_run or in_place))
         if in_place and base.headers is not None:
             raise OutputError(
                 f"base {quoted(base.name)} is on the Hub, which nothing changes in place; merge with --out instead"
             )
-        resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
         refuse_no_text([base.path, *(found.adapter.file for found in resolved)])
         target = base.path if in_place else _output(out, base, resolved, storage)
         if not in_place:
             refuse_overlap(target, [base.path, *(found.adapter.file for found in resolved)])
-            refuse_existing(target, force=force)
+        existing = [] if in_place else refuse_or_note_existing(target, force=force, dry_run=dry_run)
         with hold(base.path, exclusive=in_place and not dry_run):
             checkpoint = base.open()
             if in_place:
@@ -186,7 +190,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike, *, out: Pa
             if dry_run:
                 known = fingerprint(checkpoint.tensors, digests) if digests else None
                 seconds = _expected_seconds(plan, catalogue, in_place=in_place)
-                all_notes = (*notes, *plan.notes)
+                all_notes = (*notes, *plan.notes, *existing)
                 return MergeResult(
                     target, base.name, known, merged, None, None, plan, all_notes, seconds, True, conversion=conversion
                 )
@@ -282,6 +286,17 @@ def refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
             raise OutputError(
                 f"the output {quoted(out)} and its input {quoted(path)} lie in one another; choose another --out"
             )
+
+
+def refuse_or_note_existing(out: Path, *, force: bool, dry_run: bool) -> list[str]:
+    """Raise OutputError if `out` must not be written; in a dry run, return that as a note instead."""
+    try:
+        refuse_existing(out, force=force)
+    except OutputError as error:
+        if not dry_run:
+            raise
+        return [str(error)]
+    return []
 
 
 def _refuse_in_place(checkpoint: Checkpoint) -> None:

@@ -1,15 +1,23 @@
-"""Which catalogued base an adapter belongs to: by the fingerprint that it records, else by the name that it gives."""
+"""Which catalogued base an adapter belongs to: the one that the user names, that it records by fingerprint, or by name."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import chain, count
+from pathlib import Path
 
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, WrongBaseError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.hub.address import is_hub_id
+from loratool.library.adapters import name_from
+from loratool.library.base_entry import find_base
 from loratool.library.hub_bases import is_away, known_headers
-from loratool.library.resolve import exists
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import ResolvedAdapter, exists, resolve_base, user_path
 from loratool.merging.plan import WeightedAdapter, plan_merge
-from registry import BaseRecord, Registry, check_name
+from registry import BaseRecord, Registry, check_name, is_name
 
 
 def find_owner(adapter: Adapter, base: str | None, base_model: str | None,
@@ -43,6 +51,75 @@ def find_owner(adapter: Adapter, base: str | None, base_model: str | None,
             break
         return record, [f"it names {quoted(record.source)} as its base, which is catalogued as {quoted(record.name)}"]
     return None, [_how_to_tie(base_model, known_by_content=bool(recorded), unfit=bool(named))]
+
+
+def name_owner(base: str | os.PathLike[str], adapter: Adapter, catalogue: Registry,
+               progress: Progress | None = None) -> tuple[str, tuple[str, ...]]:  # fmt: skip
+    """Return the catalogued name of the base that a user gives by name, path or Hub id, and notes.
+
+    A base that is not catalogued yet is catalogued under the name of its folder or repository, if the adapter fits it.
+
+    Raises:
+        LoratoolError, registry.RegistryError: there is no such base, or the adapter belongs to another one.
+    """
+    from loratool.library.bases import look_at_base
+
+    text = os.fspath(base)
+    known = find_base(text, catalogue, progress)
+    if known is not None:
+        return known.name, ()
+    if is_name(text) and not exists(user_path(text)):
+        catalogue.bases.find(text)  # raises, with the nearest names
+    source = resolve_base(text, catalogue, progress, download=False)
+    _refuse_unlanded(adapter, source.open())
+    name = _free_name(source.name, catalogue)
+    found = look_at_base(name, text, catalogue, watcher=progress or Silent())
+    if adapter.base_fingerprint and found.fingerprint not in (None, adapter.base_fingerprint):
+        raise WrongBaseError(
+            f"{quoted(adapter.name)} records another base ({adapter.base_fingerprint[:12]}…) than {quoted(text)} "
+            f"({str(found.fingerprint)[:12]}…); leave --base out"
+        )
+    found.add(name, catalogue)
+    taken = "" if name == source.name else f" ({quoted(source.name)} is another model)"
+    return name, (f"catalogued {quoted(text)} as the base {quoted(name)}{taken}",)
+
+
+def _free_name(stem: str, catalogue: Registry) -> str:
+    """A name for a new base, made from its folder's or repository's: ``smollm2``, or ``smollm2-2`` where that is taken."""
+    name = name_from(stem, Path(stem))
+    numbered = (f"{name[:90]}-{number}" for number in count(2))
+    return next(each for each in chain([name], numbered) if catalogue.bases.get(each) is None)
+
+
+def owner_of_all(adapters: Sequence[ResolvedAdapter], catalogue: Registry) -> str:
+    """Return the catalogued name of the base that adapters are tied to, as the catalogue or their files record it.
+
+    Raises:
+        LoratoolError: they are tied to no catalogued base, or to different ones.
+    """
+    owners = {found.reference: recorded_owner(found, catalogue) for found in adapters}
+    names = dict.fromkeys(owner.name for owner in owners.values() if owner is not None)
+    families = {owner.variant_of or owner.name for owner in owners.values() if owner is not None}
+    if len(families) == 1:
+        return next(iter(names))
+    if not names:
+        labels = " and ".join(quoted(each.adapter.name) for each in adapters)
+        raise LoratoolError(
+            f"{labels} {'is' if len(adapters) == 1 else 'are'} tied to no catalogued base; say which model to merge into "
+            "with --into BASE (a name, a folder or a Hub id)"
+        )
+    said = ", ".join(f"{quoted(reference)} to {quoted(owner.name)}" for reference, owner in owners.items() if owner)
+    raise LoratoolError(f"the adapters are tied to different bases ({said}); say which one is meant with --into BASE")
+
+
+def recorded_owner(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | None:
+    """The catalogued base of an adapter: of its entry, else by the fingerprint or the name that its files record."""
+    if found.record is not None and found.record.base is not None:
+        return catalogue.bases.get(found.record.base)
+    if found.base_fingerprint is not None:
+        return next(iter(catalogue.bases.find_by_fingerprint(found.base_fingerprint)), None)
+    named = found.record.base_model if found.record else found.adapter.base_model
+    return next((base for base in catalogue.bases.list() if named and _is_called(base, named)), None)
 
 
 def _is_called(record: BaseRecord, base_model: str) -> bool:
@@ -80,4 +157,9 @@ def _refuse_unfit(adapter: Adapter, record: BaseRecord) -> None:
     else:
         checkpoint = Checkpoint.open(record.path) if record.path is not None and exists(record.path) else None
     if checkpoint is not None:
-        plan_merge([WeightedAdapter(adapter)], checkpoint)
+        _refuse_unlanded(adapter, checkpoint)
+
+
+def _refuse_unlanded(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Raise PlacementError if the adapter does not land on these tensors."""
+    plan_merge([WeightedAdapter(adapter)], checkpoint)

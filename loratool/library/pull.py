@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from loratool.hub.address import HubAddress
 from loratool.hub.pull import pull_adapter
 from loratool.hub.repository import Snapshot, look
 from loratool.library.adapters import HubPlace, adapter_json, enter, name_from
+from loratool.library.owner import name_owner
 from loratool.library.progress import Progress
 from loratool.library.resolve import exists, is_here, open_registry, pulled_from, user_path
 from registry import AdapterRecord, Location, Registry, check_name
@@ -50,7 +52,7 @@ class PullResult:
         }
 
 
-def pull(repo: str, *, name: str | None = None, path: str | None = None, base: str | None = None,
+def pull(repo: str, *, name: str | None = None, path: str | None = None, base: str | os.PathLike[str] | None = None,
          alpha: float | None = None, update: bool = False, registry: str | None = None,
          progress: Progress | None = None) -> PullResult:  # fmt: skip
     """Bring an adapter from the Hugging Face Hub into the catalogue: downloaded, checked, copied into the content store.
@@ -62,8 +64,9 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
         repo: ``owner/name``, ``owner/name@revision``, or either with a path inside: ``owner/name/folder@revision``.
         name: in the catalogue; by default the repository's, or the last word of the path inside.
         path: the folder or file inside the repository.
-        base: the catalogued base that it belongs to. By default the one whose fingerprint it records, else the one that
-            was catalogued from the Hub id that its configuration or its card names.
+        base: the base that it belongs to: a catalogued name, a folder or a Hub id. One that is not catalogued yet is
+            catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
+            catalogued from the Hub id that its configuration or its card names.
         alpha: for a bare file that does not say its own.
         update: follow the branch.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -80,12 +83,12 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
     with open_registry(registry) as catalogue:
         kept = None if update else _kept(address, catalogue, name, alpha)
         if kept is not None:
-            return _again(kept, address, catalogue, base=base)
+            return _again(kept, address, catalogue, base, progress)
         snapshot = _look(address, repo, command, fresh=update)
         pinned = address.at(snapshot.commit)
         kept = _kept(pinned, catalogue, name, alpha)
         if kept is not None:
-            return _again(kept, pinned, catalogue, base=base)
+            return _again(kept, pinned, catalogue, base, progress)
         chosen = name or _name(address, catalogue)
         pulled = pull_adapter(address, command, alpha=alpha, snapshot=snapshot, watcher=progress)
         if name is None:
@@ -94,8 +97,10 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
             Location(kind="hub", repo=address.repo, revision=snapshot.commit, path_in_repo=address.path),
             pulled.base_model,
         )
-        added = enter(replace(pulled.adapter, name=chosen), catalogue, name=chosen, base=base, place=place)
-    notes = (*pulled.notes, *added.notes[len(pulled.adapter.notes) :])
+        adapter = replace(pulled.adapter, name=chosen)
+        owner, base_notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress)
+        added = enter(adapter, catalogue, name=chosen, base=owner, place=place)
+    notes = (*pulled.notes, *base_notes, *added.notes[len(pulled.adapter.notes) :])
     return PullResult(added.record, address.repo, snapshot.commit, address.path, added.new, True, notes)
 
 
@@ -116,14 +121,16 @@ def _kept(address: HubAddress, catalogue: Registry, name: str | None, alpha: flo
     return None
 
 
-def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, *, base: str | None) -> PullResult:
+def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, base: str | os.PathLike[str] | None,
+           progress: Progress | None) -> PullResult:  # fmt: skip
     """What is catalogued already; tied to its base now, where that has become possible."""
     place = _place(record, address)
     notes: tuple[str, ...] = ()
     if base is not None or record.base is None:
         adapter = replace(read_adapter(catalogue.adapters.files(record)), name=record.name)
-        added = enter(adapter, catalogue, name=record.name, base=base, place=HubPlace(place, record.base_model))
-        record, notes = added.record, added.notes
+        owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress)
+        added = enter(adapter, catalogue, name=record.name, base=owner, place=HubPlace(place, record.base_model))
+        record, notes = added.record, (*notes, *added.notes)
     return PullResult(record, address.repo, str(place.revision), address.path, False, False, notes)
 
 

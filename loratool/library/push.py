@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
 from loratool.hub.address import is_repository, repository_id
+from loratool.hub.client import ask_once
 from loratool.hub.errors import refuse_anonymous, refuse_offline
+from loratool.hub.patience import is_unreachable
 from loratool.hub.push import (
     COMMAND,
     MAIN,
@@ -134,10 +136,11 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         raise LoratoolError("the commit message is empty; say something with --message, or leave it out")
     if merged and alpha is not None:
         raise LoratoolError("--alpha is for an adapter, and --merged pushes a model; leave one of them out")
-    online = not constants.HF_HUB_OFFLINE
     if not dry_run:
         refuse_offline(COMMAND)
         refuse_anonymous(COMMAND)
+    unasked = _why_unasked() if dry_run else None
+    online = unasked is None
     with open_registry(registry, read_only=True) as catalogue, TemporaryDirectory(prefix="loratool-") as scratch:
         remote, upload = _prepare(
             adapter, repository, revision, catalogue, Path(scratch), merged=merged, alpha=alpha,
@@ -153,7 +156,7 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         sent = None
         if differs and not dry_run:
             sent = _send(upload, remote, message, private=private, create_pr=create_pr, confirm=confirm)
-    notes = [*upload.notes, *([] if online else ["the Hub was not asked what is there: HF_HUB_OFFLINE forbids it"])]
+    notes = [*upload.notes, *([] if online else [f"the Hub was not asked what is there: {unasked}"])]
     is_proposal = sent is not None and sent.pull_request is not None  # and lies in the repository only once accepted
     if upload.record is not None and not dry_run and not is_proposal:
         notes += _record(upload.record, remote.repository, sent.commit if sent else remote.head, registry)
@@ -190,6 +193,21 @@ def _prepare(adapter: str | os.PathLike[str] | None, repository: str | None, rev
     return remote, prepare_adapter(found, catalogue, remote, wishes, scratch)
 
 
+def _why_unasked() -> str | None:
+    """Why the Hub is not asked what is there, where a dry run can do without; None where it answers."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids it"
+    try:
+        ask_once()
+    except Exception as error:
+        if not is_unreachable(error):
+            raise
+        return f"{constants.ENDPOINT} cannot be reached"
+    return None
+
+
 def _newest(catalogue: Registry) -> str:
     newest = catalogue.adapters.list(sort="created_at")[:1]
     if not newest:
@@ -215,9 +233,7 @@ def _look(given: str | None, name: str, revision: str | None, *, online: bool) -
     text = given or name
     if "/" not in text:
         if not online:
-            raise HubError(
-                f"{COMMAND} has to ask the Hub who you are, and HF_HUB_OFFLINE forbids it; write owner/{text}"
-            )
+            raise HubError(f"{COMMAND} has to ask the Hub who you are, and cannot now; write owner/{text}")
         text = f"{user_name()}/{text}"
     repository = repository_id(text)
     return look(repository, revision) if online else Remote(repository, revision or MAIN)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.checkpoint.staging import refuse_existing, refuse_no_text
+from loratool.checkpoint.staging import refuse_no_text
 from loratool.errors import LoratoolError, WrongBaseError, quoted
 from loratool.library.bases import add_variant
-from loratool.library.merge import beside_base, hold, refuse_overlap, remembered
+from loratool.library.merge import beside_base, hold, refuse_or_note_existing, refuse_overlap, remembered
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import ResolvedBase, open_registry, resolve_base, user_path
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
@@ -105,14 +105,16 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
         refuse_no_text([source.path])
         target = beside_base(source, f"{source.name}-nf4") if out is None else user_path(out)
         refuse_overlap(target, [source.path])
-        refuse_existing(target, force=force)
+        existing = refuse_or_note_existing(target, force=force, dry_run=dry_run)
         _refuse_taken(name, target, catalogue)
         with hold(source.path, exclusive=False):
             checkpoint = source.open()
             plan = plan_conversion(checkpoint, storage)
             if dry_run:
                 seconds = time.monotonic() - started
-                return QuantizeResult(target, name, source.name, None, None, plan, (), seconds, dry_run=True)
+                return QuantizeResult(
+                    target, name, source.name, None, None, plan, tuple(existing), seconds, dry_run=True
+                )
             watcher.begin("quantizing", plan.read_bytes)
             with remembered(checkpoint, unless=False) as remember:
                 report = apply_conversion(

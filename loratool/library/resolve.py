@@ -172,7 +172,9 @@ def resolve_base(name: str | os.PathLike[str], registry: Registry, progress: Pro
         if not exists(path):
             registry.bases.find(text)  # raises, with the nearest names
     if text and exists(path):
-        return ResolvedBase(path, path.resolve().stem if path.is_file() else path.resolve().name, _at(path, registry))
+        return ResolvedBase(
+            path, path.resolve().stem if path.is_file() else path.resolve().name, base_at(path, registry)
+        )
     if not is_plainly_a_path(text) and HUB_ID.fullmatch(text):
         return _on_hub(text, progress, download=download)
     raise NotFoundError(
@@ -330,7 +332,8 @@ def _on_hub(hub_id: str, progress: Progress | None, *, download: bool) -> Resolv
     return ResolvedBase(headers.path, address.name, None, headers)
 
 
-def _at(path: Path, registry: Registry) -> BaseRecord | None:
+def base_at(path: Path, registry: Registry) -> BaseRecord | None:
+    """The catalogued base whose files are at `path`."""
     real = path.resolve()
     return next((base for base in registry.bases.list() if base.path is not None and base.path.resolve() == real), None)
 

@@ -53,13 +53,14 @@ class SpectrumResult:
 
 
 def spectrum(adapter: str | os.PathLike[str], *, plot: str | os.PathLike[str] | None = None,
-             force: bool = False, registry: str | None = None) -> SpectrumResult:  # fmt: skip
+             force: bool = False, alpha: float | None = None, registry: str | None = None) -> SpectrumResult:  # fmt: skip
     """The singular values of an adapter's updates, through QR of its factors.
 
     Args:
         adapter: a catalogued name, a path or a Hub id.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a heat map by layer and module, of ranks and of norms.
         force: replace the picture if it exists.
+        alpha: for a bare file that does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
@@ -69,7 +70,7 @@ def spectrum(adapter: str | os.PathLike[str], *, plot: str | os.PathLike[str] | 
     if picture is not None:
         refuse_picture(picture, force=force)
     with open_registry(registry, read_only=True) as catalogue:
-        found = resolve_adapter(adapter, catalogue)
+        found = resolve_adapter(adapter, catalogue, alpha)
     values = singular_values(found.adapter)
     result = SpectrumResult(found.adapter.name, values, groups(values), picture)
     if picture is not None:

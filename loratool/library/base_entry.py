@@ -1,0 +1,78 @@
+"""The entry of a base in the catalogue, by what a user calls it: its name, its folder or file, or its Hub id."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import NotFoundError, quoted
+from loratool.hub.address import HubAddress
+from loratool.library.progress import Progress, Silent
+from loratool.library.resolve import HUB_ID, base_at, digest_cache, exists, is_plainly_a_path, user_path
+from registry import BaseRecord, Registry, check_name, is_name
+
+
+def base_entry(name: str | os.PathLike[str], catalogue: Registry, progress: Progress | None = None, *,
+               by_content: bool = True) -> BaseRecord:  # fmt: skip
+    """Return the catalogued base that `name` means; as `find_base`, but one that is not catalogued is an error.
+
+    Raises:
+        LoratoolError, registry.RegistryError: there is no such entry; the nearest names are listed.
+    """
+    found = find_base(name, catalogue, progress, by_content=by_content)
+    if found is not None:
+        return found
+    text = os.fspath(name)
+    is_place = is_plainly_a_path(text) or (text and exists(user_path(text))) or HUB_ID.fullmatch(text)
+    if not is_place:
+        check_name(text, "base")
+        return catalogue.bases.find(text)  # raises, with the nearest names
+    if HUB_ID.fullmatch(text) is None and not exists(user_path(text)):
+        raise NotFoundError(f"there is no model at {quoted(text)}; 'loratool base list' shows the catalogued bases")
+    raise NotFoundError(
+        f"{quoted(text)} is no catalogued base; catalogue it with 'loratool base add NAME {text}', or see "
+        "'loratool base list'"
+    )
+
+
+def find_base(name: str | os.PathLike[str], catalogue: Registry, progress: Progress | None = None, *,
+              by_content: bool = True) -> BaseRecord | None:  # fmt: skip
+    """Return the catalogued base that `name` means, in the order of `resolve.resolve_base`; None where there is none.
+
+    A folder or file is known by where it lies, or `by_content`, by its fingerprint. The Hub is not asked.
+
+    Raises:
+        CheckpointError: the folder has to be fingerprinted, and holds no model.
+    """
+    text = os.fspath(name)
+    path = user_path(text)
+    if not is_plainly_a_path(text) and is_name(text):
+        record = catalogue.bases.get(text)
+        if record is not None or not exists(path):
+            return record
+    if text and exists(path):
+        return base_at(path, catalogue) or (_with_content_of(path, catalogue, progress) if by_content else None)
+    if not is_plainly_a_path(text) and HUB_ID.fullmatch(text):
+        return _from_hub(HubAddress.parse(text), catalogue)
+    return None
+
+
+def _with_content_of(path: Path, catalogue: Registry, progress: Progress | None) -> BaseRecord | None:
+    checkpoint = Checkpoint.open(path)
+    sizes = {base.size_bytes for base in catalogue.bases.list()}
+    if checkpoint.nbytes not in sizes:
+        return None  # not read for nothing
+    watcher = progress or Silent()
+    watcher.begin("fingerprinting", checkpoint.nbytes)
+    digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
+    return next(iter(catalogue.bases.find_by_fingerprint(fingerprint(checkpoint.tensors, digests))), None)
+
+
+def _from_hub(address: HubAddress, catalogue: Registry) -> BaseRecord | None:
+    """The base from a repository, whatever the case of its letters; at a revision, where one is named."""
+    for base in catalogue.bases.list():
+        if base.source.casefold() == address.repo.casefold() and address.revision in (None, base.revision):
+            return base
+    return None
