@@ -16,7 +16,8 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loratool.checkpoint.header import DTYPE_BITS, Header, header_bytes, parse_json_object, read_header
+from loratool.checkpoint.dtypes import DTYPES
+from loratool.checkpoint.header import Header, header_bytes, parse_json_object, read_header
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, LoratoolError, NotFoundError
 
@@ -107,9 +108,9 @@ def test_a_valid_file_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
     assert header.metadata == {"format": "pt"}
 
 
-@pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_every_dtype_has_the_size_that_safetensors_gives_it(dtype: str, tmp_path: Path) -> None:
-    size = 8 * DTYPE_BITS[dtype] // 8
+    size = DTYPES[dtype].bits
     header = {"x": {"dtype": dtype, "shape": [2, 4], "data_offsets": [0, size]}}
     content = safetensors_bytes(json.dumps(header), bytes(size))
     try:
@@ -253,7 +254,7 @@ def tensor_entries(draw: st.DrawFn) -> dict[str, Any]:
     for name in draw(st.lists(st.text(max_size=5), max_size=4, unique=True)):
         dtype = draw(st.sampled_from(["F32", "BF16", "U8", "F4", "BOOL", "F64", "I4", "f32", ""]))
         shape = draw(st.lists(st.integers(0, 5), max_size=3))
-        size = DTYPE_BITS.get(dtype, 8)
+        size = DTYPES[dtype].bits if dtype in DTYPES else 8
         for side in shape:
             size *= side
         tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size // 8]}
@@ -322,7 +323,7 @@ def test_what_header_bytes_writes_is_read_by_safetensors_and_by_us_alike(
     tmp_path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
 ) -> None:
     head = header_bytes(tensors, metadata)
-    size = sum(DTYPE_BITS[dtype] // 8 * math.prod(shape) for dtype, shape in tensors.values())
+    size = sum(DTYPES[dtype].nbytes * math.prod(shape) for dtype, shape in tensors.values())
     content = head + bytes(size)
     assert len(head) % 8 == 0
     expect_the_same_verdict(content, tmp_path / "x.safetensors")

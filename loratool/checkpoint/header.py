@@ -17,21 +17,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from loratool.checkpoint.dtypes import DTYPES
 from loratool.errors import CheckpointError, quoted
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The format's own limit on the length of the JSON header."""
-
-DTYPE_BITS: Final[Mapping[str, int]] = MappingProxyType(
-    {
-        "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-        "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-        "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-        "U32": 32, "I32": 32, "F32": 32,
-        "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-    }
-)  # fmt: skip
-"""Size of one element, in bits, of every dtype that the format knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +38,11 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.stop - self.start
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns of the tensor as it lies: its last dimension is the columns; a vector is one row."""
+        return math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +115,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor of `dtype` and `shape` takes."""
-    return math.prod(shape) * DTYPE_BITS[dtype] // 8
+    return math.prod(shape) * DTYPES[dtype].bits // 8
 
 
 def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
@@ -165,13 +160,13 @@ def _parse_tensor(name: str, entry: object, file: Path, data_start: int) -> Tens
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise _broken(file, f"tensor {quoted(name)} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _broken(file, f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
     if not _are_sizes(shape):
         raise _broken(file, f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _broken(file, f"tensor {quoted(name)} has the impossible data_offsets {quoted(offsets)}")
-    bits = _elements(shape) * DTYPE_BITS[dtype]
+    bits = _elements(shape) * DTYPES[dtype].bits
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         taken = f"{offsets[1] - offsets[0]} bytes"
         raise _broken(file, f"tensor {quoted(name)} of dtype {dtype} and shape {quoted(shape)} cannot take {taken}")

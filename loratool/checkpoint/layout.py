@@ -16,7 +16,8 @@ from pathlib import Path
 
 from loratool.checkpoint.blocks import write_exactly
 from loratool.checkpoint.copying import copy_range
-from loratool.checkpoint.header import DTYPE_BITS, Header, TensorInfo, header_bytes, nbytes, parse_json_object
+from loratool.checkpoint.dtypes import DTYPES
+from loratool.checkpoint.header import Header, TensorInfo, header_bytes, nbytes, parse_json_object
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.replica import copy_file, pieces
 
@@ -101,7 +102,7 @@ def _shard(header: Header, replaced: Mapping[str, Sequence[NewTensor]]) -> Shard
         for info in header.tensors.values()
         for tensor in replaced.get(info.name, (NewTensor(info.name, info.dtype, info.shape),))
     ]
-    new.sort(key=lambda tensor: (-DTYPE_BITS[tensor.dtype], tensor.name))
+    new.sort(key=lambda tensor: (-DTYPES[tensor.dtype].bits, tensor.name))
     head = header_bytes({tensor.name: (tensor.dtype, tensor.shape) for tensor in new}, header.metadata)
     start, placed = len(head), []
     for tensor in new:

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from loratool.checkpoint.blocks import write_exactly
-from loratool.checkpoint.header import DTYPE_BITS, TensorInfo
+from loratool.checkpoint.dtypes import DTYPES, of_torch
+from loratool.checkpoint.header import TensorInfo
 from loratool.errors import OutputError, quoted
 from loratool.formats.adalora import PEFT_TYPE as ADALORA
 from loratool.formats.adalora import AdaLoraConfig
@@ -99,7 +100,7 @@ class Draft:
     def _keep(self, factor: torch.Tensor) -> TensorInfo:
         import torch
 
-        dtype = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[factor.dtype]
+        dtype = of_torch(str(factor.dtype).removeprefix("torch.")).name
         content: Any = factor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         return self._keep_bytes(dtype, tuple(factor.shape), memoryview(content))
 
@@ -107,7 +108,7 @@ class Draft:
         import numpy as np
 
         rows, columns = info.shape
-        element = DTYPE_BITS[info.dtype] // 8
+        element = DTYPES[info.dtype].nbytes
         with open(info.file, "rb") as stream:
             stream.seek(info.start)
             whole = np.frombuffer(stream.read(info.nbytes), np.uint8).reshape(rows, columns, element)

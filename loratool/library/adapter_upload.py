@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import HubError, PlacementError, quoted
 from loratool.formats.adapter import Adapter, sha256_of
@@ -18,7 +19,6 @@ from loratool.formats.write import write_peft
 from loratool.hub.card import AdapterCard, task_of
 from loratool.hub.push import Content, Remote
 from loratool.hub.readme import README, is_template, renewed
-from loratool.library.adapters import DTYPE_NAMES
 from loratool.library.resolve import ResolvedAdapter, exists
 from loratool.library.upload import Upload, Wishes, hub_base, is_path, without_paths
 from registry import AdapterRecord, BaseRecord, Registry
@@ -110,7 +110,7 @@ def _card(found: ResolvedAdapter, written: Adapter, owner: BaseRecord | None, ba
         target_modules=written.target_modules,
         replaced=len(written.replacements),
         parameters=written.parameter_count,
-        dtype=DTYPE_NAMES.get(written.dtype, written.dtype),
+        dtype=dtype_title(written.dtype),
         size_bytes=written.file.stat().st_size,
         sha256=written.sha256,
         base=base,

@@ -10,8 +10,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from loratool.checkpoint.dtypes import title as dtype_title
 from registry import (
     AdapterFacts,
     AdapterRecord,
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from loratool.merging.survival import Survival
     from registry import Registry  # brings SQLAlchemy, which a list does without
     from registry.store import Staged
-
-DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "F64": "fp64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,7 +458,7 @@ def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:
         alpha=adapter.alpha,
         scaling=adapter.scaling,
         target_modules=list(adapter.target_modules),
-        dtype=DTYPE_NAMES.get(adapter.dtype, adapter.dtype),
+        dtype=dtype_title(adapter.dtype),
         parameter_count=adapter.parameter_count,
         base_fingerprint=owner.fingerprint if owner else adapter.base_fingerprint,
         base_model=adapter.base_model,

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
@@ -20,8 +21,6 @@ from loratool.library.merge import hold
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import HUB_ID, digest_cache, exists, open_registry, user_path
 from registry import AdapterSummary, BaseRecord, MergeRecord, Registry, check_name
-
-DTYPE_NAMES: Final = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "U8": "uint8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,4 +366,4 @@ def _main_dtype(checkpoint: Checkpoint) -> str | None:
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
         sizes[info.dtype] += info.nbytes
-    return DTYPE_NAMES.get(sizes.most_common(1)[0][0], sizes.most_common(1)[0][0]) if sizes else None
+    return dtype_title(sizes.most_common(1)[0][0]) if sizes else None

@@ -11,6 +11,7 @@ from typing import Final
 
 from blake3 import blake3
 
+from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
 from loratool.errors import AdapterError, LoratoolError, PlacementError, UnsupportedError, quoted
@@ -23,7 +24,6 @@ from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
 from loratool.updates.replacement import Replacement
 from loratool.weights import StoredWeight, stored_weight
-from loratool.weights.dense import CODEC_OF
 
 OTHER_WEIGHTS: Final = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -178,7 +178,7 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], landings: Sequence[La
                     "base instead, with --quantize nf4 for a 4-bit model"
                 )
             _refuse_replacement(name, own, tensor, adapter, {*taken, *targets}, base)
-            if weight is None or tensor.dtype not in CODEC_OF:
+            if weight is None or tensor.dtype not in DENSE:
                 raise UnsupportedError(
                     f"{quoted(own)} of {quoted(adapter.name)} is {tensor.dtype} and replaces {quoted(name)}, stored as "
                     f"{base.tensors[name].dtype}; loratool replaces fp32, fp16 and bf16 tensors by such"

@@ -14,6 +14,7 @@ from typing import Final
 from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_exactly
+from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, nearest, quoted
@@ -26,7 +27,7 @@ from loratool.merging.ties import is_tied_embedding, tied
 from loratool.ranks.difference import Difference
 from loratool.ranks.low_rank_fit import Wanted, fit
 from loratool.weights import stored_weight
-from loratool.weights.dense import CODEC_OF, as_matrix
+from loratool.weights.dense import as_matrix
 
 BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".position_ids")
 """How the names of tensors end that old checkpoints hold and no model needs: they follow from the configuration."""
@@ -269,7 +270,7 @@ def _changed(pair: Pair) -> bool:
     """Whether any number of a tensor differs, whatever type it is stored as."""
     if pair.tuned.dtype == pair.base.dtype:
         return not _same_bytes(pair.tuned, pair.base)
-    if not {pair.tuned.dtype, pair.base.dtype} <= CODEC_OF.keys():
+    if not {pair.tuned.dtype, pair.base.dtype} <= set(DENSE):
         return True
     return Difference(as_matrix(pair.tuned), as_matrix(pair.base)).energy() > 0
 
@@ -291,7 +292,7 @@ def _whole_modules(changed: Iterable[str], plan: ExtractPlan) -> dict[str, Tenso
             reason = "is tied to the output head, and a module that is kept whole would come apart from it"
         elif not module or any("." in own[len(module) + 1 :] for own in whole):
             reason = "belongs to no module that could be kept alone"
-        elif any(info.dtype not in CODEC_OF for info in whole.values()):
+        elif any(info.dtype not in DENSE for info in whole.values()):
             reason = "or its module is stored neither as fp32, fp16 nor bf16"
         if reason:
             raise UnsupportedError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Final
 
+from loratool.checkpoint.dtypes import DENSE, DTYPES
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 
+FACTOR_DTYPES: Final = ("F64", *DENSE)
 LARGEST_SCALING: Final = 3.4028234e38
 LEAST_FUSED_SIDE: Final = 16
 """With fewer rows or columns a product is too small for a trial to tell how its sums are made."""
@@ -185,10 +187,9 @@ def read_factor(info: TensorInfo) -> torch.Tensor:
     """
     import torch
 
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    if info.dtype not in dtypes:
+    if info.dtype not in FACTOR_DTYPES:
         raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, which is no factor's")
-    factor = torch.empty(info.shape, dtype=dtypes[info.dtype])
+    factor = torch.empty(info.shape, dtype=DTYPES[info.dtype].as_torch())
     with open(info.file, "rb") as stream:
         stream.seek(info.start)
         buffer: Any = factor.view(-1).view(torch.uint8).numpy()

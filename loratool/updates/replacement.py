@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint.blocks import read_columns, read_exactly
+from loratool.checkpoint.dtypes import DTYPES
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, CheckpointError, quoted
-from loratool.weights.dense import DenseWeight, as_matrix
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ class Replacement:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return DenseWeight(as_matrix(self.tensor)).shape
+        return self.tensor.matrix
 
     @property
     def scaling(self) -> float:
@@ -73,36 +73,30 @@ class LoadedReplacement:
         """
         import torch
 
-        weight = DenseWeight(as_matrix(self.tensor))
-        raw = torch.empty(block.numel() * weight.element_bytes, dtype=torch.uint8)
+        dtype = DTYPES[self.tensor.dtype]
+        raw = torch.empty(block.numel() * dtype.nbytes, dtype=torch.uint8)
         content: Any = raw.numpy()
         with open(self.tensor.file, "rb") as stream:
             try:
-                self._read(stream.fileno(), weight, rows, memoryview(content))
+                self._read(stream.fileno(), rows, memoryview(content))
             except CheckpointError:
                 raise AdapterError(
                     f"{quoted(self.tensor.file)} became shorter while it was read; run the command again"
                 ) from None
-        if self.transposed:
-            columns = torch.empty(block.shape[::-1])
-            weight.decode(range(len(columns)), (raw,), columns)
-            block.copy_(columns.T)
-        else:
-            weight.decode(rows, (raw.to(block.device),), block)
+        numbers = raw.view(dtype.as_torch())
+        block.copy_(numbers.view(block.shape[::-1]).T if self.transposed else numbers.view(block.shape))
         if not torch.isfinite(block).all():
             raise AdapterError(
                 f"{quoted(self.tensor.name)} in {quoted(self.tensor.file)} holds NaN or infinity; "
                 "the training of this adapter failed"
             )
 
-    def _read(self, fd: int, weight: DenseWeight, rows: range, content: memoryview) -> None:
+    def _read(self, fd: int, rows: range, content: memoryview) -> None:
+        width, row_bytes = DTYPES[self.tensor.dtype].nbytes, self.tensor.nbytes // max(self.tensor.matrix[0], 1)
         if self.transposed:
-            width = weight.element_bytes
-            part = slice(rows.start * width, rows.stop * width)
-            read_columns(fd, content, self.tensor.start, weight.shape[1] * width, part)
+            read_columns(fd, content, self.tensor.start, row_bytes, slice(rows.start * width, rows.stop * width))
         else:
-            ((_, start, _),) = weight.extents(rows)
-            read_exactly(fd, content, start)
+            read_exactly(fd, content, self.tensor.start + rows.start * row_bytes)
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Nothing: R tells nothing of W, so an undo file holds all of it."""

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from loratool.checkpoint.header import DTYPE_BITS, TensorInfo
+from loratool.checkpoint.dtypes import DENSE, DTYPES, Dtype
+from loratool.checkpoint.header import TensorInfo
 
 if TYPE_CHECKING:
     import torch
 
     from loratool.weights.rounding import Rounding
-
-CODEC_OF: Final[Mapping[str, str]] = MappingProxyType({"F32": "fp32", "F16": "fp16", "BF16": "bf16"})
-"""The field's name for each dense dtype of safetensors."""
-
-EXPONENTS: Final[Mapping[str, tuple[int, int]]] = MappingProxyType(
-    {"F32": (23, 0xFF << 23), "F16": (10, 0x1F << 10), "BF16": (7, 0xFF << 7)}
-)
-"""How many bits are below the exponent of each dtype, and its mask (IEEE 754; bfloat16 is the upper half of fp32)."""
-
-
-LIMITS: Final[Mapping[str, float]] = MappingProxyType(
-    {"F32": float("inf"), "F16": 65520.0, "BF16": (2.0 - 2.0**-8) * 2.0**127}
-)
-"""The least magnitude that rounds to infinity: half a step above the largest number of the dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +26,13 @@ class DenseWeight:
         return self.tensor.name
 
     @property
+    def dtype(self) -> Dtype:
+        """What its elements are."""
+        return DTYPES[self.tensor.dtype]
+
+    @property
     def codec(self) -> str:
-        return CODEC_OF[self.tensor.dtype]
+        return self.dtype.title
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,11 +41,11 @@ class DenseWeight:
 
     @property
     def element_bytes(self) -> int:
-        return DTYPE_BITS[self.tensor.dtype] // 8
+        return self.dtype.nbytes
 
     @property
     def limit(self) -> float:
-        return LIMITS[self.tensor.dtype]
+        return self.dtype.overflow
 
     @property
     def lossy(self) -> bool:
@@ -100,27 +90,22 @@ class DenseWeight:
         import torch
 
         integer = {2: torch.int16, 4: torch.int32}[self.element_bytes]
-        mantissa, mask = EXPONENTS[self.tensor.dtype]
+        mask = self.dtype.exponent_mask
         lost = stored[0].view(integer) & mask
-        lost.sub_(predicted[0].view(integer) & mask).bitwise_right_shift_(mantissa)
+        lost.sub_(predicted[0].view(integer) & mask).bitwise_right_shift_(self.dtype.mantissa)
         return (lost.clamp_(0, 3).to(torch.uint8),)
 
     def _elements(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        import torch
-
         (raw,) = parts
-        return raw.view({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[self.tensor.dtype])
+        return raw.view(self.dtype.as_torch())
 
 
 def claim(tensors: Mapping[str, TensorInfo], name: str) -> DenseWeight | None:
     """The dense tensor called `name`, as a matrix, or None where it is absent or not dense."""
     info = tensors.get(name)
-    return None if info is None or info.dtype not in CODEC_OF else DenseWeight(as_matrix(info))
+    return None if info is None or info.dtype not in DENSE else DenseWeight(as_matrix(info))
 
 
 def as_matrix(info: TensorInfo) -> TensorInfo:
     """A tensor of any shape as the matrix whose rows are its last dimension; a vector is one row."""
-    if len(info.shape) == 2:
-        return info
-    columns = info.shape[-1] if info.shape else 1
-    return replace(info, shape=(math.prod(info.shape[:-1]), columns))
+    return replace(info, shape=info.matrix)
