@@ -7,8 +7,10 @@ without a traceback and exits with status 1.
 from __future__ import annotations
 
 import difflib
+import reprlib
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 
 def printable(text: str) -> str:
@@ -16,9 +18,15 @@ def printable(text: str) -> str:
     return "".join("?" if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else c for c in text)
 
 
+_BRIEF: Final = reprlib.Repr()
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = _BRIEF.maxset = 12
+_BRIEF.maxstring = 120
+"""How a list or an object from outside is shown: never whole, however long or deep it is."""
+
+
 def quoted(name: object, limit: int = 120) -> str:
     """A name from outside, safe to print: quoted, printable, and at most `limit` characters long."""
-    text = str(name)
+    text = _BRIEF.repr(name) if isinstance(name, list | tuple | dict | set) else str(name)
     text = printable(text if len(text) <= limit else text[: limit - 1] + "…")
     return f"'{text}'"
 

@@ -285,7 +285,12 @@ def _address(location: Location) -> str:
 def _values(facts: AdapterFacts) -> dict[str, Any]:
     if facts.alpha is not None and not math.isfinite(facts.alpha):
         raise RegistryError(f"the adapter's alpha is {facts.alpha}; give a finite one with --alpha")
-    return {name: _plain(getattr(facts, name)) for name in AdapterFacts.__dataclass_fields__}
+    try:
+        return {name: _plain(getattr(facts, name)) for name in AdapterFacts.__dataclass_fields__}
+    except RecursionError:
+        raise RegistryError(
+            "the adapter's configuration or recipe is nested too deep to be catalogued; make it smaller, or leave it out"
+        ) from None
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,6 @@ locks the one row of the schema's version table. So a writer never works on fact
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.pool import NullPool, StaticPool
 
 from registry.errors import RegistryBusyError, RegistryError, RegistryReadOnlyError
+from registry.json_text import json_text, json_value
 from registry.names import printable
 from registry.schema import version_table
 
@@ -156,7 +156,8 @@ def make_engine(url: URL, *, read_only: bool, busy_timeout: float) -> Engine:
             url,
             poolclass=StaticPool if is_in_memory(url) else NullPool,
             connect_args={"timeout": busy_timeout} if sqlite else {},
-            json_serializer=_json,
+            json_serializer=json_text,
+            json_deserializer=json_value,
         )
     except ModuleNotFoundError as error:
         raise RegistryError(
@@ -183,10 +184,6 @@ def _set_up_sqlite(engine: Engine, *, read_only: bool) -> None:
     def began(connection: Connection) -> None:
         writes = connection.get_execution_options().get(_WRITES)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ sorting happen here, so both give the same list.
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -16,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from registry.errors import NotFoundError, RegistryError
 from registry.families import relatives
+from registry.json_text import json_value
 from registry.names import nearest_names, not_found_message, printable
 from registry.records import AdapterSummary
 from registry.version import HEAD, VERSION_TABLE
@@ -60,7 +60,7 @@ def _decoded(row: Sequence[Any]) -> tuple[Any, ...]:
     targets, created_at = row[7], row[14]
     return (
         *row[:7],
-        None if targets is None else json.loads(targets),
+        None if targets is None else json_value(targets),
         *row[8:14],
         datetime.fromisoformat(created_at).replace(tzinfo=UTC),
     )

@@ -367,7 +367,7 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "a huge number": (LLAMA | {"hidden_size": 10**30}, "1 to 16,777,216"),
     "more layers than can be": (LLAMA | {"num_hidden_layers": 10**6}, "1 to 4,096"),
     "heads that do not divide": (LLAMA | {"num_attention_heads": 33}, "do not divide"),
-    "a list": ([LLAMA], "no object"),
+    "a list": ([LLAMA], "not an object"),
 }
 
 

@@ -26,6 +26,7 @@ from tiny_adapters import save_plain_adapter
 
 import loratool
 from loratool.errors import AdapterError, HubError, LoratoolError, NotFoundError
+from loratool.hub.repository import sensible_answers
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (16, 12), "model.layers.0.self_attn.v_proj": (8, 12)}
 ROOT = Path(__file__).parents[1]
@@ -297,6 +298,12 @@ def test_an_answer_that_makes_no_sense_is_a_clear_error(
     one_sentence(raised.value)
 
 
+@pytest.mark.parametrize("error", [RecursionError, OverflowError])
+def test_an_answer_beyond_all_bounds_makes_no_sense_either(error: type[Exception]) -> None:
+    with pytest.raises(HubError, match="makes no sense"), sensible_answers("ada/pirate"):
+        raise error
+
+
 class WebPage(BaseHTTPRequestHandler):
     """A web server that is no Hub."""
 
@@ -430,7 +437,7 @@ def test_facts_that_loratool_would_not_write_are_refused(
 @pytest.mark.parametrize("facts", [b"", b"[1]", b"{", b"\xff", b'{"a": 1, "a": 2}', b'{"a": NaN}', b"[" * 100_000])
 def test_facts_that_are_no_json_object_are_refused(facts: bytes, hub: HubStandIn, pirate: Path) -> None:
     publish(hub, "ada/pirate", pirate, others={"loratool.json": facts})
-    with pytest.raises(AdapterError, match=r"'ada/pirate.*' is not valid JSON"):
+    with pytest.raises(AdapterError, match=r"'ada/pirate.*' is not a valid JSON file"):
         loratool.pull("ada/pirate")
 
 

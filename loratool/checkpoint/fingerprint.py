@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_exactly
 from loratool.checkpoint.header import Header, TensorInfo
+from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError
 
@@ -55,10 +56,10 @@ class DigestCache:
     def get(self, header: Header) -> dict[str, str] | None:
         """The digests of every tensor in the file of `header`, or None where they are not known."""
         try:
-            entry = json.loads(self._entry(header.file).read_text())
+            entry = read_json_object(self._entry(header.file), LARGEST_LISTING)
             if entry["file"] == file_identity(header.file) and set(entry["digests"]) == set(header.tensors):
                 return dict(entry["digests"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, OSError, ValueError, KeyError, TypeError):
             pass
         return None
 

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import stat
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.checkpoint.dtypes import DTYPES
+from loratool.checkpoint.json_text import broken_file, open_without_waiting, parse_json_object
 from loratool.errors import CheckpointError, quoted
 
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -64,23 +64,18 @@ def read_header(file: Path) -> Header:
             duplicate keys, dtype, shape, offsets, overlaps, holes, or a file shorter or longer than its header says.
     """
     try:
-        with open(file, "rb", opener=_open_without_waiting) as stream:
+        with open(file, "rb", opener=open_without_waiting) as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{quoted(file)} is not a regular file")
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, status.st_size - 8):
-                raise _broken(file, f"its header claims {length} bytes and the file has {status.st_size}")
+                raise broken_file(file, f"its header claims {length} bytes and the file has {status.st_size}")
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
     return parse_header(text, file, status.st_size)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file for reading; a FIFO, which nobody may ever write to, is opened at once too, to be refused."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def parse_header(text: bytes, file: Path, size: int) -> Header:
@@ -118,33 +113,9 @@ def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * DTYPES[dtype].bits // 8
 
 
-def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
-    """The JSON object in `text`, without duplicate keys, NaN or infinity; CheckpointError names `file` otherwise."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-            raise _broken(file, f"the key {quoted(twice)} occurs twice")
-        return found
-
-    def constant(literal: str) -> None:
-        raise _broken(file, f"{literal} is not JSON")
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-        if b"\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no character
-    except (ValueError, RecursionError) as error:
-        raise _broken(file, f"not valid JSON ({type(error).__name__})") from None
-    if not isinstance(value, dict):
-        raise _broken(file, "its JSON is not an object")
-    return value
-
-
 def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
     if not text.startswith(b"{"):
-        raise _broken(file, "its header does not begin with '{'")
+        raise broken_file(file, "its header does not begin with '{'")
     return parse_json_object(text, file)
 
 
@@ -152,24 +123,24 @@ def _parse_metadata(entry: object, file: Path) -> dict[str, str]:
     if entry is None:
         return {}
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise _broken(file, "__metadata__ must map strings to strings")
+        raise broken_file(file, "__metadata__ must map strings to strings")
     return entry
 
 
 def _parse_tensor(name: str, entry: object, file: Path, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
-        raise _broken(file, f"tensor {quoted(name)} must have dtype, shape and data_offsets")
+        raise broken_file(file, f"tensor {quoted(name)} must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _broken(file, f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
+        raise broken_file(file, f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
     if not _are_sizes(shape):
-        raise _broken(file, f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
+        raise broken_file(file, f"tensor {quoted(name)} has the impossible shape {quoted(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _broken(file, f"tensor {quoted(name)} has the impossible data_offsets {quoted(offsets)}")
+        raise broken_file(file, f"tensor {quoted(name)} has the impossible data_offsets {quoted(offsets)}")
     bits = _elements(shape) * DTYPES[dtype].bits
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         taken = f"{offsets[1] - offsets[0]} bytes"
-        raise _broken(file, f"tensor {quoted(name)} of dtype {dtype} and shape {quoted(shape)} cannot take {taken}")
+        raise broken_file(file, f"tensor {quoted(name)} of dtype {dtype} and shape {quoted(shape)} cannot take {taken}")
     return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
 
 
@@ -193,12 +164,7 @@ def _check_layout(tensors: Mapping[str, TensorInfo], file: Path, data_start: int
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
         if info.start != end:
             kind = "overlaps the tensor before it" if info.start < end else "leaves a hole before it"
-            raise _broken(file, f"tensor {quoted(info.name)} {kind}")
+            raise broken_file(file, f"tensor {quoted(info.name)} {kind}")
         end = info.stop
     if end != size:
-        raise _broken(file, f"its tensors end at byte {end} and the file has {size}")
-
-
-def _broken(file: Path, reason: str) -> CheckpointError:
-    kind = "JSON" if file.suffix == ".json" else "safetensors"
-    return CheckpointError(f"{quoted(file)} is not a valid {kind} file: {reason}; download or save it again")
+        raise broken_file(file, f"its tensors end at byte {end} and the file has {size}")

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from loratool.checkpoint.copying import copy_range, flushing, sync_folder
-from loratool.checkpoint.header import parse_json_object
+from loratool.checkpoint.json_text import LARGEST_LISTING, parse_json_object, read_limited
 from loratool.checkpoint.staging import foreign_file, sync_tree, unreadable
 from loratool.errors import CheckpointError, OutputError, quoted
 
@@ -215,7 +215,7 @@ def _committed(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The committed change of `folder`: its ranges and removals, checked; errors as `recover`."""
     journal = folder / JOURNAL
     try:
-        return _checked(folder, parse_json_object((journal / COMMIT).read_bytes(), journal / COMMIT))
+        return _checked(folder, parse_json_object(read_limited(journal / COMMIT, LARGEST_LISTING), journal / COMMIT))
     except _ObstacleError as error:
         what, advice = str(error), error.advice
     except OSError as error:

@@ -17,7 +17,8 @@ from pathlib import Path
 from loratool.checkpoint.blocks import write_exactly
 from loratool.checkpoint.copying import copy_range
 from loratool.checkpoint.dtypes import DTYPES
-from loratool.checkpoint.header import Header, TensorInfo, header_bytes, nbytes, parse_json_object
+from loratool.checkpoint.header import Header, TensorInfo, header_bytes, nbytes
+from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.replica import copy_file, pieces
 
@@ -77,7 +78,7 @@ class Layout:
         """The new content of the index file; None where the base has none."""
         if self.base.index is None:
             return None
-        content = parse_json_object(self.base.index.read_bytes(), self.base.index)
+        content = read_json_object(self.base.index, LARGEST_LISTING)
         metadata = content.get("metadata")
         content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": self.nbytes}
         content["weight_map"] = {name: str(info.file) for name, info in self.tensors.items()}

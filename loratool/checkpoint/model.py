@@ -11,8 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratool.checkpoint.header import Header, TensorInfo, parse_json_object, read_header
+from loratool.checkpoint.header import Header, TensorInfo, read_header
 from loratool.checkpoint.journal import JOURNAL
+from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.errors import CheckpointError, NotFoundError, quoted
 
 WEIGHTS_NAME: Final = "model.safetensors"
@@ -120,7 +121,7 @@ class Checkpoint:
         file = self.path / "config.json"
         if not self.path.is_dir() or not file.is_file():
             return {}
-        return parse_json_object(file.read_bytes(), file)
+        return read_json_object(file)
 
     def other_files(self) -> Iterator[Path]:
         """Paths, relative to the folder, of everything in it that is not a weight file of the model, sorted.
@@ -204,10 +205,7 @@ def read_index(file: Path) -> dict[str, str]:
     """
     if not file.is_file():
         raise CheckpointError(f"{quoted(file)} is not a regular file; download the model again")
-    try:
-        content = parse_json_object(file.read_bytes(), file)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
+    content = read_json_object(file, LARGEST_LISTING)
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{quoted(file)} has no weight_map; download the model again")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import shutil
 import stat
@@ -20,6 +19,7 @@ from typing import Any, Final, NoReturn
 
 from loratool.checkpoint.copying import sync_folder
 from loratool.checkpoint.header import read_header
+from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.errors import CheckpointError, OutputError, quoted
 
 RENAME_EXCHANGE: Final = 2
@@ -120,10 +120,8 @@ def _why_not_our_folder(folder: Path) -> str | None:
     if not (folder / OWN_FILE).is_file():
         return "is a folder that loratool did not write"
     try:
-        record = json.loads((folder / OWN_FILE).read_bytes())
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
+        record = read_json_object(folder / OWN_FILE, LARGEST_LISTING)
+    except CheckpointError:
         return f"has a {OWN_FILE} that loratool did not write"
     if record.get("in_place"):
         return "is a model of your own that was changed in place"

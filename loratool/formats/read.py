@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.checkpoint.header import Header, parse_json_object, read_header
+from loratool.checkpoint.header import Header, read_header
+from loratool.checkpoint.json_text import parse_json, read_json_object
 from loratool.checkpoint.model import PICKLE_SUFFIXES
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adalora import PEFT_TYPE, AdaLoraConfig, adalora_updates, bare_adalora_config, is_adalora
@@ -176,20 +177,23 @@ def _read_header(file: Path) -> Header:
 
 def _json_file(file: Path) -> dict[str, Any]:
     try:
-        return parse_json_object(file.read_bytes(), file)
-    except OSError as error:
-        raise AdapterError(f"cannot read {quoted(file)}: {error.strerror}") from None
-    except CheckpointError:
-        raise AdapterError(f"{quoted(file)} is not valid JSON; save the adapter again") from None
+        return read_json_object(file)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
 
 
 def _metadata_json(header: Header, key: str) -> dict[str, Any]:
     if key not in header.metadata:
         return {}
     try:
-        return parse_json_object(header.metadata[key].encode(), header.file)
-    except CheckpointError:
-        raise AdapterError(f"the metadata {key!r} of {quoted(header.file)} is not a JSON object") from None
+        value = parse_json(header.metadata[key].encode())
+    except ValueError as error:
+        raise AdapterError(f"the metadata {key!r} of {quoted(header.file)}: {error}; save the adapter again") from None
+    if not isinstance(value, dict):
+        raise AdapterError(
+            f"the metadata {key!r} of {quoted(header.file)} is not a JSON object; save the adapter again"
+        )
+    return value
 
 
 def _pickle_advice(file: Path) -> str:

@@ -47,7 +47,9 @@ class FrontMatter:
         before = merged.get("tags") or []
         # Those that begin so the Hub derives itself; what others wrote may name a folder of somebody's machine.
         before = [
-            tag for tag in (before if isinstance(before, list) else [before]) if not str(tag).startswith("base_model:")
+            tag
+            for tag in (before if isinstance(before, list) else [before])
+            if not (isinstance(tag, str) and tag.startswith("base_model:"))
         ]
         tags = [*before, *(tag for tag in self.tags if tag not in before)]
         return merged | ({"tags": tags} if tags else {})

@@ -124,7 +124,7 @@ def sensible_answers(subject: str) -> Iterator[None]:
         raise HubError(
             f"the token in HF_TOKEN, or of 'hf auth login', holds a letter that no token has; {LOG_IN}"
         ) from None
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, AttributeError, RecursionError, OverflowError, json.JSONDecodeError) as error:
         raise HubError(
             f"what the Hub says of {quoted(subject)} makes no sense ({type(error).__name__}); is there a Hub at HF_ENDPOINT?"
         ) from error

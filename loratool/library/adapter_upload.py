@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from loratool.checkpoint.dtypes import title as dtype_title
+from loratool.checkpoint.json_text import parse_json
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import HubError, PlacementError, quoted
 from loratool.formats.adapter import Adapter, sha256_of
@@ -167,8 +167,8 @@ def _names_a_path(adapter: Adapter) -> bool:
     metadata = read_header(adapter.file).metadata
     for key in (CONFIG_KEY, FACTS_KEY):
         try:
-            value = json.loads(metadata.get(key, "{}"))
-        except (ValueError, RecursionError):
+            value = parse_json(metadata.get(key, "{}").encode())
+        except ValueError:
             return True
         if without_paths(value) != value:
             return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, cast, get_args
 
 from loratool.checkpoint.header import header_bytes
+from loratool.checkpoint.json_text import read_json_object
 from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.errors import CheckpointError, LoratoolError, NotFoundError, nearest, quoted
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
@@ -289,15 +289,7 @@ def _linear(weight: str, shape: Sequence[int], config: Mapping[str, Any]) -> Lin
 def _read_json(file: Path) -> Mapping[str, Any]:
     if not has_file(file):
         raise CheckpointError(f"there is no {quoted(file)}; give a model's folder with its config.json")
-    try:
-        content = json.loads(file.read_bytes().decode())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{quoted(file)} is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{quoted(file)} is JSON and no object; download it again")
-    return content
+    return read_json_object(file)
 
 
 def _modules(shape: ModelShape, targets: str | Sequence[str] | None, name: str) -> tuple[str, ...]:

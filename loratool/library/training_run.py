@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.checkpoint.json_text import read_json_object
 from loratool.checkpoint.staging import staged_file
-from loratool.errors import LoratoolError, OutputError, quoted
+from loratool.errors import CheckpointError, LoratoolError, OutputError, quoted
 from loratool.training.checkpoints import TrainingState, load_state, read_recipe, save_state
 from registry import home
 
@@ -57,10 +58,10 @@ class RunFolder:
             LoratoolError: it was damaged.
         """
         try:
-            request = json.loads(self.request.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            request = None
-        if not isinstance(request, dict) or not isinstance(request.get("choices"), dict):
+            request = read_json_object(self.request)
+        except CheckpointError:
+            request = {}
+        if not isinstance(request.get("choices"), dict):
             raise LoratoolError(f"{quoted(self.request)} is damaged; remove {quoted(self.path)} and train anew")
         return request
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import zstandard
 
-from loratool.checkpoint.header import parse_json_object
+from loratool.checkpoint.json_text import LARGEST_LISTING, parse_json_object, read_limited
 from loratool.errors import CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.dylora import KIND, at_rank
@@ -164,7 +164,7 @@ def read_manifest(folder: Path, kinds: Collection[str] = ("merge",)) -> Manifest
             f"{quoted(folder)} has no {MANIFEST_NAME}: loratool did not merge it; "
             "give a folder that 'loratool merge' wrote"
         )
-    return parse_manifest(file.read_bytes(), file, kinds)
+    return parse_manifest(read_limited(file, LARGEST_LISTING), file, kinds)
 
 
 def parse_manifest(text: bytes, file: Path, kinds: Collection[str] = ("merge",)) -> Manifest:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.header import header_bytes, read_header
+from loratool.checkpoint.json_text import parse_json
 from loratool.checkpoint.staging import staged_file
 from loratool.errors import CheckpointError, LoratoolError, quoted
 
@@ -120,9 +121,9 @@ _DTYPES: Final = {
 
 def _record(file: Path) -> dict[str, Any]:
     try:
-        record = json.loads(read_header(file).metadata[STATE_KEY])
+        record = parse_json(read_header(file).metadata[STATE_KEY].encode())
         whole = record["schema"] == SCHEMA and isinstance(record["step"], int) and isinstance(record["recipe"], dict)
-    except (LoratoolError, KeyError, ValueError, TypeError, RecursionError):
+    except (LoratoolError, KeyError, ValueError, TypeError):
         whole = False
     if not whole:
         raise CheckpointError(f"{quoted(file)} is no state of a training run; remove its folder and train anew")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from loratool.checkpoint.json_text import parse_json
 from loratool.errors import OutputError, quoted
 
 
@@ -59,7 +60,7 @@ def read_log(file: Path) -> Iterator[dict[str, Any]]:
     with open(file, "rb") as stream:
         for line in stream:
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError:
                 return
             yield entry

@@ -18,7 +18,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.blocks import read_exactly
-from loratool.checkpoint.header import TensorInfo, parse_json_object
+from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.json_text import parse_json_object
 from loratool.errors import CheckpointError, quoted
 
 if TYPE_CHECKING:

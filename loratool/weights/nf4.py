@@ -17,6 +17,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.json_text import parse_json
 from loratool.checkpoint.layout import NewTensor
 from loratool.errors import CheckpointError, quoted
 from loratool.weights.four_bit import NF4, STATE, FourBitWeight, nested_scales, parse_state
@@ -132,7 +133,7 @@ class Nf4Layout:
 
     def image(self, parts: Mapping[str, torch.Tensor], codes: TensorInfo) -> Nf4Image:
         """The matrix as it is quantized: `parts` are those of `scales`, `codes` is where its codes will be."""
-        state = parse_state(json.loads(bytes(parts[self.state_name].tolist())), "nf4")
+        state = parse_state(parse_json(bytes(parts[self.state_name].tolist())), "nf4")
         scales = parts[f"{self.name}.absmax"]
         if state.nested_blocksize is not None:
             values, outer = (parts[f"{self.name}.{part}"] for part in ("nested_quant_map", "nested_absmax"))
