@@ -47,8 +47,8 @@ def main() -> int:
     title("A smaller one: its first four components")
     loratool("truncate", "pirate", "--rank", "4", "--out", str(SMALLER))
     title("What a merge would do, and the merge")
-    loratool("merge", "pirate-r4", "--into", "smollm2", "--dry-run", keep=6)
-    loratool("merge", "pirate-r4", "--into", "smollm2", "--undo", "--out", str(MERGED))
+    loratool("merge", "pirate-r4", "--dry-run", "--out", str(MERGED))
+    loratool("merge", "pirate-r4", "--undo", "--out", str(MERGED))
     title("Base and merged model answer")
     run([sys.executable, "examples/speak.py", QUESTION, str(MODEL), str(MERGED)])
     title("Checked, and taken out again: the undo file alone is enough")
@@ -56,24 +56,26 @@ def main() -> int:
     loratool("unmerge", str(MERGED), "--out", str(RESTORED))
     same = prove_equal(MODEL, RESTORED)
     print(f"\n{DIM}{time.monotonic() - started:.0f} s in all; everything is in {STAGE.name}/{PLAIN}")
+    print(f"\nTo use loratool yourself, type:  {how_to_find_loratool()}")
     return 0 if same else 1
+
+
+def how_to_find_loratool() -> str:
+    """The line that makes the command ``loratool`` found in this shell."""
+    activate = Path(sys.executable).parent / "activate"
+    here = os.path.relpath(activate, Path.cwd())
+    return f". {here if not here.startswith('..') else activate}"
 
 
 def title(text: str) -> None:
     print(f"\n{BOLD}== {text}{PLAIN}", flush=True)
 
 
-def loratool(*words: str, keep: int | None = None) -> None:
-    """Run a command of loratool as a user types it; `keep` shows only its first and last lines."""
+def loratool(*words: str) -> None:
+    """Run a command of loratool as a user types it."""
     typed = " ".join(["loratool", *(os.path.relpath(word, ROOT) if word.startswith("/") else word for word in words)])
     print(f"\n{CYAN}$ {typed}{PLAIN}", flush=True)
-    command = [sys.executable, "-m", "loratool", *words]
-    if keep is None:
-        run(command)
-        return
-    lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
-    shown = [*lines[:keep], f"{DIM}... {len(lines) - keep - 4} more tensors ...{PLAIN}", *lines[-4:]]
-    print("\n".join(shown), flush=True)
+    run([sys.executable, "-m", "loratool", *words])
 
 
 def run(command: list[str]) -> None:

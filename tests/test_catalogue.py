@@ -839,7 +839,7 @@ def test_every_command_is_one_function_with_the_same_name_and_the_same_words() -
     known = commands()
     assert sorted([*known, PART_OF_SHOW]) == FUNCTIONS
     for name, command in known.items():
-        words = {str(parameter.name) for parameter in command.params} - {"as_json", "help"}
+        words = {str(parameter.name) for parameter in command.params} - {"as_json", "help", "verbose"}
         parameters = set(inspect.signature(getattr(loratool, name)).parameters)
         if name == "show":
             words -= {"with_spectrum"}

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import shlex
 import signal
 import sqlite3
-import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
-from rich.cells import cell_len
+from terminals import ESCAPES, assert_fits, terminal
 from tiny_adapters import copy_with, save_plain_adapter
 from tiny_models import digest
 
@@ -35,7 +31,6 @@ if TYPE_CHECKING:
     from tiny_models import TinyModels
 
 REPOSITORY = Path(__file__).parents[1]
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 HEAVY = ("torch", "numpy", "sqlalchemy", "transformers", "rich")
 
 
@@ -99,31 +94,6 @@ def process(*words: str | Path, environment: Mapping[str, str] | None = None) ->
         env={**os.environ, **(environment or {})},
         timeout=120,
     )
-
-
-def terminal(*words: str | Path, columns: int = 80, environment: Mapping[str, str] | None = None) -> str:
-    """What ``loratool WORDS...`` prints on a terminal of so many columns, escape sequences and all."""
-    mine, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    variables = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "loratool", *map(str, words)],
-        stdin=its,
-        stdout=its,
-        stderr=its,
-        cwd=REPOSITORY,
-        env={**variables, "TERM": "xterm-256color", **(environment or {})},
-    )
-    os.close(its)
-    printed = b""
-    try:
-        while chunk := os.read(mine, 65536):
-            printed += chunk
-    except OSError:  # how Linux says that the other side is closed
-        pass
-    os.close(mine)
-    assert child.wait() == 0, printed.decode()
-    return printed.decode().replace("\r\n", "\n")
 
 
 def leaves(command: click.Command = cli, name: str = "loratool") -> Iterator[tuple[str, click.Command]]:
@@ -360,7 +330,7 @@ def test_wrong_usage_exits_with_2_and_says_so_on_stderr(case: str, run: Run) -> 
     ("typed", "meant"), [("lst", "list"), ("mrege", "merge"), ("unmegre", "unmerge"), ("doktor", "doctor")]
 )
 def test_an_unknown_command_shows_the_nearest(typed: str, meant: str, run: Run) -> None:
-    assert f"'{meant}'" in run(typed).err
+    assert f"'loratool {meant}'" in run(typed).err
 
 
 def test_a_name_that_is_not_there_shows_the_nearest(catalogued: Run, base: Path) -> None:
@@ -630,20 +600,11 @@ def test_json_spells_out_what_could_drive_a_terminal(run: Run, home_of_its_own: 
 # Tables and cards
 
 
-def assert_fits(printed: str, columns: int = 80) -> list[str]:
-    """Every line is at most so many cells wide; the lines without their escape sequences."""
-    lines = ESCAPES.sub("", printed).splitlines()
-    for line in lines:
-        assert cell_len(line) <= columns, line
-        assert line.isprintable()
-    return lines
-
-
 def test_a_table_fits_the_terminal_with_long_names_and_wide_characters(home_of_its_own: Path) -> None:
     with Registry.open(home_of_its_own) as registry:
-        registry.bases.add("b" * 96, "here", fingerprint="f" * 64)
+        registry.bases.add("b" * 36, "here", fingerprint="f" * 64)
         registry.adapters.add(
-            "n" * 96,
+            "n" * 78,
             AdapterFacts(
                 kind="lora",
                 sha256="a" * 64,
@@ -653,23 +614,31 @@ def test_a_table_fits_the_terminal_with_long_names_and_wide_characters(home_of_i
                 target_modules=["層" * 40, "注意力", "e\u0301" * 9, "\x1b[31mred\u202e"],
                 base_fingerprint="f" * 64,
             ),
+            tags=["speech", "two"],
         )
-    heading, row = assert_fits(terminal("list"))
-    assert heading.split() == ["NAME", "V", "KIND", "RANK", "ALPHA", "TARGETS", "BASE", "SIZE", "AGE"]
-    assert row.startswith("nnnn")
-    assert row.count("…") == 3
-    assert re.search(r" 1024 +1\.23457e-05 .* 999 MB +now$", row)
+    heading, name, row = assert_fits(terminal("list"))
+    assert heading.split() == ["NAME", "V", "KIND", "RANK", "TARGETS", "BASE", "TAGS"]
+    assert name == "n" * 78
+    assert re.fullmatch(r" +1  lora  1024  \?\[31mred…  b{36}  speech two", row)
+    wide = assert_fits(terminal("list", columns=160), 160)
+    assert wide[0].split() == ["NAME", "V", "KIND", "RANK", "ALPHA", "TARGETS", "BASE", "TAGS", "SIZE", "AGE"]
+    assert re.search(r" 1024 +1\.23457e-05 .* b{36} .* 999 MB +now$", wide[-1])
     assert_fits(terminal("base", "list"))
-    assert_fits(terminal("list", columns=60), 80)
+    assert "b" * 36 in terminal("base", "list", columns=60)
+    narrow = terminal("list", columns=60)
+    assert "n" * 78 in narrow and "b" * 36 in narrow
 
 
-def test_a_thousand_adapters_are_a_thousand_lines(run: Run, home_of_its_own: Path) -> None:
+def test_a_thousand_adapters_are_listed_in_order_and_no_name_is_cut(run: Run, home_of_its_own: Path) -> None:
     catalogue_of(home_of_its_own, 1_000, target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "down_proj"])
-    lines = assert_fits(terminal("list"))
-    assert len(lines) == 1_001
-    assert [line.split()[0][:12] for line in lines[1:]] == [f"adapter-{number:04}" for number in range(1_000)]
-    assert len(run("list", "--json").json()) == 1_000
-    assert {line[line.index("lora") - 5 : line.index("lora")] for line in lines[1:]} == {"  1  "}
+    lines = ESCAPES.sub("", terminal("list")).splitlines()
+    names = [entry["name"] for entry in run("list", "--json").json()]
+    assert len(names) == 1_000
+    assert [line.split()[0] for line in lines if line.startswith("adapter-")] == names
+    rows = [line for line in lines if " lora " in line]
+    assert len(rows) == 1_000
+    assert {line[line.index("lora") - 5 : line.index("lora")] for line in rows} == {"  1  "}
+    assert all(len(line) <= 80 for line in lines if line not in names)
 
 
 def test_what_is_no_terminal_gets_whole_names_and_no_escapes(run: Run, home_of_its_own: Path) -> None:
@@ -706,7 +675,11 @@ def test_the_plan_of_a_merge_fits_the_terminal(catalogued: Run) -> None:
     # Paths are shown whole; one of a name that fits says nothing of how deep the temporary folder lies.
     lines = assert_fits(terminal("merge", "pirate", "--into", "llama", "--dry-run", "--out", "merged"))
     assert ["TENSOR", "UPDATE", "CODEC", "SIZE"] in [line.split() for line in lines]
-    assert sum("lora r=4" in line for line in lines) == 14
+    assert [line.split()[:3] for line in lines if "lora r=4" in line] == [
+        [f"{name}_proj", "x", "2"] for name in ("down", "gate", "up", "k", "o", "q", "v")
+    ]
+    every = assert_fits(terminal("merge", "pirate", "--into", "llama", "--dry-run", "--verbose", "--out", "merged"))
+    assert sum("lora r=4" in line for line in every) == 14
     assert any(line.split()[:1] == ["changes"] and "14 tensors" in line for line in lines)
 
 

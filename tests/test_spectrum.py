@@ -285,9 +285,9 @@ def born(
     return record
 
 
-def tree_of(record: AdapterRecord) -> list[str]:
+def tree_of(record: AdapterRecord, width: int = 200) -> list[str]:
     result = loratool.show(record.reference)
-    return family_tree(result.record, (*result.ancestors, *result.descendants)).splitlines()
+    return family_tree(result.record, (*result.ancestors, *result.descendants), width).splitlines()
 
 
 def test_the_tree_goes_from_the_first_ancestors_to_the_last_children() -> None:
@@ -362,9 +362,29 @@ def test_a_deep_family_is_drawn_in_part() -> None:
         replace(edge, parent_id=record.id + n, parent=f"g{n}@1", child_id=record.id + n + 1, child=f"g{n + 1}@1")
         for n in range(5000)
     ]
-    lines = family_tree(record, chain).splitlines()
+    lines = family_tree(record, chain, 64).splitlines()
     assert lines[:2] == ["g0@1 (this)", "└─ g1@1  truncate"]
     assert lines[-1] == "and 4,961 more"
+    assert len(lines) == 41
+    assert max(map(len, lines)) <= 64
+    assert lines[39].startswith("⋯ ") and lines[39].endswith("└─ g39@1  truncate")
+
+
+def test_the_branches_of_a_tree_stay_whole_where_its_lines_are_wrapped() -> None:
+    with Registry.open(home()) as catalogue:
+        first = born(catalogue, "first")
+        both = born(catalogue, "both", first, "a-tuned-adapter-of-another", method="svd", rank=2, energy=0.9)
+        born(catalogue, "small", both, operation="truncate", rank=1, energy=0.75)
+        born(catalogue, "wide", first, both, operation="combine", method="cat")
+    assert tree_of(both, 36) == [
+        "first@1",
+        "└─ both@1 (this)  combine svd, rank",
+        "   │  2, energy 0.9, with",
+        "   │  a-tuned-adapter-of-another",
+        "   ├─ small@1  truncate, rank 1,",
+        "   │     energy 0.75",
+        "   └─ wide@1  combine cat",
+    ]
 
 
 def test_show_draws_the_tree(adapter: Path, run: Callable[..., str], tmp_path: Path) -> None:

@@ -18,38 +18,46 @@ import click
 from loratool.cli.interrupt import interrupt_between_imports
 from loratool.cli.options import ExampleGroup
 
-COMMANDS: Final = {
-    "add": "Catalogue an adapter that exists.",
-    "base": "Name and fingerprint base models.",
-    "combine": "Several adapters into one.",
-    "doctor": "Check the catalogue against the disk.",
-    "estimate": "Parameters, file size and memory of a training.",
-    "eval": "Loss and perplexity on your own text, with an adapter or without.",
-    "export": "Write an adapter as a PEFT folder or a single file.",
-    "extract": "A fine-tuned model into an adapter.",
-    "hub": "Search the Hugging Face Hub.",
-    "list": "The catalogue of adapters.",
-    "merge": "Adapters into the weights of a base model.",
-    "prune": "Drop the least ranks of an AdaLoRA.",
-    "pull": "An adapter from the Hugging Face Hub.",
-    "push": "An adapter onto the Hugging Face Hub.",
-    "quantize": "A full model to NF4.",
-    "remove": "Forget an adapter.",
-    "show": "One adapter: everything known.",
-    "tag": "Put tags on an adapter, or take them off.",
-    "train": "Train an adapter on your own samples.",
-    "truncate": "An adapter of lower rank.",
-    "unmerge": "Take a merge out again, bit for bit.",
-    "verify": "Check a merged model byte by byte.",
+GROUPS: Final = {
+    "Catalogue": {
+        "base": "Base models, by name",
+        "add": "Catalogue an adapter",
+        "list": "All adapters",
+        "show": "One adapter, in full",
+        "tag": "Tag an adapter",
+        "export": "Write an adapter out",
+        "remove": "Forget an adapter",
+        "doctor": "Check the catalogue",
+    },
+    "Models": {
+        "merge": "Adapters into a base",
+        "unmerge": "Take a merge out again",
+        "verify": "Check a merged model",
+        "quantize": "Store a base in NF4",
+    },
+    "Adapters": {
+        "truncate": "Lower an adapter's rank",
+        "prune": "Drop AdaLoRA ranks",
+        "combine": "Several into one",
+        "extract": "From a fine-tuned model",
+    },
+    "Training": {
+        "train": "Train on your samples",
+        "eval": "Measure on your text",
+        "estimate": "What training will take",
+    },
+    "The Hub": {
+        "pull": "Bring an adapter in",
+        "push": "Put an adapter there",
+        "hub": "Search it",
+    },
 }
-"""Each command and what it does, in the words of ``loratool --help``; its module and function have its name."""
+"""The commands by what they are about, and what each does, in the words of ``loratool --help``."""
 
-EXAMPLES: Final = """\
-loratool base add smollm2 models/smollm2
-loratool add pirate.safetensors --base smollm2
-loratool list
-loratool merge pirate --into smollm2 --undo
-loratool unmerge models/smollm2-pirate"""
+COMMANDS: Final = {name: text for group in GROUPS.values() for name, text in group.items()}
+"""Each command and what it does; its module and function have its name."""
+
+EXAMPLE: Final = "loratool merge pirate.safetensors --into models/smollm2"
 
 
 class LazyGroup(ExampleGroup):
@@ -67,21 +75,14 @@ class LazyGroup(ExampleGroup):
         command: click.Command = import_module(f"loratool.cli.{cmd_name}_command").command
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(sorted(COMMANDS.items()))
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0] if args else ""
-        if name not in COMMANDS and not name.startswith("-"):
-            from loratool.errors import nearest, quoted
-
-            near = nearest(name, COMMANDS)
-            hint = f"did you mean '{near[0]}'?" if near else "see 'loratool --help'"
-            raise click.UsageError(f"there is no command {quoted(name)}; {hint}", ctx)
-        return super().resolve_command(ctx, args)
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands by groups, and then the options, two a line: all of the help fits a screen of 24 lines."""
+        formatter.write_paragraph()
+        for heading, commands in GROUPS.items():
+            _write_two_a_line(formatter, heading, [f"{name:8}  {text:23}" for name, text in commands.items()])
+        formatter.write_paragraph()
+        records = [record for parameter in self.get_params(ctx) if (record := parameter.get_help_record(ctx))]
+        _write_two_a_line(formatter, "Options", [f"{option:14}  {text.rstrip('.'):17}" for option, text in records])
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         with _quiet_where_nobody_reads():
@@ -92,18 +93,26 @@ class LazyGroup(ExampleGroup):
             return super().invoke(ctx)
 
 
+def _write_two_a_line(formatter: click.HelpFormatter, heading: str, entries: list[str]) -> None:
+    for place in range(0, len(entries), 2):
+        line = f"{heading if place == 0 else '':9}  {'  '.join(entries[place : place + 2])}"
+        formatter.write(f"{line.rstrip()}\n")
+
+
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=EXAMPLES,
+    epilog=EXAMPLE,
 )
-@click.version_option(package_name="loratool", prog_name="loratool", message="%(prog)s %(version)s")
-@click.option("--registry", metavar="URL", help="SQLAlchemy URL of the catalogue, instead of the one in LORATOOL_HOME.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(
+    package_name="loratool", prog_name="loratool", message="%(prog)s %(version)s", help="Show the version."
+)
+@click.help_option("-h", "--help", help="Show this help.")
+@click.option("--registry", metavar="URL", help="Another catalogue.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.pass_context
 def cli(ctx: click.Context, registry: str | None, debug: bool) -> None:
-    """Keep LoRA adapters the way git keeps source: named, hashed, tied to the exact base model they belong to, and put
-    into and taken out of its weights without guessing."""
+    """Keep LoRA adapters the way git keeps source."""
     if registry == "":
         raise click.BadParameter("the URL is empty", ctx, param_hint="'--registry'")
     ctx.obj = registry

@@ -12,10 +12,10 @@ from loratool.cli.rendering import (
     listed,
     print_facts,
     print_json,
-    print_table,
     shown_path,
     size,
 )
+from loratool.cli.table import print_table
 
 
 @click.group("base", cls=ExampleGroup, epilog="loratool base add smollm2 models/smollm2\nloratool base list")
@@ -97,6 +97,7 @@ def list_bases(registry: str | None, as_json: bool) -> None:
     if not found:
         click.echo("No base is catalogued. Add one with 'loratool base add NAME SOURCE'.")
         return
+    has_variants = any(record.variant_of for record in found)
     rows = [
         [
             record.name,
@@ -105,13 +106,19 @@ def list_bases(registry: str | None, as_json: bool) -> None:
             record.dtype or "-",
             size(record.size_bytes or 0),
             "not downloaded" if is_away(record) else (record.fingerprint or "-")[:12],
-            record.variant_of or "-",
+            *([record.variant_of or "-"] if has_variants else []),
             age(record.created_at),
         ]
         for record in found
     ]
-    columns = ["NAME", "TYPE", "PARAMS", "DTYPE", "SIZE", "FINGERPRINT", "VARIANT OF", "AGE"]
-    print_table(columns, rows, right=("PARAMS", "SIZE", "AGE"), wide="NAME")
+    variant = ["VARIANT OF"] if has_variants else []
+    columns = ["NAME", "TYPE", "PARAMS", "DTYPE", "SIZE", "FINGERPRINT", *variant, "AGE"]
+    print_table(
+        columns,
+        rows,
+        right=("PARAMS", "SIZE", "AGE"),
+        give_way=("AGE", "FINGERPRINT", "DTYPE", "TYPE", "SIZE", "PARAMS"),
+    )
 
 
 @base.command("show", **example("loratool base show smollm2"))

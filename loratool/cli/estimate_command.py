@@ -13,11 +13,11 @@ from loratool.cli.rendering import (
     print_facts,
     print_json,
     print_notes,
-    print_table,
     shown,
     size,
     targets,
 )
+from loratool.cli.table import print_table
 
 if TYPE_CHECKING:
     from loratool.library.estimate import EstimateResult
@@ -148,7 +148,7 @@ def _print_result(result: EstimateResult) -> None:
         _row("together, gradient checkpointing", checkpointed, "total"),
     ]
     click.echo()
-    print_table(names, rows, right=names[1:], wide="MEMORY")
+    print_table(names, rows, right=names[1:])
 
 
 def _row(name: str, memories: list[Memory], part: str) -> list[str]:

@@ -15,11 +15,11 @@ from loratool.cli.rendering import (
     counted,
     print_json,
     print_notes,
-    print_table,
     shown,
     shown_adapter,
     shown_path,
 )
+from loratool.cli.table import print_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -153,7 +153,10 @@ def _print_scores(result: EvalResult) -> None:
             ["difference", f"{gap:+.4f}", f"{result.score.perplexity - result.without_adapter.perplexity:+.2f}", ""],
         ]
     print_table(
-        ["MODEL", "LOSS", "PERPLEXITY", "TOKENS/S"], rows, right=("LOSS", "PERPLEXITY", "TOKENS/S"), wide="MODEL"
+        ["MODEL", "LOSS", "PERPLEXITY", "TOKENS/S"],
+        rows,
+        right=("LOSS", "PERPLEXITY", "TOKENS/S"),
+        give_way=("TOKENS/S",),
     )
 
 

@@ -6,13 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.cli.rendering import percent
+from loratool.cli.rendering import cells_of, percent
 
 if TYPE_CHECKING:
     from registry import AdapterRecord, LineageRecord
 
-MOST_LINES: Final = 40
+MOST_ENTRIES: Final = 40
 MOST_NAMES: Final = 3
+LEAST_TEXT: Final = 24
+"""Cells of a line that are kept for its text, however deep the family is."""
+
 FIGURES: Final = ("rank", "scaling", "energy", "error", "budget", "as", "density")
 """What is said of an operation, in its own words, where the catalogue has it."""
 
@@ -20,14 +23,43 @@ Node = int | tuple[str, str | None]
 """An adapter: its row in the catalogue, or where it is not there its name and sha256."""
 
 
-def family_tree(record: AdapterRecord, edges: Sequence[LineageRecord]) -> str:
+def family_tree(record: AdapterRecord, edges: Sequence[LineageRecord], width: int) -> str:
     """The lines of the tree, from those of which no parent is known down; empty for an adapter without a family.
 
-    An adapter that came from several stands below the first, which says the others.
+    An adapter that came from several stands below the first, which says the others. Lines are wrapped to `width` cells so
+    that the branches stay whole.
     """
-    lines = list(_Family(record.id, edges).lines())
-    more = len(lines) - MOST_LINES
-    return "\n".join([*lines[:MOST_LINES], *([f"and {more:,} more"] if more > 0 else [])])
+    entries = list(_Family(record.id, edges).entries())
+    more = len(entries) - MOST_ENTRIES
+    lines = [line for entry in entries[:MOST_ENTRIES] for line in entry.lines(width)]
+    return "\n".join([*lines, *([f"and {more:,} more"] if more > 0 else [])])
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One adapter in the tree: what stands before it in its first line, before it in the lines below, and its text."""
+
+    branch: str
+    stem: str
+    text: str
+
+    def lines(self, width: int) -> Iterator[str]:
+        """Its text between the branches, words kept whole where they fit; of a branch too deep for that, the end."""
+        branch, stem = (_end_of(each, width - LEAST_TEXT) for each in (self.branch, self.stem))
+        before, line = branch, ""
+        for word in self.text.split(" "):
+            longer = f"{line} {word}" if line else word
+            if line and cells_of(before + longer) > width:
+                yield (before + line).rstrip()
+                before, line = stem, word
+            else:
+                line = longer
+        yield (before + line).rstrip()
+
+
+def _end_of(branches: str, cells: int) -> str:
+    """The end of what stands before a text, where it takes more than so many cells."""
+    return branches if len(branches) <= cells else f"⋯{branches[1 - cells :]}"
 
 
 @dataclass
@@ -45,12 +77,12 @@ class _Family:
             self.children.setdefault(_parent(edge), []).append(edge)
             self.parents.setdefault(edge.child_id, []).append(edge)
 
-    def lines(self) -> Iterator[str]:
+    def entries(self) -> Iterator[_Entry]:
         for root in self._roots():
             edges = self.children[root]
             # One whose children stand below another parent is named there.
             if root == self.this or any(edge.child_id not in self.drawn for edge in edges):
-                yield self._named(edges[0].parent, root)
+                yield _Entry("", "│  ", self._named(edges[0].parent, root))
                 yield from self._below(root)
 
     def _roots(self) -> list[Node]:
@@ -60,18 +92,20 @@ class _Family:
             generations.setdefault(_parent(edge), generations.get(edge.child_id, 0) + 1)
         return sorted((node for node in self.children if node not in self.parents), key=lambda root: -generations[root])
 
-    def _below(self, root: Node) -> Iterator[str]:
-        """The lines of everything that came from `root`; a stack instead of recursion, as a family may be deep."""
+    def _below(self, root: Node) -> Iterator[_Entry]:
+        """Everything that came from `root`; a stack instead of recursion, as a family may be deep."""
         waiting = self._siblings(root, "")
         while waiting:
             edge, indent, last = waiting.pop()
-            line = f"{indent}{'└' if last else '├'}─ {self._named(edge.child, edge.child_id)}"
+            branch, below = f"{indent}{'└' if last else '├'}─ ", f"{indent}{' ' if last else '│'}  "
+            name = self._named(edge.child, edge.child_id)
             if edge.child_id in self.drawn:
-                yield f"{line}  (above)"
+                yield _Entry(branch, f"{below}   ", f"{name}  (above)")
                 continue
             self.drawn.add(edge.child_id)
-            yield f"{line}  {_operation(edge)}{self._others(edge)}"
-            waiting += self._siblings(edge.child_id, f"{indent}{' ' if last else '│'}  ")
+            stem = f"{below}{'│' if self.children.get(edge.child_id) else ' '}  "
+            yield _Entry(branch, stem, f"{name}  {_operation(edge)}{self._others(edge)}")
+            waiting += self._siblings(edge.child_id, below)
 
     def _siblings(self, parent: Node, indent: str) -> list[tuple[LineageRecord, str, bool]]:
         """The edges to the children of `parent`, last one first, each with its indent and whether it is the last."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from loratool.cli.options import ExampleGroup, example, json_option
-from loratool.cli.rendering import age, print_json, print_table
+from loratool.cli.rendering import age, print_json
+from loratool.cli.table import print_table
 
 SORTS = ["downloads", "likes", "updated", "created"]
 
@@ -61,7 +62,9 @@ def search(registry: str | None, text: str | None, base: str | None, limit: int,
         for each in found
     ]
     columns = ["REPO", "DOWNLOADS", "LIKES", "UPDATED", "LICENSE"]
-    print_table(columns, rows, right=("DOWNLOADS", "LIKES", "UPDATED"), wide="REPO")
+    print_table(
+        columns, rows, right=("DOWNLOADS", "LIKES", "UPDATED"), give_way=("LICENSE", "LIKES", "UPDATED", "DOWNLOADS")
+    )
     if len(found) == limit:
         click.echo(f"The first {limit}; --limit shows more. Bring one in with 'loratool pull REPO'.")
     else:

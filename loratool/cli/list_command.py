@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import age, print_json, print_table, ranks, size, targets
+from loratool.cli.rendering import age, print_json, ranks, size, targets
+from loratool.cli.table import print_table
 
 KINDS = ["lora", "dylora", "adalora"]
-SORTS = ["name", "kind", "rank", "alpha", "base", "size_bytes", "created_at"]
+SORTS = ["name", "kind", "rank", "alpha", "base", "size", "age"]
+COLUMNS = {"size": "size_bytes", "age": "created_at"}
+"""What the catalogue calls the columns that the table calls otherwise."""
+
+
+class SortType(click.Choice[str]):
+    """A column of the table, which the catalogue's own word for it means too."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in COLUMNS.values():
+            return value
+        chosen = super().convert(value, param, ctx)
+        return COLUMNS.get(chosen, chosen)
 
 
 @click.command("list", **example("loratool list --base smollm2 --sort rank"))
@@ -19,7 +34,7 @@ SORTS = ["name", "kind", "rank", "alpha", "base", "size_bytes", "created_at"]
 @click.option("--tag", metavar="T", help="Only adapters with this tag.")
 @click.option(
     "--sort",
-    type=click.Choice(SORTS),
+    type=SortType(SORTS),
     default="name",
     show_default=True,
     help="Numbers and times: largest or newest first.",
@@ -44,6 +59,7 @@ def command(
             else "The catalogue is empty. Add an adapter with 'loratool add PATH'."
         )
         return
+    has_tags = any(record.tags for record in found)
     rows = [
         [
             record.name,
@@ -53,10 +69,13 @@ def command(
             "-" if record.alpha is None else f"{record.alpha:g}",
             targets(record.target_modules),
             record.base or "-",
+            *([" ".join(record.tags) or "-"] if has_tags else []),
             size(record.size_bytes),
             age(record.created_at),
         ]
         for record in found
     ]
-    columns = ["NAME", "V", "KIND", "RANK", "ALPHA", "TARGETS", "BASE", "SIZE", "AGE"]
-    print_table(columns, rows, right=("V", "RANK", "ALPHA", "SIZE", "AGE"), wide="TARGETS")
+    tags = ["TAGS"] if has_tags else []
+    columns = ["NAME", "V", "KIND", "RANK", "ALPHA", "TARGETS", "BASE", *tags, "SIZE", "AGE"]
+    give_way = ["ALPHA", "SIZE", "AGE", "TARGETS", *tags, "RANK", "KIND"]
+    print_table(columns, rows, right=("V", "RANK", "ALPHA", "SIZE", "AGE"), give_way=give_way)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, device_option, example, json_option
+from loratool.cli.options import PathType, alpha_option, device_option, example, json_option, verbose_option
+from loratool.cli.plan_view import PlannedTensor, print_plan
 from loratool.cli.rendering import (
     ProgressBar,
     counted,
@@ -17,7 +19,6 @@ from loratool.cli.rendering import (
     print_facts,
     print_json,
     print_notes,
-    print_table,
     shown,
     shown_path,
     size,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 )
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
+@verbose_option
 @click.option("--force", is_flag=True, help="Merge into another base than recorded; replace an earlier output.")
 @device_option
 @alpha_option
@@ -85,6 +87,7 @@ def command(
     calibrate: str | None,
     undo: bool,
     dry_run: bool,
+    verbose: bool,
     force: bool,
     device: str,
     alpha: float | None,
@@ -127,6 +130,8 @@ def command(
     if as_json:
         print_json(result.to_json())
         return
+    if dry_run or verbose:
+        _print_tensors(result, verbose=verbose)
     if dry_run:
         _print_plan(result, in_place=in_place)
     else:
@@ -138,6 +143,9 @@ def parse_spec(word: str) -> tuple[str, float]:
     """``name``, ``name=0.5``, ``name@rank=4`` or a path; a file whose own name has an equals sign is taken as it is."""
     from loratool.library.resolve import RANK_SIGN, exists
 
+    guess = re.fullmatch(r"([^=:*]+)[:*]([0-9]*\.?[0-9]+)", word)
+    if guess and not exists(Path(word)):
+        raise click.UsageError(f"{word!r} is no adapter; a weight stands after '=': {guess[1]}={guess[2]}")
     name, separator, weight = word.rpartition("=")
     if not separator or exists(Path(word)) or f"{name}=".endswith(RANK_SIGN):
         return word, 1.0
@@ -150,19 +158,24 @@ def parse_spec(word: str) -> tuple[str, float]:
     return name, value
 
 
-def _print_plan(result: MergeResult, *, in_place: bool) -> None:
+def _print_tensors(result: MergeResult, *, verbose: bool) -> None:
     becomes = {each.name: each.codec for each in _anew(result)}
-    rows = [
-        [
+    tensors = [
+        PlannedTensor(
             target.name,
-            " + ".join(planned.update.kind for planned in target.updates),
-            target.weight.codec + (f" to {becomes[target.name]}" if target.name in becomes else ""),
-            size(target.nbytes),
-        ]
+            (
+                " + ".join(planned.update.kind for planned in target.updates),
+                target.weight.codec + (f" to {becomes[target.name]}" if target.name in becomes else ""),
+            ),
+            (target.nbytes,),
+        )
         for target in result.plan.targets
     ]
-    print_table(["TENSOR", "UPDATE", "CODEC", "SIZE"], rows, right=("SIZE",), wide="TENSOR")
+    print_plan(tensors, ["UPDATE", "CODEC"], ["SIZE"], verbose=verbose)
     click.echo()
+
+
+def _print_plan(result: MergeResult, *, in_place: bool) -> None:
     print_facts(
         [
             ("changes", _changed(result)),

@@ -27,6 +27,7 @@ def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 
 
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+verbose_option: Decorator = click.option("--verbose", is_flag=True, help="List every tensor.")
 force_option: Decorator = click.option(
     "--force", is_flag=True, help="Replace an output that loratool wrote, or another adapter's file."
 )
@@ -53,7 +54,20 @@ class ExampleCommand(click.Command):
 
 
 class ExampleGroup(ExampleCommand, click.Group):
-    """The same for a group of commands."""
+    """The same for a group of commands, which also says what to type instead of a command that it does not have."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, commands = args[0] if args else "", self.list_commands(ctx)
+        if name not in commands and not name.startswith("-"):
+            from loratool.cli.guesses import hint_for
+            from loratool.errors import quoted
+
+            raise click.UsageError(
+                f"there is no command {quoted(name)}; {hint_for(name, ctx.command_path, commands)}", ctx
+            )
+        return super().resolve_command(ctx, args)
 
 
 def example(text: str) -> dict[str, Any]:

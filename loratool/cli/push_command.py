@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import alpha_option, example, json_option
-from loratool.cli.rendering import ProgressBar, counted, print_facts, print_json, print_notes, print_table, shown, size
+from loratool.cli.rendering import ProgressBar, counted, print_facts, print_json, print_notes, shown, size
+from loratool.cli.table import print_table
 
 if TYPE_CHECKING:
     from loratool.library.push import PushResult
@@ -113,7 +114,7 @@ def _print_plan(result: PushResult) -> None:
         ["FILE", "SIZE", ""],
         [[file.path, size(file.size_bytes), file.state] for file in result.files],
         right=["SIZE"],
-        wide="FILE",
+        give_way=["SIZE"],
     )
     click.echo("\nREADME.md:\n")
     for line in result.card.rstrip("\n").split("\n"):

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import PathType, example, force_option, json_option
+from loratool.cli.options import PathType, example, force_option, json_option, verbose_option
+from loratool.cli.plan_view import PlannedTensor, print_plan
 from loratool.cli.rendering import (
     ProgressBar,
     counted,
@@ -14,7 +15,6 @@ from loratool.cli.rendering import (
     print_facts,
     print_json,
     print_notes,
-    print_table,
     shown,
     shown_path,
     size,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     help="What the loaded model multiplies in; by default the base's own.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
+@verbose_option
 @force_option
 @json_option
 @click.pass_obj
@@ -52,6 +53,7 @@ def command(
     double_quant: bool,
     compute_dtype: str | None,
     dry_run: bool,
+    verbose: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -77,6 +79,8 @@ def command(
     if as_json:
         print_json(result.to_json())
         return
+    if dry_run or verbose:
+        _print_tensors(result, verbose=verbose)
     if dry_run:
         _print_plan(result)
     else:
@@ -84,13 +88,16 @@ def command(
     print_notes(result.notes)
 
 
-def _print_plan(result: QuantizeResult) -> None:
-    rows = [
-        [each.name, each.source.codec, "nf4", size(each.nbytes), size(sum(new.nbytes for new in each.outcome))]
+def _print_tensors(result: QuantizeResult, *, verbose: bool) -> None:
+    tensors = [
+        PlannedTensor(each.name, (each.source.codec, "nf4"), (each.nbytes, sum(new.nbytes for new in each.outcome)))
         for each in result.plan.conversions
     ]
-    print_table(["TENSOR", "CODEC", "TO", "SIZE", "THEN"], rows, right=("SIZE", "THEN"), wide="TENSOR")
+    print_plan(tensors, ["CODEC", "TO"], ["SIZE", "THEN"], verbose=verbose)
     click.echo()
+
+
+def _print_plan(result: QuantizeResult) -> None:
     print_facts([("size", _sizes(result)), ("would write", shown_path(result.out))])
 
 

@@ -1,17 +1,16 @@
-"""How facts look in a terminal: sizes, ages, tables of 80 columns, cards, JSON and progress."""
+"""How facts look in a terminal: sizes, ages, names, cards, JSON and progress."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
@@ -146,56 +145,21 @@ def targets(modules: Sequence[str] | str | None) -> str:
     return " ".join(sorted(short, key=lambda name: (order.get(name, len(order)), name)))
 
 
-def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), wide: str = ""
-) -> None:
-    """A table: on a terminal no wider than it, the column `wide` cut first; else whole, two spaces between columns.
-
-    Columns that stand to the `right` hold numbers and are never cut.
-    """
-    cells = [[shown(cell) for cell in row] for row in rows]
-    widths = [max(map(_width, column)) for column in zip(columns, *cells, strict=True)]
-    if sys.stdout.isatty():
-        room = shutil.get_terminal_size().columns - 2 * (len(columns) - 1)
-        elastic = [place for place, column in enumerate(columns) if column not in right]
-        _narrow(widths, room, elastic, first=columns.index(wide) if wide else None)
-    aligned = [column in right for column in columns]
-    click.secho(_row(columns, widths, aligned), bold=True)
-    for row in cells:
-        click.echo(_row(row, widths, aligned))
-
-
-def _narrow(widths: list[int], room: int, elastic: Sequence[int], *, first: int | None) -> None:
-    """Take the excess over `room` from the column `first` down to 12 cells, then from whichever is the widest."""
-    excess = sum(widths) - room
-    if first is not None and excess > 0:
-        taken = min(excess, max(0, widths[first] - 12))
-        widths[first] -= taken
-        excess -= taken
-    for _ in range(excess):
-        widest = max(elastic, key=lambda place: widths[place])
-        widths[widest] = max(4, widths[widest] - 1)
-
-
-def _row(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
-    fitted = [_fitted(cell, width, right=r) for cell, width, r in zip(cells, widths, right, strict=True)]
-    return "  ".join(fitted).rstrip()
-
-
-def _fitted(cell: str, width: int, *, right: bool) -> str:
+def fitted(cell: str, width: int, *, right: bool = False) -> str:
     """A cell cut or padded to `width`; a wide character takes two places."""
-    if _width(cell) > width:
+    if cells_of(cell) > width:
         if cell.isascii():
             cell = cell[: width - 1] + "…"
         else:
             from rich.cells import set_cell_size
 
             cell = set_cell_size(cell, width - 1) + "…"
-    gap = " " * (width - _width(cell))
+    gap = " " * (width - cells_of(cell))
     return gap + cell if right else cell + gap
 
 
-def _width(text: str) -> int:
+def cells_of(text: str) -> int:
+    """How many places of a terminal `text` takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -216,6 +180,13 @@ def print_notes(notes: Iterable[str]) -> None:
     """Notes, on stderr, so that what is printed on stdout stays what was asked for."""
     for note in notes:
         click.echo(click.style("note: ", fg="yellow") + shown(note), err=True)
+
+
+BAR_CELLS: Final = 16
+FIGURES_CELLS: Final = 53
+"""What bar, bytes, speed and time left take of a line of progress at most; the rest is its label's."""
+
+LEAST_LABEL_CELLS: Final = 8
 
 
 class ProgressBar(AbstractContextManager["ProgressBar"]):
@@ -244,7 +215,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
 
             self._bars = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=BAR_CELLS),
                 *(
                     [DownloadColumn(), TransferSpeedColumn()]
                     if self._unit == "bytes"
@@ -267,7 +238,10 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
         if self._bars is not None:
             if self._task is not None:
                 self._bars.remove_task(self._task)
+            room = max(LEAST_LABEL_CELLS, self._bars.console.width - FIGURES_CELLS)
+            label = label if cells_of(label) <= room else fitted(label, room)
             self._task = self._bars.add_task(label, total=total)
+            self._bars.start()
 
     def advance(self, count: int) -> None:
         if self._bars is not None and self._task is not None:

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from registry import AdapterRecord, MergeRecord
 
 
+AROUND_A_FACT: Final = 16
+"""Cells of a card's line that are not the fact's: the border and the word before it, ``parameters`` at most."""
+
 MOST_RANKS: Final = 12
 """Of an adapter whose modules have more ranks than this, not all are listed."""
 
@@ -106,7 +109,7 @@ def _print_card(result: ShowResult) -> None:
         ("tags", " ".join(record.tags)),
         ("added", "" if result.place else f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
         ("versions", "" if newest == 1 else f"{newest} in all; this is {record.version}"),
-        ("family", family_tree(record, (*result.ancestors, *result.descendants))),
+        ("family", family_tree(record, (*result.ancestors, *result.descendants), console().width - AROUND_A_FACT)),
         ("merges", listed([_merge(merge) for merge in result.merges])),
     ]
     for key, value in facts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -17,8 +18,18 @@ if TYPE_CHECKING:
     from loratool.training.loop import StepReport
 
 SECONDS_BETWEEN_LINES: Final = 20.0
+BAR_CELLS: Final = 12
+BESIDE_FIGURES: Final = len("training") + BAR_CELLS + len("12:34:56") + 4
+"""What stands in the line of a training beside its figures and the count of its steps: the time left stays whole."""
+
 SMOOTHING: Final = 0.9
 """Of the loss that is shown: the share of what was shown before."""
+
+
+def _fitting(figures: Sequence[str], room: int) -> str:
+    """As many of the figures as fit, the first ones first."""
+    fitting = next((count for count in range(len(figures), 0, -1) if len("  ".join(figures[:count])) <= room), 0)
+    return "  ".join(figures[:fitting])
 
 
 class TrainingBar(ProgressBar):
@@ -28,7 +39,7 @@ class TrainingBar(ProgressBar):
         super().__init__(unit="")
         self._steps = 0
         self._loss: float | None = None
-        self._held_out = ""
+        self._held_out: list[str] = []
         self._said_at = time.monotonic()
         self._training: Progress | None = None
         self._row: TaskID | None = None
@@ -55,10 +66,10 @@ class TrainingBar(ProgressBar):
 
         self._training = Progress(
             TextColumn("training"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=BAR_CELLS),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[figures]}"),
             console=Console(stderr=True),
             transient=True,
         )
@@ -69,14 +80,16 @@ class TrainingBar(ProgressBar):
         shown = report.loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * report.loss
         self._loss = shown
         speed = report.tokens / report.seconds
-        figures = f"loss {shown:.3f}{self._held_out}  {speed:,.0f} tok/s  {size(report.peak_memory_bytes)}"
+        figures = [f"loss {shown:.3f}", *self._held_out, f"{speed:,.0f} tok/s", size(report.peak_memory_bytes)]
         if self._training is not None and self._row is not None:
-            self._training.update(self._row, completed=report.step, figures=figures)
+            counts = 2 * len(str(self._steps)) + 1
+            room = self._training.console.width - BESIDE_FIGURES - counts
+            self._training.update(self._row, completed=report.step, figures=_fitting(figures, room))
         elif time.monotonic() - self._said_at > SECONDS_BETWEEN_LINES:
-            self._say(f"step {report.step:,} of {self._steps:,}: {figures}")
+            self._say(f"step {report.step:,} of {self._steps:,}: {'  '.join(figures)}")
 
     def evaluated(self, step: int, loss: float) -> None:
-        self._held_out = f"  held out {loss:.3f}"
+        self._held_out = [f"held out {loss:.3f}"]
         if self._training is None:
             self._say(f"step {step:,} of {self._steps:,}: held-out loss {loss:.4f}")
 

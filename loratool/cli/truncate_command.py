@@ -13,12 +13,12 @@ from loratool.cli.rendering import (
     print_facts,
     print_json,
     print_notes,
-    print_table,
     ranks,
     shown,
     shown_path,
     size,
 )
+from loratool.cli.table import print_table
 
 if TYPE_CHECKING:
     from loratool.library.truncate import TruncateResult
@@ -123,7 +123,7 @@ def _print_results(results: tuple[TruncateResult, ...]) -> None:
             for result in results
         ]
         columns = ["RANK", "ALPHA", "ERROR", "SIZE", "NAME", "FILE"]
-        print_table(columns, rows, right=("RANK", "ALPHA", "ERROR", "SIZE"), wide="FILE")
+        print_table(columns, rows, right=("RANK", "ALPHA", "ERROR", "SIZE"), give_way=("ALPHA", "SIZE", "ERROR"))
         return
     print_facts(
         [

@@ -135,7 +135,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
     Raises:
         LoratoolError, registry.RegistryError: it cannot be read, does not fit `base`, or the name is taken wrongly.
     """
-    from loratool.errors import NotFoundError, quoted
+    from loratool.errors import AdapterError, NotFoundError, quoted
     from loratool.formats.finite import refuse_not_finite
     from loratool.formats.read import read_adapter
     from loratool.library.owner import name_owner
@@ -144,13 +144,46 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
     source = user_path(path)
     if not os.fspath(path) or not exists(source):
         raise NotFoundError(f"there is no adapter at {quoted(path)}; give a PEFT folder or a safetensors file")
-    adapter = read_adapter(source, alpha)
+    try:
+        adapter = read_adapter(source, alpha)
+    except AdapterError:
+        _refuse_base(source)
+        raise
     refuse_not_finite(adapter)
     chosen = name_from(adapter.name, source) if name is None else name
     with open_registry(registry) as catalogue:
         owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress)
         added = enter(adapter, catalogue, name=chosen, base=owner, tags=tags)
         return replace(added, notes=(*notes, *added.notes))
+
+
+def _refuse_base(source: Path) -> None:
+    """Raise AdapterError with the way on if `source` is a whole model: a folder with weights and a configuration, or a file
+    of such a folder.
+
+    Raises:
+        AdapterError: it is.
+    """
+    import shlex
+
+    from loratool.checkpoint.model import Checkpoint
+    from loratool.errors import AdapterError, CheckpointError, quoted
+
+    folder = source if source.is_dir() else source.parent
+    if not (folder / "config.json").is_file():
+        return
+    try:
+        Checkpoint.open(folder)
+    except CheckpointError:
+        return
+    try:
+        name = name_from(folder.resolve().name, folder)
+    except AdapterError:
+        name = "NAME"
+    raise AdapterError(
+        f"{quoted(source)} is a base model and no adapter; catalogue it with 'loratool base add {name} "
+        f"{shlex.quote(str(folder))}'"
+    )
 
 
 def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None, tags: Sequence[str] = (),

@@ -229,8 +229,8 @@ def _outcome(training: Training, run: RunFolder, watcher: TrainProgress, state: 
         raise TrainingStopped(
             f"Stopped after step {training.step:,} of {recipe.steps:,}; its state is kept. Go on with {run.how_to_go_on}"
         )
-    watcher.begin("scoring", 1)
-    return training.outcome()
+    watcher.begin("measuring the ranks", training.scored_at_the_end)
+    return training.outcome(watcher.advance)
 
 
 @contextmanager

@@ -256,11 +256,24 @@ class Training:
             )
         return found.loss
 
-    def outcome(self) -> Outcome:
-        """Take the adapter that is to be kept, and say what it has come to."""
+    @property
+    def scored_at_the_end(self) -> int:
+        """How many samples `outcome` scores: of an adapter of several ranks, the same ones at each."""
+        return len(self._ranks_measured) * len(self._samples_measured)
+
+    @property
+    def _ranks_measured(self) -> Sequence[int]:
+        ranks = self.adaptation.ranks
+        return thinned(ranks) if len(ranks) > 1 else ()
+
+    @property
+    def _samples_measured(self) -> Sequence[TokenizedSample]:
+        return self.held_out or self.samples[:SAMPLES_BY_RANK]
+
+    def outcome(self, progress: Callable[[int], None] = lambda count: None) -> Outcome:
+        """Take the adapter that is to be kept, and say what it has come to; `progress` counts `scored_at_the_end`."""
         self._take_best()
-        ranks, samples = self.adaptation.ranks, self.held_out or self.samples[:SAMPLES_BY_RANK]
-        by_rank = {rank: self.score_at(rank, samples) for rank in thinned(ranks)} if len(ranks) > 1 else {}
+        by_rank = {rank: self.score_at(rank, self._samples_measured, progress) for rank in self._ranks_measured}
         if self.held_out:
             after = [loss for step, loss in self.losses if step]
             before, loss = self.losses[0][1], min(after) if self.recipe.keep == "best" else after[-1]

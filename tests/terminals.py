@@ -1,0 +1,53 @@
+"""loratool on a terminal of so many columns, and what it prints there."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.cells import cell_len
+
+REPOSITORY = Path(__file__).parents[1]
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
+
+
+def terminal(*words: str | Path, columns: int = 80, environment: Mapping[str, str] | None = None) -> str:
+    """What ``loratool WORDS...`` prints on a terminal of so many columns, escape sequences and all."""
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    variables = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "loratool", *map(str, words)],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        cwd=REPOSITORY,
+        env={**variables, "TERM": "xterm-256color", **(environment or {})},
+    )
+    os.close(its)
+    printed = b""
+    try:
+        while chunk := os.read(mine, 65536):
+            printed += chunk
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    os.close(mine)
+    assert child.wait() == 0, printed.decode()
+    return printed.decode().replace("\r\n", "\n")
+
+
+def assert_fits(printed: str, columns: int = 80) -> list[str]:
+    """Every line is at most so many cells wide; the lines without their escape sequences."""
+    lines = ESCAPES.sub("", printed).splitlines()
+    for line in lines:
+        assert cell_len(line) <= columns, line
+        assert line.isprintable()
+    return lines
