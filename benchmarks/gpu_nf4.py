@@ -41,28 +41,25 @@ class Matrix:
         self.update = LoadedLowRank(a, b, 2.0, transposed=False)
         self.blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES))
         self.columns = columns
-        self.told: list[bytes] = []
+        self.hints: list[bytes] = []
 
     def part(self, rows: range) -> tuple[torch.Tensor, ...]:
         return (self.codes[rows.start * self.columns // 2 : rows.stop * self.columns // 2],)
 
     def merge(self) -> None:
-        self.told = []
+        self.hints = []
         for rows in self.blocks:
             block = torch.empty(len(rows), self.columns, device=self.codes.device)
             part, scratch = self.part(rows), torch.empty_like(block)
             self.update.apply(block.zero_(), rows, scratch)
-            self.told.append(self.codec.encode(rows, block, part, Rounding(1)).told)
+            self.hints.append(self.codec.encode(rows, block, part, Rounding(1)).hint)
 
     def unmerge(self) -> None:
-        for rows, told in zip(self.blocks, self.told, strict=True):
+        for rows, hint in zip(self.blocks, self.hints, strict=True):
             block = torch.empty(len(rows), self.columns, device=self.codes.device)
             part, scratch = self.part(rows), torch.empty_like(block)
-
-            def subtract(numbers: torch.Tensor, rows: range = rows, scratch: torch.Tensor = scratch) -> None:
-                self.update.revert(numbers, rows, scratch)
-
-            self.codec.recover(rows, part, block, subtract, Rounding(1), told)
+            self.update.revert(block.zero_(), rows, scratch)
+            self.codec.recover(rows, block.neg_(), part, Rounding(1), hint)
 
 
 def shapes(scale: int) -> list[tuple[int, int]]:

@@ -38,7 +38,8 @@ from loratool.merging.plan import WeightedAdapter, plan_merge
 from loratool.training.data import TokenizedSample, read_data, tokenize_data
 from loratool.training.loss import score
 from loratool.training.model import beside, load_config, load_model, load_tokenizer, quiet_libraries
-from loratool.weights import StoredWeight, four_bit, stored_weight
+from loratool.weights.storages import quantized_names, stored_weight
+from loratool.weights.stored import StoredWeight
 
 TRAINED_LINES = 24
 """Of the lines that an adapter was trained on, so many are scored."""
@@ -83,12 +84,12 @@ class Scorer:
         parameters = dict(self._model.named_parameters())
         scales = {
             part
-            for name in four_bit.names(checkpoint.tensors)
+            for name in quantized_names(checkpoint)
             for part in checkpoint.tensors
             if part != name and part.startswith(f"{name}.")
         }
         for name in checkpoint.tensors.keys() - scales:
-            weight = stored_weight(checkpoint.tensors, name)
+            weight = stored_weight(checkpoint, name)
             assert weight is not None
             parameters[name].data.copy_(decoded(weight).view(parameters[name].shape))
 
@@ -123,7 +124,7 @@ class Scorer:
 
 
 def decoded(weight: StoredWeight) -> torch.Tensor:
-    rows = range(weight.shape[0])
+    rows = range(weight.rows)
     parts = []
     for info, start, stop in weight.extents(rows):
         with open(info.file, "rb") as stream:

@@ -170,7 +170,7 @@ def test_columns_whose_inputs_have_nothing_in_common_are_rounded_as_without_a_te
     parts = {feedback: parts_of(weight, rows) for feedback in (None, backwards)}
     moves = {each: codec.encode(rows, delta.clone(), parts[each], Rounding(3, each)) for each in parts}
     assert len(moves[None].at) > 10
-    assert moves[None].told == moves[backwards].told
+    assert moves[None].hint == moves[backwards].hint
     assert torch.equal(parts[None][0], parts[backwards][0])
 
 

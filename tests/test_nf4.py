@@ -31,12 +31,13 @@ from loratool.cli import cli
 from loratool.errors import CheckpointError, LoratoolError, UnsupportedError, VerificationError
 from loratool.merging.survival import SurvivalCount
 from loratool.merging.workers import cpu_workers
-from loratool.weights import StoredWeight, stored_weight
 from loratool.weights.four_bit import FourBitWeight
 from loratool.weights.moves import Moves
 from loratool.weights.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding, noise_of, philox
 from loratool.weights.short_steps import LEVELS, MOST_ROWS
+from loratool.weights.storages import stored_weight
+from loratool.weights.stored import StoredWeight
 
 SHAPES = [(64, 128), (100, 192), (130, 96), (33, 100), (7, 5), (1, 64)]
 """Rows and columns; the last ones are no multiples of a block."""
@@ -88,7 +89,7 @@ def decoded(weight: StoredWeight, block_bytes: int = 1 << 22) -> torch.Tensor:
 
 
 def matrix(folder: Path, name: str = "m.weight") -> StoredWeight:
-    weight = stored_weight(Checkpoint.open(folder).tensors, name)
+    weight = stored_weight(Checkpoint.open(folder), name)
     assert weight is not None
     return weight
 
@@ -102,7 +103,7 @@ def test_decoding_has_the_bits_of_bitsandbytes(
     for number, shape in enumerate(SHAPES):
         tensors = quantized(shape, kind, dtype, nested=nested, blocksize=blocksize)
         weight = matrix(save_plain_model(tmp_path / str(number), tensors))
-        assert (weight.codec, weight.shape) == (kind, shape)
+        assert (weight.storage, weight.shape) == (kind, shape)
         expected = by_bitsandbytes(tensors).float()
         for block_bytes in (1 << 22, 1 << 12):
             found = decoded(weight, block_bytes)
@@ -334,7 +335,7 @@ def test_a_merge_moves_codes_and_nothing_else_and_transformers_loads_it(
     stored = tensors_in(tmp_path / "merged")
     for target in result.plan.targets:
         parameter = model.get_parameter(target.name)
-        if target.weight.lossy:
+        if target.weight.takes == "change":
             assert torch.equal(
                 bnb.dequantize_4bit(parameter.data, parameter.quant_state), by_bitsandbytes(stored, target.name)
             )

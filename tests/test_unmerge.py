@@ -24,9 +24,9 @@ import loratool
 from loratool.checkpoint import journal
 from loratool.checkpoint.header import read_header
 from loratool.errors import LoratoolError, NotFoundError, OutputError, RestoreError, VerificationError
-from loratool.merging import arithmetic
 from loratool.merging.residual import MOST_DOUBT, add_residual, residual
 from loratool.updates.low_rank import FixedPointProduct
+from loratool.weights import dense
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
@@ -392,7 +392,7 @@ def test_an_undo_file_made_with_other_blocks_restores(
 ) -> None:
     case = work("llama-many-blocks", "bf16")
     with monkeypatch.context() as patch:
-        patch.setattr(arithmetic, "BLOCK_BYTES", 1 << 18)
+        patch.setattr(dense, "BLOCK_BYTES", 1 << 18)
         merged = case.merge(undo=True)
     case.lose_base()
     assert digest(loratool.unmerge(merged).out) == case.before

@@ -159,13 +159,13 @@ def parse_spec(word: str) -> tuple[str, float]:
 
 
 def _print_tensors(result: MergeResult, *, verbose: bool) -> None:
-    becomes = {each.name: each.codec for each in _anew(result)}
+    becomes = {each.name: each.storage for each in _anew(result)}
     tensors = [
         PlannedTensor(
             target.name,
             (
                 " + ".join(planned.update.kind for planned in target.updates),
-                target.weight.codec + (f" to {becomes[target.name]}" if target.name in becomes else ""),
+                target.weight.storage + (f" to {becomes[target.name]}" if target.name in becomes else ""),
             ),
             (target.nbytes,),
         )
@@ -217,13 +217,13 @@ def _stored_anew(result: MergeResult) -> str:
     if not anew:
         return ""
     sizes = f"{size(result.output_size_bytes)} instead of {size(result.plan.base.nbytes)}"
-    return f"{counted(len(anew), 'tensor')} as {anew[0].codec}, {sizes}"
+    return f"{counted(len(anew), 'tensor')} as {anew[0].storage}, {sizes}"
 
 
 def _anew(result: MergeResult) -> list[Conversion]:
     """The matrices that are stored otherwise than in the base."""
     conversions = () if result.conversion is None else result.conversion.conversions
-    return [each for each in conversions if each.codec != each.source.codec]
+    return [each for each in conversions if each.storage != each.source.storage]
 
 
 def _changed(result: MergeResult) -> str:

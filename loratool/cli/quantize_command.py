@@ -90,7 +90,7 @@ def command(
 
 def _print_tensors(result: QuantizeResult, *, verbose: bool) -> None:
     tensors = [
-        PlannedTensor(each.name, (each.source.codec, "nf4"), (each.nbytes, sum(new.nbytes for new in each.outcome)))
+        PlannedTensor(each.name, (each.source.storage, "nf4"), (each.nbytes, sum(new.nbytes for new in each.outcome)))
         for each in result.plan.conversions
     ]
     print_plan(tensors, ["CODEC", "TO"], ["SIZE", "THEN"], verbose=verbose)

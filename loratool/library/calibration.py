@@ -54,7 +54,7 @@ def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progres
     if text is None:
         yield plan
         return
-    modules = [target.name.removesuffix(SUFFIX) for target in plan.targets if target.weight.lossy]
+    modules = [target.name.removesuffix(SUFFIX) for target in plan.targets if target.weight.is_calibrated]
     if not modules:
         raise UnsupportedError(
             f"{quoted(plan.base.path)} has no 4-bit weights where the adapter lands, and dense weights need no calibration; "

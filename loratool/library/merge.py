@@ -101,7 +101,7 @@ class MergeResult:
                 {
                     "name": target.name,
                     "update": [planned.update.kind for planned in target.updates],
-                    "codec": target.weight.codec,
+                    "codec": target.weight.storage,
                     "shape": list(target.weight.shape),
                     "size_bytes": target.nbytes,
                     **({"survival": self.survivals[target.name].to_json()} if target.name in self.survivals else {}),

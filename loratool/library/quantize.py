@@ -59,7 +59,7 @@ class QuantizeResult:
             "tensors": [
                 {
                     "name": each.name,
-                    "codec": each.source.codec,
+                    "codec": each.source.storage,
                     "shape": list(each.dense.shape),
                     "size_bytes": each.nbytes,
                 }

@@ -148,7 +148,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
 
         def change(target: Target) -> Merge:
             merge = Merge(target, choose_device(device), writer.keeper(target.name) if writer else None)
-            if target.weight.lossy:
+            if target.weight.takes == "change":
                 survival[target.name] = merge.survival
             return merge
 

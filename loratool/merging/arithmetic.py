@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
-from loratool.checkpoint.blocks import BLOCK_BYTES, row_blocks
+from loratool.checkpoint.blocks import row_blocks
 from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
 from loratool.merging.plan import Target
-from loratool.merging.residual import LEVEL, LEVEL_OF_CODES, add_residual, pack_told, residual, unpack_told
+from loratool.merging.residual import add_residual, pack_hint, residual, unpack_hint
 from loratool.merging.survival import SurvivalCount
 from loratool.weights.feedback import Feedback
 from loratool.weights.output_feedback import OutputFeedback
@@ -18,9 +18,6 @@ from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:
     import torch
-
-LOSSY_BLOCK_BYTES: Final = 1 << 23
-"""fp32 bytes of a block of a lossy storage, on which much more is done: fewer calls are worth more than a cache."""
 
 CUDA_BLOCK_BYTES: Final = 1 << 25
 """fp32 bytes of a block on CUDA, where a launch costs more and memory is plenty."""
@@ -84,9 +81,8 @@ class BlockArithmetic:
         self._cuda = device.startswith("cuda")
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
-        rows, columns = self.weight.shape
-        on_cpu = LOSSY_BLOCK_BYTES if target.weight.lossy else BLOCK_BYTES
-        self._blocks = list(row_blocks(rows, columns * 4, CUDA_BLOCK_BYTES if self._cuda else on_cpu))
+        block_bytes = CUDA_BLOCK_BYTES if self._cuda else self.weight.block_bytes
+        self._blocks = list(row_blocks(self.weight.rows, self.weight.columns * 4, block_bytes))
         with self._on_stream():
             self.codec = target.weight.load(device)
             self._updates = [
@@ -96,7 +92,7 @@ class BlockArithmetic:
             self._rounding = self._rounding_of(target)
 
     def _rounding_of(self, target: Target) -> Rounding:
-        """By chance where the codec is lossy, with what is known of the inputs, or else of the outputs, of the matrix."""
+        """How to round: seeded, and error-compensated by calibration inputs, else by the update's output directions."""
         import numpy as np
         import torch
 
@@ -104,7 +100,7 @@ class BlockArithmetic:
             feedback = Feedback(torch.from_numpy(np.load(target.inputs)).to(self._device))
             return Rounding(target.seed, feedback=feedback)
         outputs = [update.outputs for update in self._updates]
-        if not self.weight.lossy or any(each is None for each in outputs):
+        if self.weight.takes == "sum" or any(each is None for each in outputs):
             return Rounding(target.seed)
         return Rounding(
             target.seed, outputs=OutputFeedback(torch.cat([each for each in outputs if each is not None], 1))
@@ -120,11 +116,11 @@ class BlockArithmetic:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._cuda)
 
     def apply(self, rows: range, parts: tuple[torch.Tensor, ...]) -> bytes:
-        """Add the updates to the matrix whose bytes are `parts`, in place; returns what `revert` has to be told."""
+        """Add the updates to the matrix whose bytes are `parts`, in place; return the hint that `revert` needs."""
         with self._on_stream():
-            block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
+            block, scratch = _room.take(self._device, len(rows), self.weight.columns)
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
-            if self.weight.lossy:  # the codec is told the change alone; all updates here are additive
+            if self.weight.takes == "change":  # all updates here are additive
                 block.zero_()
             else:
                 self.codec.decode(rows, on_device, block)
@@ -135,7 +131,7 @@ class BlockArithmetic:
             if moves is None:
                 return b""
             self.survival.add_moves(block, moves)
-            return moves.told
+            return moves.hint
 
     def _update(self, rows: range, block: torch.Tensor, scratch: torch.Tensor) -> None:
         for update in self._updates:
@@ -150,19 +146,22 @@ class BlockArithmetic:
             return
         self.codec.decode(rows, originals, scratch)
         if scratch.isfinite().all():
-            raise overflow(self.weight.name, rows, self.weight.codec)
+            raise overflow(self.weight.name, rows, self.weight.storage)
 
-    def revert(self, rows: range, parts: tuple[torch.Tensor, ...], told: bytes | None) -> None:
+    def revert(self, rows: range, parts: tuple[torch.Tensor, ...], hint: bytes | None) -> None:
         """Take the updates out, last one first; the same bits on every machine, but not always those from before."""
         with self._on_stream():
-            block, scratch = _room.take(self._device, len(rows), self.weight.shape[1])
+            block, scratch = _room.take(self._device, len(rows), self.weight.columns)
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
-
-            def subtract(numbers: torch.Tensor) -> None:
-                for update in reversed(self._updates):
-                    update.revert(numbers, rows, scratch)
-
-            self.codec.recover(rows, on_device, block, subtract, self._rounding, told)
+            if self.weight.takes == "change":
+                block.zero_()
+            else:
+                self.codec.decode(rows, on_device, block)
+            for update in reversed(self._updates):
+                update.revert(block, rows, scratch)
+            if self.weight.takes == "change":
+                block.neg_()
+            self.codec.recover(rows, block, on_device, self._rounding, hint)
             self._bring_back(on_device, parts)
 
     def _on_stream(self) -> AbstractContextManager[object]:
@@ -177,10 +176,10 @@ class BlockArithmetic:
             self._stream.synchronize()
 
 
-def overflow(name: str, rows: range, codec: str) -> AdapterError:
-    """Says that sums in some rows of a matrix are beyond what it is stored as."""
+def overflow(name: str, rows: range, storage: str) -> AdapterError:
+    """Return the error for sums in some rows of a matrix that are beyond what it is stored as."""
     return AdapterError(
-        f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(name)} that {codec} cannot hold; give the "
+        f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(name)} that {storage} cannot hold; give the "
         "adapter a smaller weight, as in ADAPTER=0.5"
     )
 
@@ -197,14 +196,14 @@ class Merge(BlockArithmetic):
             self.apply(rows, parts)
             return
         originals = tuple(part.clone() for part in parts)
-        told = self.apply(rows, parts)
+        hint = self.apply(rows, parts)
         predicted = tuple(part.clone() for part in parts)
-        self.revert(rows, predicted, told)
+        self.revert(rows, predicted, hint)
         doubts = self.codec.doubt(parts, predicted)
         each = zip(originals, predicted, doubts, strict=True)
-        width, level = self.weight.element_bytes, LEVEL_OF_CODES if self.weight.lossy else LEVEL
+        width, level = self.weight.element_bytes, self.weight.undo_level
         missing = b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width, level) for o, p, d in each)
-        self._keep(rows, (pack_told(told) if self.weight.lossy else b"") + missing)
+        self._keep(rows, (pack_hint(hint) if self.weight.keeps_hint else b"") + missing)
 
 
 class ApproximateUnmerge(BlockArithmetic):
@@ -231,8 +230,10 @@ class ExactUnmerge(BlockArithmetic):
         merged = tuple(part.clone() for part in parts)
         rest = memoryview(self._residual)
         try:
-            told, rest = unpack_told(rest, 4 * self.weight.shape[1]) if self.weight.lossy else (b"", rest)
-            self.revert(rows, parts, told)
+            hint = b""
+            if self.weight.keeps_hint:
+                hint, rest = unpack_hint(rest, 4 * max(self.weight.rows, self.weight.columns))
+            self.revert(rows, parts, hint)
             for part, doubt in zip(parts, self.codec.doubt(merged, parts), strict=True):
                 rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
             if len(rest):

@@ -43,7 +43,7 @@ class Reader:
     def _turned_columns(self, rows: range) -> torch.Tensor:
         import torch
 
-        outputs, inputs = self._conversion.dense.shape
+        outputs, inputs = self._conversion.dense.rows, self._conversion.dense.columns
         width = self._conversion.dense.element_bytes
         (info,) = self._conversion.source.tensors
         raw = torch.empty(inputs * len(rows) * width, dtype=torch.uint8)
@@ -56,7 +56,7 @@ class Reader:
 
         assert self._codec is not None
         dense = self._conversion.dense
-        block = torch.empty(len(rows), dense.shape[1])
+        block = torch.empty(len(rows), dense.columns)
         self._codec.decode(rows, (self._stored(rows),), block)
         raw = torch.empty(block.numel() * dense.element_bytes, dtype=torch.uint8)
         elements(raw, dense).copy_(block.view(-1))

@@ -68,7 +68,6 @@ class Conversion:
         nf4: how it is stored in the end; None for dense.
         merge: the updates that are added to the matrix in between; None where there are none.
         into_image: whether they are added, not to that, but to what it is quantized to.
-        shape: of the tensor that is written, where it is no matrix (a norm, a bias, a convolution); None for a matrix's own.
     """
 
     source: DenseWeight | FourBitWeight
@@ -77,7 +76,6 @@ class Conversion:
     nf4: Nf4Layout | None = None
     merge: Target | None = None
     into_image: bool = False
-    shape: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -98,13 +96,13 @@ class Conversion:
         """The tensors that are written."""
         if self.nf4 is not None:
             return self.nf4.tensors
-        matrix = self.dense.shape[::-1] if self.turned else self.dense.shape
-        return (NewTensor(self.name, self.dense.tensor.dtype, matrix if self.shape is None else self.shape),)
+        shape = self.dense.shape[::-1] if self.turned else self.dense.shape
+        return (NewTensor(self.name, self.dense.tensor.dtype, shape),)
 
     @property
-    def codec(self) -> str:
+    def storage(self) -> str:
         """The field's name for the storage in the end."""
-        return self.dense.codec if self.nf4 is None else "nf4"
+        return self.dense.storage if self.nf4 is None else "nf4"
 
     @property
     def replaced(self) -> dict[str, tuple[NewTensor, ...]]:
@@ -145,9 +143,9 @@ def to_dense(weight: FourBitWeight, *, turned: bool, updates: Target | None = No
     return Conversion(weight, dense, turned, merge=_on(dense, updates, turned=False))
 
 
-def merged_only(weight: DenseWeight, shape: tuple[int, ...], updates: Target) -> Conversion:
-    """No change of storage: a dense tensor of this `shape`, taken as a matrix, that is merged into."""
-    return Conversion(weight, weight, merge=updates, shape=shape)
+def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
+    """No change of storage: a dense parameter that is merged into."""
+    return Conversion(weight, weight, merge=updates)
 
 
 def _in_fp32(dense: DenseWeight) -> DenseWeight:

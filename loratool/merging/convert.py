@@ -156,7 +156,7 @@ class _Stream:
     def _store_dense(self) -> None:
         conversion = self._conversion
         width = conversion.dense.element_bytes
-        row_bytes = conversion.dense.shape[0] * width
+        row_bytes = conversion.dense.rows * width
         for block in self._merged_blocks():
             if conversion.turned:
                 part = slice(block.rows.start * width, block.rows.stop * width)
@@ -268,7 +268,7 @@ class _Stream:
 
     def _blocks(self, *, digest: bool, cut: Iterable[range] | None = None) -> Iterator[_Block]:
         """The matrix in between block by block as the base has it; `digest`: what is read is digested."""
-        rows, columns = self._conversion.dense.shape
+        rows, columns = self._conversion.dense.rows, self._conversion.dense.columns
         read = Reader(self._conversion, self._sources, self._read_digest if digest else None)
         for block in cut or row_blocks(rows, columns * 4):
             if self._stop.is_set():
@@ -299,7 +299,7 @@ class _Stream:
             numbers = originals.clone()
             merge.change(block.rows, (numbers.view(torch.uint8),))
             if numbers.abs().amax() >= dense.limit and originals.isfinite().all():
-                raise overflow(dense.name, block.rows, dense.codec)
+                raise overflow(dense.name, block.rows, dense.storage)
             yield _Stretch(numbers, originals)
 
     def _stretches(self, parts: Iterable[_Stretch], blocksize: int) -> Iterator[_Stretch]:

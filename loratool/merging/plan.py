@@ -19,11 +19,11 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
 from loratool.formats.replacements import lacking
-from loratool.merging.storage import refuse_other_storage
 from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
 from loratool.updates.replacement import Replacement
-from loratool.weights import StoredWeight, stored_weight
+from loratool.weights.storages import refuse_other_storage, stored_weight
+from loratool.weights.stored import StoredWeight
 
 OTHER_WEIGHTS: Final = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 
@@ -116,7 +116,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         LoratoolError: there is no adapter, or one of them is given twice.
     """
     _refuse_repeats(adapters)
-    refuse_other_storage(base)
+    refuse_other_storage(base, base.path)
     landings = [
         land(
             {module: update.shape for module, update in weighted.adapter.updates.items()},
@@ -171,11 +171,11 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], landings: Sequence[La
             )
         for own, tensor in adapter.replacements.items():
             name = landing.place(own, base.tensors) or own
-            weight = stored_weight(base.tensors, name)
-            if weight is not None and weight.lossy:
+            weight = stored_weight(base, name)
+            if weight is not None and not weight.is_replaceable:
                 raise UnsupportedError(
-                    f"{quoted(adapter.name)} replaces {quoted(own)}, which the base stores in 4 bits; merge into the dense "
-                    "base instead, with --quantize nf4 for a 4-bit model"
+                    f"{quoted(adapter.name)} replaces {quoted(own)}, which the base stores {weight.words}; merge into the "
+                    "dense base instead, with --quantize nf4 for a 4-bit model"
                 )
             _refuse_replacement(name, own, tensor, adapter, {*taken, *targets}, base)
             if weight is None or tensor.dtype not in DENSE:
@@ -258,10 +258,10 @@ def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
 
 def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[WeightedAdapter],
             base: Checkpoint, evidence: Mapping[str, bool]) -> Target:  # fmt: skip
-    weight = stored_weight(base.tensors, name)
+    weight = stored_weight(base, name)
     source = adapters[updates[0].adapter].adapter
     info = base.tensors[name]
-    if weight is None or (len(info.shape) != 2 and not weight.lossy):
+    if weight is None or len(weight.shape) != 2:
         raise UnsupportedError(
             f"{quoted(updates[0].module)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
             f"{info.dtype} {list(info.shape)}; loratool changes fp32, fp16, bf16, NF4 and FP4 matrices"
@@ -290,8 +290,8 @@ def _is_transposed(weight: StoredWeight, planned: PlannedUpdate, adapter: Adapte
     transposed, and one that is not square is told by its bias. A square one is stored as its neighbours in the same
     layer are, then as the other matrices of the model; where nothing tells, the adapter's fan_in_fan_out does.
     """
-    if weight.lossy:
-        return False  # bitsandbytes stores a Conv1D as it stores a Linear
+    if weight.is_oriented:
+        return False
     name, shape = weight.name, weight.shape
     bias = tensors.get(name.removesuffix(SUFFIX) + ".bias")
     if bias is None:

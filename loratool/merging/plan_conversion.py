@@ -23,10 +23,10 @@ from loratool.merging.conversion import (
 )
 from loratool.merging.linear import is_conv1d, linear_weights, skipped_modules
 from loratool.merging.plan import MergePlan, Target
-from loratool.merging.storage import refuse_other_storage
 from loratool.weights import dense, four_bit
 from loratool.weights.dense import DenseWeight
 from loratool.weights.four_bit import FourBitWeight
+from loratool.weights.storages import quantized_names, refuse_other_storage
 
 
 def plan_conversion(base: Checkpoint, storage: Storage, merge: MergePlan | None = None) -> ConversionPlan:
@@ -36,7 +36,7 @@ def plan_conversion(base: Checkpoint, storage: Storage, merge: MergePlan | None 
         CheckpointError: `base` has no configuration that could say that it is quantized, or is damaged.
         UnsupportedError: it is quantized already (not quantized), or which matrices are to be quantized cannot be told.
     """
-    refuse_other_storage(base)
+    refuse_other_storage(base, base.path)
     targets = {} if merge is None else {target.name: target for target in merge.targets}
     if storage.way == "dequantize":
         found, config = _dequantization(base, targets)
@@ -46,7 +46,7 @@ def plan_conversion(base: Checkpoint, storage: Storage, merge: MergePlan | None 
     alone = [name for name in targets if name not in named and base.tensors[name].nbytes]
     conversions = [
         *found,
-        *(merged_only(_dense(name, base), base.tensors[name].shape, targets[name]) for name in alone),
+        *(merged_only(_dense(name, base), targets[name]) for name in alone),
     ]
     return ConversionPlan(base, storage, tuple(sorted(conversions, key=lambda each: each.name)), config, merge)
 
@@ -58,7 +58,7 @@ def _quantization(base: Checkpoint, storage: Storage,
         raise CheckpointError(
             f"{quoted(base.path)} has no config.json, which must say that a model is quantized; give a model's whole folder"
         )
-    if base.config.get("quantization_config") or four_bit.names(base.tensors):
+    if base.config.get("quantization_config") or quantized_names(base):
         raise UnsupportedError(
             f"{quoted(base.path)} is quantized already; merge into it as it is, or give the dense model that it was made from"
         )
@@ -84,7 +84,7 @@ def _dequantization(base: Checkpoint,
     """The matrices that become dense, and the new configuration."""
     conversions = [
         to_dense(_four_bit(name, base), turned=is_conv1d(name, base.config), updates=targets.get(name))
-        for name in four_bit.names(base.tensors)
+        for name in quantized_names(base)
     ]
     if not conversions:
         raise UnsupportedError(f"{quoted(base.path)} has no 4-bit matrices; it is merged into without dequantizing")
@@ -93,7 +93,7 @@ def _dequantization(base: Checkpoint,
 
 
 def _dense(name: str, base: Checkpoint) -> DenseWeight:
-    weight = dense.claim(base.tensors, name)
+    weight = dense.claim(base, name)
     if weight is None:
         raise UnsupportedError(
             f"{quoted(name)} in {quoted(base.tensors[name].file)} is stored as {base.tensors[name].dtype}; loratool "
@@ -103,7 +103,7 @@ def _dense(name: str, base: Checkpoint) -> DenseWeight:
 
 
 def _four_bit(name: str, base: Checkpoint) -> FourBitWeight:
-    weight = four_bit.claim(base.tensors, name)
+    weight = four_bit.claim(base, name)
     if weight is None:
         raise CheckpointError(
             f"{quoted(base.path)} says how {quoted(name)} is stored in 4 bits, but one of its tensors is missing; "

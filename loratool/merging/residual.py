@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 LEVEL: Final = 3
-LEVEL_OF_CODES: Final = 15
-"""Of 4-bit weights, of which little is to be told, and what there is is much of the file."""
 MOST_DOUBT: Final = 3
 _LENGTHS: Final = struct.Struct(f"<{2 + MOST_DOUBT}I")
 _ESCAPE: Final = 255
@@ -80,19 +78,19 @@ def add_residual(predicted: Bytes, doubt: Bytes, packed: memoryview, width: int)
     return packed[at:]
 
 
-def pack_told(told: bytes) -> bytes:
-    """What a lossy codec has to be told, int32 numbers of which most are like the one before; it stands before a residual."""
+def pack_hint(hint: bytes) -> bytes:
+    """Pack a storage's hint, int32 numbers of which most are like the one before; it stands before a residual."""
     import numpy as np
 
-    numbers = np.frombuffer(told, "<i4")
+    numbers = np.frombuffer(hint, "<i4")
     packed = (
-        zstandard.ZstdCompressor(level=LEVEL).compress(_pack(np.diff(numbers, prepend=np.int32(0)), 4)) if told else b""
+        zstandard.ZstdCompressor(level=LEVEL).compress(_pack(np.diff(numbers, prepend=np.int32(0)), 4)) if hint else b""
     )
     return struct.pack("<I", len(packed)) + packed
 
 
-def unpack_told(packed: memoryview, limit: int) -> tuple[bytes, memoryview]:
-    """What `pack_told` packed, at most `limit` bytes, and what follows it.
+def unpack_hint(packed: memoryview, limit: int) -> tuple[bytes, memoryview]:
+    """What `pack_hint` packed, at most `limit` bytes, and what follows it.
 
     Raises:
         RestoreError: it was not packed so.

@@ -78,14 +78,14 @@ def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], place
     """
     digests: dict[str, Digests] = {}
     targets = sorted(targets, key=lambda target: -target.nbytes)
-    lossy = sum(target.nbytes for target in targets if target.weight.lossy)
+    computing = sum(target.nbytes for target in targets if target.weight.is_computing)
 
     def one(target: Target, stop: threading.Event) -> None:
         digests.update(_stream(target, change(target), places, known, progress, stop))
 
     work_through(
         [partial(one, target) for target in targets],
-        workers=cpu_workers(computing=2 * lossy > sum(target.nbytes for target in targets)),
+        workers=cpu_workers(computing=2 * computing > sum(target.nbytes for target in targets)),
         beside=beside,
         ahead=ahead,
         files={place.fd for place in places.values() if place.straight is None},

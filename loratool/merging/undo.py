@@ -110,7 +110,7 @@ class UndoFile:
     def frames(self, target: Target) -> Iterator[tuple[range, bytes]]:
         """The blocks of rows of `target`'s matrix, in order, and the residual of each."""
         info: TensorInfo = self._tensors[target.name]
-        rows, columns = target.weight.shape
+        rows, columns = target.weight.rows, target.weight.columns
         largest = 64 + 16 * 4 * max(columns, 1) * max(rows, 1)
         expected = 0
         with open(self._file, "rb") as stream:

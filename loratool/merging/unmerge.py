@@ -24,7 +24,7 @@ from loratool.merging.plan import Target, WeightedAdapter, plan_merge
 from loratool.merging.rewrite import Change, Digests, Progress, bytes_of, opened, rewrite
 from loratool.merging.undo import UNDO_NAME, UndoFile, adapter_file
 from loratool.merging.workers import cpu_workers
-from loratool.weights import stored_weight
+from loratool.weights.storages import stored_weight
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) 
     targets = []
     for name in manifest.changed:
         info, original = merged.tensors.get(name), base.tensors.get(name)
-        weight = stored_weight(merged.tensors, name)
+        weight = stored_weight(merged, name)
         if (
             info is None
             or original is None
@@ -128,13 +128,12 @@ class _CopyFrom:
     """Replaces blocks of a matrix by the bytes that another checkpoint has for it."""
 
     def __init__(self, base: Checkpoint, target: Target) -> None:
-        original = stored_weight(base.tensors, target.name)
+        original = stored_weight(base, target.name)
         assert original is not None  # restore_from_base saw that both are stored alike
         self._original = original
 
     def blocks(self) -> Iterator[range]:
-        rows, columns = self._original.shape
-        return row_blocks(rows, columns * 4)
+        return row_blocks(self._original.rows, self._original.columns * 4)
 
     def buffer(self, nbytes: int) -> torch.Tensor:
         import torch

@@ -29,8 +29,7 @@ class Difference:
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.tuned.shape
-        return rows, columns
+        return self.tuned.matrix
 
     def blocks(self) -> Iterator[tuple[range, torch.Tensor]]:
         """Blocks of rows in order, each with its numbers, fp32, (rows, columns), which hold until the next.
@@ -114,6 +113,6 @@ class _Reader:
         raw = torch.empty(stop - start, dtype=torch.uint8)
         content: Any = raw.numpy()
         read_exactly(self._fd, memoryview(content), start)
-        block = torch.empty(len(rows), self._weight.shape[1])
+        block = torch.empty(len(rows), self._weight.columns)
         self._weight.decode(rows, (raw,), block)
         return block

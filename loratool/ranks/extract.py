@@ -22,12 +22,10 @@ from loratool.formats.draft import Draft
 from loratool.formats.names import OUTPUT_HEADS, SUFFIX, Landing, land
 from loratool.merging.plan import EMBEDDING_LEAVES
 from loratool.merging.rewrite import opened
-from loratool.merging.storage import refuse_other_storage
 from loratool.merging.ties import is_tied_embedding, tied
 from loratool.ranks.difference import Difference
 from loratool.ranks.low_rank_fit import Wanted, fit
-from loratool.weights import stored_weight
-from loratool.weights.dense import as_matrix
+from loratool.weights.storages import is_dense, refuse_other_storage, stored_weight
 
 BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".position_ids")
 """How the names of tensors end that old checkpoints hold and no model needs: they follow from the configuration."""
@@ -99,7 +97,7 @@ def plan_extract(tuned: Checkpoint, base: Checkpoint, wanted: Wanted) -> Extract
     """
     _check_wanted(wanted)
     for checkpoint in (tuned, base):
-        refuse_other_storage(checkpoint)
+        refuse_other_storage(checkpoint, checkpoint.path)
         _refuse_storage(checkpoint)
     paired = _paired(tuned, base)
     linear = _linear(paired, tuned)
@@ -241,10 +239,10 @@ def _linear(paired: Mapping[str, Pair], tuned: Checkpoint) -> set[str]:
 def _refuse_storage(checkpoint: Checkpoint) -> None:
     """Raise UnsupportedError if a weight is stored otherwise than as fp32, fp16 or bf16."""
     for name, info in checkpoint.tensors.items():
-        weight = stored_weight(checkpoint.tensors, name) if name.endswith(SUFFIX) else None
-        if name.endswith(SUFFIX) and (weight is None or weight.lossy):
+        weight = stored_weight(checkpoint, name) if name.endswith(SUFFIX) else None
+        if name.endswith(SUFFIX) and (weight is None or not is_dense(weight)):
             raise UnsupportedError(
-                f"{quoted(name)} in {quoted(info.file)} is stored as {weight.codec if weight else info.dtype}; loratool "
+                f"{quoted(name)} in {quoted(info.file)} is stored as {weight.storage if weight else info.dtype}; loratool "
                 "extracts from fp32, fp16 and bf16 models: take the model that it was quantized from"
             )
 
@@ -272,7 +270,7 @@ def _changed(pair: Pair) -> bool:
         return not _same_bytes(pair.tuned, pair.base)
     if not {pair.tuned.dtype, pair.base.dtype} <= set(DENSE):
         return True
-    return Difference(as_matrix(pair.tuned), as_matrix(pair.base)).energy() > 0
+    return Difference(pair.tuned, pair.base).energy() > 0
 
 
 def _whole_modules(changed: Iterable[str], plan: ExtractPlan) -> dict[str, TensorInfo]:

@@ -1,13 +1,16 @@
-"""The dense codec: a matrix stored as one tensor of fp32, fp16 or bf16 elements, row by row."""
+"""The dense storage: a parameter stored as one tensor of fp32, fp16 or bf16 elements, row by row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
+from loratool.checkpoint.blocks import BLOCK_BYTES
 from loratool.checkpoint.dtypes import DENSE, DTYPES, Dtype
 from loratool.checkpoint.header import TensorInfo
+from loratool.weights.storage import Model, Storage
+from loratool.weights.stored import Given
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
-    """A matrix of shape (rows, columns) whose elements are the bytes of `tensor`."""
+    """A parameter whose elements are the bytes of `tensor`; of any shape, cut as the matrix whose rows are its last dimension."""
 
     tensor: TensorInfo
 
@@ -26,41 +29,91 @@ class DenseWeight:
         return self.tensor.name
 
     @property
-    def dtype(self) -> Dtype:
-        """What its elements are."""
-        return DTYPES[self.tensor.dtype]
-
-    @property
-    def codec(self) -> str:
+    def storage(self) -> str:
         return self.dtype.title
 
     @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.tensor.shape
-        return rows, columns
+    def words(self) -> str:
+        return f"in {self.dtype.title}"
 
     @property
-    def element_bytes(self) -> int:
-        return self.dtype.nbytes
+    def dtype(self) -> Dtype:
+        return DTYPES[self.tensor.dtype]
 
     @property
-    def limit(self) -> float:
-        return self.dtype.overflow
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
 
     @property
-    def lossy(self) -> bool:
+    def rows(self) -> int:
+        return self.tensor.matrix[0]
+
+    @property
+    def columns(self) -> int:
+        return self.tensor.matrix[1]
+
+    @property
+    def turned(self) -> bool:
+        return False
+
+    @property
+    def row_step(self) -> int:
+        return 1
+
+    @property
+    def is_oriented(self) -> bool:
         return False
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         return (self.tensor,)
 
+    @property
+    def siblings(self) -> tuple[TensorInfo, ...]:
+        return ()
+
+    @property
+    def element_bytes(self) -> int:
+        return self.dtype.nbytes
+
+    @property
+    def takes(self) -> Given:
+        return "sum"
+
+    @property
+    def limit(self) -> float:
+        return self.dtype.overflow
+
+    @property
+    def block_bytes(self) -> int:
+        return BLOCK_BYTES
+
+    @property
+    def is_computing(self) -> bool:
+        return False
+
+    @property
+    def undo_level(self) -> int:
+        return 3
+
+    @property
+    def keeps_hint(self) -> bool:
+        return False
+
+    @property
+    def is_calibrated(self) -> bool:
+        return False
+
+    @property
+    def is_replaceable(self) -> bool:
+        return True
+
     def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
-        row_bytes = self.tensor.nbytes // max(self.shape[0], 1)
+        row_bytes = self.tensor.nbytes // max(self.rows, 1)
         return ((self.tensor, self.tensor.start + rows.start * row_bytes, self.tensor.start + rows.stop * row_bytes),)
 
     def load(self, device: str) -> DenseWeight:
-        """Itself: a dense matrix needs nothing else."""
+        """Itself: a dense parameter needs nothing else."""
         return self
 
     def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
@@ -71,18 +124,9 @@ class DenseWeight:
         """Rounds to nearest, ties to even."""
         self._elements(parts).view(block.shape).copy_(block)
 
-    def recover(
-        self,
-        rows: range,
-        parts: tuple[torch.Tensor, ...],
-        block: torch.Tensor,
-        subtract: Callable[[torch.Tensor], None],
-        rounding: Rounding,
-        told: bytes | None,
-    ) -> None:
+    def recover(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding,
+                hint: bytes | None) -> None:  # fmt: skip
         """``round(W' - delta)``: off by a rounding here and there."""
-        self.decode(rows, parts, block)
-        subtract(block)
         self.encode(rows, block, parts, rounding)
 
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -100,12 +144,20 @@ class DenseWeight:
         return raw.view(self.dtype.as_torch())
 
 
-def claim(tensors: Mapping[str, TensorInfo], name: str) -> DenseWeight | None:
-    """The dense tensor called `name`, as a matrix, or None where it is absent or not dense."""
-    info = tensors.get(name)
-    return None if info is None or info.dtype not in DENSE else DenseWeight(as_matrix(info))
+def claim(model: Model, name: str) -> DenseWeight | None:
+    """The dense tensor called `name`, or None where it is absent or not dense."""
+    info = model.tensors.get(name)
+    return None if info is None or info.dtype not in DENSE else DenseWeight(info)
 
 
-def as_matrix(info: TensorInfo) -> TensorInfo:
-    """A tensor of any shape as the matrix whose rows are its last dimension; a vector is one row."""
-    return replace(info, shape=info.matrix)
+def _is_dense(config: Mapping[str, Any]) -> bool:
+    return not config
+
+
+STORAGE: Final = Storage(
+    names=tuple(DTYPES[name].title for name in DENSE),
+    title="fp32, fp16 and bf16",
+    claim=claim,
+    parameter_of=lambda tensor: tensor,
+    describes=_is_dense,
+)

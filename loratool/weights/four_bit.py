@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.blocks import read_exactly
+from loratool.checkpoint.dtypes import DENSE, DTYPES, Dtype, of_torch
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.json_text import parse_json_object
 from loratool.errors import CheckpointError, quoted
+from loratool.weights.storage import Model, Storage
+from loratool.weights.stored import Given
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +41,8 @@ VALUES: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType({"nf4": NF4, "
 """The value of each code as bitsandbytes decodes it."""
 
 LARGEST_STATE: Final = 1 << 16
-DTYPES: Final = ("bfloat16", "float16", "float32")
+DECODED: Final = tuple(DTYPES[name].torch_name for name in DENSE)
+"""The dtypes that matrices decode to, as torch calls them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +67,16 @@ class FourBitWeight:
     scales: Mapping[str, TensorInfo]
 
     @property
-    def codec(self) -> str:
+    def storage(self) -> str:
         return self.state.kind
+
+    @property
+    def words(self) -> str:
+        return "in 4 bits"
+
+    @property
+    def dtype(self) -> Dtype:
+        return of_torch(self.state.dtype)
 
     @property
     def state_name(self) -> str:
@@ -76,9 +88,42 @@ class FourBitWeight:
         return self.state.shape
 
     @property
+    def rows(self) -> int:
+        return self.state.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.state.shape[1]
+
+    @property
+    def turned(self) -> bool:
+        return False
+
+    @property
+    def row_step(self) -> int:
+        """Two codes share a byte."""
+        return 1 + self.columns % 2
+
+    @property
+    def is_oriented(self) -> bool:
+        return True
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return (self.codes,)
+
+    @property
+    def siblings(self) -> tuple[TensorInfo, ...]:
+        return tuple(self.scales.values())
+
+    @property
     def element_bytes(self) -> int:
-        """Two codes share a byte; the byte is what an undo file counts in."""
+        """The byte is what an undo file counts in."""
         return 1
+
+    @property
+    def takes(self) -> Given:
+        return "change"
 
     @property
     def limit(self) -> float:
@@ -86,12 +131,30 @@ class FourBitWeight:
         return math.inf
 
     @property
-    def lossy(self) -> bool:
+    def block_bytes(self) -> int:
+        """Much is done with a block: fewer calls are worth more than a cache."""
+        return 1 << 23
+
+    @property
+    def is_computing(self) -> bool:
         return True
 
     @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        return (self.codes,)
+    def undo_level(self) -> int:
+        """Little is stored, and what there is is much of the file."""
+        return 15
+
+    @property
+    def keeps_hint(self) -> bool:
+        return True
+
+    @property
+    def is_calibrated(self) -> bool:
+        return True
+
+    @property
+    def is_replaceable(self) -> bool:
+        return False
 
     def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
         columns = self.shape[1]
@@ -109,12 +172,13 @@ class FourBitWeight:
         return LoadedFourBit(self, _read_scales(self).to(device))
 
 
-def claim(tensors: Mapping[str, TensorInfo], name: str) -> FourBitWeight | None:
+def claim(model: Model, name: str) -> FourBitWeight | None:
     """The 4-bit matrix called `name`, or None where there is none; its quant_state is read, its numbers are not.
 
     Raises:
         CheckpointError: the tensors of a 4-bit matrix are missing, damaged, or contradict one another.
     """
+    tensors = model.tensors
     kinds = [kind for kind in KINDS if name + STATE + kind in tensors]
     if name not in tensors or not kinds:
         return None
@@ -134,14 +198,29 @@ def claim(tensors: Mapping[str, TensorInfo], name: str) -> FourBitWeight | None:
 _PARTS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
-def names(tensors: Iterable[str]) -> tuple[str, ...]:
-    """The names of the matrices that the names of `tensors` say are stored in 4 bits, sorted.
-
-    A part that is all that is left of one counts: `claim` then says what is missing, or finds nothing.
-    """
+def parameter_of(tensor: str) -> str | None:
+    """The matrix that a tensor belongs to, where its name is that of a part which only 4-bit matrices have."""
     ends = (*(STATE + kind for kind in KINDS), *(f".{part}" for part in _PARTS))
-    found = {name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)}
-    return tuple(sorted(found))
+    return next((tensor.removesuffix(end) for end in ends if tensor.endswith(end)), None)
+
+
+def describes(config: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` is that of a model in 4 bits."""
+    return _is_bitsandbytes(config) and not is_8_bit(config)
+
+
+def is_8_bit(config: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` is that of a model in bitsandbytes' 8 bits."""
+    return _is_bitsandbytes(config) and bool(config.get("load_in_8bit") or config.get("_load_in_8bit"))
+
+
+def _is_bitsandbytes(config: Mapping[str, Any]) -> bool:
+    return str(config.get("quant_method", "bitsandbytes")) == "bitsandbytes"
+
+
+STORAGE: Final = Storage(
+    names=KINDS, title="bitsandbytes NF4 and FP4", claim=claim, parameter_of=parameter_of, describes=describes
+)
 
 
 def json_of(info: TensorInfo) -> dict[str, Any]:
@@ -167,7 +246,7 @@ def parse_state(value: Mapping[str, Any], kind: str) -> QuantState:
     rows, columns = value["shape"]
     if not all(type(side) is int and 0 < side < 1 << 40 for side in (rows, columns)):
         raise ValueError("shape")
-    if value["dtype"] not in DTYPES or value["quant_type"] != kind:
+    if value["dtype"] not in DECODED or value["quant_type"] != kind:
         raise ValueError("dtype")
     if "nested_blocksize" not in value:
         return QuantState(kind, (rows, columns), whole("blocksize"), value["dtype"])

@@ -8,7 +8,7 @@ expect is the exact one (stochastic rounding).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from loratool.weights.rounding import Rounding
 
 PLAIN: Final = bytes(4)
-"""What `recover` is told where chance alone decided."""
+"""The hint for `recover` where chance alone decided."""
 
 LARGEST_CHANGE: Final = 0.11
 """Of the mean step between two codes, on average over a block. Where it is larger, nothing is passed on to rows. It would
@@ -67,12 +67,12 @@ class Carriers:
     Attributes:
         chosen: int8, flat: 1 for those that take part.
         gain: fp32, (columns,), how many times its own change each of them carries.
-        told: what `recover` is told of them.
+        hint: what `recover` needs to know of them.
     """
 
     chosen: torch.Tensor
     gain: torch.Tensor
-    told: bytes
+    hint: bytes
 
 
 class LoadedFourBit:
@@ -107,22 +107,22 @@ class LoadedFourBit:
         """Move the codes in `parts`, each to one of the two values around what it is to become, by chance.
 
         `block` is what the numbers are to change by; a code that nothing is added to stays. In NF4 the codes with short steps
-        carry it for the others (`ShortSteps`), and how many of each column do, int32, is what `recover` is told. What errors
-        add that were passed on (`Feedback`, `OutputFeedback`) it is not told; that is left to the undo file.
+        carry it for the others (`ShortSteps`), and how many of each column do, int32, is the hint for `recover`. What errors add
+        that were passed on (`Feedback`, `OutputFeedback`) is left to the undo file.
         """
         (raw,) = parts
         work = Block(rows, raw, block, rounding.words(rows, block.numel(), block.device))
         sizes = self._sizes(rows, block)
         carriers = self._carriers(work, sizes)
-        told = carriers.told if carriers else PLAIN
+        hint = carriers.hint if carriers else PLAIN
         squares = self._squares(rows, raw)
         if rounding.feedback is None:
             at, there, jumps = self._by_chance(work, carriers, rounding.outputs, _mean_steps(sizes))
         else:
             at, there, jumps, short = self._with_least_error(work, carriers, rounding.feedback)
-            told = told if short else PLAIN
+            hint = hint if short else PLAIN
         self._table.put(raw, at, there)
-        return Moves(at, jumps, squares, told)
+        return Moves(at, jumps, squares, hint)
 
     def _carriers(self, block: Block, sizes: torch.Tensor) -> Carriers | None:
         """The codes that carry a change, of these `sizes` in some rows, where not all do."""
@@ -137,8 +137,8 @@ class LoadedFourBit:
             some = self._short.chosen(few.rows, block.raw[few.bytes], change, level)
             counts += some.view(change.shape).float().sum(0)
             chosen.append(some)
-        told = counts.to(torch.int32).cpu().numpy().tobytes()
-        return Carriers(torch.cat(chosen), self._short.gain(block.rows, counts), told)
+        hint = counts.to(torch.int32).cpu().numpy().tobytes()
+        return Carriers(torch.cat(chosen), self._short.gain(block.rows, counts), hint)
 
     def _sizes(self, rows: range, change: torch.Tensor) -> torch.Tensor:
         """How large a change of a block is, in units of the scale, in rows spread over it: fp32, (rows, columns)."""
@@ -252,11 +252,10 @@ class LoadedFourBit:
     def recover(
         self,
         rows: range,
-        parts: tuple[torch.Tensor, ...],
         block: torch.Tensor,
-        subtract: Callable[[torch.Tensor], None],
+        parts: tuple[torch.Tensor, ...],
         rounding: Rounding,
-        told: bytes | None,
+        hint: bytes | None,
     ) -> None:
         """Take back what `encode` did.
 
@@ -266,16 +265,15 @@ class LoadedFourBit:
         import torch
 
         (raw,) = parts
-        subtract(block.zero_())
-        shift = self._times(self._per_scale, rows, block.neg_().add_(0.0).view(-1))  # no -0, whose sign would count
+        shift = self._times(self._per_scale, rows, block.add_(0.0).view(-1))  # no -0, whose sign would count
         noise = noise_of(rounding.words(rows, len(shift), shift.device))
         stayed = self._table.places(raw, len(shift))
         came = stayed.view(torch.int8).sub(torch.sign(shift).to(torch.int8)).clamp_(0, 15).view(torch.uint8)
         from_there, from_itself = shift, shift
-        if self._short is not None and told != PLAIN:
+        if self._short is not None and hint != PLAIN:
             level = self._short.level(self._sizes(rows, block).amax(1))
             chosen = self._short.chosen(rows, raw, shift, level)
-            counts = self._counts(told, chosen.view(block.shape))
+            counts = self._counts(hint, chosen.view(block.shape))
             grown = (shift.view(block.shape) * self._short.gain(rows, counts)).view(-1)
             came_chosen = self._short.chosen(rows, self._table.bytes(came), shift, level)
             from_itself, from_there = (torch.where(some.view(torch.bool), grown, 0.0) for some in (chosen, came_chosen))
@@ -284,15 +282,15 @@ class LoadedFourBit:
         at = true_places((came_by == stayed) & (left_by != stayed))
         self._table.put(raw, at, came.index_select(0, at).int())
 
-    def _counts(self, told: bytes | None, chosen: torch.Tensor) -> torch.Tensor:
-        """How many codes of each column took part: what `encode` told; without it, what can be seen of it now."""
+    def _counts(self, hint: bytes | None, chosen: torch.Tensor) -> torch.Tensor:
+        """How many codes of each column took part: the hint of `encode`; without it, what can be seen of it now."""
         import torch
 
-        if told is None:
+        if hint is None:
             return chosen.sum(0, dtype=torch.int32)
-        if len(told) != 4 * self.weight.shape[1]:
+        if len(hint) != 4 * self.weight.shape[1]:
             raise RestoreError("a block of the undo file is damaged")
-        return torch.frombuffer(bytearray(told), dtype=torch.int32).to(chosen.device)
+        return torch.frombuffer(bytearray(hint), dtype=torch.int32).to(chosen.device)
 
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         import torch

@@ -39,10 +39,10 @@ class Moves:
         at: (n,) int64, where the codes that moved are in the flattened block.
         jumps: (n,) fp32, by how much the numbers that they stand for changed.
         squares: the sum of the squares of all numbers of the block, before.
-        told: what the codec has to be told to take it back.
+        hint: what `LoadedWeight.recover` needs.
     """
 
     at: torch.Tensor
     jumps: torch.Tensor
     squares: float
-    told: bytes
+    hint: bytes
