@@ -21,8 +21,11 @@ from registry.errors import (
     InvalidNameError,
     NotFoundError,
     RegistryBusyError,
+    RegistryDamagedError,
     RegistryError,
+    RegistryFullError,
     RegistryReadOnlyError,
+    RegistryUnwritableError,
     SchemaTooNewError,
 )
 from registry.listing import SortKey, quick_fetch, select_adapters
@@ -41,6 +44,7 @@ from registry.records import (
     MergedAdapter,
     MergeRecord,
     MergeState,
+    uncatalogued,
 )
 
 if TYPE_CHECKING:
@@ -66,8 +70,11 @@ __all__ = [
     "Reference",
     "Registry",
     "RegistryBusyError",
+    "RegistryDamagedError",
     "RegistryError",
+    "RegistryFullError",
     "RegistryReadOnlyError",
+    "RegistryUnwritableError",
     "SchemaTooNewError",
     "SortKey",
     "check_name",
@@ -78,6 +85,7 @@ __all__ = [
     "parse_reference",
     "printable",
     "registry_url",
+    "uncatalogued",
 ]
 
 

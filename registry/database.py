@@ -6,10 +6,12 @@ locks the one row of the schema's version table. So a writer never works on fact
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,44 @@ from sqlalchemy import Connection, CursorResult, Engine, create_engine, event, e
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.pool import NullPool, StaticPool
 
-from registry.errors import RegistryBusyError, RegistryError, RegistryReadOnlyError
+from registry import notices
+from registry.errors import (
+    RegistryBusyError,
+    RegistryDamagedError,
+    RegistryError,
+    RegistryFullError,
+    RegistryReadOnlyError,
+)
 from registry.json_text import json_text, json_value
 from registry.names import printable
+from registry.reserve import is_full
 from registry.schema import version_table
+from registry.waiting import holder
+
+BUSY_SECONDS = 60.0
+"""How long a writer waits for another one."""
+
+SILENT_SECONDS = 3.0
+"""How long it waits without a word."""
 
 _WRITES = "registry_writes"
+_LOCK_NOT_AVAILABLE = "55P03"
+"""PostgreSQL's code of a lock that was not free within `lock_timeout`."""
 
 
 class Database:
-    """One catalogue's database. `where` names it in errors and never shows a password.
+    """One catalogue's database. `where` names it in errors and never shows a password; `path` is its file, if it is one.
 
     Threads may share it: each has its own transaction.
     """
 
-    def __init__(self, engine: Engine, where: str, *, read_only: bool = False) -> None:
+    def __init__(self, engine: Engine, where: str, path: Path | None, *, read_only: bool = False,
+                 busy_timeout: float = BUSY_SECONDS) -> None:  # fmt: skip
         self.engine = engine
         self.where = where
+        self.path = path
         self.read_only = read_only
+        self._busy_timeout = busy_timeout
         self._thread = threading.local()
 
     @contextmanager
@@ -44,7 +66,7 @@ class Database:
         if outer is not None:
             yield outer
             return
-        with translated(self.where), self.engine.connect() as connection, connection.begin():
+        with translated(self.where, self.path), self.engine.connect() as connection, connection.begin():
             self._thread.reader = connection
             try:
                 yield connection
@@ -63,10 +85,10 @@ class Database:
                 f"the registry {self.where} was opened for reading only; open it for writing to change it"
             )
         callbacks: list[Callable[[], None]] = []
-        with translated(self.where), write_transaction(self.engine) as connection:
+        with translated(self.where, self.path), write_transaction(self.engine) as connection:
             self._connection, self._thread.callbacks = connection, callbacks
             try:
-                connection.execute(select(version_table.c.version_num).with_for_update())
+                self._stand_in_line(connection)
                 yield connection
             finally:
                 self._connection = None
@@ -79,6 +101,25 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+    def _stand_in_line(self, connection: Connection) -> None:
+        """Locks the row that every writer locks; in SQLite the transaction has begun with the lock."""
+        lock = select(version_table.c.version_num).with_for_update()
+        if connection.dialect.name != "postgresql":
+            connection.execute(lock)
+            return
+        silent = min(SILENT_SECONDS, self._busy_timeout)
+        for seconds in (silent, self._busy_timeout - silent):
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, int(seconds * 1000))}")
+            try:
+                with connection.begin_nested():
+                    connection.execute(lock)
+            except exc.OperationalError as error:
+                if seconds != silent or getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                    raise
+                notices.say(waiting_for("another process", self.where, self._busy_timeout))
+            else:
+                return
 
     @property
     def _connection(self) -> Connection | None:
@@ -145,8 +186,11 @@ def shown_url(url: URL) -> str:
     return printable(str(path) if path is not None else url.render_as_string(hide_password=True), longest=400)
 
 
-def make_engine(url: URL, *, read_only: bool, busy_timeout: float) -> Engine:
-    """An engine that opens one connection a transaction. `busy_timeout` is in seconds, and for SQLite alone.
+def make_engine(url: URL, *, read_only: bool, busy_timeout: float, exclusive: bool = False) -> Engine:
+    """An engine that opens one connection a transaction.
+
+    `busy_timeout` is in seconds, and for SQLite alone, as is `exclusive`: nobody else may have the file open, and the
+    index of its log is kept in memory.
 
     Raises RegistryError where the database's driver is not installed or the URL names none.
     """
@@ -168,37 +212,65 @@ def make_engine(url: URL, *, read_only: bool, busy_timeout: float) -> Engine:
             f"the registry URL {shown_url(url)} cannot be used ({_first_line(error)}); write it as SQLAlchemy does"
         ) from None
     if sqlite:
-        _set_up_sqlite(engine, read_only=read_only)
+        _set_up_sqlite(engine, url, busy_timeout, read_only=read_only, exclusive=exclusive)
     return engine
 
 
-def _set_up_sqlite(engine: Engine, *, read_only: bool) -> None:
+def _set_up_sqlite(engine: Engine, url: URL, busy_timeout: float, *, read_only: bool, exclusive: bool) -> None:
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, record: object) -> None:
         connection.isolation_level = None  # the driver begins nothing by itself: `began` does
         connection.execute("PRAGMA foreign_keys = ON")
+        if exclusive:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         if read_only:
             connection.execute("PRAGMA query_only = ON")
 
     @event.listens_for(engine, "begin")
     def began(connection: Connection) -> None:
-        writes = connection.get_execution_options().get(_WRITES)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        if connection.get_execution_options().get(_WRITES):
+            _begin_to_write(connection, shown_url(url), database_file(url), busy_timeout)
+        else:
+            connection.exec_driver_sql("BEGIN")
+
+
+def _begin_to_write(connection: Connection, where: str, path: Path | None, busy_timeout: float) -> None:
+    """Takes SQLite's write lock; after some seconds it is said for whom this waits."""
+    silent = min(SILENT_SECONDS, busy_timeout)
+    for seconds in (silent, busy_timeout - silent):
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        except exc.OperationalError as error:
+            if seconds != silent or primary_code(error.orig) != sqlite3.SQLITE_BUSY:
+                raise
+            if busy_timeout > silent:
+                notices.say(waiting_for(holder(path), where, busy_timeout))
+        else:
+            return
+
+
+def waiting_for(whom: str, where: str, busy_timeout: float) -> str:
+    """What a writer says that waits for another one."""
+    return f"waiting for {whom}, which is writing to the registry {where}; for {busy_timeout:.0f} seconds at most"
 
 
 @contextmanager
-def translated(where: str) -> Iterator[None]:
-    """Turns what the database and its driver raise into a RegistryError of one sentence that names `where`."""
+def translated(where: str, path: Path | None = None) -> Iterator[None]:
+    """Turns what the database and its driver raise into a RegistryError of one sentence that names `where`.
+
+    `path` is the database's file, if it is one: what fails there may fail because the disk is full.
+    """
     try:
         yield
     except exc.DBAPIError as error:
-        raise _as_registry_error(error.orig, where) from error
+        raise _as_registry_error(error.orig, where, path) from error
     except exc.StatementError as error:
         if isinstance(error.orig, RegistryError):  # a column type refused a value
             raise error.orig from None
-        raise _as_registry_error(error.orig, where) from error
+        raise _as_registry_error(error.orig, where, path) from error
     except (sqlite3.Error, exc.SQLAlchemyError) as error:
-        raise _as_registry_error(error, where) from error
+        raise _as_registry_error(error, where, path) from error
 
 
 def primary_code(error: BaseException | None) -> int | None:
@@ -207,29 +279,32 @@ def primary_code(error: BaseException | None) -> int | None:
     return None if code is None else int(code) & 0xFF
 
 
-def _as_registry_error(error: BaseException | None, where: str) -> RegistryError:
-    match primary_code(error):
+def _as_registry_error(error: BaseException | None, where: str, path: Path | None) -> RegistryError:
+    code = primary_code(error)
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and path is not None and is_full(path.parent):
+        code = sqlite3.SQLITE_FULL  # SQLite calls a file that cannot grow an input/output error
+    if code == sqlite3.SQLITE_CANTOPEN and path is not None and _is_read_only(path):
+        code = sqlite3.SQLITE_READONLY  # of its own files beside the database, which cannot be made
+    match code:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            return RegistryBusyError(
-                f"the registry {where} is busy: another process is writing to it; try again when it is done"
-            )
+            return _busy(holder(path), where)
         case sqlite3.SQLITE_READONLY:
             return RegistryReadOnlyError(
                 f"the registry {where} cannot be written; give yourself write permission on the file and its folder, "
                 "or set LORATOOL_HOME to a folder of your own"
             )
         case sqlite3.SQLITE_NOTADB:
-            return RegistryError(
+            return RegistryDamagedError(
                 f"the registry {where} is not a database; move that file away, or set LORATOOL_HOME to another folder"
             )
         case sqlite3.SQLITE_CORRUPT:
-            return RegistryError(
+            return RegistryDamagedError(
                 f"the registry {where} is damaged ({_first_line(error)}); put a backup in its place, "
                 "or rescue its rows with SQLite's own '.recover'"
             )
         case sqlite3.SQLITE_FULL:
-            return RegistryError(
-                f"the disk of the registry {where} is full; nothing was changed: free some space and try again"
+            return RegistryFullError(
+                f"the disk of the registry {where} is full; nothing was changed there: free some space and try again"
             )
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
             return RegistryError(
@@ -238,17 +313,28 @@ def _as_registry_error(error: BaseException | None, where: str) -> RegistryError
             )
         case sqlite3.SQLITE_IOERR:
             return RegistryError(
-                f"the disk of the registry {where} failed ({_first_line(error)}); check its space and health, "
-                "then try again"
+                f"the disk of the registry {where} failed ({_first_line(error)}); check its health, then try again"
             )
         case sqlite3.SQLITE_CONSTRAINT:
             return RegistryError(
                 f"the registry {where} refused an entry ({_first_line(error)}); run 'loratool doctor' and try again"
             )
         case _:
+            if getattr(error, "sqlstate", None) == _LOCK_NOT_AVAILABLE:
+                return _busy("another process", where)
             return RegistryError(
                 f"the registry {where} failed ({_first_line(error)}); check the database and its URL, then try again"
             )
+
+
+def _is_read_only(path: Path) -> bool:
+    """Whether the file can be read, and either it or its folder cannot be written."""
+    may = partial(os.access, effective_ids=True)
+    return may(path, os.R_OK) and not (may(path, os.W_OK) and may(path.parent, os.W_OK))
+
+
+def _busy(whom: str, where: str) -> RegistryBusyError:
+    return RegistryBusyError(f"the registry {where} is busy: {whom} is writing to it; try again when it is done")
 
 
 def _first_line(error: BaseException | None) -> str:

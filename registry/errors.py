@@ -33,8 +33,20 @@ class RegistryBusyError(RegistryError):
     """Another process held the database for longer than the busy timeout."""
 
 
-class RegistryReadOnlyError(RegistryError):
-    """The database or its folder cannot be written."""
+class RegistryUnwritableError(RegistryError):
+    """Nothing can be written to the catalogue now; what only needs to be noted there is done without it."""
+
+
+class RegistryReadOnlyError(RegistryUnwritableError):
+    """The database, the store or their folder cannot be written."""
+
+
+class RegistryFullError(RegistryUnwritableError):
+    """The disk of the database or of the store is full."""
+
+
+class RegistryDamagedError(RegistryError):
+    """The database is no database, or parts of it cannot be read."""
 
 
 class SchemaTooNewError(RegistryError):

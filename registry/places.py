@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from registry.errors import RegistryError
+from registry.names import printable
+
 DATABASE_NAME = "registry.db"
 STORE_NAME = "store"
 
@@ -21,13 +24,40 @@ def is_gone(path: Path) -> bool:
 
 
 def home() -> Path:
-    """The home folder: `LORATOOL_HOME`, else the platform's user data folder. Absolute; it may not exist yet."""
+    """The home folder: `LORATOOL_HOME`, else the platform's user data folder. Absolute; it may not exist yet.
+
+    Raises RegistryError where it cannot be known: no such user's home, no HOME, no working folder.
+    """
     named = os.environ.get("LORATOOL_HOME")
     if named:
-        return Path(named).expanduser().absolute()
+        return _absolute(named)
     import platformdirs
 
-    return platformdirs.user_data_path("loratool", appauthor=False)
+    try:
+        found = platformdirs.user_data_path("loratool", appauthor=False)
+    except RuntimeError:
+        found = Path("~")
+    if not found.is_absolute():
+        raise RegistryError(
+            "there is no home folder to keep the catalogue in: HOME is not set, and this user has none; "
+            "set LORATOOL_HOME to a folder"
+        )
+    return found
+
+
+def _absolute(named: str) -> Path:
+    """The folder that LORATOOL_HOME names."""
+    try:
+        return Path(named).expanduser().absolute()
+    except RuntimeError:
+        raise RegistryError(
+            f"LORATOOL_HOME is '{printable(named)}', and there is no such home folder; set it to another folder"
+        ) from None
+    except FileNotFoundError:
+        raise RegistryError(
+            f"LORATOOL_HOME is '{printable(named)}', seen from a working folder that was deleted; "
+            "change to another folder, or set it to a path that begins with '/'"
+        ) from None
 
 
 def registry_url() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,9 +101,14 @@ class AdapterSummary:
     created_at: datetime
 
     @property
+    def is_catalogued(self) -> bool:
+        """Whether the catalogue has it; what was made while nothing could be written there has version 0."""
+        return self.version > 0
+
+    @property
     def reference(self) -> str:
-        """`name@version`."""
-        return f"{self.name}@{self.version}"
+        """`name@version`; the name alone of one that is not in the catalogue."""
+        return f"{self.name}@{self.version}" if self.is_catalogued else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +121,14 @@ class AdapterRecord(AdapterSummary):
     metrics: dict[str, Any] | None
     config: dict[str, Any] | None
     locations: tuple[Location, ...]
+
+
+def uncatalogued(name: str, facts: AdapterFacts) -> AdapterRecord:
+    """An adapter's facts in the form of an entry, for one that the catalogue does not have."""
+    known = {field: getattr(facts, field) for field in AdapterFacts.__dataclass_fields__}
+    return AdapterRecord(
+        **known, id=0, name=name, version=0, base=None, tags=(), created_at=datetime.now(UTC), locations=()
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from registry.errors import RegistryError
+from registry.errors import RegistryError, RegistryFullError, RegistryReadOnlyError
 from registry.names import printable
 from registry.places import DATABASE_NAME, is_gone
 
@@ -327,9 +327,11 @@ def _fsync_folder(folder: Path) -> None:
 def _disk_error(error: OSError, where: Path) -> RegistryError:
     shown = printable(str(where), 400)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RegistryError(f"no space is left for '{shown}'; nothing was catalogued: free some and try again")
+        return RegistryFullError(
+            f"the disk of '{shown}' is full; nothing was catalogued: free some space and try again"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return RegistryError(
+        return RegistryReadOnlyError(
             f"'{shown}' cannot be written ({error.strerror}); give yourself write permission, or set LORATOOL_HOME"
         )
     return RegistryError(f"the store failed at '{shown}' ({error.strerror}); check the disk and try again")

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -74,7 +75,8 @@ class DigestCache:
             temporary.write_text(json.dumps({"file": identity, "digests": dict(digests)}))
             temporary.replace(entry)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _entry(self, file: Path) -> Path:
         return self.folder / f"{blake3(os.fsencode(file.resolve())).hexdigest()[:32]}.json"

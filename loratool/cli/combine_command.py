@@ -8,7 +8,17 @@ import click
 
 from loratool.cli.merge_command import parse_spec
 from loratool.cli.options import PathType, alpha_option, example, json_option
-from loratool.cli.rendering import ProgressBar, percent, print_facts, print_json, print_notes, shown, shown_path, size
+from loratool.cli.rendering import (
+    ProgressBar,
+    catalogued,
+    percent,
+    print_facts,
+    print_json,
+    print_notes,
+    shown,
+    shown_path,
+    size,
+)
 from loratool.ranks.methods import METHODS, Method
 
 
@@ -78,12 +88,17 @@ def command(
     print_facts(
         [
             ("written to", shown_path(result.out)),
-            ("catalogued", record.reference),
+            ("catalogued", catalogued(record)),
             ("rank", str(record.rank)),
             ("lost", "" if result.error is None else f"{percent(result.error)} of the exact sum (Frobenius norm)"),
             ("seed", "" if result.recipe.seed is None else str(result.recipe.seed)),
             ("size", f"{size(record.size_bytes)} {record.dtype}"),
-            ("next", f"loratool merge {shlex.quote(record.name)} --into {record.base}" if record.base else ""),
+            (
+                "next",
+                f"loratool merge {shlex.quote(record.name)} --into {record.base}"
+                if record.is_catalogued and record.base
+                else "",
+            ),
         ]
     )
     print_notes(result.notes)

@@ -9,6 +9,7 @@ import click
 from loratool.cli.options import PathType, example, force_option, json_option
 from loratool.cli.rendering import (
     ProgressBar,
+    catalogued,
     counted,
     listed,
     percent,
@@ -86,7 +87,7 @@ def command(
     print_facts(
         [
             ("written to", shown_path(result.out)),
-            ("catalogued", record.reference),
+            ("catalogued", catalogued(record)),
             ("targets", f"{targets(record.target_modules)}  ({counted(len(found.ranks), 'module')}{unchanged})"),
             ("rank", f"{ranks[0]} to {ranks[-1]}" if ranks[1:] else f"{ranks[0]}"),
             ("error", f"{percent(found.error)} of the difference (Frobenius norm), measured on the factors"),
@@ -96,7 +97,12 @@ def command(
             ),
             ("kept whole", listed([shown(module) for module in found.kept_modules])),
             ("size", f"{size(record.size_bytes)} {record.dtype}"),
-            ("next", f"loratool merge {shlex.quote(record.name)} --into {record.base}" if record.base else ""),
+            (
+                "next",
+                f"loratool merge {shlex.quote(record.name)} --into {record.base}"
+                if record.is_catalogued and record.base
+                else "",
+            ),
         ]
     )
     print_notes(result.notes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from loratool.cli.options import PathType, alpha_option, example, force_option, json_option
-from loratool.cli.rendering import counted, print_facts, print_json, print_notes, shown, shown_path, size
+from loratool.cli.rendering import catalogued, counted, print_facts, print_json, print_notes, shown, shown_path, size
 
 if TYPE_CHECKING:
     from loratool.library.prune import PruneResult
@@ -83,7 +83,7 @@ def _print_result(result: PruneResult) -> None:
     print_facts(
         [
             ("written to", shown_path(result.out)),
-            ("catalogued", f"{record.reference}, {record.kind}"),
+            ("catalogued", f"{catalogued(record)}, {record.kind}"),
             ("kept", f"{result.total:,} of {counted(result.before, 'rank')}"),
             ("ranks", f"{min(result.ranks.values())} to {max(result.ranks.values())}"),
             ("rank 0", counted(gone, "module") if gone else ""),

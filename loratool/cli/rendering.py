@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+    from registry import AdapterSummary
+
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout and nothing else. In ASCII: no name can drive a terminal or break an encoding."""
@@ -126,6 +128,11 @@ def shown(text: str) -> str:
     from loratool.errors import printable
 
     return printable(text)
+
+
+def catalogued(record: AdapterSummary) -> str:
+    """The reference of an adapter's entry, or that it has none."""
+    return record.reference if record.is_catalogued else "no"
 
 
 def ranks(kind: str, rank: int | None) -> str:

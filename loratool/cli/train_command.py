@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
@@ -262,8 +263,11 @@ def _print_result(result: TrainResult) -> None:
             ("picture", "" if result.plot is None else shown_path(result.plot)),
         ]
     )  # fmt: skip
-    name = shown(record.name)
-    click.echo(f"\nNext: loratool show {name}\n      loratool merge {name} --into {shown(result.base)}")
+    name, base = shown(record.name), shown(result.base)
+    if record.is_catalogued:
+        click.echo(f"\nNext: loratool show {name}\n      loratool merge {name} --into {base}")
+    else:
+        click.echo(f"\nNext: loratool merge {shlex.quote(shown_path(result.out))} --into {base}")
 
 
 def _rank(record: AdapterRecord) -> str:

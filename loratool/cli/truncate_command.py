@@ -9,6 +9,7 @@ import click
 from loratool.cli.options import PathType, alpha_option, example, force_option, json_option
 from loratool.cli.rendering import (
     ProgressBar,
+    catalogued,
     percent,
     print_facts,
     print_json,
@@ -128,7 +129,7 @@ def _print_results(results: tuple[TruncateResult, ...]) -> None:
     print_facts(
         [
             ("written to", shown_path(first.out)),
-            ("catalogued", first.record.reference),
+            ("catalogued", catalogued(first.record)),
             ("rank", _rank(first)),
             ("alpha", f"{first.record.alpha:g}"),
             ("error", "" if first.error is None else f"{percent(first.error)} of the update's Frobenius norm"),

@@ -6,6 +6,7 @@ import fnmatch
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +64,8 @@ class HeaderCache:
             draft.write_bytes(text)
             draft.replace(self._entry(file))
         except OSError:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     def _entry(self, file: HubFile) -> Path:
         return self.folder / f"{file.sha256 or file.blob_id}.json"

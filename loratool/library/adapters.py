@@ -215,19 +215,29 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
     """
-    from loratool.library.owner import find_owner
-
-    base_model = base_model or adapter.base_model
-    owner, notes = find_owner(adapter, base, base_model, catalogue)
+    facts, owner, notes = facts_of(adapter, catalogue, base=base, base_model=base_model)
     files: dict[str, Path | bytes] = {
         "adapter_model.safetensors": adapter.file,
         "adapter_config.json": _json_bytes(adapter.config),
     }
     if adapter.facts:
         files["loratool.json"] = _json_bytes(adapter.facts)
-    facts = replace(_facts(adapter, owner), base_model=base_model)
     with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
         yield StagedEntry(catalogue, facts, owner, staged, adapter.notes, tuple(notes))
+
+
+def facts_of(adapter: Adapter, catalogue: Registry, *, base: str | None = None,
+             base_model: str | None = None) -> tuple[AdapterFacts, BaseRecord | None, list[str]]:  # fmt: skip
+    """What the catalogue is to know of an adapter, the catalogued base that it belongs to, and notes on how that was found.
+
+    Raises:
+        LoratoolError, registry.RegistryError: it does not fit `base`.
+    """
+    from loratool.library.owner import find_owner
+
+    base_model = base_model or adapter.base_model
+    owner, notes = find_owner(adapter, base, base_model, catalogue)
+    return replace(_facts(adapter, owner), base_model=base_model), owner, notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,6 +423,7 @@ def adapter_json(record: AdapterSummary) -> dict[str, Any]:
     value = {key: item for key, item in asdict(record).items() if key not in {"id", "locations"}}
     value["created_at"] = record.created_at.isoformat()
     value["tags"] = list(record.tags)
+    value["version"] = record.version or None
     return value
 
 

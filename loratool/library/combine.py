@@ -96,7 +96,7 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
     chosen = check_name(default_name(target) if name is None else name, "adapter")
     specs = [with_weight(spec) for spec in adapters]
     watcher = progress or Silent()
-    with open_registry(registry) as catalogue:
+    with open_registry(registry, read_only=True) as catalogue:
         found = [resolve_at_rank(given, catalogue, alpha) for given, _ in specs]
         refuse_overlap(target, [parent.adapter.file for parent in found])
         refuse_existing(target, force=force)

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.formats.write import staged_adapter
-from loratool.library.adapters import AddResult, name_from, staged_entry
+from loratool.library.adapters import AddResult, facts_of, name_from, staged_entry
 from loratool.library.resolve import ResolvedAdapter, exists, user_path
-from registry import AdapterRecord, Registry
+from registry import AdapterRecord, Registry, RegistryUnwritableError, uncatalogued
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, ori
     """Write new adapters, and catalogue them as children of what they came from: all of them, or none.
 
     Their entries and lineage are one transaction, and the files get their final names at its end: whatever fails before
-    leaves nothing. A kill between the names and the commit leaves whole files that are not catalogued.
+    leaves nothing. A kill between the names and the commit leaves whole files that are not catalogued. Where nothing can be
+    written to the catalogue, on a full disk or in somebody else's home, the files are written all the same, with a note.
 
     Args:
         children: each with an output of its own.
@@ -74,17 +76,28 @@ def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, ori
         LoratoolError: an output exists or cannot be written, or an adapter does not fit `base`.
         registry.RegistryError: the catalogue cannot take one.
     """
-    with ExitStack() as outputs, ExitStack() as stages:
-        entries = []
-        for child in children:
-            written = outputs.enter_context(staged_adapter(child.adapter, child.out, force=force))
-            entries.append(stages.enter_context(staged_entry(replace(written, name=child.name), catalogue, base=base)))
-        with catalogue.writing():
-            added = [entry.add(child.name) for entry, child in zip(entries, children, strict=True)]
-            for result, child in zip(added, children, strict=True):
-                _record_lineage(result.record, origins, catalogue, operation, child.details)
-            outputs.close()
+    with ExitStack() as outputs:
+        written = [
+            replace(outputs.enter_context(staged_adapter(child.adapter, child.out, force=force)), name=child.name)
+            for child in children
+        ]
+        try:
+            with catalogue.for_writing() as writable, ExitStack() as stages:
+                entries = [stages.enter_context(staged_entry(adapter, writable, base=base)) for adapter in written]
+                with writable.writing():
+                    added = [entry.add(child.name) for entry, child in zip(entries, children, strict=True)]
+                    for result, child in zip(added, children, strict=True):
+                        _record_lineage(result.record, origins, writable, operation, child.details)
+                    outputs.close()
+        except RegistryUnwritableError as error:
+            added = [_not_catalogued(adapter, catalogue, base, error) for adapter in written]
     return added
+
+
+def _not_catalogued(adapter: Adapter, catalogue: Registry, base: str | None, error: Exception) -> AddResult:
+    facts, _, notes = facts_of(adapter, catalogue, base=base)
+    problem = f"{quoted(adapter.name)} is written, and the catalogue does not know of it: {error}"
+    return AddResult(uncatalogued(adapter.name, facts), False, (*adapter.notes, *notes, problem))
 
 
 def _record_lineage(

@@ -91,7 +91,7 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
     target = user_path(out)
     chosen = check_name(default_name(target) if name is None else name, "adapter")
     watcher, wanted = progress or Silent(), Wanted(rank, energy)
-    with open_registry(registry) as catalogue, ExitStack() as held:
+    with open_registry(registry, read_only=True) as catalogue, ExitStack() as held:
         models = [resolve_base(given, catalogue, watcher) for given in (tuned, base)]
         refuse_overlap(target, [model.path for model in models])
         refuse_existing(target, force=force)

@@ -22,7 +22,7 @@ from loratool.hub.bases import (
 from loratool.hub.repository import Snapshot, look, remember
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import digest_cache, exists
-from registry import BaseRecord, Registry, RegistryReadOnlyError, home
+from registry import BaseRecord, Registry, RegistryUnwritableError, home
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def obtain(record: BaseRecord, catalogue: Registry, progress: Progress | None = 
     try:
         with catalogue.for_writing() as writable:
             return writable.bases.update(record.name, path=path, fingerprint=found)
-    except RegistryReadOnlyError:
+    except RegistryUnwritableError:
         return replace(record, path=path, fingerprint=found)
 
 

@@ -159,7 +159,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
     started = time.monotonic()
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
-    with open_registry(registry, read_only=dry_run) as catalogue:
+    with open_registry(registry, read_only=True) as catalogue:
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         if into is None:
             into = owner_of_all(resolved, catalogue)
@@ -412,9 +412,11 @@ def _survival_notes(survival: Survival | None) -> tuple[str, ...]:
 
 
 def _recorded(result: MergeResult, catalogue: Registry, *, in_place: bool) -> MergeResult:
-    """The result, once the catalogue knows of it. The model is written by now, so a catalogue that is busy is a note."""
+    """The result, once the catalogue knows of it. The model is written by now: a catalogue that is busy, full or somebody
+    else's is a note."""
     try:
-        _record(result, catalogue, in_place=in_place)
+        with catalogue.for_writing() as writable:
+            _record(result, writable, in_place=in_place)
     except RegistryError as error:
         return replace(
             result, notes=(*result.notes, f"the merge is done but the catalogue does not know of it: {error}")

@@ -99,7 +99,7 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
         raise LoratoolError(f"{quoted(as_)} is no kind to prune to; give adalora or lora")
     if out is not None and not os.fspath(out):
         raise OutputError("the output's path is empty; give --out a folder or file")
-    with open_registry(registry) as catalogue:
+    with open_registry(registry, read_only=True) as catalogue:
         source = resolve_adapter(adapter, catalogue, alpha)
         target = default_output(source, adapter, limit.suffix) if out is None else user_path(out)
         chosen = check_name(default_name(target) if name is None else name, "adapter")

@@ -100,7 +100,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
     storage = _storage(blocksize, compute_dtype, double_quant=double_quant)
     if name is not None:
         check_name(name, "base")
-    with open_registry(registry, read_only=dry_run) as catalogue:
+    with open_registry(registry, read_only=True) as catalogue:
         source = resolve_base(base, catalogue, watcher, download=not dry_run)
         refuse_no_text([source.path])
         target = beside_base(source, f"{source.name}-nf4") if out is None else user_path(out)
@@ -174,16 +174,17 @@ def _catalogued(name: str | None, source: ResolvedBase, out: Path, report: Merge
     if chosen is None or not is_name(chosen):
         return None, ()
     try:
-        added = add_variant(
-            catalogue,
-            chosen,
-            out,
-            plan.base,
-            fingerprint=report.manifest.fingerprint,
-            variant_of=source.name if is_known else None,
-            size_bytes=plan.layout.nbytes,
-            dtype="nf4",
-        )
+        with catalogue.for_writing() as writable:
+            added = add_variant(
+                writable,
+                chosen,
+                out,
+                plan.base,
+                fingerprint=report.manifest.fingerprint,
+                variant_of=source.name if is_known else None,
+                size_bytes=plan.layout.nbytes,
+                dtype="nf4",
+            )
     except RegistryError as error:
         return None, (f"the model is written but not catalogued: {error}",)
     return added.name, ()

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from loratool.errors import LoratoolError, quoted
-from loratool.library.adapters import adapter_json
+from loratool.formats.read import read_adapter
+from loratool.library.adapters import adapter_json, facts_of
 from loratool.library.merge import hold, refuse_overlap
 from loratool.library.resolve import exists, open_registry, user_path
 from loratool.library.training_inputs import prepare, read_inputs
@@ -22,7 +23,7 @@ from loratool.library.training_run import RunFolder, held, run_folder
 from loratool.training.model import quiet_libraries
 from loratool.training.processes import is_first
 from loratool.training.recipe import Choices, Recipe, checked, differences, flag
-from registry import AdapterRecord, Registry, check_name
+from registry import AdapterRecord, Registry, check_name, uncatalogued
 
 if TYPE_CHECKING:
     from loratool.training.checkpoints import TrainingState
@@ -77,7 +78,8 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
           **choices: Unpack[Choices]) -> TrainResult:  # fmt: skip
     """Train an adapter, write it, and catalogue it with its base's fingerprint, its recipe and its loss.
 
-    While it trains, its state is kept in ``runs/<name>`` in the home folder. A run that was interrupted or killed goes on
+    While it trains, its state is kept in ``runs/<name>`` in the home folder, or beside the output where nothing can be kept
+    there. A run that was interrupted or killed goes on
     from there with `resume`, and on a CPU ends with the bytes that it would have had.
 
     Args:
@@ -101,8 +103,8 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
     """
     check_name(name, "adapter")
     watcher: TrainProgress = progress or SilentTraining()
-    run = run_folder(name)
-    with open_registry(registry, read_only=not is_first()) as catalogue, held(run) if is_first() else nullcontext():
+    run = run_folder(name, user_path(out) if out else None)
+    with open_registry(registry, read_only=True) as catalogue, held(run) if is_first() else nullcontext():
         request = _request(run, base, data, out, device, choices, resume=resume, force=force)
         output = TrainingOutput(user_path(request["out"]), request["force"])
         if not resume:
@@ -129,7 +131,7 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
             record, picture, notes = published.record, published.picture, published.notes
         else:
             with open_registry(registry, read_only=True) as written:  # the first process may have made the catalogue
-                record, picture, notes = written.adapters.find(name), None, ()
+                record, picture, notes = _as_published(name, output.adapter, written), None, ()
         return TrainResult(
             output.adapter,
             output.log,
@@ -140,6 +142,12 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
             outcome,
             (*inputs.notes, *notes),
         )
+
+
+def _as_published(name: str, out: Path, catalogue: Registry) -> AdapterRecord:
+    """The entry that the first process made, or the facts of what it wrote where it could make none."""
+    versions = catalogue.adapters.versions(name)
+    return versions[-1] if versions else uncatalogued(name, facts_of(read_adapter(out), catalogue)[0])
 
 
 def _request(run: RunFolder, base: PathLike | None, data: PathLike | None, out: PathLike | None, device: str | None,

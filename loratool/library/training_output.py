@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -101,5 +101,8 @@ def _catalogued(training: Training, outcome: Outcome, inputs: TrainingInputs, ru
         drafted = training.adaptation.adapter(draft, run.name, config, facts)
         child = Child(drafted, output.adapter, run.name, {})
         (added,) = bring_up([child], catalogue, "train", (), base=base, force=output.force)
-    record = catalogue.adapters.update(added.record.reference, metrics=outcome.to_json())
+    if not added.record.is_catalogued:
+        return replace(added.record, metrics=outcome.to_json()), added.notes
+    with catalogue.for_writing() as writable:
+        record = writable.adapters.update(added.record.reference, metrics=outcome.to_json())
     return record, added.notes

@@ -1,4 +1,6 @@
-"""The folder of a run that is not finished: ``runs/<name>`` in the home folder, from which it can go on.
+"""The folder of a run that is not finished, from which it can go on: ``runs/<name>`` in the home folder.
+
+Where nothing can be kept in the home, on a full disk or in somebody else's, it is ``.<name>.loratool-run`` beside the output.
 
 It holds what was asked for (``run.json``), the last state that was kept and the log. It is held by a lock while a process
 trains in it, and removed when the adapter is written and catalogued.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +26,7 @@ from loratool.training.checkpoints import TrainingState, load_state, read_recipe
 from registry import home
 
 RUNS: Final = "runs"
+LEAST_FREE_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class RunFolder:
 
     name: str
     path: Path
+    out: Path | None = None
+    """The output beside which the folder is; None where it is in the home."""
 
     @property
     def log(self) -> Path:
@@ -100,7 +106,8 @@ class RunFolder:
     @property
     def how_to_go_on(self) -> str:
         """What to type."""
-        return f"'loratool train --name {self.name} --resume'"
+        where = "" if self.out is None else f" --out {shlex.quote(str(self.out))}"
+        return f"'loratool train --name {self.name} --resume{where}'"
 
     def begin(self, request: Mapping[str, Any]) -> None:
         """Forget what was kept, and record what is asked for now.
@@ -118,9 +125,22 @@ class RunFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def run_folder(name: str) -> RunFolder:
-    """The folder of the run of that name, whether it is there or not."""
-    return RunFolder(name, home() / RUNS / name)
+def run_folder(name: str, out: Path | None = None) -> RunFolder:
+    """The folder of the run of that name, whether it is there or not; `out` is where its adapter is to be."""
+    out = out or Path(f"{name}.safetensors")
+    in_home = RunFolder(name, home() / RUNS / name)
+    beside = RunFolder(name, out.absolute().parent / f".{name}.loratool-run", out)
+    if beside.request.exists() or not (in_home.request.exists() or _can_keep(in_home.path, beside.path)):
+        return beside
+    return in_home
+
+
+def _can_keep(path: Path, other: Path) -> bool:
+    """Whether a folder can be made at `path`, on a disk that is not full, or no fuller than that of `other`."""
+    nearest, beside = (next(folder for folder in each.parents if folder.is_dir()) for each in (path, other))
+    free = shutil.disk_usage(nearest).free
+    has_room = free >= LEAST_FREE_BYTES or free >= shutil.disk_usage(beside).free
+    return has_room and os.access(nearest, os.W_OK | os.X_OK)
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
         LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
     """
     cuts = _cuts(rank, energy, error)
-    with open_registry(registry) as catalogue:
+    with open_registry(registry, read_only=True) as catalogue:
         source = resolve_adapter(adapter, catalogue, alpha)
         law = _law(source.adapter, cuts, svd=svd, scaling=scaling)
         outs = [_output(out, source, adapter, cut.suffix, several=len(cuts) > 1) for cut in cuts]

@@ -34,7 +34,7 @@ from loratool.merging.unmerge import (
     unmerge_to,
 )
 from loratool.merging.verify import replay, replay_undo, verify_content
-from registry import Registry
+from registry import Registry, RegistryError
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
     if in_place and out is not None:
         raise LoratoolError("a merge is taken out either in place or to --out; give one of them")
     watcher = progress or Silent()
-    with open_registry(registry) as catalogue:
+    with open_registry(registry, read_only=True) as catalogue:
         path = resolve_merged(merged, catalogue)
         target = (
             path if in_place else user_path(out) if out else path.resolve().parent / f"{path.resolve().name}-unmerged"
@@ -147,11 +147,21 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
             ways = _ways(checkpoint, manifest, catalogue, device, watcher, approximate=approximate)
             report, notes = _by_the_first_that_works(ways, take_out, checkpoint, manifest)
         if in_place:
-            for record in catalogue.merges.of_output(path.absolute()):
-                if record.output_fingerprint == manifest.fingerprint and record.state in ("merged", "gone"):
-                    catalogue.merges.set_state(record.id, "unmerged")
+            notes += _record_unmerged(path, manifest, catalogue)
     restored = None if report.inexact else manifest.base_fingerprint
     return UnmergeResult(target, report.method, restored, report.inexact, (*notes, *report.notes))
+
+
+def _record_unmerged(path: Path, manifest: Manifest, catalogue: Registry) -> list[str]:
+    """Record that a merge was taken out in place. It is out by now, so a catalogue that cannot be written is a note."""
+    try:
+        with catalogue.for_writing() as writable:
+            for record in writable.merges.of_output(path.absolute()):
+                if record.output_fingerprint == manifest.fingerprint and record.state in ("merged", "gone"):
+                    writable.merges.set_state(record.id, "unmerged")
+    except RegistryError as error:
+        return [f"the merge is taken out, and the catalogue does not know of it: {error}"]
+    return []
 
 
 def _refuse_arithmetic(path: Path, *, in_place: bool, approximate: bool) -> None:

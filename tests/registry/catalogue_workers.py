@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
+from contextlib import closing
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 
 from catalogued import facts
 
 from registry import Registry
+from registry.places import DATABASE_NAME
 from registry.store import Store
 
 ROUNDS = 8
@@ -69,3 +72,13 @@ def stop_while_staging(home: Path, ready: Event) -> None:
         registry.store.stage(FILES)
         ready.set()
         signal.pause()
+
+
+def hold_the_lock(place: Path, ready: Event, done: Event) -> None:
+    """Hold the write lock of a SQLite file, or of the catalogue in a home, until it is `done`."""
+    file = place / DATABASE_NAME if place.is_dir() else place
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        ready.set()
+        assert done.wait(60)
+        connection.execute("ROLLBACK")

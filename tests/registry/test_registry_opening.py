@@ -196,11 +196,14 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(home: Path) -> Non
     assert file.read_bytes() == b"this is a text and nothing else\n" * 100
 
 
-def test_a_folder_in_the_place_of_the_database_is_refused(home: Path) -> None:
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_folder_in_the_place_of_the_database_is_refused(read_only: bool, home: Path) -> None:
     (home / DATABASE_NAME).mkdir(parents=True)
-    with pytest.raises(RegistryError) as raised:
-        Registry.open(home)
-    assert "cannot be opened" in one_sentence(raised.value)
+    with pytest.raises(RegistryError, match="is a folder") as raised:
+        Registry.open(home, read_only=read_only)
+    assert str(home / DATABASE_NAME) in one_sentence(raised.value)
+    with pytest.raises(RegistryError, match="is a folder"):
+        list_adapters(home)
 
 
 @pytest.mark.usefixtures("catalogue")
@@ -379,6 +382,33 @@ def test_the_home_is_the_one_in_the_environment(monkeypatch: pytest.MonkeyPatch,
     assert registry_url() is None
     monkeypatch.setenv("LORATOOL_REGISTRY", "sqlite://")
     assert registry_url() == "sqlite://"
+
+
+def test_a_home_that_nobody_has_is_an_error_of_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORATOOL_HOME", "~nosuchuser/loratool")
+    with pytest.raises(RegistryError, match="no such home folder") as raised:
+        home()
+    assert "LORATOOL_HOME" in one_sentence(raised.value)
+    monkeypatch.setenv("LORATOOL_HOME", "relative")
+    (tmp_path / "deleted").mkdir()
+    monkeypatch.chdir(tmp_path / "deleted")
+    (tmp_path / "deleted").rmdir()
+    with pytest.raises(RegistryError, match="was deleted") as raised:
+        home()
+    assert "LORATOOL_HOME" in one_sentence(raised.value)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_user_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(number: int) -> object:
+        raise KeyError(number)
+
+    for name in ("LORATOOL_HOME", "HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(RegistryError, match="HOME is not set") as raised:
+        home()
+    assert "LORATOOL_HOME" in one_sentence(raised.value)
 
 
 def imported_by(code: str, home: Path) -> set[str]:

@@ -1,0 +1,63 @@
+"""Who holds a SQLite file that another process waits for, as far as Linux tells."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from registry.names import printable
+
+_LOCKS = Path("/proc/locks")
+_WRITER = 120
+"""The byte of the file `-shm` that the one writer of a write-ahead-logged database locks (SQLite's WAL_WRITE_LOCK)."""
+
+
+def holder(file: Path | None) -> str:
+    """`process 1234 (loratool merge)`: who writes to the SQLite file now; `another process` where that is not known.
+
+    The locks are read from the kernel's list: opening and closing the file itself would drop this process's own.
+    """
+    process = None if file is None else _writer(file)
+    if process is None:
+        return "another process"
+    name = _command(process)
+    return f"process {process} ({name})" if name else f"process {process}"
+
+
+def _writer(file: Path) -> int | None:
+    """The process with the write lock: of the log's index, or without a log of the file itself."""
+    whole, index = _inode(file), _inode(file.with_name(f"{file.name}-shm"))
+    try:
+        lines = _LOCKS.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        # 1: POSIX  ADVISORY  WRITE 1234 08:01:123456 120 120
+        words = line.split()
+        if len(words) != 8 or words[1] not in ("POSIX", "OFDLCK") or words[3] != "WRITE":
+            continue
+        process, inode = int(words[4]), int(words[5].rpartition(":")[2])
+        last = _WRITER if words[7] == "EOF" else int(words[7])
+        holds = inode == whole or (inode == index and int(words[6]) <= _WRITER <= last)
+        if holds and process not in (os.getpid(), 0, -1):
+            return process
+    return None
+
+
+def _inode(file: Path) -> int | None:
+    try:
+        return file.stat().st_ino
+    except OSError:
+        return None
+
+
+def _command(process: int) -> str:
+    """The program and its first word, as `loratool merge`; empty where it cannot be read."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    shown = [Path(word).name for word in words if word and not word.startswith("-")]
+    if len(shown) > 1 and shown[0].startswith("python"):
+        shown = shown[1:]
+    return printable(" ".join(shown[:2]), 60)
