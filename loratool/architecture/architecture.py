@@ -1,0 +1,303 @@
+"""What is known of one model: the tables of its family, applied to its configuration and its tensors' names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from loratool.architecture.packing import Matrix, Packing
+from loratool.architecture.pattern import NUMBER, fill, numbers, template
+from loratool.architecture.renaming import Spelling
+from loratool.architecture.roles import BY_DIMENSIONS, Role
+from loratool.architecture.scope import Scope
+from loratool.architecture.tables import generic
+from loratool.architecture.view import WHOLE, View
+
+
+class Shaped(Protocol):
+    """A tensor, as far as its shape goes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a part of a parameter is: `own` of the parameter that was asked for is `view` of the parameter `name`."""
+
+    own: View
+    name: str
+    view: View
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of a model.
+
+    A parameter may be named as on disk, as in memory under transformers 4, or as in memory since transformers 5: the
+    methods take any of these. The last is its canonical name.
+
+    Attributes:
+        scope: what the tables say of it.
+        tensors: its tensors by the names that they have, on disk or in memory.
+    """
+
+    scope: Scope
+    tensors: Mapping[str, Shaped]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's configuration."""
+        return self.scope.config
+
+    # Names
+
+    def canonical(self, name: str) -> str:
+        """Return the name that transformers 5 gives a parameter in memory; the parts of a packed one keep names of their own."""
+        if NUMBER in name:
+            return name
+        before = template(name, self.scope.literals)
+        after = self._canonical.get(before)
+        if after is None:
+            after = self._canonical[before] = ".".join(self.scope.renamed(tuple(before.split("."))))
+        return name if after == before else fill(after, numbers(name, self.scope.literals))
+
+    def spelled(self, canonical: str, spelling: Spelling) -> str:
+        """Return the name that `spelling` gives the parameter whose canonical name this is."""
+        if spelling is Spelling.TRANSFORMERS_5 or NUMBER in canonical:
+            return canonical
+        before = template(canonical, self.scope.literals)
+        after = ".".join(self.scope.reverted(tuple(before.split(".")), spelling))
+        return fill(after, numbers(canonical, self.scope.literals))
+
+    # Roles
+
+    def role(self, parameter: str) -> Role:
+        """Return what a parameter is for; where its name says nothing, by the number of dimensions of its module's weight."""
+        module = module_of(parameter)
+        weight = self.tensors.get(parameter if module == parameter else f"{module}.weight")
+        key = template(parameter, self.scope.literals), None if weight is None else len(weight.shape)
+        found = self._roles.get(key)
+        if found is None:
+            found = self._roles[key] = self._role(template(self.canonical(parameter), self.scope.literals), key[1])
+        return found
+
+    def transposed(self, parameter: str) -> bool | None:
+        """Return whether a matrix is held as (in, out); None where no table says so.
+
+        An embedding is: its rows are what a linear layer makes of one-hot vectors.
+        """
+        if self.role(parameter) in (Role.TOKENS, Role.EMBEDDING):
+            return True
+        for scope, name in self._around(parameter):
+            if scope.family.transposed:
+                module = module_of(".".join(name))
+                return any(pattern.matches(module) for pattern in scope.family.transposed)
+        return None
+
+    def reads(self, parameter: str) -> str | None:
+        """Return what the linear layer of a parameter reads, such as ``attention input``; None if it is unknown."""
+        module = module_of(template(self.canonical(parameter)))
+        return next((what for pattern, what in generic().reads if pattern.matches(module)), None)
+
+    # Ties
+
+    @property
+    def declares_ties(self) -> bool | None:
+        """Whether the configuration says that the output head is tied to the input embedding; None if it says nothing.
+
+        Of a model with a text model inside, either may tie them. That the text model does not is no answer, since the whole has a
+        default of its own.
+        """
+        inside = self.config.get("text_config")
+        text = inside.get("tie_word_embeddings") if isinstance(inside, Mapping) else None
+        own = self.config.get("tie_word_embeddings")
+        return True if True in (own, text) else own if isinstance(own, bool) else None
+
+    @property
+    def ties_embeddings(self) -> bool | None:
+        """The same, with the default of the model's type where the configuration says nothing; None if no table knows it."""
+        declared = self.declares_ties
+        return self.scope.family.tie_word_embeddings if declared is None else declared
+
+    def tied(self, parameter: str) -> tuple[str, ...]:
+        """Return the canonical names of the other parameters that share the values of this one, sorted.
+
+        A checkpoint may lack them, or hold copies.
+        """
+        own = self.canonical(parameter)
+        found: set[str] = set()
+        waiting = [own]
+        while waiting:
+            name = waiting.pop()
+            if name not in found:
+                found.add(name)
+                waiting += self._partners(name)
+        return tuple(sorted(found - {own}))
+
+    # Matrices
+
+    def matrices(self, name: str, shape: Sequence[int] | None = None,
+                 spelling: Spelling = Spelling.TRANSFORMERS_5) -> tuple[Matrix, ...]:  # fmt: skip
+        """Return every matrix that a parameter holds: one, or several if it packs them.
+
+        Two parameters hold the same matrix if it has the same name. So an adapter finds its place in a checkpoint that packs its
+        matrices differently.
+
+        Args:
+            shape: of the parameter; by default that of the tensor with this name.
+            spelling: who names it so, where it matters: Qwen3-VL's experts are transposed on disk under the same name.
+        """
+        if shape is None and name in self.tensors:
+            shape = self.tensors[name].shape
+        canonical = tuple(self.canonical(name).split("."))
+        for packing, before, config in self._packings(canonical):
+            found = tuple(packing.matrices(before, canonical, shape or (), config, spelling))
+            if found:
+                return found
+        return (Matrix(".".join(canonical), View(transposed=bool(self.transposed(name)))),)
+
+    def is_reordered(self, matrix: str) -> bool:
+        """Return whether the checkpoint has the outputs of a matrix in another order than the model in memory."""
+        return any(
+            pattern.matches(module_of(".".join(name)))
+            for scope, name in self._around(matrix)
+            for pattern in scope.family.reordered
+        )
+
+    def in_memory(self, stored: str, spelling: Spelling = Spelling.TRANSFORMERS_5) -> tuple[Place, ...]:
+        """Return where the tensor `stored` of the checkpoint is in the model in memory.
+
+        A matrix whose outputs the checkpoint has in another order is left out.
+        """
+        return tuple(
+            Place(matrix.view, *self._holder(matrix, stored, spelling))
+            for matrix in self.matrices(stored, spelling=Spelling.STORED)
+            if matrix.name == stored or not self.is_reordered(matrix.name)
+        )
+
+    def on_disk(self, parameter: str, shape: Sequence[int]) -> tuple[Place, ...]:
+        """Return where a parameter of the model in memory is in the checkpoint.
+
+        What the checkpoint lacks is left out, as is a matrix whose outputs it has in another order.
+        """
+        stored = self.tensors.get(parameter)
+        if stored is not None and tuple(stored.shape) == tuple(shape):
+            return (Place(WHOLE, parameter, WHOLE),)
+        places = self._stored
+        return tuple(
+            Place(matrix.view, *places[matrix.name])
+            for matrix in self.matrices(parameter, shape)
+            if matrix.name in places
+        )
+
+    def _holder(self, matrix: Matrix, stored: str, spelling: Spelling) -> tuple[str, View]:
+        """The parameter in memory that holds a matrix of the tensor `stored`, and where."""
+        name = tuple(matrix.name.split("."))
+        shape = self._shape_of(matrix.view, stored)
+        for scope, _ in (*self.scope.around(name), (Scope(generic(), self.config, ()), name)):
+            for packing in scope.family.packed:
+                held = packing.holder(name, shape, scope.config, spelling)
+                if held is not None:
+                    return self.spelled(held.name, spelling), held.view
+        transposed = matrix.view.transposed if matrix.view.expert is None else False
+        return self.spelled(matrix.name, spelling), View(transposed=transposed)
+
+    def _shape_of(self, view: View, stored: str) -> tuple[int, ...]:
+        """The shape, outputs first, of the part of a tensor that a view means."""
+        shape = self.tensors[stored].shape if stored in self.tensors else ()
+        shape = shape if view.expert is None else shape[1:]
+        shape = shape[::-1] if view.transposed and len(shape) == 2 else shape
+        return (len(range(shape[0])[view.outputs]), *shape[1:]) if shape else ()
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[str, View]]:
+        """The tensor that holds each matrix, and where in it."""
+        return {
+            matrix.name: (name, matrix.view)
+            for name in self.tensors
+            for matrix in self.matrices(name, spelling=Spelling.STORED)
+            if matrix.name == name or not self.is_reordered(matrix.name)
+        }
+
+    @cached_property
+    def _canonical(self) -> dict[str, str]:
+        return {}
+
+    @cached_property
+    def _roles(self) -> dict[tuple[str, int | None], Role]:
+        return {}
+
+    def _around(self, parameter: str) -> Iterator[tuple[Scope, tuple[str, ...]]]:
+        return self.scope.around(tuple(template(self.canonical(parameter), self.scope.literals).split(".")))
+
+    def _role(self, canonical: str, dimensions: int | None) -> Role:
+        own = ((scope.family.roles, ".".join(name)) for scope, name in self.scope.around(tuple(canonical.split("."))))
+        for roles, name in (*own, (generic().roles, canonical)):
+            module = module_of(name)
+            for pattern, role in roles:
+                if pattern.matches(module) and (dimensions is None or role.fits(dimensions)):
+                    return role
+        if module_of(canonical) == canonical:
+            return Role.OTHER
+        return BY_DIMENSIONS.get(2 if dimensions is None else dimensions, Role.OTHER)
+
+    def _packings(self, name: tuple[str, ...]) -> Iterator[tuple[Packing, tuple[str, ...], Mapping[str, Any]]]:
+        """The packings that a parameter may be, what stands before it, and the configuration with its sizes."""
+        for scope, _ in (*self.scope.around(name), (Scope(generic(), self.config, ()), name)):
+            for packing in scope.family.packed:
+                before = packing.prefix(name)
+                if before is not None:
+                    yield packing, before, scope.config
+
+    def _partners(self, canonical: str) -> Iterator[str]:
+        name = tuple(canonical.split("."))
+        for scope, inside in (*self.scope.around(name), (Scope(generic(), self.config, ()), name)):
+            before = name[: len(name) - len(inside)]
+            for tie in scope.family.tied:
+                group = [".".join((*before, *other)) for other in tie.group(inside)]
+                if group and (tie.always or self.ties_embeddings) and group[0] in self._names:
+                    yield from group
+        if self.ties_embeddings:
+            yield from self._head_ties.get(canonical, ())
+
+    @cached_property
+    def _head_ties(self) -> dict[str, set[str]]:
+        """The input embeddings of each output head, and the reverse: those of the innermost model that has both."""
+        roles = {name: self.role(name) for name in self._names if name.endswith(".weight")}
+        tokens = [name for name, role in roles.items() if role is Role.TOKENS]
+        found: dict[str, set[str]] = {}
+        for head in (name for name, role in roles.items() if role is Role.HEAD):
+            common = {name: _common(head, name) for name in tokens}
+            for name in tokens:
+                if common[name] == max(common.values()):
+                    found.setdefault(head, set()).add(name)
+                    found.setdefault(name, set()).add(head)
+        return found
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        """The canonical names of the tensors."""
+        return frozenset(map(self.canonical, self.tensors))
+
+
+def architecture_of(config: Mapping[str, Any], tensors: Mapping[str, Shaped] | None = None) -> Architecture:
+    """Return what is known of a model with this ``config.json`` and these tensors.
+
+    Raises:
+        LoratoolError: the table of its family cannot be read.
+    """
+    return Architecture(Scope.of(config), tensors or {})
+
+
+def module_of(parameter: str) -> str:
+    """Return the name of the module that a weight or a bias belongs to; that of any other parameter is its own."""
+    return parameter.removesuffix(".weight") if parameter.endswith(".weight") else parameter.removesuffix(".bias")
+
+
+def _common(first: str, second: str) -> int:
+    """How many components two names begin with in common."""
+    pairs = enumerate(zip(first.split("."), second.split("."), strict=False))
+    return next((count for count, (one, other) in pairs if one != other), 0)

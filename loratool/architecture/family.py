@@ -1,0 +1,309 @@
+"""What is known of a family of models: one JSON file of the folder ``families``, read and checked.
+
+The keys of a file, all of them optional:
+
+``about``
+    What a reader should know.
+``models``
+    The ``model_type`` of each configuration that the file is about.
+``like``
+    Other families, by the names of their files, whose entries follow its own.
+``tie_word_embeddings``
+    Whether a configuration that does not say so ties the output head to the input embedding.
+``transposed``
+    Patterns of linear layers that store their weight as (in_features, out_features).
+``reordered``
+    Patterns of linear layers whose outputs the checkpoint has in another order than the model in memory.
+``roles``
+    A role (`Role`) to patterns of the modules that have it, and of the parameters that belong to no module of their own.
+    The first pattern that fits a name decides.
+``parts``
+    A key of the configuration that holds another configuration, to the places of that model among the modules.
+``stored``
+    Names on disk to names in memory, in every version of transformers that converts them. Each entry exchanges some
+    components of a name, once, in the order of the entries: anywhere in the name, or with ``^`` at its beginning.
+``since_5``
+    The same, of names that transformers 4 has in memory as they are on disk.
+``legacy``
+    The same, of names that only old checkpoints have.
+``packed``
+    For each parameter that holds several matrices: the ``parameter``, the names of its ``parts``, their ``sizes``,
+    whether they are ``interleaved`` or ``transposed``, and who has them ``packed_in`` one. The last three are true,
+    false, or a list of "stored", "transformers 4" and "transformers 5". ``in_features`` or ``out_features`` is a key of
+    the configuration by which the shape says how they lie. See `Packing`.
+``tied``
+    ``parameters`` that share their values, and whether they do so ``always``. See `Tie`.
+``reads``
+    What a linear layer reads, such as ``attention input``, to patterns of the layers that read it.
+``layers``
+    What a layer is made of, for counting parameters and memory without the weights.
+``same_part``
+    Lists of names that programs give to the same part of a model.
+``classes``
+    ``generating``: words in the names of classes that have an output head. ``headless``: words in those that have
+    another head in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from loratool.architecture.packing import Packing
+from loratool.architecture.pattern import Pattern, PatternError, parse_components
+from loratool.architecture.renaming import Renaming, Since, Spelling
+from loratool.architecture.roles import Role
+from loratool.architecture.ties import Tie
+from loratool.errors import LoratoolError, quoted
+
+MOST_ENTRIES: Final = 2000
+"""Entries that a list or a table may have at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The entries of one file, and after them those of the families that it is like. The attributes are the file's keys."""
+
+    name: str
+    models: tuple[str, ...] = ()
+    like: tuple[str, ...] = ()
+    tie_word_embeddings: bool | None = None
+    transposed: tuple[Pattern, ...] = ()
+    reordered: tuple[Pattern, ...] = ()
+    roles: tuple[tuple[Pattern, Role], ...] = ()
+    renamings: tuple[Renaming, ...] = ()
+    packed: tuple[Packing, ...] = ()
+    tied: tuple[Tie, ...] = ()
+    parts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    reads: tuple[tuple[Pattern, str], ...] = ()
+    layers: Mapping[str, str | int | bool] = field(default_factory=dict)
+    same_part: tuple[tuple[str, ...], ...] = ()
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def followed_by(self, other: Family) -> Family:
+        """Return the entries of both, these first."""
+        own_tie = self.tie_word_embeddings
+        return Family(
+            self.name,
+            self.models,
+            self.like,
+            other.tie_word_embeddings if own_tie is None else own_tie,
+            self.transposed + other.transposed,
+            self.reordered + other.reordered,
+            self.roles + other.roles,
+            self.renamings + other.renamings,
+            self.packed + other.packed,
+            self.tied + other.tied,
+            {**other.parts, **self.parts},
+            self.reads + other.reads,
+            {**other.layers, **self.layers},
+            self.same_part + other.same_part,
+            {**other.classes, **self.classes},
+        )
+
+    @property
+    def literals(self) -> frozenset[str]:
+        """Numbers that its names spell out, so that they are not those of any layer."""
+        return frozenset[str]().union(*(renaming.literals for renaming in self.renamings))
+
+
+def parse_family(content: Mapping[str, Any], name: str, source: str) -> Family:
+    """Check what a file holds; `source` is the file, for errors.
+
+    Raises:
+        LoratoolError: a key is unknown, or its value is not what the key takes.
+    """
+    table = _Table(content, "", source)
+    family = Family(
+        name,
+        models=table.texts("models"),
+        like=table.texts("like"),
+        tie_word_embeddings=table.flag("tie_word_embeddings", None),
+        transposed=tuple(table.parsed("transposed", Pattern.parse)),
+        reordered=tuple(table.parsed("reordered", Pattern.parse)),
+        roles=tuple(_roles(table)),
+        renamings=tuple(renaming for since in Since for renaming in _renamings(table, since)),
+        packed=tuple(map(_packing, table.tables("packed"))),
+        tied=tuple(map(_tie, table.tables("tied"))),
+        parts=_parts(table),
+        reads=tuple(_reads(table)),
+        layers=table.table("layers").plain(),
+        same_part=_same_part(table),
+        classes=_classes(table),
+    )
+    table.value("about")
+    table.refuse_others()
+    return family
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """An object of the file, and the keys of it that were asked for. Each method raises LoratoolError for a wrong value."""
+
+    content: Mapping[str, Any]
+    place: str
+    source: str
+    asked: set[str] = field(default_factory=set)
+
+    def refuse_others(self) -> None:
+        """Raise LoratoolError for a key that was not asked for."""
+        for key in self.content:
+            if key not in self.asked:
+                raise self.wrong(key, f"no such key; the keys are {', '.join(sorted(self.asked))}")
+
+    def wrong(self, key: str, reason: str) -> LoratoolError:
+        return LoratoolError(f"{quoted(self.place + key)} in {quoted(self.source)} is wrong: {reason}")
+
+    def value(self, key: str) -> Any:
+        self.asked.add(key)
+        return self.content.get(key)
+
+    def text(self, key: str) -> str:
+        value = self.value(key)
+        if not isinstance(value, str) or not value:
+            raise self.wrong(key, "it must be a text")
+        return value
+
+    def optional(self, key: str) -> str | None:
+        return None if self.value(key) is None else self.text(key)
+
+    def flag(self, key: str, default: bool | None) -> bool | None:
+        value = self.value(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(key, "it must be true or false")
+        return default if value is None else value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        value = self.value(key)
+        values = [] if value is None else value
+        if not isinstance(values, list) or not all(isinstance(each, str) and each for each in values):
+            raise self.wrong(key, "it must be a list of texts")
+        if len(values) > MOST_ENTRIES:
+            raise self.wrong(key, f"it has more than {MOST_ENTRIES} entries")
+        return tuple(values)
+
+    def parsed(self, key: str, parse: Callable[[str], Pattern]) -> Iterator[Pattern]:
+        for text in self.texts(key):
+            try:
+                yield parse(text)
+            except PatternError as error:
+                raise self.wrong(key, f"{quoted(text, 40)}: {error}") from None
+
+    def table(self, key: str) -> _Table:
+        value = self.value(key)
+        content = {} if value is None else value
+        if not isinstance(content, dict):
+            raise self.wrong(key, "it must be an object")
+        if len(content) > MOST_ENTRIES:
+            raise self.wrong(key, f"it has more than {MOST_ENTRIES} entries")
+        return _Table(content, f"{self.place}{key}.", self.source)
+
+    def tables(self, key: str) -> list[_Table]:
+        value = self.value(key)
+        values = [] if value is None else value
+        if not isinstance(values, list) or not all(isinstance(each, dict) for each in values):
+            raise self.wrong(key, "it must be a list of objects")
+        if len(values) > MOST_ENTRIES:
+            raise self.wrong(key, f"it has more than {MOST_ENTRIES} entries")
+        return [_Table(each, f"{self.place}{key}.", self.source) for each in values]
+
+    def plain(self) -> dict[str, str | int | bool]:
+        """All of it, where every value is a text, a whole number or a truth value."""
+        for key, value in self.content.items():
+            if not isinstance(value, str | int | bool):
+                raise self.wrong(key, "it must be a text, a whole number, true or false")
+        return dict(self.content)
+
+
+def _roles(table: _Table) -> Iterator[tuple[Pattern, Role]]:
+    roles = table.table("roles")
+    for key in roles.content:
+        role = next((role for role in Role if role.value == key), None)
+        if role is None:
+            raise roles.wrong(key, f"no such role; the roles are {', '.join(role.value for role in Role)}")
+        for pattern in roles.parsed(key, Pattern.parse):
+            yield pattern, role
+
+
+def _reads(table: _Table) -> Iterator[tuple[Pattern, str]]:
+    reads = table.table("reads")
+    for what in reads.content:
+        for pattern in reads.parsed(what, Pattern.parse):
+            yield pattern, what
+
+
+def _renamings(table: _Table, since: Since) -> Iterator[Renaming]:
+    names = table.table(since.value)
+    for old in names.content:
+        new = names.value(old)
+        if not isinstance(new, str):
+            raise names.wrong(old, "it must be a text")
+        try:
+            yield Renaming.parse(old, new, since)
+        except PatternError as error:
+            raise names.wrong(old, str(error)) from None
+
+
+def _packing(table: _Table) -> Packing:
+    try:
+        packing = Packing.parse(
+            table.text("parameter"),
+            table.texts("parts"),
+            table.texts("sizes"),
+            interleaved=_spellings(table, "interleaved", default=False),
+            transposed=_spellings(table, "transposed", default=False),
+            packed_in=_spellings(table, "packed_in", default=True),
+            in_features=table.optional("in_features"),
+            out_features=table.optional("out_features"),
+        )
+    except PatternError as error:
+        raise table.wrong("parts", str(error)) from None
+    table.refuse_others()
+    return packing
+
+
+def _spellings(table: _Table, key: str, *, default: bool) -> frozenset[Spelling]:
+    value = table.value(key)
+    if value is None or isinstance(value, bool):
+        return frozenset(Spelling) if (default if value is None else value) else frozenset()
+    known = {spelling.value: spelling for spelling in Spelling}
+    texts = table.texts(key)
+    if not all(text in known for text in texts):
+        raise table.wrong(key, f"it must be true, false or a list of {', '.join(map(quoted, known))}")
+    return frozenset(known[text] for text in texts)
+
+
+def _tie(table: _Table) -> Tie:
+    try:
+        tie = Tie.parse(table.texts("parameters"), always=bool(table.flag("always", False)))
+    except PatternError as error:
+        raise table.wrong("parameters", str(error)) from None
+    table.refuse_others()
+    return tie
+
+
+def _parts(table: _Table) -> dict[str, tuple[tuple[str, ...], ...]]:
+    parts = table.table("parts")
+    found = {}
+    for key in parts.content:
+        try:
+            found[key] = tuple(parse_components(path)[0] for path in parts.texts(key))
+        except PatternError as error:
+            raise parts.wrong(key, str(error)) from None
+    return found
+
+
+def _same_part(table: _Table) -> tuple[tuple[str, ...], ...]:
+    value = table.value("same_part") or []
+    if not isinstance(value, list) or not all(isinstance(each, list) for each in value):
+        raise table.wrong("same_part", "it must be a list of lists of texts")
+    lists = _Table(dict(zip(map(str, range(len(value))), value, strict=True)), "same_part.", table.source)
+    return tuple(lists.texts(key) for key in lists.content)
+
+
+def _classes(table: _Table) -> dict[str, tuple[str, ...]]:
+    classes = table.table("classes")
+    found = {key: classes.texts(key) for key in ("generating", "headless")}
+    classes.refuse_others()
+    return {key: words for key, words in found.items() if words}

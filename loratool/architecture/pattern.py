@@ -1,0 +1,87 @@
+"""Patterns over the dotted names of modules and parameters, as the tables of model families write them.
+
+A pattern is one or more components with dots between them: ``mlp.experts``, ``layers.#.self_attn``, ``*_embeddings``. ``#``
+stands for a component that is a number, and ``*`` inside a component for any text without a dot. A leading ``^`` ties the pattern
+to the beginning of a name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+NUMBER: Final = "#"
+LONGEST: Final = 200
+"""Characters that a pattern may have at most."""
+
+_NUMBERS: Final = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+_COMPONENT: Final = re.compile(r"[\w\-]*\*?[\w\-]*|#")
+"""What a component may be: text with at most one ``*``, so that matching takes no more than linear time."""
+
+
+class PatternError(ValueError):
+    """A pattern cannot be read; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Components that a name ends with, or with `anchored` all of its components."""
+
+    components: tuple[str, ...]
+    anchored: bool
+    _expression: re.Pattern[str]
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read a pattern.
+
+        Raises:
+            PatternError: it is empty, too long, or has a component that is neither text nor ``#``.
+        """
+        components, anchored = parse_components(text)
+        parts = (r"[^.]*".join(map(re.escape, part.split("*"))) for part in components)
+        expression = ("" if anchored else r"(?:.*\.)?") + r"\.".join(parts)
+        return cls(components, anchored, re.compile(expression, re.DOTALL))
+
+    def matches(self, template: str) -> bool:
+        """Return whether a name, with ``#`` for its numbers, ends with these components."""
+        return self._expression.fullmatch(template) is not None
+
+
+def parse_components(text: str) -> tuple[tuple[str, ...], bool]:
+    """Return the components of a pattern, and whether it begins with ``^``.
+
+    Raises:
+        PatternError: it is empty, too long, or has a component that is neither text nor ``#``.
+    """
+    if len(text) > LONGEST:
+        raise PatternError(f"it has more than {LONGEST} characters")
+    components = tuple(text.removeprefix("^").split("."))
+    if not all(part and _COMPONENT.fullmatch(part) for part in components):
+        raise PatternError("a component is empty or neither a name, with at most one *, nor #")
+    return components, text.startswith("^")
+
+
+def template(name: str, literal: Collection[str] = ()) -> str:
+    """Return a name with ``#`` for each component that is a number, except for those in `literal`."""
+    if not literal:
+        return _NUMBERS.sub(NUMBER, name)
+    return _NUMBERS.sub(lambda found: found[0] if found[0] in literal else NUMBER, name)
+
+
+def numbers(name: str, literal: Collection[str] = ()) -> list[str]:
+    """Return what `template` replaces in a name, in order."""
+    return [part for part in name.split(".") if is_number(part) and part not in literal]
+
+
+def fill(template: str, numbers: Sequence[str]) -> str:
+    """Return a template with numbers in the place of each ``#``, in order; those for which there is none stay."""
+    rest = iter(numbers)
+    return ".".join(next(rest, part) if part == NUMBER else part for part in template.split("."))
+
+
+def is_number(part: str) -> bool:
+    """Return whether a component of a name is a number, as of a layer or an expert."""
+    return part.isascii() and part.isdecimal()

@@ -1,0 +1,87 @@
+"""A model and the models inside it, such as the language model of a multimodal one, each with the tables of its own family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+from loratool.architecture.family import Family
+from loratool.architecture.pattern import NUMBER, is_number
+from loratool.architecture.renaming import Renaming, Spelling
+from loratool.architecture.tables import family_of, generic
+
+DEEPEST: Final = 4
+"""How many configurations may stand inside one another; what is inside the last goes by no table of its own."""
+
+Components = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the tables say of a model, and of the `parts` inside it by their places among its modules."""
+
+    family: Family
+    config: Mapping[str, Any]
+    parts: tuple[tuple[Components, Scope], ...]
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], depth: int = 0) -> Scope:
+        """Return the scope of a model with this ``config.json``.
+
+        Raises:
+            LoratoolError: the table of its family cannot be read.
+        """
+        model_type = config.get("model_type")
+        family = family_of(model_type) if isinstance(model_type, str) else Family("")
+        parts = []
+        for key, paths in {**generic().parts, **family.parts}.items():
+            inside = config.get(key)
+            if isinstance(inside, Mapping) and depth < DEEPEST:
+                scope = cls.of(inside, depth + 1)
+                parts += [(path, scope) for path in paths]
+        return cls(family, config, tuple(parts))
+
+    def around(self, name: Sequence[str]) -> Iterator[tuple[Scope, Components]]:
+        """Yield each model that a parameter with this canonical name belongs to, the innermost first, and its name there."""
+        part, start = self._part(name)
+        if part is not None:
+            yield from part.around(name[start:])
+        yield self, tuple(name)
+
+    def renamed(self, name: Components) -> Components:
+        """Return the canonical name of a parameter that is named in any way."""
+        for renaming in self._renamings:
+            name = renaming.apply(name)
+        part, start = self._part(name)
+        return name if part is None else (*name[:start], *part.renamed(name[start:]))
+
+    def reverted(self, name: Components, spelling: Spelling) -> Components:
+        """Return the name that `spelling` gives the parameter with this canonical name."""
+        part, start = self._part(name)
+        if part is not None:
+            name = (*name[:start], *part.reverted(name[start:], spelling))
+        for renaming in reversed(self._renamings):
+            name = renaming.revert(name, spelling)
+        return name
+
+    @cached_property
+    def literals(self) -> frozenset[str]:
+        """Numbers that the tables spell out in names."""
+        own = self.family.literals | generic().literals
+        return own.union(*(part.literals for _, part in self.parts))
+
+    @property
+    def _renamings(self) -> tuple[Renaming, ...]:
+        return self.family.renamings + generic().renamings
+
+    def _part(self, name: Sequence[str]) -> tuple[Scope | None, int]:
+        """The model inside that a parameter belongs to, at the place that comes first, and where its name there begins."""
+        for start, component in enumerate(name):
+            if component == NUMBER or is_number(component):
+                break
+            for path, part in self.parts:
+                if tuple(name[start : start + len(path)]) == path:
+                    return part, start + len(path)
+        return None, 0

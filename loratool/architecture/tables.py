@@ -1,0 +1,94 @@
+"""Which file of the folder ``families`` is about a model. Read when it is first asked for, and once."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from loratool.architecture.family import Family, parse_family
+from loratool.errors import LoratoolError, quoted
+
+FOLDER: Final = Path(__file__).parent / "families"
+GENERIC: Final = "generic"
+"""The family of every model: what holds where no other file says anything else."""
+
+LARGEST: Final = 1 << 16
+"""Bytes that a file may have at most."""
+
+
+def family_of(model_type: str, folder: Path = FOLDER) -> Family:
+    """Return what is known of models with this ``model_type``, beyond the generic; nothing where there is no file about it.
+
+    Raises:
+        LoratoolError: a file cannot be read, or two files are about the same model.
+    """
+    quoted_type = f'"{model_type}"'
+    # Parsing all files would take ten times as long as looking for those that have the name in them.
+    candidates = [name for name, text in _texts(folder).items() if quoted_type in text]
+    families = [family for family in (family_named(name, folder) for name in candidates) if model_type in family.models]
+    if len(families) > 1:
+        names = " and ".join(quoted(f"{family.name}.json") for family in families)
+        raise LoratoolError(f"{names} in {quoted(folder)} are both about {quoted(model_type)}; keep one of them")
+    return families[0] if families else Family(model_type)
+
+
+def generic(folder: Path = FOLDER) -> Family:
+    """Return what holds for a model of which no table says anything else."""
+    return family_named(GENERIC, folder)
+
+
+@cache
+def family_named(name: str, folder: Path = FOLDER) -> Family:
+    """Return the entries of the file `name`, and after them those of the families that it is like.
+
+    Raises:
+        LoratoolError: the file cannot be read, or is like one that does not exist or like itself.
+    """
+    return _read(name, folder, ())
+
+
+@cache
+def _read(name: str, folder: Path, before: tuple[str, ...]) -> Family:
+    file = folder / f"{name}.json"
+    text = _texts(folder)[name]
+    try:
+        content = json.loads(text, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise LoratoolError(f"{quoted(file)} is not a table in JSON ({error}); fix it") from None
+    if not isinstance(content, dict):
+        raise LoratoolError(f"{quoted(file)} is JSON and not an object; fix it")
+    family = parse_family(content, name, str(file))
+    for other in family.like:
+        if other in (name, *before) or other not in _texts(folder):
+            reason = "is like itself" if other in (name, *before) else "does not exist"
+            raise LoratoolError(f"'like' in {quoted(file)} names {quoted(other)}, which {reason}; fix it")
+        family = family.followed_by(_read(other, folder, (name, *before)))
+    return family
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return content
+
+
+@cache
+def _texts(folder: Path) -> dict[str, str]:
+    """The text of each file, by its name without the suffix, sorted."""
+    return {file.stem: _text(file) for file in sorted(folder.glob("*.json"))}
+
+
+def _text(file: Path) -> str:
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise LoratoolError(f"{quoted(file)} has more than {LARGEST} bytes; divide it")
+        return content.decode()
+    except OSError as error:
+        raise LoratoolError(f"cannot read {quoted(file)}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise LoratoolError(f"{quoted(file)} is not text in UTF-8; fix it") from None

@@ -1,0 +1,24 @@
+"""The part of a parameter that is one matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The part of a stored parameter that one update sees as a matrix (out, in).
+
+    Attributes:
+        expert: which matrix of a stack it is; None where the parameter is no stack.
+        outputs: its rows within a matrix that packs several, such as query, key and value; with a step where they alternate.
+        transposed: the parameter holds it as (in, out), as GPT-2's Conv1D, embeddings and some experts do.
+    """
+
+    expert: int | None = None
+    outputs: slice = field(default_factory=lambda: slice(None))
+    transposed: bool = False
+
+
+WHOLE = View()
+"""The view of a parameter that is one matrix (out, in)."""
