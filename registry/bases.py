@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, or_, select, update
+from sqlalchemy import Connection, Select, delete, func, insert, or_, select, update
 
 from registry.database import Database
 from registry.errors import AlreadyExistsError, InUseError, NotFoundError, RegistryError
@@ -97,14 +97,13 @@ class Bases:
     def find_by_fingerprint(self, fingerprint: str) -> tuple[BaseRecord, ...]:
         """All bases with this content (a model may lie at two places), those whose folder exists first."""
         with self._database.reading() as connection:
-            rows = connection.execute(_bases.where(bases.c.fingerprint == fingerprint).order_by(bases.c.id))
-            found = [_record(row) for row in rows]
+            found = _records(connection, _bases.where(bases.c.fingerprint == fingerprint).order_by(bases.c.id))
         return tuple(sorted(found, key=lambda base: not (base.path is not None and base.path.exists())))
 
     def list(self) -> tuple[BaseRecord, ...]:
         """All bases, by name."""
         with self._database.reading() as connection:
-            found = [_record(row) for row in connection.execute(_bases)]
+            found = _records(connection, _bases)
         return tuple(sorted(found, key=lambda base: (base.name.casefold(), base.name)))
 
     def family(self, fingerprint: str) -> frozenset[str]:
@@ -144,8 +143,8 @@ class Bases:
     def remove(self, name: str, *, force: bool = False) -> BaseRecord:
         """Forgets a base; its files stay. Its variants stay variants of each other.
 
-        Raises NotFoundError, and InUseError while adapters belong to it, unless `force`: they then keep only its
-        fingerprint.
+        Its adapters go to another base with the same content, if there is one. Raises NotFoundError, and where there is
+        none InUseError while adapters belong to it, unless `force`: they then keep only its fingerprint.
         """
         with self._database.writing() as connection:
             record = self.find(name)
@@ -153,13 +152,15 @@ class Bases:
                 select(adapters.c.name).where(adapters.c.base_id == record.id).distinct().order_by(adapters.c.name)
             ).scalars()
             names = list(users)
-            if names and not force:
+            heir = self.find(record.same_as[0]) if record.same_as else None
+            if names and heir is None and not force:
                 shown = ", ".join(f"'{user}'" for user in names[:3]) + (" and others" if len(names) > 3 else "")
                 raise InUseError(
                     f"the base '{name}' is the base of {shown}; remove those adapters first, or use --force to let "
                     "them keep only its fingerprint"
                 )
-            connection.execute(update(adapters).where(adapters.c.base_id == record.id).values(base_id=None))
+            heir_id = None if heir is None else heir.id
+            connection.execute(update(adapters).where(adapters.c.base_id == record.id).values(base_id=heir_id))
             _leave_family(connection, record)
             connection.execute(delete(bases).where(bases.c.id == record.id))
             return record
@@ -195,12 +196,22 @@ def _family(connection: Connection, fingerprint: str) -> frozenset[str]:
 
 
 def _find(connection: Connection, name: str) -> BaseRecord | None:
-    row = connection.execute(_bases.where(bases.c.name == name)).one_or_none()
-    return None if row is None else _record(row)
+    found = _records(connection, _bases.where(bases.c.name == name))
+    return found[0] if found else None
 
 
-def _record(row: Row[Any]) -> BaseRecord:
-    return BaseRecord(**row._mapping)
+def _records(connection: Connection, query: Select[Any]) -> list[BaseRecord]:
+    rows = connection.execute(query).all()
+    wanted = {row.fingerprint for row in rows if row.fingerprint is not None}
+    named = select(bases.c.fingerprint, bases.c.name).where(bases.c.fingerprint.is_not(None)).order_by(bases.c.id)
+    called: dict[str, list[str]] = {}
+    for fingerprint, name in connection.execute(named):
+        if fingerprint in wanted:
+            called.setdefault(fingerprint, []).append(name)
+    return [
+        BaseRecord(**row._mapping, same_as=tuple(name for name in called.get(row.fingerprint, ()) if name != row.name))
+        for row in rows
+    ]
 
 
 def _not_found(connection: Connection, name: str) -> NotFoundError:

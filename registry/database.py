@@ -109,17 +109,17 @@ class Database:
             connection.execute(lock)
             return
         silent = min(SILENT_SECONDS, self._busy_timeout)
-        for seconds in (silent, self._busy_timeout - silent):
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, int(seconds * 1000))}")
-            try:
-                with connection.begin_nested():
-                    connection.execute(lock)
-            except exc.OperationalError as error:
-                if seconds != silent or getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
-                    raise
-                notices.say(waiting_for("another process", self.where, self._busy_timeout))
-            else:
-                return
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, int(silent * 1000))}")
+        try:
+            with connection.begin_nested():
+                connection.execute(lock)
+        except exc.OperationalError as error:
+            left = self._busy_timeout - silent
+            if left <= 0 or getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
+            notices.say(waiting_for("another process", self.where, self._busy_timeout))
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, int(left * 1000))}")
+            connection.execute(lock)
 
     @property
     def _connection(self) -> Connection | None:
@@ -237,17 +237,16 @@ def _set_up_sqlite(engine: Engine, url: URL, busy_timeout: float, *, read_only: 
 def _begin_to_write(connection: Connection, where: str, path: Path | None, busy_timeout: float) -> None:
     """Takes SQLite's write lock; after some seconds it is said for whom this waits."""
     silent = min(SILENT_SECONDS, busy_timeout)
-    for seconds in (silent, busy_timeout - silent):
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(seconds * 1000)}")
-        try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        except exc.OperationalError as error:
-            if seconds != silent or primary_code(error.orig) != sqlite3.SQLITE_BUSY:
-                raise
-            if busy_timeout > silent:
-                notices.say(waiting_for(holder(path), where, busy_timeout))
-        else:
-            return
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(silent * 1000)}")
+    try:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    except exc.OperationalError as error:
+        left = busy_timeout - silent
+        if left <= 0 or primary_code(error.orig) != sqlite3.SQLITE_BUSY:
+            raise
+        notices.say(waiting_for(holder(path), where, busy_timeout))
+        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(left * 1000)}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def waiting_for(whom: str, where: str, busy_timeout: float) -> str:

@@ -24,8 +24,8 @@ def relatives(
     fingerprints = set() if fingerprint is None else {fingerprint}
     while True:
         roots = {variant_of or own for own, variant_of, found in rows if own in ids or found in fingerprints}
-        wider = {own for own, variant_of, _ in rows if (variant_of or own) in roots}
-        if wider <= ids:
+        wider = ids | {own for own, variant_of, _ in rows if (variant_of or own) in roots}
+        more = fingerprints | {found for own, _, found in rows if own in wider and found}
+        if (wider, more) == (ids, fingerprints):
             return Family(frozenset(ids), frozenset(fingerprints))
-        ids |= wider
-        fingerprints |= {found for own, _, found in rows if own in ids and found}
+        ids, fingerprints = wider, more

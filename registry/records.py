@@ -17,7 +17,8 @@ class BaseRecord:
     """One catalogued base model.
 
     `fingerprint` is BLAKE3 in hex and None until the content is known (a Hub base that was not downloaded yet).
-    `variant_of` names the base whose model this one stores otherwise; it always names the family's root.
+    `variant_of` names the base whose model this one stores otherwise; it always names the family's root. `same_as` names the
+    other bases with the same content.
     `files` says of a base from the Hub what its weight files are at `revision`, by name: `size` in bytes, and `sha256` or
     git's `blob_id` in hex. A download is checked against it.
     """
@@ -36,6 +37,7 @@ class BaseRecord:
     dtype: str | None
     created_at: datetime
     files: dict[str, Any] | None = None
+    same_as: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

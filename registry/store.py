@@ -31,7 +31,8 @@ from typing import Self
 
 from registry.errors import RegistryError, RegistryFullError, RegistryReadOnlyError
 from registry.names import printable
-from registry.places import DATABASE_NAME, is_gone
+from registry.places import DATABASE_NAME
+from registry.siblings import names_nothing
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
@@ -74,9 +75,9 @@ class Store:
         self.catalogue = catalogue or self._own_catalogue
 
     def other_catalogues(self) -> list[str]:
-        """The other catalogues with files here, sorted; a SQLite file that is gone is none."""
+        """The other catalogues with files here, sorted; a SQLite file that is gone, or names no entry, is none."""
         others = {*self._listed(), self._own_catalogue} - {self.catalogue}
-        return sorted(each for each in others if not (Path(each).is_absolute() and is_gone(Path(each))))
+        return sorted(each for each in others if not (Path(each).is_absolute() and names_nothing(Path(each))))
 
     def path(self, key: str) -> Path:
         """The folder of an entry, whether it exists or not."""

@@ -515,7 +515,7 @@ SUMMARY = {
 }  # fmt: skip
 RECORD = SUMMARY | {"ranks", "scaling", "recipe", "metrics", "config"}
 BASE = {
-    "name", "source", "revision", "path", "base_fingerprint", "variant_of", "architecture", "model_type",
+    "name", "source", "revision", "path", "base_fingerprint", "variant_of", "same_as", "architecture", "model_type",
     "parameter_count", "size_bytes", "dtype", "created_at", "downloaded",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from loratool.cli.rendering import (
     listed,
     print_facts,
     print_json,
+    print_notes,
     shown_path,
     size,
 )
@@ -51,6 +52,7 @@ def add_base(
 
     A base on the Hub is catalogued by what the Hub and its headers say, and downloaded when its weights are needed.
     """
+    from loratool.errors import quoted
     from loratool.library.bases import base_add, base_json
     from loratool.library.hub_bases import is_away
 
@@ -80,6 +82,9 @@ def add_base(
             ("next", f"loratool add ADAPTER --base {record.name}"),
         ]
     )
+    if record.same_as:
+        names = " and ".join(map(quoted, record.same_as))
+        print_notes([f"the same content is catalogued as {names} already; the adapters of one are those of the other"])
 
 
 @base.command("list", **example("loratool base list"))
@@ -146,6 +151,7 @@ def show_base(registry: str | None, name: str, as_json: bool) -> None:
             ("revision", record.revision or ""),
             ("at", shown_path(record.path) if record.path and not is_away(record) else ""),
             ("variant of", record.variant_of or ""),
+            ("same as", listed(record.same_as)),
             ("added", f"{record.created_at:%Y-%m-%d %H:%M} UTC ({age(record.created_at)})"),
             ("adapters", listed([adapter.reference for adapter in result.adapters])),
             ("merges", listed([f"{shown_path(merge.output)} ({merge.state})" for merge in result.merges])),

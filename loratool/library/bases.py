@@ -300,6 +300,7 @@ def base_json(record: BaseRecord) -> dict[str, Any]:
         "downloaded": not is_away(record),
         "base_fingerprint": record.fingerprint,
         "variant_of": record.variant_of,
+        "same_as": list(record.same_as),
         "architecture": record.architecture,
         "model_type": record.model_type,
         "parameter_count": record.parameter_count,

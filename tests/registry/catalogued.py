@@ -10,8 +10,14 @@ from typing import Any
 
 from registry import AdapterFacts
 
-SERVER = os.environ.get("LORATOOL_TEST_DATABASE")
-"""URL of an empty database on a server, to run on it what else runs on a SQLite file: its tables are dropped."""
+SERVER = (
+    os.environ.get("LORATOOL_TEST_DATABASE", "").replace("{worker}", os.environ.get("PYTEST_XDIST_WORKER", "main"))
+    or None
+)
+"""URL of an empty database on a server, to run on it what else runs on a SQLite file: its tables are dropped.
+
+`{worker}` in it stands for pytest-xdist's name of the process, `main` where there is one only: each needs its own database.
+"""
 
 
 def digest(text: str) -> str:

@@ -19,6 +19,20 @@ sys.path.append(str(Path(__file__).parent))
 from catalogued import SERVER
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a database server only those tests say something new that use the catalogue there."""
+    if not SERVER:
+        return
+    here = Path(__file__).parent
+    idle = {
+        item
+        for item in items
+        if item.path.is_relative_to(here) and "catalogue" not in getattr(item, "fixturenames", ())
+    }
+    config.hook.pytest_deselected(items=list(idle))
+    items[:] = [item for item in items if item not in idle]
+
+
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A home folder that does not exist yet."""

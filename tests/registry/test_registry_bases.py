@@ -99,6 +99,48 @@ def test_the_same_content_under_two_names_is_one_family(catalogue: Registry, tmp
     assert catalogue.bases.same_family(digest("nf4"), digest("fp16"))
 
 
+def test_the_same_content_under_two_names_has_the_adapters_of_both(catalogue: Registry) -> None:
+    for name in ("llama", "tiny", "mistral"):
+        catalogue.bases.add(name, name, fingerprint=digest("mistral" if name == "mistral" else "llama"))
+    for base in ("llama", "tiny", "mistral"):
+        catalogue.adapters.add(f"of-{base}", facts(base), base=base)
+    catalogue.adapters.add("of-the-content", facts("content", base_fingerprint=digest("llama")))
+    both = ["of-llama", "of-the-content", "of-tiny"]
+    for name in ("llama", "tiny"):
+        assert [adapter.name for adapter in catalogue.adapters.list(base=name)] == both
+    assert [adapter.name for adapter in catalogue.adapters.list(base="mistral")] == ["of-mistral"]
+    # A variant of one of the names is a variant of both.
+    catalogue.bases.add("nf4", "nf4", fingerprint=digest("nf4"), variant_of="tiny")
+    catalogue.adapters.add("of-nf4", facts("nf4"), base="nf4")
+    for name in ("llama", "tiny", "nf4"):
+        assert {adapter.name for adapter in catalogue.adapters.list(base=name)} == {*both, "of-nf4"}
+
+
+def test_a_base_says_under_which_other_names_its_content_is_catalogued(catalogue: Registry) -> None:
+    assert catalogue.bases.add("llama", "/a", fingerprint=digest("llama")).same_as == ()
+    assert catalogue.bases.add("tiny", "/b", fingerprint=digest("llama")).same_as == ("llama",)
+    catalogue.bases.add("mistral", "/c", fingerprint=digest("mistral"))
+    catalogue.bases.add("unknown", "owner/unknown")
+    catalogue.bases.add("unseen", "owner/unseen")
+    assert {base.name: base.same_as for base in catalogue.bases.list()} == {
+        "llama": ("tiny",),
+        "tiny": ("llama",),
+        "mistral": (),
+        "unknown": (),
+        "unseen": (),
+    }
+
+
+def test_a_base_whose_content_has_another_name_leaves_its_adapters_to_that(catalogue: Registry) -> None:
+    for name in ("llama", "tiny"):
+        catalogue.bases.add(name, name, fingerprint=digest("llama"))
+    catalogue.adapters.add("pirate", facts(), base="llama")
+    catalogue.bases.remove("llama")
+    assert catalogue.adapters.find("pirate").base == "tiny"
+    with pytest.raises(InUseError):
+        catalogue.bases.remove("tiny")
+
+
 def test_a_base_is_no_variant_of_itself_or_of_what_is_unknown(catalogue: Registry) -> None:
     add_base(catalogue, "llama")
     with pytest.raises(RegistryError, match="itself"):
