@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types tests bench clean
+.PHONY: demo test lint types tests extras bench clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,10 @@ types: .venv/ready
 
 tests: .venv/ready
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# What each extra brings is what its commands need: the README's commands, in an environment of that and no more.
+extras: .venv/ready
+	$(BIN)/python .ci/extras.py
 
 bench: .venv/ready
 	for script in startup numerics undo_size speed scaling ranks combine quantize nf4_merge eval first_adapter train dylora adalora; do $(BIN)/python benchmarks/$$script.py --record; done

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -494,6 +495,17 @@ def test_an_adapter_that_cannot_be_written_can_be_written_later_without_training
     assert loratool.list() == ()
     assert list(tmp_path.iterdir()) == []
     assert len(steps_of(loratool.train(name="cat", resume=True))) == STEPS
+
+
+def test_without_matplotlib_the_picture_is_left_out_with_a_note(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run(steps=2)
+    assert result.record.reference == "cat@1"
+    assert (result.plot, result.out.exists(), result.log.exists()) == (None, True, True)
+    assert any("no picture was drawn" in note and "loratool[plot]" in note for note in result.notes)
 
 
 def test_two_processes_do_not_train_one_name_at_once(run: Callable[..., TrainResult]) -> None:

@@ -39,6 +39,11 @@ def refuse_picture(file: Path, *, force: bool) -> None:
     folder = next(parent for parent in Path(os.path.abspath(file)).parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise OutputError(f"{quoted(folder)} is no folder that you may write in; choose another place with {OPTION}")
+    _require_matplotlib()
+
+
+def _require_matplotlib() -> None:
+    """Raise LoratoolError with the way on where matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -53,7 +58,9 @@ def drawn(file: Path, *, force: bool) -> Iterator[Figure]:
 
     Raises:
         OutputError: `file` is there already (without `force`) or cannot be written.
+        LoratoolError: matplotlib is not installed.
     """
+    _require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 
