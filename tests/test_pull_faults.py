@@ -27,6 +27,7 @@ from tiny_adapters import save_plain_adapter
 import loratool
 from loratool.errors import AdapterError, HubError, LoratoolError, NotFoundError
 from loratool.hub.repository import sensible_answers
+from loratool.library.progress import Silent
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (16, 12), "model.layers.0.self_attn.v_proj": (8, 12)}
 ROOT = Path(__file__).parents[1]
@@ -182,12 +183,61 @@ def test_what_huggingface_hub_logs_holds_no_secret(
     seen = io.StringIO()
     (handler,) = logging.getLogger("huggingface_hub").handlers
     monkeypatch.setattr(handler, "stream", seen)
-    hub.faults.append(Cut("GET", "/objects/", 1, 100))
     loratool.pull("ada/pirate")
-    logging.getLogger("huggingface_hub.file_download").warning("Bearer %s", TOKEN)
+    log = logging.getLogger("huggingface_hub.file_download")
+    log.warning("Bearer %s", TOKEN)
+    log.warning("Error while downloading from https://a.b/c?repo=d: cut\nTrying to resume download...")
     logged = seen.getvalue()
     assert "Error while downloading" in logged
     assert "?repo=" not in logged and TOKEN not in logged
+
+
+class Watching(Silent):
+    """How many tries a download told of, one after the other."""
+
+    def __init__(self) -> None:
+        self.tries: list[int] = []
+
+    def retrying(self, tries: int) -> None:
+        self.tries.append(tries)
+
+
+def test_a_download_that_is_cut_again_and_again_is_one_count_and_one_sentence(
+    hub: HubStandIn, pirate: Path, waits: list[float], hub_waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(hub, "ada/pirate", pirate)
+    seen = io.StringIO()
+    (handler,) = logging.getLogger("huggingface_hub").handlers
+    monkeypatch.setattr(handler, "stream", seen)
+    hub.faults.append(Cut("GET", "/objects/", 1000, 0))
+    watching = Watching()
+    with pytest.raises(HubError) as cut:
+        loratool.pull("ada/pirate", progress=watching)
+    assert re.fullmatch(
+        r"the download of 'adapter_model.safetensors' of 'ada/pirate' was cut \d+ times; check the network, and run "
+        r"'loratool pull ada/pirate' again: what has come is kept",
+        str(cut.value),
+    )
+    assert watching.tries == list(range(1, len(watching.tries) + 1))
+    assert f"cut {len(watching.tries) + 1} times" in str(cut.value)
+    assert seen.getvalue() == ""
+    assert sum(waits) + sum(hub_waits) < 12
+    hub.faults[:] = [Cut("GET", "/objects/", 5, 100)]
+    assert loratool.pull("ada/pirate", progress=watching).new
+    assert seen.getvalue() == ""
+    assert not any(type(each).__name__ == "Retries" for each in handler.filters)
+
+
+def test_a_cut_download_is_one_line_on_stderr_that_is_no_terminal(
+    hub: HubStandIn, pirate: Path, tmp_path: Path
+) -> None:
+    publish(hub, "ada/pirate", pirate)
+    hub.faults.append(Cut("GET", "/objects/", 3, 100))
+    done = subprocess.run([sys.executable, "-m", "loratool", "pull", "ada/pirate"], env=environment(hub, tmp_path),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[0] == "note: the connection broke; trying again"
+    assert len(done.stderr.splitlines()) == 2  # and that it is tied to no base
 
 
 def test_an_error_stops_the_other_downloads(hub: HubStandIn, pirate: Path) -> None:

@@ -204,6 +204,8 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
 
     def __init__(self, unit: str = "bytes") -> None:
         self._unit = unit
+        self._label = ""
+        self._has_said_so = False
         self._bars: Bars | None = None
         self._task: TaskID | None = None
 
@@ -242,14 +244,24 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             self._bars.stop()
 
     def begin(self, label: str, total: int) -> None:
+        self._label = label
         if self._bars is not None:
             if self._task is not None:
                 self._bars.remove_task(self._task)
-            room = max(LEAST_LABEL_CELLS, self._bars.console.width - FIGURES_CELLS)
-            label = label if cells_of(label) <= room else fitted(label, room)
-            self._task = self._bars.add_task(label, total=total)
+            self._task = self._bars.add_task(self._fitting(label), total=total)
             self._bars.start()
 
     def advance(self, count: int) -> None:
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task, count)
+
+    def retrying(self, tries: int) -> None:
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, description=self._fitting(f"{self._label}, try {tries + 1}"))
+        elif not self._has_said_so:
+            self._has_said_so = True
+            print_notes(["the connection broke; trying again"])
+
+    def _fitting(self, label: str) -> str:
+        room = FIGURES_CELLS if self._bars is None else self._bars.console.width - FIGURES_CELLS
+        return label if cells_of(label) <= room else fitted(label, max(LEAST_LABEL_CELLS, room))

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, Final, Protocol
 
 from loratool.errors import HubError, NotFoundError, quoted
 from loratool.hub.errors import hub_errors
-from loratool.hub.logs import keep_logs_clean
-from loratool.hub.patience import patiently
+from loratool.hub.logs import Retries, counted_retries, keep_logs_clean
+from loratool.hub.patience import is_unreachable, patiently
 from loratool.hub.repository import HubFile, Snapshot
 
 DOWNLOADS_AT_ONCE: Final = 4
@@ -29,11 +29,13 @@ class _StoppedError(Exception):
 
 
 class Watcher(Protocol):
-    """What is told how many bytes are to come, and of each that has come."""
+    """What is told how many bytes are to come, of each that has come, and how often a connection broke."""
 
     def begin(self, label: str, total: int) -> None: ...
 
     def advance(self, count: int) -> None: ...
+
+    def retrying(self, tries: int) -> None: ...
 
 
 def fetch(snapshot: Snapshot, paths: Collection[str], command: str, watcher: Watcher | None = None, *,
@@ -58,8 +60,12 @@ def fetch(snapshot: Snapshot, paths: Collection[str], command: str, watcher: Wat
         if watcher is not None:
             watcher.advance(count)
 
-    with ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
-        jobs = [pool.submit(_fetch_one, snapshot, file, command, advance, recheck) for file in wanted]
+    def retrying(tries: int) -> None:
+        if watcher is not None and not stopped.is_set():
+            watcher.retrying(tries)
+
+    with counted_retries(retrying) as retries, ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
+        jobs = [pool.submit(_fetch_one, snapshot, file, command, advance, retries, recheck) for file in wanted]
         try:
             found = [job.result() for job in jobs]
         except BaseException:
@@ -78,7 +84,7 @@ def is_cached(snapshot: Snapshot, paths: Iterable[str]) -> bool:
 
 
 def _fetch_one(snapshot: Snapshot, file: HubFile, command: str, advance: Callable[[int], None],
-               recheck: bool) -> Path:  # fmt: skip
+               retries: Retries, recheck: bool) -> Path:  # fmt: skip
     label = f"{quoted(file.path)} of {quoted(snapshot.repo)}"
     if snapshot.folder is not None:
         if not (snapshot.folder / file.path).is_file():
@@ -88,13 +94,13 @@ def _fetch_one(snapshot: Snapshot, file: HubFile, command: str, advance: Callabl
             raise HubError(f"{label} is damaged in the cache ({wrong}); run '{command}' with the network")
         return snapshot.folder / file.path
     taken_as_it_is = not recheck and is_cached(snapshot, [file.path])
-    path = _download(snapshot, file, command, advance)
+    path = _download(snapshot, file, command, advance, retries)
     if taken_as_it_is:
         return path
     wrong = _why_wrong(path, file)
     if wrong is not None:
         # Damaged on the way, or in the cache since: once more, from the Hub.
-        path = _download(snapshot, file, command, advance, force=True)
+        path = _download(snapshot, file, command, advance, retries, force=True)
         wrong = _why_wrong(path, file)
     if wrong is not None:
         _forget(path)
@@ -105,21 +111,46 @@ def _fetch_one(snapshot: Snapshot, file: HubFile, command: str, advance: Callabl
     return path
 
 
-def _download(snapshot: Snapshot, file: HubFile, command: str, advance: Callable[[int], None], *,
+def _download(snapshot: Snapshot, file: HubFile, command: str, advance: Callable[[int], None], retries: Retries, *,
               force: bool = False) -> Path:  # fmt: skip
+    """Download one file as huggingface_hub does, which goes on where a connection broke.
+
+    Raises:
+        HubError, NotFoundError: it cannot be got; the message counts the tries.
+    """
     from huggingface_hub import hf_hub_download
+
+    before, ours = retries.of_this_thread(), 0
+
+    def again(error: Exception) -> bool:
+        nonlocal ours
+        if is_unreachable(error) and retries.of_this_thread() - before > ours:
+            return False  # huggingface_hub has tried often enough
+        ours += 1
+        retries.count()
+        return True
 
     watching: dict[str, Any] = {}
     if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
         watching["tqdm_class"] = _bar(advance)
     with hub_errors(command, snapshot.repo, snapshot.commit):
-        return Path(
-            patiently(
-                lambda: hf_hub_download(
-                    snapshot.repo, file.path, revision=snapshot.commit, force_download=force, **watching
+        try:
+            return Path(
+                patiently(
+                    lambda: hf_hub_download(
+                        snapshot.repo, file.path, revision=snapshot.commit, force_download=force, **watching
+                    ),
+                    again=again,
                 )
             )
-        )
+        except Exception as error:
+            tries = retries.of_this_thread() - before
+            if not (tries and is_unreachable(error)):
+                raise
+            raise HubError(
+                f"the download of {quoted(file.path)} of {quoted(snapshot.repo)} was cut {tries + 1} times; check the "
+                f"network, and run '{command}' again: what has come is kept"
+            ) from error
 
 
 def _bar(advance: Callable[[int], None]) -> type:

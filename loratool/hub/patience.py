@@ -21,14 +21,17 @@ HUNG_UP: Final = frozenset({"ReadError", "ReadTimeout", "RemoteProtocolError", "
 address is none, asking again is of little use."""
 
 
-def patiently(ask: Callable[[], T]) -> T:
-    """What `ask` returns, asked again while the error that it raises may pass; the last error is raised."""
+def patiently(ask: Callable[[], T], *, again: Callable[[Exception], bool] = lambda error: True) -> T:
+    """What `ask` returns, asked again while the error that it raises may pass; the last error is raised.
+
+    `again` is asked before each further attempt, and counts it.
+    """
     for wait in WAITS:
         try:
             return ask()
         except Exception as error:
             asked_to_wait = _wait(error)
-            if asked_to_wait is None:
+            if asked_to_wait is None or not again(error):
                 raise
             time.sleep(min(max(wait, asked_to_wait), LONGEST_WAIT))
     return ask()

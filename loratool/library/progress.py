@@ -14,6 +14,9 @@ class Progress(Protocol):
     def advance(self, count: int) -> None:
         """`count` more are done."""
 
+    def retrying(self, tries: int) -> None:
+        """A connection broke, and what was asked for is asked for again: `tries` times so far."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -22,4 +25,7 @@ class Silent:
         pass
 
     def advance(self, count: int) -> None:
+        pass
+
+    def retrying(self, tries: int) -> None:
         pass
