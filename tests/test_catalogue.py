@@ -375,7 +375,37 @@ def test_an_adapter_that_records_another_base_is_refused_for_this_one(
     with pytest.raises(WrongBaseError, match="'other' is another model"):
         loratool.merge(["pirate"], into="other", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert loratool.merge(["pirate"], into="other", out=tmp_path / "out", force=True).notes
+    assert loratool.merge(["pirate"], into="other", out=tmp_path / "out", any_base=True).notes
+
+
+def test_an_adapter_that_is_tied_to_a_base_is_tied_to_another_with_any_base_only(
+    llama: Path, pirate: Path, tmp_path: Path
+) -> None:
+    loratool.base_add("llama", llama)
+    loratool.base_add("other", other_values(llama, tmp_path / "other"))
+    loratool.add(pirate, name="pirate", base="llama")
+    for name in ("pirate", "elsewhere"):
+        with pytest.raises(WrongBaseError, match=r"tied to 'llama', as pirate@1.*--any-base"):
+            loratool.add(pirate, name=name, base="other")
+    assert loratool.show("pirate").record.base == "llama"
+    moved = loratool.add(pirate, name="pirate", base="other", any_base=True)
+    assert (moved.new, moved.record.base) == (False, "other")
+    assert any("--any-base" in note for note in moved.notes)
+    assert not any("tied to no base" in note for note in loratool.add(pirate, name="pirate").notes)
+    assert loratool.show("pirate").record.base == "other"
+
+
+def test_what_a_file_records_of_its_base_does_not_undo_any_base(llama: Path, pirate: Path, tmp_path: Path) -> None:
+    loratool.base_add("llama", llama)
+    loratool.base_add("other", other_values(llama, tmp_path / "other"))
+    loratool.add(pirate, name="pirate", base="llama")
+    file = loratool.export("pirate", tmp_path / "pirate.st")
+    loratool.remove("pirate")
+    with pytest.raises(WrongBaseError, match="--any-base"):
+        loratool.add(file, base="other")
+    loratool.add(file, base="other", any_base=True)
+    assert loratool.add(file).record.base == "other"
+    assert loratool.merge(["pirate"], into="other", out=tmp_path / "out").notes == ()
 
 
 def test_an_adapter_without_a_base_says_how_to_give_it_one(pirate: Path) -> None:

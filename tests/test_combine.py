@@ -394,8 +394,8 @@ def test_adapters_of_bases_with_other_fingerprints_are_refused(
     loratool.add(trio[1], name="second", base="two")
     with pytest.raises(LoratoolError, match=r"'first'.* belongs to the base .* and 'second'"):
         loratool.combine(["first", "second"], "cat", out=tmp_path / "both.st")
-    forced = loratool.combine(["first", "second"], "cat", out=tmp_path / "both.st", force=True)
-    assert any("with --force" in note for note in forced.notes)
+    forced = loratool.combine(["first", "second"], "cat", out=tmp_path / "both.st", any_base=True)
+    assert any("with --any-base" in note for note in forced.notes)
 
 
 def test_the_base_of_the_adapters_is_that_of_the_result(
@@ -414,9 +414,9 @@ def test_adapters_that_name_other_bases_are_refused(trio: list[Path], tmp_path: 
         copy_with(adapter, tmp_path / name, base_model_name_or_path=f"hub/{name}")
         for adapter, name in zip(trio[:2], ("llama", "mistral"), strict=True)
     ]
-    with pytest.raises(LoratoolError, match=r"'hub/llama'.*'hub/mistral'.*--force"):
+    with pytest.raises(LoratoolError, match=r"'hub/llama'.*'hub/mistral'.*--any-base"):
         loratool.combine(named, "cat", out=tmp_path / "both.st")
-    loratool.combine(named, "cat", out=tmp_path / "both.st", force=True)
+    loratool.combine(named, "cat", out=tmp_path / "both.st", any_base=True)
 
 
 def test_modules_of_other_shapes_are_of_other_bases(tmp_path: Path) -> None:

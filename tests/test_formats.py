@@ -466,17 +466,19 @@ def test_an_adapter_written_as_one_file_and_as_a_directory_is_the_same_one(
     weights, config, facts = parts
     for left in ("adapter", "back", "again"):
         shutil.rmtree(tmp_path / left, ignore_errors=True)
+    for left in ("one.st", "two.st"):
+        (tmp_path / left).unlink(missing_ok=True)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / WEIGHTS).write_bytes(weights)
     (tmp_path / "adapter" / CONFIG).write_text(json.dumps(config))
     if facts:
         (tmp_path / "adapter" / "loratool.json").write_text(json.dumps(facts))
     adapter = read_adapter(tmp_path / "adapter")
-    write_single_file(adapter, tmp_path / "one.st", force=True)
+    write_single_file(adapter, tmp_path / "one.st")
     single = read_adapter(tmp_path / "one.st")
     write_peft(single, tmp_path / "back")
     assert content(adapter) == content(single) == content(read_adapter(tmp_path / "back"))
-    write_single_file(read_adapter(tmp_path / "back"), tmp_path / "two.st", force=True)
+    write_single_file(read_adapter(tmp_path / "back"), tmp_path / "two.st")
     assert (tmp_path / "one.st").read_bytes() == (tmp_path / "two.st").read_bytes()
     write_peft(read_adapter(tmp_path / "back"), tmp_path / "again")
     assert digest(tmp_path / "back") == digest(tmp_path / "again")

@@ -361,18 +361,18 @@ def another_base(base: Path, folder: Path) -> Path:
     return folder
 
 
-def test_an_adapter_that_records_another_base_is_refused_unless_forced(
+def test_an_adapter_that_records_another_base_is_refused_without_any_base(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     tied = shutil.copytree(adapter, tmp_path / "tied")
     (tied / "loratool.json").write_text(json.dumps({"schema": 1, "kind": "lora", "base_fingerprint": "ab" * 32}))
     message = expect_refusal(tied, base, "belongs to the base", WrongBaseError)
-    assert "--force" in message
-    forced = loratool.merge([tied], into=base, out=tmp_path / "out", force=True)
-    assert any("--force" in note for note in forced.notes)
+    assert "--any-base" in message and "--force" not in message
+    merged = loratool.merge([tied], into=base, out=tmp_path / "out", any_base=True)
+    assert any("--any-base" in note for note in merged.notes)
 
 
-def test_a_catalogued_adapter_of_another_base_is_refused_unless_forced(
+def test_a_catalogued_adapter_of_another_base_is_refused_without_any_base(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     other = another_base(base, tmp_path / "other")
@@ -384,7 +384,7 @@ def test_a_catalogued_adapter_of_another_base_is_refused_unless_forced(
     with pytest.raises(WrongBaseError):
         loratool.merge(["pirate"], into=other, in_place=True)
     assert not (tmp_path / "out").exists()
-    assert loratool.merge(["pirate"], into="theirs", out=tmp_path / "out", force=True).out.exists()
+    assert loratool.merge(["pirate"], into="theirs", out=tmp_path / "out", any_base=True).out.exists()
     assert loratool.merge(["pirate"], into="mine", out=tmp_path / "mine-pirate").out.exists()
 
 
@@ -407,6 +407,46 @@ def test_a_base_that_changed_since_it_was_catalogued_is_refused(base: Path, adap
     tensors[sorted(tensors)[0]].view(-1)[0] += 1
     save_file(tensors, file, {"format": "pt"})
     expect_refusal(adapter, base, "not those that were catalogued", WrongBaseError)
+
+
+def test_force_does_not_go_past_the_fingerprint_nor_any_base_replace_an_output(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = another_base(base, tmp_path / "other")
+    loratool.base_add("mine", base)
+    loratool.base_add("theirs", other)
+    loratool.add(adapter, name="pirate", base="mine")
+    out = loratool.merge(["pirate"], into="mine", out=tmp_path / "out").out
+    before = entries(tmp_path)
+    for force in (True, False):  # the wrong base is said first: it is the greater mistake
+        with pytest.raises(WrongBaseError, match="belongs to the base 'mine'"):
+            loratool.merge(["pirate"], into="theirs", out=out, force=force)
+    with pytest.raises(OutputError, match="exists already"):
+        loratool.merge(["pirate"], into="theirs", out=out, any_base=True)
+    assert entries(tmp_path) == before
+    loratool.merge(["pirate"], into="theirs", out=out, any_base=True, force=True)
+    assert entries(tmp_path) != before
+
+
+def test_quantize_and_extract_look_at_the_base_before_the_output(base: Path, adapter: Path, tmp_path: Path) -> None:
+    loratool.base_add("mine", base)
+    image = loratool.quantize("mine", out=tmp_path / "image", name="image").out
+    file = sorted(base.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    tensors[sorted(tensors)[0]].view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    tuned = loratool.merge([adapter], into=base, out=tmp_path / "tuned").out
+    for command in (
+        lambda **given: loratool.quantize("mine", out=image, name="image", **given),
+        lambda **given: loratool.extract(tuned, "mine", rank=1, out=tmp_path / "out.st", **given),
+    ):
+        for force in (True, False):
+            with pytest.raises(WrongBaseError, match=r"not those that were catalogued.*--any-base"):
+                command(force=force)
+    with pytest.raises(OutputError, match="exists already"):
+        loratool.quantize("mine", out=image, name="image", any_base=True)
+    assert any("--any-base" in note for note in loratool.quantize("mine", out=image, force=True, any_base=True).notes)
+    assert loratool.extract(tuned, "mine", rank=1, out=tmp_path / "out.st", any_base=True).record.base is None
 
 
 # Outputs.

@@ -341,5 +341,5 @@ def test_a_plan_for_a_base_in_4_bits_needs_its_weights(
     with pytest.raises(CheckpointError, match="loratool base add NAME org/nf4 --download"):
         loratool.merge([pirate], into="four", out=tmp_path / "merged", dry_run=True)
     loratool.base_add("four", "org/nf4", download=True)
-    planned = loratool.merge([pirate], into="four", out=tmp_path / "merged", dry_run=True, force=True)
+    planned = loratool.merge([pirate], into="four", out=tmp_path / "merged", dry_run=True, any_base=True)
     assert planned.plan.targets

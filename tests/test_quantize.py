@@ -410,7 +410,7 @@ def test_a_base_that_changed_since_it_was_catalogued_is_refused(tiny_models: Tin
     with pytest.raises(LoratoolError, match="not those that were catalogued"):
         loratool.quantize("tiny", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert loratool.quantize("tiny", out=tmp_path / "out", force=True).name is None
+    assert loratool.quantize("tiny", out=tmp_path / "out", any_base=True).name is None
 
 
 def test_the_command_line_quantizes_and_errs_in_one_sentence(tiny_models: TinyModels, tmp_path: Path) -> None:

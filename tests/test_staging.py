@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import matplotlib.figure
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -17,6 +20,7 @@ from tiny_models import digest
 
 import loratool
 from loratool.checkpoint import journal, staging
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_file, staged_folder
 from loratool.errors import CheckpointError, OutputError
 
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
     from tiny_models import TinyModels
 
 JOURNAL = ".loratool-journal"
+FOLDER, FILE, ADAPTER = OutputKind.MERGED_MODEL, OutputKind.ADAPTER_FILE, OutputKind.ADAPTER_FOLDER
+STAGES = [partial(staged_folder, kind=FOLDER), partial(staged_file, kind=FILE)]
 
 
 @pytest.fixture
@@ -80,14 +86,13 @@ def test_force_keeps_a_folder_that_holds_more_than_the_manifest_accounts_for(
     change, named = FOREIGN[what]
     change(out)
     before = digest(base.parent)
-    for command in (
-        lambda: loratool.merge([(adapter, 0.5)], into=base, out=out, force=True),
-        lambda: loratool.export(adapter, out, force=True),
-    ):
-        with pytest.raises(OutputError, match="--force does not replace it") as raised:
-            command()
-        assert named in str(raised.value)
-        assert digest(base.parent) == before
+    with pytest.raises(OutputError, match="--force does not replace it") as raised:
+        loratool.merge([(adapter, 0.5)], into=base, out=out, force=True)
+    assert named in str(raised.value)
+    with pytest.raises(OutputError) as without_force:
+        loratool.merge([(adapter, 0.5)], into=base, out=out)
+    assert named in str(without_force.value) and "--force" not in str(without_force.value)
+    assert digest(base.parent) == before
 
 
 def test_force_replaces_a_merge_with_its_undo_and_the_configuration_as_the_user_changed_it(
@@ -114,7 +119,7 @@ def test_force_replaces_an_exported_adapter_and_nothing_beside_it(adapter: Path,
 def test_a_file_put_into_the_output_while_it_is_replaced_is_kept(adapter: Path, tmp_path: Path) -> None:
     out = loratool.export(adapter, tmp_path / "out")
     before = digest(out)
-    with pytest.raises(OutputError, match=r"holds 'letter\.txt'"), staged_folder(out, force=True) as stage:
+    with pytest.raises(OutputError, match=r"holds 'letter\.txt'"), staged_folder(out, ADAPTER, force=True) as stage:
         write(stage / "new")
         write(out / "letter.txt")
     assert digest(out) == before | digest(out)
@@ -126,12 +131,12 @@ def test_force_replaces_an_adapter_alone_among_safetensors_files(base: Path, ada
     out = loratool.export(adapter, tmp_path / "out.safetensors")
     exported = digest(out)
     loratool.export(adapter, out, force=True)
-    save_file({"a": np.zeros(1, np.float32)}, out, {"ss_network_dim": "4"})
-    loratool.export(adapter, out, force=True)
-    assert digest(out) == exported
     out.write_bytes(b"")
     loratool.export(adapter, out, force=True)
-    for content in ((base / "model.safetensors").read_bytes(), b"mine"):
+    assert digest(out) == exported
+    of_another_tool = tmp_path / "kohya.safetensors"
+    save_file({"a": np.zeros(1, np.float32)}, of_another_tool, {"ss_network_dim": "4", "adapter_config": "{}"})
+    for content in ((base / "model.safetensors").read_bytes(), of_another_tool.read_bytes(), b"mine"):
         out.write_bytes(content)
         with pytest.raises(OutputError, match="is a file that loratool did not write, so --force does not replace it"):
             loratool.export(adapter, out, force=True)
@@ -141,35 +146,83 @@ def test_force_replaces_an_adapter_alone_among_safetensors_files(base: Path, ada
 @pytest.mark.parametrize("name", ["pipe.safetensors", "pipe.png", "pipe"])
 def test_force_replaces_no_pipe(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(OutputError, match="is no regular file"), staged_file(tmp_path / name, force=True):
+    with pytest.raises(OutputError, match="is no regular file"), staged_file(tmp_path / name, FILE, force=True):
         pass
     assert (tmp_path / name).is_fifo()
 
 
-@pytest.mark.parametrize(("suffix", "first"), [(".png", b"\x89PNG\r\n\x1a\n"), (".pdf", b"%PDF-")])
-def test_force_replaces_a_picture_alone_under_the_name_of_one(suffix: str, first: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
+def test_force_replaces_a_picture_that_loratool_drew_and_none_of_the_users(
+    suffix: str, adapter: Path, tmp_path: Path
+) -> None:
     out = tmp_path / f"out{suffix}"
-    out.write_bytes(b"mine")
-    with pytest.raises(OutputError, match="did not write"), staged_file(out, force=True):
-        pass
-    out.write_bytes(first + b"old")
-    with staged_file(out, force=True) as stage:
-        stage.write_bytes(b"new")
-    assert out.read_bytes() == b"new"
+    loratool.spectrum(adapter, plot=out)
+    drawn = out.read_bytes()
+    loratool.spectrum(adapter, plot=out, force=True)
+    assert out.read_bytes() == drawn
+    figure = matplotlib.figure.Figure()
+    figure.savefig(out)
+    mine = out.read_bytes()
+    with pytest.raises(OutputError, match="did not write"):
+        loratool.spectrum(adapter, plot=out, force=True)
+    assert out.read_bytes() == mine
 
 
 def test_a_file_put_in_place_of_the_output_while_it_is_replaced_is_kept(adapter: Path, tmp_path: Path) -> None:
     out = loratool.export(adapter, tmp_path / "out.st")
-    with pytest.raises(OutputError, match="did not write"), staged_file(out, force=True) as stage:
+    with pytest.raises(OutputError, match="did not write"), staged_file(out, FILE, force=True) as stage:
         write(stage, "new")
         write(out)
     assert out.read_text() == "mine"
 
 
+# A merge, an image, an adapter's folder and its file, a picture: each replaces its own kind alone.
+
+
+@pytest.fixture
+def outputs(base: Path, adapter: Path) -> dict[str, Path]:
+    """One output of each kind."""
+    folder = base.parent / "outputs"
+    return {
+        "a merged model": loratool.merge([adapter], into=base, out=folder / "merged").out,
+        "a quantized model": loratool.quantize(base, out=folder / "image").out,
+        "an adapter's folder": loratool.export(adapter, folder / "folder"),
+        "an adapter's file": loratool.export(adapter, folder / "file.safetensors"),
+    }
+
+
+def test_an_output_is_replaced_by_its_own_kind_alone(outputs: dict[str, Path], base: Path, adapter: Path) -> None:
+    commands: dict[str, Callable[[Path], object]] = {
+        "a merged model": lambda out: loratool.merge([adapter], into=base, out=out, force=True),
+        "a quantized model": lambda out: loratool.quantize(base, out=out, force=True),
+        "an adapter's folder": lambda out: loratool.export(adapter, out, force=True),
+    }
+    before = digest(base.parent)
+    for kind, command in commands.items():
+        for other in sorted(outputs.keys() - {kind}):
+            expected = (
+                f"is a file, and the output is {kind}" if "file" in other else f"is {other}, and the output is {kind}"
+            )
+            if other == "an adapter's file" and kind != "a quantized model":
+                continue  # by its name the output would be a file
+            with pytest.raises(OutputError, match=re.escape(expected)):
+                command(outputs[other])
+            assert digest(base.parent) == before
+        command(outputs[kind])
+
+
+def test_a_folder_is_not_replaced_by_a_file(base: Path, adapter: Path) -> None:
+    folder = loratool.export(adapter, base.parent / "out")
+    folder = folder.rename(base.parent / "out.safetensors")
+    with pytest.raises(OutputError, match="is a folder, and the output is an adapter's file, a file"):
+        loratool.export(adapter, folder, force=True)
+    assert (folder / "adapter_config.json").is_file()
+
+
 # Which file an error is about.
 
 
-@pytest.mark.parametrize("stage_at", [staged_folder, staged_file])
+@pytest.mark.parametrize("stage_at", STAGES)
 def test_a_source_that_cannot_be_read_is_named_as_such(stage_at: Any, tmp_path: Path) -> None:
     """It often lies beside the output, since a merge goes beside its base."""
     for source in (tmp_path / "base" / "tokenizer.json", tmp_path / "out.json", Path("/nowhere/adapter.safetensors")):
@@ -181,12 +234,18 @@ def test_a_source_that_cannot_be_read_is_named_as_such(stage_at: Any, tmp_path: 
 
 
 def test_an_output_that_cannot_be_written_is_named_as_such(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"cannot write '.*/out'"), staged_folder(tmp_path / "out") as stage:
+    with pytest.raises(OutputError, match=r"cannot write '.*/out'"), staged_folder(tmp_path / "out", FOLDER) as stage:
         (stage / "nowhere" / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot write '.*/out'.*free some space"), staged_folder(tmp_path / "out"):
+    with (
+        pytest.raises(OutputError, match=r"cannot write '.*/out'.*free some space"),
+        staged_folder(tmp_path / "out", FOLDER),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot write '.*/out'"), staged_folder(tmp_path / "file" / "new" / "out"):
+    with (
+        pytest.raises(OutputError, match=r"cannot write '.*/out'"),
+        staged_folder(tmp_path / "file" / "new" / "out", FOLDER),
+    ):
         pass
 
 
@@ -330,7 +389,7 @@ def test_the_removal_of_one_undo_of_two_lasts_before_its_commit_is_forgotten(
     assert below == set((base / "loratool-undo").iterdir())
 
 
-@pytest.mark.parametrize("stage_at", [staged_folder, staged_file])
+@pytest.mark.parametrize("stage_at", STAGES)
 def test_the_folders_made_above_an_output_last(stage_at: Any, durable: set[Path], tmp_path: Path) -> None:
     out = tmp_path / "new" / "deep" / "er" / "out"
     with stage_at(out) as stage:

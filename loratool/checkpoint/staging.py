@@ -11,50 +11,31 @@ import errno
 import fcntl
 import os
 import shutil
-import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final
 
 from loratool.checkpoint.copying import sync_folder
-from loratool.checkpoint.header import read_header
-from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
+from loratool.checkpoint.output_kind import OutputKind, why_not_replaced
 from loratool.errors import CheckpointError, OutputError, quoted
 
 RENAME_EXCHANGE: Final = 2
 """renameat2(2): swap two names in one step (Linux)."""
 
-# A merge's manifest and an adapter's facts have this name, too, by constants of rooms that this one does not import.
-OWN_FILE: Final = "loratool.json"
-"""A folder that holds this was written by loratool, and `force` may replace it if this accounts for all that is in it."""
-
-UNDO_FOLDER: Final = "loratool-undo"
-ADAPTER_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safetensors"})
-WEIGHT_SUFFIXES: Final = (".safetensors", ".safetensors.index.json")
-
-OWN_METADATA: Final = ("adapter_config", "loratool", "ss_")
-"""How a key begins in the metadata of each safetensors file that loratool writes alone: an adapter's, in its own layout or
-kohya's, or a training's state."""
-
-FIRST_BYTES: Final = {".pdf": b"%PDF-", ".png": b"\x89PNG\r\n\x1a\n"}
-"""What a picture begins with, by its suffix."""
-
 
 @contextmanager
-def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, kind: OutputKind, *, force: bool = False) -> Iterator[Path]:
     """Give an empty folder to write into; when the block ends without an error it becomes `out`.
 
     Raises:
-        OutputError: `out` exists (with `force`: and is not one that loratool wrote), another run is writing it, or the
-            disk is full or read-only.
+        OutputError: `out` exists (with `force`: and is not of this kind, or loratool did not write it), another run is
+            writing it, or the disk is full or read-only.
         CheckpointError: a file that the block reads from elsewhere cannot be read.
     """
     out = Path(os.path.abspath(out))
     with _explained(out):
-        refuse_existing(out, force=force)
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{quoted(out)} is a file and the output is a folder; choose another --out")
+        refuse_existing(out, kind, force=force)
         _make_folder(out.parent)
         stage = _beside(out, "partial")
         _put_back_replaced(out)
@@ -62,14 +43,14 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
             try:
                 yield stage
                 sync_tree(stage)
-                _publish_folder(stage, out, force=force)
+                _publish_folder(stage, out, kind, force=force)
             except BaseException:
                 shutil.rmtree(stage, ignore_errors=True)
                 raise
 
 
 @contextmanager
-def staged_file(out: Path, *, force: bool = False, option: str = "--out") -> Iterator[Path]:
+def staged_file(out: Path, kind: OutputKind, *, force: bool = False, option: str = "--out") -> Iterator[Path]:
     """Give a path to write a file at; when the block ends without an error it becomes `out`, which `option` gave.
 
     Raises:
@@ -77,7 +58,7 @@ def staged_file(out: Path, *, force: bool = False, option: str = "--out") -> Ite
     """
     out = Path(os.path.abspath(out))
     with _explained(out, option):
-        refuse_existing(out, force=force, option=option)
+        refuse_existing(out, kind, force=force, option=option)
         _make_folder(out.parent)
         stage = _beside(out, "partial")
         with _locked(stage, out, os.O_RDWR | os.O_CREAT, option):
@@ -85,7 +66,9 @@ def staged_file(out: Path, *, force: bool = False, option: str = "--out") -> Ite
                 yield stage
                 sync_file(stage)
                 if force:
-                    refuse_existing(out, force=True, option=option)  # somebody may have put another there meanwhile
+                    refuse_existing(
+                        out, kind, force=True, option=option
+                    )  # somebody may have put another there meanwhile
                 elif os.path.lexists(out):
                     raise OutputError(f"{quoted(out)} appeared while it was being written; choose another {option}")
                 os.replace(stage, out)
@@ -95,80 +78,27 @@ def staged_file(out: Path, *, force: bool = False, option: str = "--out") -> Ite
                 raise
 
 
-def refuse_existing(out: Path, *, force: bool, option: str = "--out") -> None:
-    """Raise OutputError if `out` must not be written: it is there, and `force` is off or it is somebody else's."""
+def refuse_existing(out: Path, kind: OutputKind, *, force: bool, option: str = "--out") -> None:
+    """Raise OutputError if an output of this kind must not be written to `out`.
+
+    Something is there, and `force` is off, or loratool did not write it, or it is of another kind.
+    """
     refuse_impossible(out, option)
     if not os.path.lexists(out):
         return
-    if not force:
+    try:
+        reason = why_not_replaced(out, kind)
+    except OSError as error:
+        reason = f"cannot be looked at ({error.strerror})"
+    if reason is None and not force:
         raise OutputError(f"{quoted(out)} exists already; choose another {option}, or give --force to replace it")
-    if out.is_symlink():
-        raise OutputError(f"{quoted(out)} is a link, which loratool never writes through; choose another {option}")
-    if Path.cwd().is_relative_to(out):
-        raise OutputError(f"{quoted(out)} holds the folder that you work in; choose another {option}")
-    reason = _why_not_our_folder(out) if out.is_dir() else _why_not_our_file(out)
-    if reason is not None:
+    if reason is None:
+        return
+    if force:
         raise OutputError(
             f"{quoted(out)} {reason}, so --force does not replace it; remove it yourself or choose another {option}"
         )
-
-
-def _why_not_our_folder(folder: Path) -> str | None:
-    """Why `folder` is not one that loratool made, or is more than that; None if losing it loses nothing else."""
-    if not any(folder.iterdir()):
-        return None
-    if not (folder / OWN_FILE).is_file():
-        return "is a folder that loratool did not write"
-    try:
-        record = read_json_object(folder / OWN_FILE, LARGEST_LISTING)
-    except CheckpointError:
-        return f"has a {OWN_FILE} that loratool did not write"
-    if record.get("in_place"):
-        return "is a model of your own that was changed in place"
-    foreign = next((name for name in _names_in(folder) if not _is_accounted_for(name, record)), None)
-    return None if foreign is None else f"holds {quoted(foreign)}, which loratool did not write"
-
-
-def _why_not_our_file(file: Path) -> str | None:
-    """Why `file` is not one that loratool made, by its first bytes; None if it may be one, or holds nothing."""
-    status = file.lstat()
-    if not stat.S_ISREG(status.st_mode):
-        return "is no regular file"
-    if status.st_size == 0:
-        return None
-    if file.suffix in {".safetensors", ".st"}:
-        try:
-            ours = any(key.startswith(OWN_METADATA) for key in read_header(file).metadata)
-        except CheckpointError:
-            ours = False
-    else:
-        first = FIRST_BYTES.get(file.suffix, b"")
-        with open(file, "rb") as stream:
-            ours = stream.read(len(first)) == first
-    return None if ours else "is a file that loratool did not write"
-
-
-def _names_in(folder: Path) -> Iterator[str]:
-    """The paths below `folder` of everything that is not a folder, in order; OSError where it cannot look."""
-
-    def stop(error: OSError) -> NoReturn:
-        raise error
-
-    for root, folders, files in os.walk(folder, onerror=stop):
-        folders.sort()
-        links = [name for name in folders if (Path(root) / name).is_symlink()]
-        for name in sorted([*files, *links]):
-            yield str((Path(root) / name).relative_to(folder))
-
-
-def _is_accounted_for(name: str, record: dict[str, Any]) -> bool:
-    if name == OWN_FILE:
-        return True
-    if "files" not in record:
-        return name in ADAPTER_FILES
-    is_weights = "/" not in name and name.endswith(WEIGHT_SUFFIXES)
-    files = record["files"]
-    return is_weights or name.startswith(f"{UNDO_FOLDER}/") or (isinstance(files, dict) and name in files)
+    raise OutputError(f"{quoted(out)} exists already and {reason}; choose another {option}")
 
 
 def refuse_impossible(out: Path, option: str = "--out") -> None:
@@ -276,7 +206,7 @@ def _locked(stage: Path, out: Path, flags: int, option: str = "--out") -> Iterat
         os.close(fd)
 
 
-def _publish_folder(stage: Path, out: Path, *, force: bool) -> None:
+def _publish_folder(stage: Path, out: Path, kind: OutputKind, *, force: bool) -> None:
     if not os.path.lexists(out):
         os.rename(stage, out)
     elif not force:
@@ -284,7 +214,7 @@ def _publish_folder(stage: Path, out: Path, *, force: bool) -> None:
     else:
         with _locked(out, out, os.O_RDONLY | os.O_DIRECTORY):
             # Somebody may have put a file into it since the run began.
-            refuse_existing(out, force=True)
+            refuse_existing(out, kind, force=True)
             _replace_folder(stage, out)
     sync_folder(out.parent)
 

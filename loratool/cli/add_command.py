@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, example, json_option
+from loratool.cli.options import PathType, alpha_option, any_base_option, example, json_option
 from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_notes, size, targets
 
 
@@ -16,6 +16,7 @@ from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_n
     metavar="BASE",
     help="The base that it belongs to: a catalogued name, a folder (then catalogued), or a Hub id.",
 )
+@any_base_option
 @alpha_option
 @click.option("--tag", "tags", multiple=True, metavar="T", help="A word to find it by; may be given several times.")
 @json_option
@@ -25,6 +26,7 @@ def command(
     path: str,
     name: str | None,
     base: str | None,
+    any_base: bool,
     alpha: float | None,
     tags: tuple[str, ...],
     as_json: bool,
@@ -36,7 +38,16 @@ def command(
     from loratool.library.adapters import adapter_json, add
 
     with ProgressBar() as progress:
-        result = add(path, name=name, base=base, alpha=alpha, tags=tags, registry=registry, progress=progress)
+        result = add(
+            path,
+            name=name,
+            base=base,
+            any_base=any_base,
+            alpha=alpha,
+            tags=tags,
+            registry=registry,
+            progress=progress,
+        )
     record = result.record
     if as_json:
         print_json({**adapter_json(record), "new": result.new, "notes": list(result.notes)})

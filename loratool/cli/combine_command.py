@@ -7,7 +7,7 @@ import shlex
 import click
 
 from loratool.cli.merge_command import parse_spec
-from loratool.cli.options import PathType, alpha_option, example, json_option
+from loratool.cli.options import PathType, alpha_option, any_base_option, example, force_option, json_option
 from loratool.cli.rendering import (
     ProgressBar,
     catalogued,
@@ -41,7 +41,8 @@ from loratool.ranks.methods import METHODS, Method
 @click.option("--seed", type=int, metavar="N", help="Seed of dare; by default made from what is combined.")
 @click.option("--out", required=True, type=PathType(), metavar="FILE", help="A file (.safetensors, .st) or a folder.")
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the file's name.")
-@click.option("--force", is_flag=True, help="Combine over different recorded bases; replace an earlier output.")
+@force_option
+@any_base_option
 @alpha_option
 @json_option
 @click.pass_obj
@@ -55,6 +56,7 @@ def command(
     out: str,
     name: str | None,
     force: bool,
+    any_base: bool,
     alpha: float | None,
     as_json: bool,
 ) -> None:
@@ -76,6 +78,7 @@ def command(
             name=name,
             alpha=alpha,
             force=force,
+            any_base=any_base,
             registry=registry,
             progress=progress,
         )

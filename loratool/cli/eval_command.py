@@ -59,7 +59,7 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) 
     "--ranks", callback=_parse_ranks, metavar="R,R,...", help="Measure the adapter also cut to each of these ranks."
 )
 @click.option("--plot", type=PathType(), metavar="FILE", help="Draw the loss by rank: a .png, .svg or .pdf.")
-@click.option("--force", is_flag=True, help="Replace an earlier picture.")
+@click.option("--force", is_flag=True, help="Replace a picture that loratool drew.")
 @click.option("--plain", is_flag=True, help="Join prompt and completion as they are, without the chat template.")
 @click.option(
     "--max-length",

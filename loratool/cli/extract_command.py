@@ -6,7 +6,7 @@ import shlex
 
 import click
 
-from loratool.cli.options import PathType, example, force_option, json_option
+from loratool.cli.options import PathType, any_base_option, example, force_option, json_option
 from loratool.cli.rendering import (
     ProgressBar,
     catalogued,
@@ -40,6 +40,7 @@ from loratool.cli.rendering import (
 @click.option("--out", required=True, type=PathType(), metavar="FILE", help="A file (.safetensors, .st) or a folder.")
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the file's name.")
 @force_option
+@any_base_option
 @json_option
 @click.pass_obj
 def command(
@@ -52,6 +53,7 @@ def command(
     out: str,
     name: str | None,
     force: bool,
+    any_base: bool,
     as_json: bool,
 ) -> None:
     """Make an adapter of the difference of a fine-tuned model and its base, streamed, with its error measured.
@@ -72,6 +74,7 @@ def command(
             keep_full=keep_full,
             name=name,
             force=force,
+            any_base=any_base,
             registry=registry,
             progress=progress,
         )

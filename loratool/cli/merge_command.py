@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, device_option, example, json_option, verbose_option
+from loratool.cli.options import (
+    PathType,
+    alpha_option,
+    any_base_option,
+    device_option,
+    example,
+    force_option,
+    json_option,
+    verbose_option,
+)
 from loratool.cli.plan_view import PlannedTensor, print_plan
 from loratool.cli.rendering import (
     ProgressBar,
@@ -70,7 +79,8 @@ if TYPE_CHECKING:
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
 @verbose_option
-@click.option("--force", is_flag=True, help="Merge into another base than recorded; replace an earlier output.")
+@force_option
+@any_base_option
 @device_option
 @alpha_option
 @json_option
@@ -89,6 +99,7 @@ def command(
     dry_run: bool,
     verbose: bool,
     force: bool,
+    any_base: bool,
     device: str,
     alpha: float | None,
     as_json: bool,
@@ -122,6 +133,7 @@ def command(
             dry_run=dry_run,
             undo=undo,
             force=force,
+            any_base=any_base,
             device=device,
             alpha=alpha,
             registry=registry,

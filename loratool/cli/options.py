@@ -29,7 +29,10 @@ def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str
 json_option: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 verbose_option: Decorator = click.option("--verbose", is_flag=True, help="List every tensor.")
 force_option: Decorator = click.option(
-    "--force", is_flag=True, help="Replace an output that loratool wrote, or another adapter's file."
+    "--force", is_flag=True, help="Replace an output of the same kind that loratool wrote."
+)
+any_base_option: Decorator = click.option(
+    "--any-base", is_flag=True, help="Go on with another base than is recorded, by its fingerprint."
 )
 device_option: Decorator = click.option(
     "--device",

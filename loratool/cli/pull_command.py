@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import alpha_option, example, json_option
+from loratool.cli.options import alpha_option, any_base_option, example, json_option
 from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_notes, ranks, size, targets
 
 EXAMPLES = """\
@@ -23,6 +23,7 @@ loratool pull someone/pirate --update"""
     metavar="BASE",
     help="The base that it belongs to: a catalogued name, a folder (then catalogued), or a Hub id.",
 )
+@any_base_option
 @alpha_option
 @click.option("--update", is_flag=True, help="Follow the branch: what is new becomes the next version.")
 @json_option
@@ -33,6 +34,7 @@ def command(
     name: str | None,
     path: str | None,
     base: str | None,
+    any_base: bool,
     alpha: float | None,
     update: bool,
     as_json: bool,
@@ -46,7 +48,15 @@ def command(
 
     with ProgressBar() as progress:
         result = pull(
-            repo, name=name, path=path, base=base, alpha=alpha, update=update, registry=registry, progress=progress
+            repo,
+            name=name,
+            path=path,
+            base=base,
+            any_base=any_base,
+            alpha=alpha,
+            update=update,
+            registry=registry,
+            progress=progress,
         )
     record = result.record
     if as_json:

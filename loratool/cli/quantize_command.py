@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import PathType, example, force_option, json_option, verbose_option
+from loratool.cli.options import PathType, any_base_option, example, force_option, json_option, verbose_option
 from loratool.cli.plan_view import PlannedTensor, print_plan
 from loratool.cli.rendering import (
     ProgressBar,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
 @verbose_option
 @force_option
+@any_base_option
 @json_option
 @click.pass_obj
 def command(
@@ -55,6 +56,7 @@ def command(
     dry_run: bool,
     verbose: bool,
     force: bool,
+    any_base: bool,
     as_json: bool,
 ) -> None:
     """Store the linear modules of a full model in NF4, streamed, with the bits that bitsandbytes gives.
@@ -73,6 +75,7 @@ def command(
             compute_dtype=compute_dtype,
             dry_run=dry_run,
             force=force,
+            any_base=any_base,
             registry=registry,
             progress=progress,
         )

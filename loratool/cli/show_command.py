@@ -46,7 +46,7 @@ MOST_RANKS: Final = 12
 @click.argument("adapter")
 @click.option("--spectrum", "with_spectrum", is_flag=True, help="Singular values, and the energy kept at each rank.")
 @click.option("--plot", type=PathType(), metavar="FILE", help="Draw a heat map by layer and module: .png, .svg, .pdf.")
-@click.option("--force", is_flag=True, help="Replace an earlier picture.")
+@click.option("--force", is_flag=True, help="Replace a picture that loratool drew.")
 @alpha_option
 @json_option
 @click.pass_obj

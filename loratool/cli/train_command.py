@@ -90,7 +90,7 @@ class TrainCommand(ExampleCommand):
 @click.option("--name", metavar="N", help="The adapter's name in the catalogue.")
 @click.option("--out", type=PathType(), metavar="FILE", help="A file or folder; by default N.safetensors.")
 @click.option("--resume", is_flag=True, help="Go on with the run N where its last state was kept.")
-@click.option("--force", is_flag=True, help="Begin anew; replace an output; make the next version of N.")
+@click.option("--force", is_flag=True, help="Replace an unfinished run and its outputs; make the next version of N.")
 @click.option("--method", type=click.Choice(["lora", "dylora", "adalora"]), help="By default lora.")
 @click.option(
     "--rank", type=int, metavar="R", help="Of each module; DyLoRA's largest, AdaLoRA's average. By default 8."

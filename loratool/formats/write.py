@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.checkpoint.copying import copy_range
 from loratool.checkpoint.header import TensorInfo, header_bytes
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_file, staged_folder, sync_file, sync_tree
 from loratool.formats.adalora import singular_key
 from loratool.formats.adapter import Adapter
@@ -36,7 +37,7 @@ def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadat
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
     """
-    with staged_folder(out, force=force) as folder:
+    with staged_folder(out, OutputKind.ADAPTER_FOLDER, force=force) as folder:
         _fill_folder(folder, adapter, keep_metadata=keep_metadata)
 
 
@@ -48,8 +49,13 @@ def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> No
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
     """
-    with staged_file(out, force=force) as file:
+    with staged_file(out, OutputKind.ADAPTER_FILE, force=force) as file:
         _fill_file(file, adapter)
+
+
+def adapter_output(out: Path) -> OutputKind:
+    """What an adapter written to `out` is: a single file (``.safetensors``, ``.st``), or a PEFT directory."""
+    return OutputKind.ADAPTER_FILE if out.suffix in SINGLE_FILE_SUFFIXES else OutputKind.ADAPTER_FOLDER
 
 
 @contextmanager
@@ -61,13 +67,14 @@ def staged_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> Itera
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
     """
-    if out.suffix in SINGLE_FILE_SUFFIXES:
-        with staged_file(out, force=force) as file:
+    kind = adapter_output(out)
+    if kind is OutputKind.ADAPTER_FILE:
+        with staged_file(out, kind, force=force) as file:
             _fill_file(file, adapter)
             sync_file(file)
             yield read_adapter(file)
     else:
-        with staged_folder(out, force=force) as folder:
+        with staged_folder(out, kind, force=force) as folder:
             _fill_folder(folder, adapter)
             sync_tree(folder)
             yield read_adapter(folder)

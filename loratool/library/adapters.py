@@ -116,7 +116,7 @@ def survival_of(merge: MergeRecord) -> Survival | None:
 
 
 def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os.PathLike[str] | None = None,
-        alpha: float | None = None, tags: Sequence[str] = (), registry: str | None = None,
+        any_base: bool = False, alpha: float | None = None, tags: Sequence[str] = (), registry: str | None = None,
         progress: Progress | None = None) -> AddResult:  # fmt: skip
     """Catalogue the adapter at `path`: its files are copied into the content store, under their sha256.
 
@@ -127,6 +127,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
         base: the base that it belongs to: a catalogued name, a folder or a Hub id. One that is not catalogued yet is
             catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
             catalogued from the Hub id that it records.
+        any_base: tie it to `base` though it records, or is tied to, another one.
         alpha: for a bare file that does not say its own.
         tags: words to find it by.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -152,8 +153,8 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
     refuse_not_finite(adapter)
     chosen = name_from(adapter.name, source) if name is None else name
     with open_registry(registry) as catalogue:
-        owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress)
-        added = enter(adapter, catalogue, name=chosen, base=owner, tags=tags)
+        owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress, any_base=any_base)
+        added = enter(adapter, catalogue, name=chosen, base=owner, any_base=any_base, tags=tags)
         return replace(added, notes=(*notes, *added.notes))
 
 
@@ -186,8 +187,8 @@ def _refuse_base(source: Path) -> None:
     )
 
 
-def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None, tags: Sequence[str] = (),
-          place: HubPlace | None = None) -> AddResult:  # fmt: skip
+def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None, any_base: bool = False,
+          tags: Sequence[str] = (), place: HubPlace | None = None) -> AddResult:  # fmt: skip
     """Put an adapter that was read, or was just written, into the catalogue and its files into the content store.
 
     Of one with a `place` on the Hub, what its facts say that it came from is recorded as well; they must have been checked.
@@ -196,7 +197,7 @@ def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None 
         LoratoolError, registry.RegistryError: it does not fit `base`, or the name is taken wrongly.
     """
     named = None if place is None else place.base_model
-    with staged_entry(adapter, catalogue, base=base, base_model=named) as entry:
+    with staged_entry(adapter, catalogue, base=base, any_base=any_base, base_model=named) as entry:
         if place is None:
             return entry.add(name, tags)
         with catalogue.writing():
@@ -206,7 +207,7 @@ def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None 
 
 
 @contextmanager
-def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = None,
+def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
                  base_model: str | None = None) -> Iterator[StagedEntry]:  # fmt: skip
     """Copy the files of an adapter to where one step more takes them into the store; gone if that is not made.
 
@@ -215,7 +216,7 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
     """
-    facts, owner, notes = facts_of(adapter, catalogue, base=base, base_model=base_model)
+    facts, owner, notes = facts_of(adapter, catalogue, base=base, any_base=any_base, base_model=base_model)
     files: dict[str, Path | bytes] = {
         "adapter_model.safetensors": adapter.file,
         "adapter_config.json": _json_bytes(adapter.config),
@@ -226,7 +227,7 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
         yield StagedEntry(catalogue, facts, owner, staged, adapter.notes, tuple(notes))
 
 
-def facts_of(adapter: Adapter, catalogue: Registry, *, base: str | None = None,
+def facts_of(adapter: Adapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
              base_model: str | None = None) -> tuple[AdapterFacts, BaseRecord | None, list[str]]:  # fmt: skip
     """What the catalogue is to know of an adapter, the catalogued base that it belongs to, and notes on how that was found.
 
@@ -236,7 +237,7 @@ def facts_of(adapter: Adapter, catalogue: Registry, *, base: str | None = None,
     from loratool.library.owner import find_owner
 
     base_model = base_model or adapter.base_model
-    owner, notes = find_owner(adapter, base, base_model, catalogue)
+    owner, notes = find_owner(adapter, base, base_model, catalogue, any_base=any_base)
     return replace(_facts(adapter, owner), base_model=base_model), owner, notes
 
 
@@ -394,7 +395,7 @@ def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alph
         adapter: a catalogued name, a path or a Hub id.
         out: a folder, or a file where it ends in ``.safetensors`` or ``.st``.
         alpha: for a bare adapter file that does not say its own.
-        force: replace an output that loratool wrote before.
+        force: replace an adapter that loratool wrote before.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, WrongBaseError, quoted
 from loratool.formats.draft import Draft
+from loratool.formats.write import adapter_output
 from loratool.library.adapters import adapter_json
 from loratool.library.derive import (
     Child,
@@ -25,6 +26,7 @@ from loratool.library.derive import (
 from loratool.library.merge import AdapterSpec, PathLike, refuse_overlap, with_weight
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import ResolvedAdapter, open_registry, resolve_at_rank, user_path
+from loratool.library.right_base import ANY_BASE
 from loratool.ranks.combine import Combination, Share, combine_into, plan_combine
 from loratool.ranks.methods import Method, Recipe
 from loratool.ranks.unit_scaling import common_targeting, unit_config
@@ -68,7 +70,8 @@ class CombineResult:
 
 def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, density: float | None = None,
             rank: int | None = None, seed: int | None = None, name: str | None = None, alpha: float | None = None,
-            force: bool = False, registry: str | None = None, progress: Progress | None = None) -> CombineResult:  # fmt: skip
+            force: bool = False, any_base: bool = False, registry: str | None = None,
+            progress: Progress | None = None) -> CombineResult:  # fmt: skip
     """Make one adapter of several, with the numbers of PEFT's ``add_weighted_adapter``, and catalogue it as their child.
 
     Args:
@@ -82,7 +85,8 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
         seed: of the two dare methods; by default made from what is combined, so that it gives the same bytes again.
         name: of the result in the catalogue; by default that of the file.
         alpha: for a bare adapter file that does not say its own.
-        force: combine adapters that record different bases, and replace an output that loratool wrote before.
+        force: replace an adapter that loratool wrote before.
+        any_base: combine adapters that record different bases.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes of factors are done.
 
@@ -99,8 +103,8 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
     with open_registry(registry, read_only=True) as catalogue:
         found = [resolve_at_rank(given, catalogue, alpha) for given, _ in specs]
         refuse_overlap(target, [parent.adapter.file for parent in found])
-        refuse_existing(target, force=force)
-        notes = _check_bases(found, catalogue, force=force)
+        notes = _check_bases(found, catalogue, any_base=any_base)
+        refuse_existing(target, adapter_output(target), force=force)
         shares = [Share(parent.adapter, weight) for parent, (_, weight) in zip(found, specs, strict=True)]
         plan = plan_combine(shares, Recipe(method, density, rank, seed))
         figures = _figures(plan, [parent.rank for parent in found])
@@ -116,20 +120,22 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
     return CombineResult(target, added.record, parents, plan.recipe, error, (*notes, *plan.notes, *added.notes))
 
 
-def _check_bases(found: Sequence[ResolvedAdapter], catalogue: Registry, *, force: bool) -> tuple[str, ...]:
+def _check_bases(found: Sequence[ResolvedAdapter], catalogue: Registry, *, any_base: bool) -> tuple[str, ...]:
     """Notes on adapters whose base is not known to be that of the others.
 
     Raises:
-        WrongBaseError: two adapters record different bases.
+        WrongBaseError: two adapters record different bases, and `any_base` is off.
     """
     notes: dict[str, None] = {}
     for place, left in enumerate(found):
         for right in found[place + 1 :]:
             problem = _base_problem(left, right, catalogue)
-            if problem is not None and not force:
-                raise WrongBaseError(f"{problem}; combine adapters of one base, or give --force if these are one model")
+            if problem is not None and not any_base:
+                raise WrongBaseError(
+                    f"{problem}; combine adapters of one base, or give {ANY_BASE} if these are one model"
+                )
             if problem is not None:
-                notes[f"{problem}; combined all the same, with --force"] = None
+                notes[f"{problem}; combined all the same, with {ANY_BASE}"] = None
     unknown = [parent.adapter.name for parent in found if parent.base_fingerprint is None]
     if unknown and len(found) > 1:
         notes[f"{quoted(unknown[0])} records no base fingerprint: it was matched by names and shapes"] = None

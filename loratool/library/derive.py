@@ -70,7 +70,7 @@ def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, ori
         operation: the command's name.
         origins: what each of them came from.
         base: the catalogued base that they belong to; None for the one that they record.
-        force: replace outputs that loratool wrote before.
+        force: replace adapters that loratool wrote before.
 
     Raises:
         LoratoolError: an output exists or cannot be written, or an adapter does not fit `base`.

@@ -136,7 +136,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         batch_size: how many samples are computed at once.
         plain: read ``prompt`` and ``completion`` as they are, without the model's chat template.
         truncate: cut the end off a sample of more than `max_length` tokens instead of refusing it.
-        force: replace the picture if it exists.
+        force: replace a picture that loratool drew before.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.

@@ -13,11 +13,13 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, quoted
 from loratool.formats.draft import Draft
+from loratool.formats.write import adapter_output
 from loratool.library.adapters import adapter_json
 from loratool.library.derive import Child, Origin, bring_up, default_name, scratch_folder
 from loratool.library.merge import PathLike, hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, open_registry, resolve_base, user_path
+from loratool.library.right_base import refuse_changed
 from loratool.ranks.extract import Extraction, ExtractPlan, extract_into, plan_extract
 from loratool.ranks.low_rank_fit import Wanted
 from loratool.ranks.unit_scaling import unit_config
@@ -62,8 +64,8 @@ class ExtractResult:
 
 
 def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None = None, energy: float | None = None,
-            keep_full: bool = False, name: str | None = None, force: bool = False, registry: str | None = None,
-            progress: Progress | None = None) -> ExtractResult:  # fmt: skip
+            keep_full: bool = False, name: str | None = None, force: bool = False, any_base: bool = False,
+            registry: str | None = None, progress: Progress | None = None) -> ExtractResult:  # fmt: skip
     """Make an adapter of the difference of a fine-tuned model and its base, and catalogue it as a child of the model.
 
     Each linear layer that changed gets the best factors of its rank; the error that is stated is measured on them.
@@ -78,7 +80,8 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
         keep_full: keep modules of which another tensor changed (a norm, an embedding, a bias) whole, as PEFT's
             ``modules_to_save`` does; without it they are left out and reported.
         name: of the result in the catalogue; by default that of the file.
-        force: replace an output that loratool wrote before.
+        force: replace an adapter that loratool wrote before.
+        any_base: go on where a catalogued model is not what was catalogued; the adapter then belongs to what was read.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 
@@ -94,12 +97,13 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
     with open_registry(registry, read_only=True) as catalogue, ExitStack() as held:
         models = [resolve_base(given, catalogue, watcher) for given in (tuned, base)]
         refuse_overlap(target, [model.path for model in models])
-        refuse_existing(target, force=force)
         for path in dict.fromkeys(model.path.resolve() for model in models):
             held.enter_context(hold(path, exclusive=False))
         checkpoints = [Checkpoint.open(model.path) for model in models]
         plan = plan_extract(checkpoints[0], checkpoints[1], wanted)
         fingerprints = [_fingerprint(checkpoint, watcher) for checkpoint in checkpoints]
+        changed = [refuse_changed(each, now, any_base=any_base) for each, now in zip(models, fingerprints, strict=True)]
+        refuse_existing(target, adapter_output(target), force=force)
         watcher.begin("extracting", plan.nbytes)
         with Draft(scratch_folder(target)) as draft:
             found = extract_into(draft, plan, wanted, keep_full=keep_full, progress=watcher.advance)
@@ -112,9 +116,9 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
             }
             adapter = draft.adapter(chosen, _config(plan, found, models[1]), facts)
             child = Child(replace(adapter, replacements=found.kept), target, chosen, figures)
-            owner = models[1].record.name if models[1].record else None
+            owner = models[1].record.name if models[1].record and not changed[1] else None
             (added,) = bring_up([child], catalogue, "extract", [Origin(models[0].name)], base=owner, force=force)
-    notes = (*_left_out_notes(found), *added.notes)
+    notes = (*changed[0], *changed[1], *_left_out_notes(found), *added.notes)
     return ExtractResult(target, added.record, models[0].name, models[1].name, found, notes)
 
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.checkpoint.fingerprint import file_identity, fingerprint, tensor_digests
+from loratool.checkpoint.fingerprint import file_identity, fingerprint
 from loratool.checkpoint.journal import locked, refuse_links
 from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_existing, refuse_impossible, refuse_no_text
-from loratool.errors import LoratoolError, OutputError, WrongBaseError, quoted
+from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.library.calibration import calibrated, calibration_text
@@ -32,10 +33,10 @@ from loratool.library.resolve import (
     resolve_base,
     user_path,
 )
+from loratool.library.right_base import check_base
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.conversion import CONFIG_NAME, ConversionPlan, Storage
-from loratool.merging.manifest import read_manifest
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.plan_conversion import plan_conversion
 from loratool.merging.survival import LEAST_SHARE, Survival
@@ -124,8 +125,8 @@ class MergeResult:
 def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = None, *, out: PathLike | None = None,
           in_place: bool = False, quantize: str | None = None, base_as: str | None = None, dequantize: bool = False,
           calibrate: PathLike | None = None,
-          dry_run: bool = False, undo: bool = False, force: bool = False, device: str = "auto", alpha: float | None = None,
-          registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
+          dry_run: bool = False, undo: bool = False, force: bool = False, any_base: bool = False, device: str = "auto",
+          alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
     Args:
@@ -142,7 +143,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
             text are off by less (`loratool.weights.feedback`). Runs the model. An undo file is always kept.
         dry_run: plan and check only; write nothing.
         undo: keep an undo file in the new folder, so that the merge can be taken out when the base is gone.
-        force: merge into another base than the adapter records, and replace an output that loratool wrote before.
+        force: replace a merged model that loratool wrote before.
+        any_base: merge into another base than an adapter records, or one that is not what was catalogued.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -173,7 +175,6 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         target = base.path if in_place else _output(out, base, resolved, storage)
         if not in_place:
             refuse_overlap(target, [base.path, *(found.adapter.file for found in resolved)])
-        existing = [] if in_place else refuse_or_note_existing(target, force=force, dry_run=dry_run)
         with hold(base.path, exclusive=in_place and not dry_run):
             checkpoint = base.open()
             if in_place:
@@ -185,7 +186,9 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
                 refuse_not_finite(found.adapter)
             if device.startswith("cuda"):
                 choose_device(device)  # raises where there is none, before anything is copied
-            digests, notes = _check_base(base, resolved, checkpoint, catalogue, watcher, force=force)
+            digests, notes = check_base(base, resolved, checkpoint, catalogue, watcher, any_base=any_base)
+            kind = OutputKind.MERGED_MODEL
+            existing = [] if in_place else refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
             merged = tuple(_merged(found, each.weight) for found, each in zip(resolved, weighted, strict=True))
             if dry_run:
                 known = fingerprint(checkpoint.tensors, digests) if digests else None
@@ -288,10 +291,10 @@ def refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
             )
 
 
-def refuse_or_note_existing(out: Path, *, force: bool, dry_run: bool) -> list[str]:
-    """Raise OutputError if `out` must not be written; in a dry run, return that as a note instead."""
+def refuse_or_note_existing(out: Path, kind: OutputKind, *, force: bool, dry_run: bool) -> list[str]:
+    """Raise OutputError if an output of this kind must not be written to `out`; in a dry run, return that as a note."""
     try:
-        refuse_existing(out, force=force)
+        refuse_existing(out, kind, force=force)
     except OutputError as error:
         if not dry_run:
             raise
@@ -308,60 +311,6 @@ def _refuse_in_place(checkpoint: Checkpoint) -> None:
 def hold(path: Path, *, exclusive: bool) -> AbstractContextManager[None]:
     """Hold a model folder against other processes (see `checkpoint.journal.locked`); a single file is not held."""
     return locked(path, exclusive=exclusive) if path.is_dir() else nullcontext()
-
-
-def _check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, catalogue: Registry,
-                watcher: Progress, *, force: bool) -> tuple[dict[str, str] | None, list[str]]:  # fmt: skip
-    """The digests of the base, where its fingerprint matters, and notes on how each adapter was matched to it.
-
-    Raises:
-        WrongBaseError: an adapter records another base, or the base is not what was catalogued under its name.
-    """
-    if base.headers is not None:
-        return None, [f"base {quoted(base.name)} is not downloaded: its content is checked when it is"]
-    recorded = base.record.fingerprint if base.record else None
-    if recorded is None and not any(found.base_fingerprint for found in adapters):
-        return None, [_unrecorded(found) for found in adapters]
-    watcher.begin("fingerprinting the base", checkpoint.nbytes)
-    digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
-    actual = fingerprint(checkpoint.tensors, digests)
-    original = _original_of(checkpoint, actual)
-    notes = []
-    if recorded is not None and recorded != actual:
-        problem = f"the files of base {quoted(base.name)} are not those that were catalogued"
-        if not force:
-            raise WrongBaseError(f"{problem}; see 'loratool base verify {base.name}', or give --force")
-        notes.append(f"{problem}; merged all the same, with --force")
-    for found in adapters:
-        if found.base_fingerprint is None:
-            notes.append(_unrecorded(found))
-        elif not any(catalogue.bases.same_family(found.base_fingerprint, one) for one in (actual, original) if one):
-            problem = (
-                f"{quoted(found.adapter.name)} belongs to the base {_base_label(found.base_fingerprint, catalogue)}, "
-                f"and {quoted(base.name)} is another model ({actual[:12]}…)"
-            )
-            if not force:
-                raise WrongBaseError(f"{problem}; merge it into its own base, or give --force")
-            notes.append(f"{problem}; merged all the same, with --force")
-    return digests, notes
-
-
-def _original_of(checkpoint: Checkpoint, actual: str) -> str | None:
-    """The fingerprint of the dense model that the base is the NF4 image of, where loratool quantized it."""
-    try:
-        manifest = read_manifest(checkpoint.path, ("quantization",))
-    except LoratoolError:
-        return None
-    return manifest.base_fingerprint if manifest.fingerprint == actual else None
-
-
-def _unrecorded(found: ResolvedAdapter) -> str:
-    return f"{quoted(found.adapter.name)} records no base fingerprint: it was matched by names and shapes"
-
-
-def _base_label(wanted: str, catalogue: Registry) -> str:
-    known = catalogue.bases.find_by_fingerprint(wanted)
-    return f"{quoted(known[0].name)} ({wanted[:12]}…)" if known else f"{wanted[:12]}…"
 
 
 @contextmanager

@@ -15,26 +15,32 @@ from loratool.library.adapters import name_from
 from loratool.library.base_entry import find_base
 from loratool.library.hub_bases import is_away, known_headers
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, exists, resolve_base, user_path
+from loratool.library.resolve import ResolvedAdapter, exists, is_entry_of, resolve_base, user_path
 from loratool.merging.plan import WeightedAdapter, plan_merge
-from registry import BaseRecord, Registry, check_name, is_name
+from registry import AdapterRecord, BaseRecord, Registry, check_name, is_name
 
 
-def find_owner(adapter: Adapter, base: str | None, base_model: str | None,
-           catalogue: Registry) -> tuple[BaseRecord | None, list[str]]:  # fmt: skip
+def find_owner(adapter: Adapter, base: str | None, base_model: str | None, catalogue: Registry, *,
+               any_base: bool = False) -> tuple[BaseRecord | None, list[str]]:  # fmt: skip
     """The catalogued base that the adapter belongs to, checked by names and shapes, and notes on how it was found.
 
     `base_model` is its name as the adapter's configuration or card records it.
+
+    Raises:
+        WrongBaseError: it records another base than `base`, or is tied to another one, and `any_base` is off.
+        LoratoolError: it does not fit `base`.
     """
     recorded = adapter.base_fingerprint
     if base is not None:
         record = catalogue.bases.find(check_name(base, "base"))
-        if recorded and record.fingerprint and not catalogue.bases.same_family(recorded, record.fingerprint):
-            raise WrongBaseError(
-                f"{quoted(adapter.name)} records another base ({recorded[:12]}…) than {quoted(base)}; leave --base out"
-            )
+        problem = _other_base(adapter, record.name, record.fingerprint, catalogue)
+        if problem and not any_base:
+            raise WrongBaseError(f"{problem}; leave --base out, or give --any-base")
         _refuse_unfit(adapter, record)
-        return record, []
+        return record, [f"{problem}; tied to it all the same, with --any-base"] if problem else []
+    tied = next((entry.base for entry in _entries(adapter, catalogue) if entry.base), None)
+    if tied is not None:
+        return catalogue.bases.find(tied), []
     if recorded:
         known = catalogue.bases.find_by_fingerprint(recorded)
         if known:
@@ -53,14 +59,15 @@ def find_owner(adapter: Adapter, base: str | None, base_model: str | None,
     return None, [_how_to_tie(base_model, known_by_content=bool(recorded), unfit=bool(named))]
 
 
-def name_owner(base: str | os.PathLike[str], adapter: Adapter, catalogue: Registry,
-               progress: Progress | None = None) -> tuple[str, tuple[str, ...]]:  # fmt: skip
+def name_owner(base: str | os.PathLike[str], adapter: Adapter, catalogue: Registry, progress: Progress | None = None, *,
+               any_base: bool = False) -> tuple[str, tuple[str, ...]]:  # fmt: skip
     """Return the catalogued name of the base that a user gives by name, path or Hub id, and notes.
 
     A base that is not catalogued yet is catalogued under the name of its folder or repository, if the adapter fits it.
 
     Raises:
-        LoratoolError, registry.RegistryError: there is no such base, or the adapter belongs to another one.
+        LoratoolError, registry.RegistryError: there is no such base, or the adapter belongs to another one and `any_base`
+            is off.
     """
     from loratool.library.bases import look_at_base
 
@@ -74,11 +81,9 @@ def name_owner(base: str | os.PathLike[str], adapter: Adapter, catalogue: Regist
     _refuse_unlanded(adapter, source.open())
     name = _free_name(source.name, catalogue)
     found = look_at_base(name, text, catalogue, watcher=progress or Silent())
-    if adapter.base_fingerprint and found.fingerprint not in (None, adapter.base_fingerprint):
-        raise WrongBaseError(
-            f"{quoted(adapter.name)} records another base ({adapter.base_fingerprint[:12]}…) than {quoted(text)} "
-            f"({str(found.fingerprint)[:12]}…); leave --base out"
-        )
+    problem = _other_base(adapter, name, found.fingerprint, catalogue)
+    if problem and not any_base:
+        raise WrongBaseError(f"{problem}; leave --base out, or give --any-base")
     found.add(name, catalogue)
     taken = "" if name == source.name else f" ({quoted(source.name)} is another model)"
     return name, (f"catalogued {quoted(text)} as the base {quoted(name)}{taken}",)
@@ -120,6 +125,29 @@ def recorded_owner(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | 
         return next(iter(catalogue.bases.find_by_fingerprint(found.base_fingerprint)), None)
     named = found.record.base_model if found.record else found.adapter.base_model
     return next((base for base in catalogue.bases.list() if named and _is_called(base, named)), None)
+
+
+def _other_base(adapter: Adapter, base: str, fingerprint: str | None, catalogue: Registry) -> str | None:
+    """Why a base, of this name and content, seems not to be an adapter's: what its file records, or what it is tied to."""
+    recorded = adapter.base_fingerprint
+    if recorded and fingerprint and not catalogue.bases.same_family(recorded, fingerprint):
+        return (
+            f"{quoted(adapter.name)} records another base ({recorded[:12]}…) than {quoted(base)} ({fingerprint[:12]}…)"
+        )
+    for entry in _entries(adapter, catalogue):
+        if entry.base_fingerprint and fingerprint:
+            is_other = not catalogue.bases.same_family(entry.base_fingerprint, fingerprint)
+        else:
+            is_other = entry.base not in (None, base)
+        if is_other:
+            what = quoted(entry.base) if entry.base else f"the base {str(entry.base_fingerprint)[:12]}…"
+            return f"{quoted(adapter.name)} is tied to {what}, as {entry.reference}, and {quoted(base)} is another"
+    return None
+
+
+def _entries(adapter: Adapter, catalogue: Registry) -> list[AdapterRecord]:
+    """The catalogue's entries of the very adapter, the newest first."""
+    return [entry for entry in catalogue.adapters.find_by_sha256(adapter.sha256) if is_entry_of(entry, adapter)]
 
 
 def _is_called(record: BaseRecord, base_model: str) -> bool:

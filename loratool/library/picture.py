@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_existing, staged_file
 from loratool.errors import LoratoolError, OutputError, quoted
 
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OPTION: Final = "--plot"
-FORMATS: Final[dict[str, dict[str, Any]]] = {".pdf": {"CreationDate": None}, ".png": {}, ".svg": {"Date": None}}
-"""The suffixes of pictures, and the metadata without which the same picture has the same bytes on any day."""
+FORMATS: Final[dict[str, dict[str, Any]]] = {
+    ".pdf": {"CreationDate": None, "Creator": "loratool"},
+    ".png": {"Software": "loratool"},
+    ".svg": {"Date": None, "Creator": "loratool"},
+}
+"""The suffixes of pictures, and their metadata: who drew them, and no date, so that a picture has the same bytes on any day."""
 
 INCHES: Final = (7.0, 4.5)
 DOTS_PER_INCH: Final = 150
@@ -33,9 +38,7 @@ def refuse_picture(file: Path, *, force: bool) -> None:
     """
     if file.suffix not in FORMATS:
         raise OutputError(f"{quoted(file)} is no name for a picture; end it in {', '.join(FORMATS)}")
-    refuse_existing(file, force=force, option=OPTION)
-    if file.is_dir():
-        raise OutputError(f"{quoted(file)} is a folder; choose another {OPTION}")
+    refuse_existing(file, OutputKind.PICTURE, force=force, option=OPTION)
     folder = next(parent for parent in Path(os.path.abspath(file)).parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise OutputError(f"{quoted(folder)} is no folder that you may write in; choose another place with {OPTION}")
@@ -74,7 +77,7 @@ def drawn(file: Path, *, force: bool) -> Iterator[Figure]:
             matplotlib.rcParams["svg.hashsalt"] = "loratool"
             figure = Figure(INCHES, DOTS_PER_INCH, layout="constrained")
             yield figure
-            with staged_file(file, force=force, option=OPTION) as stage:
+            with staged_file(file, OutputKind.PICTURE, force=force, option=OPTION) as stage:
                 figure.savefig(stage, format=file.suffix[1:], metadata=FORMATS[file.suffix])
     finally:
         chatter.setLevel(level)

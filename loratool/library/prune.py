@@ -12,6 +12,7 @@ from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adalora import IMPORTANCE
 from loratool.formats.draft import Draft
 from loratool.formats.finite import refuse_not_finite
+from loratool.formats.write import adapter_output
 from loratool.library.adapters import adapter_json
 from loratool.library.derive import (
     Child,
@@ -88,7 +89,7 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
         out: the new file (``.safetensors``, ``.st``) or folder; by default ``<adapter>-b64`` beside the adapter.
         name: its name in the catalogue; by default the file's.
         alpha: for a bare adapter file that does not say its own.
-        force: replace an output that loratool wrote before.
+        force: replace an adapter that loratool wrote before.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
@@ -104,7 +105,7 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
         target = default_output(source, adapter, limit.suffix) if out is None else user_path(out)
         chosen = check_name(default_name(target) if name is None else name, "adapter")
         refuse_overlap(target, [source.adapter.file])
-        refuse_existing(target, force=force)
+        refuse_existing(target, adapter_output(target), force=force)
         pruning = plan_prune(source.adapter, limit)
         refuse_not_finite(source.adapter)
         details = {"budget": pruning.total, "of": pruning.before, "by": pruning.criterion, "as": as_}

@@ -53,7 +53,7 @@ class PullResult:
 
 
 def pull(repo: str, *, name: str | None = None, path: str | None = None, base: str | os.PathLike[str] | None = None,
-         alpha: float | None = None, update: bool = False, registry: str | None = None,
+         any_base: bool = False, alpha: float | None = None, update: bool = False, registry: str | None = None,
          progress: Progress | None = None) -> PullResult:  # fmt: skip
     """Bring an adapter from the Hugging Face Hub into the catalogue: downloaded, checked, copied into the content store.
 
@@ -67,6 +67,7 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
         base: the base that it belongs to: a catalogued name, a folder or a Hub id. One that is not catalogued yet is
             catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
             catalogued from the Hub id that its configuration or its card names.
+        any_base: tie it to `base` though it records, or is tied to, another one.
         alpha: for a bare file that does not say its own.
         update: follow the branch.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -83,12 +84,12 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
     with open_registry(registry) as catalogue:
         kept = None if update else _kept(address, catalogue, name, alpha)
         if kept is not None:
-            return _again(kept, address, catalogue, base, progress)
+            return _again(kept, address, catalogue, base, progress, any_base=any_base)
         snapshot = _look(address, repo, command, fresh=update)
         pinned = address.at(snapshot.commit)
         kept = _kept(pinned, catalogue, name, alpha)
         if kept is not None:
-            return _again(kept, pinned, catalogue, base, progress)
+            return _again(kept, pinned, catalogue, base, progress, any_base=any_base)
         chosen = name or _name(address, catalogue)
         pulled = pull_adapter(address, command, alpha=alpha, snapshot=snapshot, watcher=progress)
         if name is None:
@@ -98,8 +99,10 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
             pulled.base_model,
         )
         adapter = replace(pulled.adapter, name=chosen)
-        owner, base_notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress)
-        added = enter(adapter, catalogue, name=chosen, base=owner, place=place)
+        owner, base_notes = (
+            (None, ()) if base is None else name_owner(base, adapter, catalogue, progress, any_base=any_base)
+        )
+        added = enter(adapter, catalogue, name=chosen, base=owner, any_base=any_base, place=place)
     notes = (*pulled.notes, *base_notes, *added.notes[len(pulled.adapter.notes) :])
     return PullResult(added.record, address.repo, snapshot.commit, address.path, added.new, True, notes)
 
@@ -122,14 +125,15 @@ def _kept(address: HubAddress, catalogue: Registry, name: str | None, alpha: flo
 
 
 def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, base: str | os.PathLike[str] | None,
-           progress: Progress | None) -> PullResult:  # fmt: skip
+           progress: Progress | None, *, any_base: bool) -> PullResult:  # fmt: skip
     """What is catalogued already; tied to its base now, where that has become possible."""
     place = _place(record, address)
     notes: tuple[str, ...] = ()
     if base is not None or record.base is None:
         adapter = replace(read_adapter(catalogue.adapters.files(record)), name=record.name)
-        owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress)
-        added = enter(adapter, catalogue, name=record.name, base=owner, place=HubPlace(place, record.base_model))
+        owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress, any_base=any_base)
+        there = HubPlace(place, record.base_model)
+        added = enter(adapter, catalogue, name=record.name, base=owner, any_base=any_base, place=there)
         record, notes = added.record, (*notes, *added.notes)
     return PullResult(record, address.repo, str(place.revision), address.path, False, False, notes)
 

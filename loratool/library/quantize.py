@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_no_text
-from loratool.errors import LoratoolError, WrongBaseError, quoted
+from loratool.errors import LoratoolError, quoted
 from loratool.library.bases import add_variant
 from loratool.library.merge import beside_base, hold, refuse_or_note_existing, refuse_overlap, remembered
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import ResolvedBase, open_registry, resolve_base, user_path
+from loratool.library.right_base import check_base, refuse_changed
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
 from loratool.merging.conversion import ConversionPlan, Storage
 from loratool.merging.plan_conversion import plan_conversion
@@ -75,7 +77,8 @@ class QuantizeResult:
 
 def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None, name: str | None = None,
              blocksize: int = 64, double_quant: bool = True, compute_dtype: str | None = None, dry_run: bool = False,
-             force: bool = False, registry: str | None = None, progress: Progress | None = None) -> QuantizeResult:  # fmt: skip
+             force: bool = False, any_base: bool = False, registry: str | None = None,
+             progress: Progress | None = None) -> QuantizeResult:  # fmt: skip
     """Store the linear modules of a dense model in NF4, with the bits that bitsandbytes gives on a CPU.
 
     transformers loads the result as a 4-bit model. A catalogued base gets it as a variant.
@@ -88,7 +91,8 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
         double_quant: whether the scales are quantized themselves, to 8 bits.
         compute_dtype: ``fp32``, ``fp16`` or ``bf16``: what a program multiplies in; by default the base's own.
         dry_run: plan and check only; write nothing.
-        force: replace an output that loratool wrote before; quantize a base that is not what was catalogued.
+        force: replace a quantized model that loratool wrote before.
+        any_base: quantize a base that is not what was catalogued.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 
@@ -105,24 +109,29 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
         refuse_no_text([source.path])
         target = beside_base(source, f"{source.name}-nf4") if out is None else user_path(out)
         refuse_overlap(target, [source.path])
-        existing = refuse_or_note_existing(target, force=force, dry_run=dry_run)
         _refuse_taken(name, target, catalogue)
         with hold(source.path, exclusive=False):
             checkpoint = source.open()
             plan = plan_conversion(checkpoint, storage)
+            digests, existing = None, []
+            if os.path.lexists(target):  # a wrong base is the greater mistake, so it is looked for first
+                digests, _ = check_base(source, (), checkpoint, catalogue, watcher, any_base=any_base)
+                kind = OutputKind.QUANTIZED_MODEL
+                existing = refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
             if dry_run:
                 seconds = time.monotonic() - started
                 return QuantizeResult(
                     target, name, source.name, None, None, plan, tuple(existing), seconds, dry_run=True
                 )
             watcher.begin("quantizing", plan.read_bytes)
-            with remembered(checkpoint, unless=False) as remember:
+            checked: list[str] = []
+            with remembered(checkpoint, unless=bool(digests)) as remember:
                 report = apply_conversion(
                     plan,
                     target,
-                    BaseIdentity(source.name),
+                    BaseIdentity(source.name, digests),
                     force=force,
-                    check=lambda found: None if force else _refuse_changed(source, found),
+                    check=lambda found: checked.extend(refuse_changed(source, found, any_base=any_base)),
                     progress=watcher.advance,
                 )
                 remember(report.base_digests)
@@ -134,7 +143,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
         base_fingerprint=report.manifest.base_fingerprint,
         output_fingerprint=report.manifest.fingerprint,
         plan=plan,
-        notes=notes,
+        notes=(*checked, *notes),
         seconds=time.monotonic() - started,
         dry_run=False,
     )
@@ -155,14 +164,6 @@ def _refuse_taken(name: str | None, target: Path, catalogue: Registry) -> None:
     record = catalogue.bases.get(name) if name else None
     if record is not None and record.path != target.absolute():
         raise LoratoolError(f"the base {quoted(name)} is in the catalogue already; choose another --name")
-
-
-def _refuse_changed(source: ResolvedBase, found: str) -> None:
-    if source.record is not None and source.record.fingerprint not in (None, found):
-        raise WrongBaseError(
-            f"the files of base {quoted(source.name)} are not those that were catalogued; "
-            f"see 'loratool base verify {source.name}', or give --force"
-        )
 
 
 def _catalogued(name: str | None, source: ResolvedBase, out: Path, report: MergeReport, plan: ConversionPlan,

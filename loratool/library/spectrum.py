@@ -59,7 +59,7 @@ def spectrum(adapter: str | os.PathLike[str], *, plot: str | os.PathLike[str] | 
     Args:
         adapter: a catalogued name, a path or a Hub id.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a heat map by layer and module, of ranks and of norms.
-        force: replace the picture if it exists.
+        force: replace a picture that loratool drew before.
         alpha: for a bare file that does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 

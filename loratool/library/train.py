@@ -109,10 +109,11 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
         output = TrainingOutput(user_path(request["out"]), request["force"])
         if not resume:
             _refuse_taken(run, catalogue, force=force)
-            output.refuse_existing()
         inputs = read_inputs(
             request["base"], request["data"], request["choices"], request["device"], catalogue, watcher
         )
+        if not resume:
+            output.refuse_existing()
         refuse_overlap(output.adapter, [inputs.base.path])
         state = _state_to_go_on_from(run, inputs.recipe) if resume else None
         with hold(inputs.base.path, exclusive=False), _collecting_garbage(), quiet_libraries():

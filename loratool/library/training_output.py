@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_existing, staged_file
 from loratool.errors import LoratoolError
 from loratool.formats.draft import Draft
 from loratool.formats.read import SINGLE_FILE_SUFFIXES
+from loratool.formats.write import adapter_output
 from loratool.library.derive import Child, bring_up, scratch_folder
 from loratool.library.training_inputs import TrainingInputs
 from loratool.library.training_picture import draw_training
@@ -48,8 +50,9 @@ class TrainingOutput:
 
     def refuse_existing(self) -> None:
         """Raise OutputError for what stands in the way, before long work: what is there, or a place that cannot be written."""
-        for file in (self.adapter, self.log, self.picture):
-            refuse_existing(file, force=self.force)
+        refuse_existing(self.adapter, adapter_output(self.adapter), force=self.force)
+        refuse_existing(self.log, OutputKind.TRAINING_LOG, force=self.force)
+        refuse_existing(self.picture, OutputKind.PICTURE, force=self.force)
         with Draft(scratch_folder(self.adapter)):
             pass
 
@@ -72,7 +75,7 @@ def publish(training: Training, outcome: Outcome, inputs: TrainingInputs, run: R
     """
     try:
         record, notes = _catalogued(training, outcome, inputs, run, output, catalogue)
-        with staged_file(output.log, force=output.force) as stage:
+        with staged_file(output.log, OutputKind.TRAINING_LOG, force=output.force) as stage:
             shutil.copyfile(run.log, stage)
     except (LoratoolError, RegistryError) as error:
         raise LoratoolError(f"the adapter is trained, but {error}; then type {run.how_to_go_on}") from None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratool.checkpoint.json_text import read_json_object
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_file
 from loratool.errors import CheckpointError, LoratoolError, OutputError, quoted
 from loratool.training.checkpoints import TrainingState, load_state, read_recipe, save_state
@@ -77,7 +78,7 @@ class RunFolder:
         Raises:
             OutputError: it cannot be written.
         """
-        with staged_file(self.request, force=True) as stage:
+        with staged_file(self.request, OutputKind.OWN_RECORD, force=True) as stage:
             stage.write_text(json.dumps(request, sort_keys=True, indent=2) + "\n")
 
     def keep(self, state: TrainingState, recipe: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from loratool.formats.draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import LAWS, ScalingLaw, scaling_law
 from loratool.formats.finite import refuse_not_finite
+from loratool.formats.write import adapter_output
 from loratool.library.adapters import adapter_json
 from loratool.library.derive import (
     Child,
@@ -96,7 +97,7 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
             ``<adapter>-r4`` beside the adapter.
         name: its name in the catalogue, likewise; by default the file's.
         alpha: for a bare adapter file that does not say its own.
-        force: replace an output that loratool wrote before.
+        force: replace an adapter that loratool wrote before.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes of factors are done.
 
@@ -111,7 +112,7 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
         names = [_name(name, target, cut.suffix, several=len(cuts) > 1) for target, cut in zip(outs, cuts, strict=True)]
         for target in outs:
             refuse_overlap(target, [source.adapter.file])
-            refuse_existing(target, force=force)
+            refuse_existing(target, adapter_output(target), force=force)
         with ExitStack() as stack:
             drafts = [stack.enter_context(Draft(scratch_folder(target))) for target in outs]
             found = _truncated(drafts, source.adapter, cuts, law, progress or Silent())

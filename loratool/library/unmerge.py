@@ -11,6 +11,7 @@ from typing import Any
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.journal import refuse_links
 from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, NotFoundError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
@@ -106,7 +107,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
         out: the new folder; by default ``<merged>-unmerged`` beside it.
         in_place: restore the merged model's own files instead.
         approximate: where neither undo file nor base is at hand, subtract the update; off by a rounding here and there.
-        force: replace an output that loratool wrote before.
+        force: replace a merged model that loratool wrote before.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
@@ -133,7 +134,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
                 refuse_links(path, [header.file for header in checkpoint.headers])
             else:
                 refuse_overlap(target, [path])
-                refuse_existing(target, force=force)
+                refuse_existing(target, OutputKind.MERGED_MODEL, force=force)
             if manifest.converted:
                 return _copied_base(checkpoint, manifest, catalogue, target, watcher, force=force)
 

@@ -17,6 +17,7 @@ from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tenso
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.replica import Replica, replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.errors import CheckpointError, quoted
@@ -58,7 +59,7 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
         CheckpointError, AdapterError: a file changed or is damaged; nothing is written then.
     """
     others = [name for name in plan.base.other_files() if str(name) != MANIFEST_NAME]
-    with staged_folder(out, force=force) as stage:
+    with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(plan.base, stage, plan.touched, others, progress) as copy:
             places = places_in(copy, plan.base, plan.touched)
             report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, ())
@@ -77,7 +78,8 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
         OutputError: `out` exists, or cannot be written.
         CheckpointError, AdapterError: a file changed or is damaged; nothing is written then.
     """
-    with staged_folder(out, force=force) as stage:
+    kind = OutputKind.MERGED_MODEL if plan.merge else OutputKind.QUANTIZED_MODEL
+    with staged_folder(out, kind, force=force) as stage:
         converted = write_converted(plan, stage, device=device, known=base.digests or {}, progress=progress)
         before = fingerprint(plan.base.tensors, converted.before)
         check(before)

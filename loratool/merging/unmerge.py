@@ -12,6 +12,7 @@ from loratool.checkpoint.blocks import read_exactly, row_blocks
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tensor, tensor_digests
 from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import Checkpoint, has_file
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.replica import replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.errors import AdapterError, CheckpointError, LoratoolError, RestoreError, VerificationError, quoted
@@ -157,7 +158,7 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
     own = {MANIFEST_NAME} | ({manifest.undo} if manifest.undo else set())
     others = [name for name in merged.other_files() if str(name) not in own and str(name.parent) not in own]
     touched = frozenset(manifest.changed)
-    with staged_folder(out, force=force) as stage:
+    with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(merged, stage, touched, others, progress) as copy:
             places = places_in(copy, merged, touched)
             digests = rewrite(
@@ -183,7 +184,7 @@ def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool
         RestoreError: the base changed while it was copied; nothing is written then.
         OutputError: `out` exists, or cannot be written.
     """
-    with staged_folder(out, force=force) as stage:
+    with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(base, stage, (), list(base.other_files()), progress) as copy, \
                 ThreadPoolExecutor(cpu_workers()) as pool:  # fmt: skip
             for done in [pool.submit(job) for job in copy.copies]:

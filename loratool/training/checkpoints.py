@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.header import header_bytes, read_header
 from loratool.checkpoint.json_text import parse_json
+from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_file
 from loratool.errors import CheckpointError, LoratoolError, quoted
 
@@ -67,7 +68,7 @@ def save_state(state: TrainingState, recipe: Mapping[str, Any], file: Path) -> N
     }
     shapes = {name: (_DTYPES[str(tensor.dtype)], tuple(tensor.shape)) for name, tensor in tensors.items()}
     record = {"schema": SCHEMA, "step": state.step, "facts": state.facts, "recipe": recipe}
-    with staged_file(file, force=True) as stage, open(stage, "wb") as stream:
+    with staged_file(file, OutputKind.OWN_RECORD, force=True) as stage, open(stage, "wb") as stream:
         stream.write(header_bytes(shapes, {STATE_KEY: json.dumps(record, sort_keys=True)}))
         for tensor in tensors.values():
             content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
