@@ -430,12 +430,12 @@ def test_force_does_not_go_past_the_fingerprint_nor_any_base_replace_an_output(
 
 def test_quantize_and_extract_look_at_the_base_before_the_output(base: Path, adapter: Path, tmp_path: Path) -> None:
     loratool.base_add("mine", base)
+    tuned = loratool.merge([adapter], into=base, out=tmp_path / "tuned").out
     image = loratool.quantize("mine", out=tmp_path / "image", name="image").out
     file = sorted(base.glob("*.safetensors"))[0]
     tensors = load_file(file)
     tensors[sorted(tensors)[0]].view(-1)[0] += 1
     save_file(tensors, file, {"format": "pt"})
-    tuned = loratool.merge([adapter], into=base, out=tmp_path / "tuned").out
     for command in (
         lambda **given: loratool.quantize("mine", out=image, name="image", **given),
         lambda **given: loratool.extract(tuned, "mine", rank=1, out=tmp_path / "out.st", **given),

@@ -276,6 +276,6 @@ def test_a_merge_without_a_base_to_go_into_asks_for_one(llama: Path, unlike: Pat
     with pytest.raises(LoratoolError, match=r"'untied' is tied to no catalogued base; .*--into BASE"):
         loratool.merge(["untied"])
     loratool.add(pirate, name="one", base=llama)
-    loratool.add(pirate, name="two", base=unlike)
+    loratool.add(pirate, name="two", base=unlike, any_base=True)
     with pytest.raises(LoratoolError, match=r"'one@1' to 'llama'.*'two@1' to 'llama-2'.*--into BASE"):
         loratool.merge(["one", "two"])
