@@ -29,6 +29,7 @@ def main() -> None:
         merged = loratool.merge([adapter], into=base, out=out, undo=True)
         assert merged.undo_file is not None
         share = merged.undo_file.stat().st_size / merged.plan.touched_bytes
+        kept = sum(file.stat().st_size for file in merged.undo_file.parent.iterdir())
         ways = {}
         undone = loratool.unmerge(out, out=back)
         ways[undone.method] = same(base, back)
@@ -44,8 +45,10 @@ def main() -> None:
             shutil.rmtree(folder)
         equal = ", ".join(f"{way}: {'equal' if good else '**differs**'}" for way, good in ways.items())
         target = holds(share, most=0.016) + " (1.6%)" if "trained" in title else ""
-        rows.append([title, f"{merged.plan.touched_bytes / 1e6:.0f} MB", f"{share:.2%}", target, equal])
-    body = table(["merge", "weights touched", "undo file", "", "every file after unmerging"], rows)
+        whole = f"{kept / merged.plan.touched_bytes:.2%}"
+        rows.append([title, f"{merged.plan.touched_bytes / 1e6:.0f} MB", f"{share:.2%}", target, whole, equal])
+    columns = ["merge", "weights touched", "undo file", "", "with the adapter's copy", "every file after unmerging"]
+    body = table(columns, rows)
     report("undo_size", "Undo files", body)
 
 

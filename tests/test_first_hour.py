@@ -20,7 +20,7 @@ import loratool
 from loratool.cli import COMMANDS, cli
 from loratool.cli.guesses import GUESSES
 from loratool.cli.plan_view import natural_order
-from loratool.cli.rendering import ProgressBar
+from loratool.cli.rendering import ProgressBar, print_facts, size
 from loratool.cli.training_bar import TrainingBar
 from loratool.errors import AdapterError
 from registry import AdapterFacts, Registry
@@ -164,6 +164,30 @@ def test_a_plan_is_summed_up_and_listed_in_natural_order(
     assert not (tmp_path / "o").exists()
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in (0, 2, 10, 1, 100)]
     assert [name.split(".")[2] for name in sorted(names, key=natural_order)] == ["0", "1", "2", "10", "100"]
+
+
+def test_facts_are_wrapped_between_words_and_a_command_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"loratool merge {'x' * 70} --into y"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    print_facts([("survived", "99.1% of the update; noise 13.5% of the weights"), ("next", command)])
+    assert ESCAPES.sub("", capsys.readouterr().out).splitlines() == [
+        "  survived  99.1% of the update; noise",
+        "            13.5% of the weights",
+        f"  next      {command}",
+    ]
+
+
+def test_the_size_of_an_undo_is_said_with_and_without_the_adapters_copy(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_models.folder("llama", "bf16"), tmp_path / "llama")
+    result = run("merge", tiny_adapters.folder("llama"), "--into", base, "--out", tmp_path / "out", "--undo")
+    (undo,) = (tmp_path / "out" / "loratool-undo").iterdir()
+    sizes = {file.name: size(file.stat().st_size) for file in undo.iterdir()}
+    assert f"undo         {sizes.pop('undo.st')}, and {sizes.popitem()[1]} for the adapter's copy" in result.stdout
 
 
 # Progress

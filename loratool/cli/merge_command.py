@@ -216,10 +216,21 @@ def _print_result(result: MergeResult, *, in_place: bool) -> None:
             ("stored anew", _stored_anew(result)),
             ("survived", survived(**result.survival.to_json()) if result.survival else ""),
             ("time", duration(result.seconds)),
-            ("undo file", size(result.undo_file.stat().st_size) if result.undo_file else ""),
+            ("undo", _undo(result)),
             ("check it", f"loratool verify {word}"),
             ("take it out", f"loratool unmerge {word}{' --in-place' if in_place else ''}"),
         ]
+    )
+
+
+def _undo(result: MergeResult) -> str:
+    """What it takes to take the merge out again: the undo file, and the copies of the adapters beside it."""
+    if result.undo_file is None:
+        return ""
+    copies = [file for file in result.undo_file.parent.iterdir() if file != result.undo_file]
+    whose = "the adapter's copy" if len(copies) == 1 else "the adapters' copies"
+    return (
+        f"{size(result.undo_file.stat().st_size)}, and {size(sum(each.stat().st_size for each in copies))} for {whose}"
     )
 
 

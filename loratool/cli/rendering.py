@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -175,12 +176,31 @@ def cells_of(text: str) -> int:
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Pairs of a word and what it says, aligned, two spaces in; a line of its own for each line. Empty ones are left out."""
+    """Print pairs of a word and what it says, aligned, two spaces in; a line of its own for each line.
+
+    Empty ones are left out. On a terminal, lines are wrapped between words; a command stays on one line, to be copied.
+    """
     pairs = [(key, value) for key, value in facts if value]
     width = max((len(key) for key, _ in pairs), default=0)
+    room = shutil.get_terminal_size().columns - width - 4 if sys.stdout.isatty() else sys.maxsize
     for key, value in pairs:
-        for place, line in enumerate(value.split("\n")):
-            click.echo(f"  {click.style((key if place == 0 else '').ljust(width), dim=True)}  {shown(line)}")
+        lines = [part for line in value.split("\n") for part in _wrapped(shown(line), room)]
+        for place, line in enumerate(lines):
+            click.echo(f"  {click.style((key if place == 0 else '').ljust(width), dim=True)}  {line}")
+
+
+def _wrapped(line: str, room: int) -> list[str]:
+    """The line in parts of at most `room` cells, as far as its words allow."""
+    if cells_of(line) <= room or line.startswith("loratool "):
+        return [line]
+    parts = [""]
+    for word in line.split(" "):
+        longer = f"{parts[-1]} {word}" if parts[-1] else word
+        if parts[-1] and cells_of(longer) > room:
+            parts.append(word)
+        else:
+            parts[-1] = longer
+    return parts
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -181,4 +181,4 @@ def _scaling(scaling: float | dict[str, float] | None) -> str:
 
 def _base(name: str | None, fingerprint: str | None, recorded: str | None) -> str:
     exact = f"{name or 'not catalogued'} ({fingerprint[:16]}…)" if fingerprint else name or "tied to none"
-    return f"{exact}\nrecorded as {recorded}" if recorded else exact
+    return f"{exact}\nrecorded as {recorded}" if recorded not in (None, name) else exact
