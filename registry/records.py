@@ -62,6 +62,7 @@ class AdapterFacts:
 
     `sha256` is the hex digest of the weights file. `rank` is the largest rank, `ranks` the rank of each module.
     `scaling` is one number, or one of each module. `recipe`, `metrics` and `config` hold anything JSON can.
+    `format` is how its files are laid out, `family` the kind of models that it is for, in its trainer's word.
     """
 
     kind: str
@@ -79,6 +80,9 @@ class AdapterFacts:
     recipe: Mapping[str, Any] | None = None
     metrics: Mapping[str, Any] | None = None
     config: Mapping[str, Any] | None = None
+    format: str | None = None
+    tensor_count: int | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +127,9 @@ class AdapterRecord(AdapterSummary):
     metrics: dict[str, Any] | None
     config: dict[str, Any] | None
     locations: tuple[Location, ...]
+    format: str | None = None
+    tensor_count: int | None = None
+    family: str | None = None
 
 
 def uncatalogued(name: str, facts: AdapterFacts) -> AdapterRecord:

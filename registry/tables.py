@@ -162,6 +162,9 @@ adapters = Table(
     Column("metrics", _JSON),
     Column("config", _JSON),
     Column("created_at", UTCDateTime, nullable=False, index=True),
+    Column("format", String(32)),
+    Column("tensor_count", Integer),
+    Column("family", String(255)),
     UniqueConstraint("name", "version"),
 )
 

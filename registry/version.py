@@ -1,6 +1,6 @@
 """The schema that this code reads and writes."""
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest revision in `registry/migrations/versions`, which is what the tables in `registry.tables` need."""
 
 VERSION_TABLE = "registry_version"

@@ -228,12 +228,13 @@ def test_a_bare_file_of_uneven_ranks_scales_each_module_by_its_own_rank_and_is_r
         assert torch.equal(layer.lora_B["default"].weight, tensors[f"{module}.lora_B.weight"])
 
 
-def test_alpha_for_an_adapter_that_says_its_own_is_refused(tmp_path: Path) -> None:
-    saved_by_peft(tmp_path / "adapter")
+def test_alpha_for_an_adapter_that_says_another_is_refused_with_both(tmp_path: Path) -> None:
+    saved_by_peft(tmp_path / "adapter", lora_alpha=8)
     save_single_file(tmp_path / "adapter", tmp_path / "single.st")
     for path in ("adapter", "single.st", f"adapter/{WEIGHTS}"):
-        with pytest.raises(AdapterError, match="says its own alpha"):
-            read_adapter(tmp_path / path, 8.0)
+        with pytest.raises(AdapterError, match=r"its configuration says 8 .* --alpha says 9; leave --alpha out"):
+            read_adapter(tmp_path / path, 9.0)
+        assert read_adapter(tmp_path / path, 8.0).alpha == 8
 
 
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
@@ -312,7 +313,7 @@ BROKEN_CONFIGS: dict[str, tuple[str, str]] = {
     "a rank that is no whole number": ('{"r": 4.5, "lora_alpha": 8}', "'r'"),
     "a rank that is true": ('{"r": true, "lora_alpha": 8}', "'r'"),
     "another rank": ('{"r": 5, "lora_alpha": 8}', "rank 4 and its configuration says 5"),
-    "no alpha": ('{"r": 4}', "'lora_alpha'"),
+    "no alpha": ('{"r": 4}', r"does not state its alpha \(lora_alpha\).*--alpha"),
     "alpha as text": ('{"r": 4, "lora_alpha": "8"}', "'lora_alpha'"),
     "alpha out of range": ('{"r": 4, "lora_alpha": 1e999}', "1e999', which is beyond"),
     "targets that are numbers": ('{"r": 4, "lora_alpha": 8, "target_modules": [1]}', "target_modules"),

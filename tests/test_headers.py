@@ -133,7 +133,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "no JSON": (safetensors_bytes("hello", b""), "begin"),
     "an array": (safetensors_bytes("[]", b""), "begin"),
     "bytes that are no UTF-8": (safetensors_bytes(b'{"\xff": 1}', b""), "JSON"),
-    "a zip archive, as pickles are": (b"PK\x03\x04" + bytes(60), "header"),
+    "a zip archive, as pickles are": (b"PK\x03\x04" + bytes(60), "a zip archive"),
     "deep nesting": (safetensors_bytes('{"x":' + "[" * 100_000, b""), "JSON"),
     "deep nesting, closed": (safetensors_bytes('{"x":' + "[" * 100_000 + "]" * 100_000 + "}", b""), "JSON"),
     "an int of 5,000 digits": (safetensors_bytes('{"x": ' + "9" * 5_000 + "}", b""), "JSON"),

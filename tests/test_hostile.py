@@ -792,11 +792,11 @@ def test_a_layers_pattern_that_finds_no_number_is_a_clear_error(
         for key in ("r", "lora_alpha")
         for value in (None, 0 if key == "r" else "1", "4", True, [4], {}, 10**400, -(10**400), 1e999, "x" * 1000)
     ]
-    + [("r", -1), ("r", 4.0), ("use_rslora", "yes"), ("use_rslora", 1), ("rank_pattern", [1]), ("rank_pattern", {"q": 0}),
+    + [("r", -1), ("r", 4.5), ("use_rslora", "yes"), ("use_rslora", 2), ("rank_pattern", [1]), ("rank_pattern", {"q": 0}),
        ("rank_pattern", {"q_proj": None}), ("alpha_pattern", {"q_proj": "1"}), ("target_modules", 5),
        ("target_modules", [1]), ("target_modules", {"q_proj": 1}), ("exclude_modules", [None]), ("bias", "all"),
        ("layers_to_transform", "all"), ("layers_to_transform", [True]), ("layers_pattern", 3), ("fan_in_fan_out", "x"),
-       ("peft_type", None), ("peft_type", ["LORA"]), ("init_lora_weights", {"x": 1}), ("init_lora_weights", "pissa")],
+       ("peft_type", 1), ("peft_type", ["LORA"]), ("init_lora_weights", {"x": 1}), ("init_lora_weights", "pissa")],
 )  # fmt: skip
 def test_a_configuration_value_that_cannot_be_is_refused_with_its_key(
     key: str, value: Any, base: Path, adapter: Path, tmp_path: Path

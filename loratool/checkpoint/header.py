@@ -71,11 +71,35 @@ def read_header(file: Path) -> Header:
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, status.st_size - 8):
+                _refuse_other_kind(file, prefix)
                 raise broken_file(file, f"its header claims {length} bytes and the file has {status.st_size}")
             text = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
     return parse_header(text, file, status.st_size)
+
+
+_OTHER_KINDS: Final = (
+    (b"GGUF", "a GGUF file; give the safetensors file that it was converted from"),
+    (b"ggla", "an adapter in llama.cpp's old GGML format; convert the adapter that it was made from again"),
+    (
+        b"PK\x03\x04",
+        "a zip archive, as torch.save writes it (a pickle), which loratool never opens; save it as safetensors",
+    ),
+    *((bytes([0x80, protocol]), "a pickle, which can run code; save it as safetensors") for protocol in (2, 3, 4, 5)),
+    (b"\x89HDF", "an HDF5 file; save it as safetensors"),
+    (b"version ", "a Git LFS pointer and not the file itself; get that with 'git lfs pull'"),
+    (b"<", "a web page; the download failed, so download it again"),
+    (b"{", "a text (JSON, say); give the safetensors file that belongs to it"),
+)
+"""How files of other kinds begin, and what to say of them; read as safetensors, their first bytes would be a huge length."""
+
+
+def _refuse_other_kind(file: Path, prefix: bytes) -> None:
+    """Raise CheckpointError if a file that is no safetensors file is of another kind that is known."""
+    for start, what in _OTHER_KINDS:
+        if prefix.startswith(start):
+            raise CheckpointError(f"{quoted(file)} is not a valid safetensors file: it is {what}")
 
 
 def parse_header(text: bytes, file: Path, size: int) -> Header:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from loratool.checkpoint.header import Header, TensorInfo
+from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.formats.lora_config import ConfigReader, LoraConfig
 from loratool.formats.scalar import read_scalar
@@ -79,34 +79,33 @@ class AdaLoraConfig:
         return self.alpha if self.alpha > 0 else float(self.rank_of(module))
 
 
-def adalora_updates(header: Header, config: AdaLoraConfig) -> dict[str, SingularValue]:
+def adalora_updates(tensors: Mapping[str, TensorInfo], source: str, config: AdaLoraConfig) -> dict[str, SingularValue]:
     """The update of each module, in the order of the modules' names.
 
     Raises:
         UnsupportedError, AdapterError: a tensor is missing, does not fit its partners or the configuration, or belongs to
             something else.
     """
-    source = str(header.file)
     updates = {}
-    for module, tensors in _triplets(header.tensors, source).items():
+    for module, triplet in _triplets(tensors, source).items():
         if not config.targets.targets(module):
             raise AdapterError(
                 f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so PEFT "
                 "would ignore them; mend target_modules, exclude_modules or layers_to_transform"
             )
-        rank = tensors["A"].shape[0]
+        rank = triplet["A"].shape[0]
         if rank != config.rank_of(module):
             raise AdapterError(
                 f"{quoted(module)} in {quoted(source)} has rank {rank} and its configuration says "
                 f"{config.rank_of(module)}; mend init_r or rank_pattern"
             )
-        if "ranknum" in tensors and read_scalar(tensors["ranknum"]) != config.init_r:
+        if "ranknum" in triplet and read_scalar(triplet["ranknum"]) != config.init_r:
             raise AdapterError(
-                f"{quoted(tensors['ranknum'].name)} in {quoted(source)} is {read_scalar(tensors['ranknum']):g} and its "
+                f"{quoted(triplet['ranknum'].name)} in {quoted(source)} is {read_scalar(triplet['ranknum']):g} and its "
                 f"configuration says init_r {config.init_r}, by which the update is divided; mend one of them"
             )
         updates[module] = SingularValue(
-            tensors["A"], tensors["E"], tensors["B"], config.alpha_of(module), config.init_r
+            triplet["A"], triplet["E"], triplet["B"], config.alpha_of(module), config.init_r
         )
     missing = sorted(config.kept.keys() - updates.keys())
     if missing:
@@ -121,20 +120,19 @@ def is_adalora(tensors: Mapping[str, TensorInfo]) -> bool:
     return any(re.search(r"\.lora_E(\.[^.]+)?$", name) for name in tensors)
 
 
-def bare_adalora_config(header: Header, alpha: float) -> dict[str, Any]:
-    """A PEFT configuration for tensors that have none, with the alpha that was given.
+def bare_adalora_config(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, Any]:
+    """A PEFT configuration for tensors that have none, with an alpha of 1 that has to be replaced.
 
     Raises:
         UnsupportedError, AdapterError: a tensor is missing or no AdaLoRA tensor, or training began with several ranks.
     """
-    source = str(header.file)
-    triplets = _triplets(header.tensors, source)
+    triplets = _triplets(tensors, source)
     ranks = {
-        module: read_scalar(tensors["ranknum"]) if "ranknum" in tensors else float(tensors["A"].shape[0])
-        for module, tensors in triplets.items()
+        module: read_scalar(triplet["ranknum"]) if "ranknum" in triplet else float(triplet["A"].shape[0])
+        for module, triplet in triplets.items()
     }
     init_r = max(ranks.values())
-    widest = max(max(tensors[letter].shape) for tensors in triplets.values() for letter in "AB")
+    widest = max(max(triplet[letter].shape) for triplet in triplets.values() for letter in "AB")
     if init_r > widest:
         raise AdapterError(f"{quoted(source)} says ranknum {init_r:g}, which is no rank; save it again")
     if init_r < 1 or init_r != int(init_r) or any(rank != init_r for rank in ranks.values()):
@@ -142,9 +140,9 @@ def bare_adalora_config(header: Header, alpha: float) -> dict[str, Any]:
             f"the modules of {quoted(source)} began with ranks {min(ranks.values()):g} to {init_r:g}, where AdaLoRA has one "
             "for all; give it a PEFT configuration"
         )
-    held = {module: tensors["A"].shape[0] for module, tensors in triplets.items()}
+    held = {module: triplet["A"].shape[0] for module, triplet in triplets.items()}
     return adalora_config(
-        alpha=alpha,
+        alpha=1.0,
         init_r=int(init_r),
         target_modules=sorted({module.rsplit(".", 1)[-1] for module in triplets}),
         kept={m: [True] * rank + [False] * (int(init_r) - rank) for m, rank in held.items() if rank != init_r},
@@ -171,10 +169,12 @@ def _triplets(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, dict[
     """The tensors A, E, B and, where it is there, ranknum of each module, in the order of the modules' names."""
     found: dict[str, dict[str, TensorInfo]] = {}
     adapters = set()
+    refuse_other_features(tensors, source, lambda name: _TENSOR.fullmatch(name) is not None)
     for name, info in sorted(tensors.items()):
-        refuse_other_features(name, source)
         match = _TENSOR.fullmatch(name)
-        if match is None or match["adapter"] == "weight":
+        if match is None:
+            continue
+        if match["adapter"] == "weight":
             raise AdapterError(
                 f"{quoted(name)} in {quoted(source)} is no AdaLoRA tensor; their names end in lora_A, lora_E and lora_B"
             )

@@ -67,8 +67,8 @@ class Adapter:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The last component of each module's name, once each, sorted: ``("q_proj", "v_proj")``."""
-        return tuple(sorted({path_of(module)[-1] for module in self.updates}))
+        """The target that each module is (`target_of`), once each, sorted: ``("q_proj", "v_proj")``."""
+        return tuple(sorted({target_of(module) for module in self.updates}))
 
     @property
     def dtype(self) -> str:
@@ -110,6 +110,12 @@ def path_of(module: str) -> tuple[str, ...]:
         return tuple(module.split("."))
     before = re.sub(r"_(\d+)(?=_)", r".\1", module)
     return tuple(re.sub(r"(\.\d+)_", r"\1.", before).split("."))
+
+
+def target_of(module: str) -> str:
+    """What a configuration would call a module's target: its last component, with the one before it where that is a number."""
+    path = path_of(module)
+    return ".".join(path[-2:]) if path[-1].isdecimal() else path[-1]
 
 
 def sha256_of(file: Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
+from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter
 
@@ -17,18 +19,25 @@ EXPONENTS: Final = {
 
 
 def refuse_not_finite(adapter: Adapter) -> None:
-    """Raise AdapterError if a factor holds NaN or infinity, or is of no floating-point dtype; one is read at a time."""
+    """Raise AdapterError if a factor holds NaN or infinity, or is of no floating-point dtype."""
+    for info in adapter.tensors:
+        if info.dtype not in EXPONENTS:
+            raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, no factor's")
+    refuse_numbers_not_finite(adapter.tensors)
+
+
+def refuse_numbers_not_finite(tensors: Iterable[TensorInfo]) -> None:
+    """Raise AdapterError if a tensor of a floating-point dtype holds NaN or infinity; one is read at a time."""
     import numpy as np
 
-    with open(adapter.file, "rb") as stream:
-        for info in adapter.tensors:
-            if info.dtype not in EXPONENTS:
-                raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, no factor's")
-            integer, exponent = EXPONENTS[info.dtype]
+    for info in tensors:
+        if info.dtype not in EXPONENTS:
+            continue
+        integer, exponent = EXPONENTS[info.dtype]
+        with open(info.file, "rb") as stream:
             stream.seek(info.start)
             bits = np.frombuffer(stream.read(info.nbytes), integer)
-            if ((bits & np.array(exponent, integer)) == exponent).any():
-                raise AdapterError(
-                    f"{quoted(info.name)} in {quoted(info.file)} holds NaN or infinity; "
-                    "the training of this adapter failed"
-                )
+        if ((bits & np.array(exponent, integer)) == exponent).any():
+            raise AdapterError(
+                f"{quoted(info.name)} in {quoted(info.file)} holds NaN or infinity; the training of this adapter failed"
+            )

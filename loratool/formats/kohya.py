@@ -9,59 +9,128 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from loratool.checkpoint.header import Header, TensorInfo
+from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.adapter_files import AdapterFiles
+from loratool.formats.adapter_format import AdapterFormat, Description
+from loratool.formats.alpha import Alpha, Statement, agree, metadata_statements, settled
+from loratool.formats.bare import tensor_statements
+from loratool.formats.describe import Split, kind_of, parts_of, ranks_of
 from loratool.formats.dylora import KIND
+from loratool.formats.kinds import LORA, NOT_YET, kind_named
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.scalar import read_scalar
-from loratool.updates.low_rank import LARGEST_SCALING, LowRank
+from loratool.updates.low_rank import LowRank
 
 NETWORK_KEY: Final = "ss_network_module"
 DYLORA_NETWORK: Final = "networks.dylora"
 _TENSOR: Final = re.compile(r"(?P<module>[^.]+)\.(?:(?P<factor>lora_down|lora_up)\.weight|(?P<alpha>alpha))")
+ALPHA: Final = "alpha"
+_NAME: Final = re.compile(r"(?P<module>[^.]+)\.(?P<part>lora_(?:down|up)\.weight|lora_[AB]\.\d+|alpha)")
 _COMPONENT: Final = re.compile(r".+\.lora_[AB]\.\d+")
 
 
-def is_kohya(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether the tensors have kohya's names."""
-    return any(name.endswith((".lora_down.weight", ".lora_up.weight")) for name in tensors)
+def _claims(files: AdapterFiles) -> bool:
+    return any((found := split_kohya(name)) is not None and found[1] != ALPHA for name in files.tensors)
 
 
-def read_kohya(header: Header) -> tuple[dict[str, LowRank], dict[str, Any], dict[str, Any]]:
-    """The update of each module, a PEFT configuration that says the same, and loratool's facts.
+def split_kohya(name: str) -> tuple[str, str] | None:
+    """The module and the part of a tensor's name: one word without dots, then ``lora_down.weight`` or the like."""
+    match = _NAME.fullmatch(name)
+    return (match["module"], match["part"]) if match else None
+
+
+def describe_kohya(files: AdapterFiles, split: Split = split_kohya) -> Description:
+    """Return what kohya's names, and the metadata that trainers after it write too (``ss_*``, ``modelspec.*``), tell."""
+    modules = parts_of(files.tensors, split)
+    kind = kind_of(modules) or LORA
+    if kind == LORA and _is_dylora(files):
+        kind = KIND
+    ranks = ranks_of(modules, kind)
+    stated = [read_scalar(parts[ALPHA]) or ranks[module] for module, parts in modules.items()
+              if ALPHA in parts and module in ranks]  # fmt: skip
+    stated = stated or [each.alphas[""] for each in metadata_statements(files.metadata, [""])]
+    return Description(
+        kind=kind,
+        ranks=ranks,
+        alpha=Counter(stated).most_common(1)[0][0] if stated else None,
+        modules=tuple(modules),
+        family=files.metadata.get("ss_base_model_version") or files.metadata.get("modelspec.architecture"),
+        why_not=kind_named(kind).why_not,
+        notes=kohya_notes(files.metadata),
+    )
+
+
+def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
+    """Read a LoRA or DyLoRA of linear layers.
 
     Raises:
         UnsupportedError: it has convolutions, or tensors of another method.
-        AdapterError: a tensor is missing, does not fit its partner, or the layers of a DyLoRA have several ranks.
+        AdapterError: a tensor is missing, does not fit its partner, or the layers of a DyLoRA have several ranks; or what the
+            file states of alpha contradicts itself or `given`.
     """
-    source = str(header.file)
-    updates, modules = {}, {}
-    for module, tensors in _modules(header.tensors, source).items():
-        a, b = tensors["lora_down"], tensors["lora_up"]
-        rank = a.shape[0]
-        # kohya takes the rank for an alpha that is missing or 0.
-        alpha = (read_scalar(tensors["alpha"]) if "alpha" in tensors else 0.0) or float(rank)
-        if abs(alpha) > LARGEST_SCALING:
-            raise AdapterError(
-                f"{quoted(tensors['alpha'].name)} in {quoted(source)} is {alpha:g}, which no fp32 number is"
-            )
-        updates[module] = LowRank(a, b, alpha / rank)
-        modules[module] = rank, alpha
-    config = lora_config(modules, {"target_modules": list(modules)})
-    if header.metadata.get(NETWORK_KEY) != DYLORA_NETWORK:
-        return updates, config, {}
-    ranks = {rank: module for module, (rank, _) in modules.items()}
-    if len(ranks) > 1:
-        (least, one), (most, other) = min(ranks.items()), max(ranks.items())
+    source = files.source
+    pairs = {
+        module: (parts["lora_down"], parts["lora_up"]) for module, parts in _modules(files.tensors, source).items()
+    }
+    ranks = {module: down.shape[0] for module, (down, _) in pairs.items()}
+    stated = tensor_statements(files, ranks)
+    if not stated or not _is_varied(files.metadata):
+        stated = [*stated, *_of_metadata(files, ranks, stated)]
+    alphas, notes = settled(ranks, stated, given, source, absent_is_rank=True)
+    config = lora_config(
+        {module: (rank, alphas[module]) for module, rank in ranks.items()}, {"target_modules": list(ranks)}
+    )
+    facts = dict(files.facts)
+    if _is_dylora(files):
+        _refuse_several_ranks(ranks, source)
+        facts |= {"kind": KIND, "scaling": "kohya"}
+    return Adapter(
+        files.name,
+        files.file,
+        files.sha256(),
+        KIND if facts.get("kind") == KIND else LORA,
+        {module: LowRank(down, up, alphas[module] / ranks[module]) for module, (down, up) in pairs.items()},
+        config,
+        facts,
+        notes=(*kohya_notes(files.metadata), *notes),
+        kohya=files.metadata,
+    )
+
+
+def _of_metadata(files: AdapterFiles, ranks: Mapping[str, int], of_tensors: Sequence[Statement]) -> list[Statement]:
+    """What ``ss_network_alpha`` and the like state; it is the alpha of most modules only, so one that has it is enough."""
+    found = []
+    for statement in metadata_statements(files.metadata, ranks):
+        by_metadata = {module: alpha or float(ranks[module]) for module, alpha in statement.alphas.items()}
+        agreed = [m for each in of_tensors for m, alpha in each.alphas.items() if agree(by_metadata[m], alpha, each)]
+        if not agreed:
+            found.append(Statement(statement.place, by_metadata))
+    return found
+
+
+def _is_varied(metadata: Mapping[str, Any]) -> bool:
+    """Whether the training gave some modules another alpha than most (of convolutions, of blocks), or LyCORIS folded it."""
+    return "alpha" in str(metadata.get("ss_network_args")) or "lycoris" in str(metadata.get(NETWORK_KEY))
+
+
+def _is_dylora(files: AdapterFiles) -> bool:
+    return files.metadata.get(NETWORK_KEY) == DYLORA_NETWORK
+
+
+def _refuse_several_ranks(ranks: Mapping[str, int], source: str) -> None:
+    modules = {rank: module for module, rank in ranks.items()}
+    if len(modules) > 1:
+        (least, one), (most, other) = min(modules.items()), max(modules.items())
         raise AdapterError(
             f"{quoted(source)} mixes layers: {quoted(one)} has rank {least} and {quoted(other)} rank {most}, where a DyLoRA "
             "has one rank; is it put together from several files?"
         )
-    return updates, config, {"kind": KIND, "scaling": "kohya"}
 
 
 def kohya_notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -111,8 +180,8 @@ def _refuse_unfit(module: str, parts: Mapping[str, TensorInfo], source: str) -> 
     down, up = parts["lora_down"].shape, parts["lora_up"].shape
     if len(down) == 4 or len(up) == 4:
         raise UnsupportedError(
-            f"{quoted(source)} mixes convolutions with linear layers: {quoted(parts['lora_down'].name)} has shape "
-            f"{list(down)}; loratool reads linear layers only"
+            f"{quoted(source)} adapts convolutions too (LoCon): {quoted(parts['lora_down'].name)} has shape {list(down)}; "
+            "loratool computes linear layers only: merge it with the program that trained it"
         )
     if len(down) != 2 or len(up) != 2 or 0 in down or 0 in up or down[0] != up[1]:
         raise AdapterError(
@@ -128,6 +197,8 @@ def _other_tensor(name: str, source: str) -> AdapterError:
             "save the network with kohya's own state_dict, which stacks them"
         )
     return UnsupportedError(
-        f"{quoted(name)} in {quoted(source)}, a file in the kohya format, is no lora_down, lora_up or alpha; "
-        "loratool reads kohya's LoRA and DyLoRA of linear layers only"
+        f"{quoted(source)} is in kohya's format and holds {quoted(name)} beside its LoRA: {NOT_YET}"
     )
+
+
+FORMAT: Final = AdapterFormat("kohya", "kohya", _claims, split_kohya, describe_kohya, read_kohya)

@@ -16,6 +16,7 @@ from typing import Any, Final
 import regex
 
 from loratool.errors import AdapterError, UnsupportedError, quoted
+from loratool.formats.kinds import FEATURES, NOT_YET, OF_PEFT, VARIANTS
 
 ALL_LINEAR: Final = "all-linear"
 MATCH_SECONDS: Final = 1.0
@@ -30,21 +31,13 @@ _COUNTS: Final = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 MOST_DIGITS: Final = 9
 """No layer's number is longer."""
 
-REFUSED: Final[Mapping[str, str]] = {
-    "use_dora": "DoRA",
-    "target_parameters": "MoE parameters (target_parameters)",
-    "lora_bias": "lora_bias",
-    "trainable_token_indices": "trainable tokens (trainable_token_indices)",
-    "layer_replication": "layer_replication",
-    "use_qalora": "QALoRA (use_qalora)",
-    "use_bdlora": "BD-LoRA (use_bdlora)",
-    "alora_invocation_tokens": "aLoRA (alora_invocation_tokens)",
-    "arrow_config": "Arrow (arrow_config)",
-    "kasa_config": "KaSA (kasa_config)",
-    "monteclora_config": "MonteCLoRA (monteclora_config)",
-    "megatron_config": "Megatron layers (megatron_config)",
-}
-"""Configuration keys whose feature changes the numbers in a way that is not supported, and what to call it."""
+REFUSED: Final[Mapping[str, tuple[str, str]]] = {
+    kind.setting: (f"{kind.title} ({kind.setting})", kind.why_not or "") for kind in VARIANTS if kind.setting
+} | {feature.setting: (feature.title, NOT_YET) for feature in FEATURES if feature.setting}
+"""Configuration keys whose feature changes the numbers in a way that is not computed: what to call it, and why it is not."""
+
+BIASES: Final = ("all", "lora_only")
+"""Values of ``bias`` with which PEFT trains and saves biases."""
 
 HARMLESS_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that only fill the factors. With others (pissa, olora, corda, loftq, lora_ga) PEFT changes
@@ -218,30 +211,45 @@ def lora_config(
     }
 
 
+def _whole(value: object) -> object:
+    """``4`` for ``4.0``, as programs without whole numbers write it; everything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _repeats(pattern: str) -> int:
     """The product of all counts in a pattern."""
     return math.prod(max(1, int(count[:9] or 0)) for pair in _COUNTS.findall(pattern) for count in pair)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
-    peft_type = config.get("peft_type", "LORA")
+    peft_type = config.get("peft_type") or "LORA"
     if peft_type != "LORA":
-        raise UnsupportedError(
-            f"{quoted(source)} is a {quoted(peft_type)} adapter; loratool merges LORA and ADALORA adapters only"
-        )
-    for key, feature in REFUSED.items():
+        raise other_type(peft_type, source)
+    for key, (feature, why_not) in REFUSED.items():
         if config.get(key):
-            raise UnsupportedError(f"{quoted(source)} uses {feature}, which loratool does not support yet")
-    if config.get("bias", "none") != "none":
-        raise UnsupportedError(
-            f"{quoted(source)} trains biases (bias={quoted(config['bias'])}), which loratool does not support yet"
-        )
+            raise UnsupportedError(f"{quoted(source)} uses {feature}: {why_not}")
+    bias = config.get("bias") or "none"
+    if bias in BIASES:
+        raise UnsupportedError(f"{quoted(source)} holds trained biases (bias={quoted(bias)}): {NOT_YET}")
+    if bias != "none":
+        raise AdapterError(f"'bias' in {quoted(source)} is {quoted(bias, 40)} and must be none, all or lora_only")
     init = config.get("init_lora_weights", True)
     if init not in HARMLESS_INITS:
         raise UnsupportedError(
             f"{quoted(source)} was initialised with {quoted(init)}, so it is no update of the original base; save it with "
             "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) to make it one"
         )
+
+
+def other_type(peft_type: object, source: str) -> UnsupportedError:
+    """The error for a PEFT type whose numbers loratool does not compute."""
+    row = OF_PEFT.get(peft_type) if isinstance(peft_type, str) else None
+    if row is None:
+        return UnsupportedError(
+            f"{quoted(source)} is of the PEFT type {quoted(peft_type, 40)}, which this loratool does not know; upgrade "
+            "loratool, or merge it with PEFT"
+        )
+    return UnsupportedError(f"{quoted(source)} is {row.title} ({row.peft_type}): {row.why_not}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +261,7 @@ class ConfigReader:
 
     def positive_int(self, key: str, value: object = None) -> int:
         value = self.config.get(key) if value is None else value
+        value = _whole(value)
         if type(value) is not int or value < 1:
             raise self._wrong(key, value, "a whole number of at least 1")
         return value
@@ -265,9 +274,9 @@ class ConfigReader:
 
     def flag(self, key: str) -> bool:
         value = self.config.get(key) or False
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and value != 1:
             raise self._wrong(key, value, "true or false")
-        return value
+        return bool(value)
 
     def mapping(self, key: str) -> list[tuple[str, Any]]:
         value = self.config.get(key) or {}
@@ -290,10 +299,11 @@ class ConfigReader:
 
     def layers(self, key: str) -> tuple[int, ...]:
         value = self.config.get(key)
-        value = [] if value is None else [value] if type(value) is int else value
-        if not isinstance(value, list) or not all(type(item) is int for item in value):
-            raise self._wrong(key, value, "a list of layer numbers")
-        return tuple(value)
+        value = [] if value is None else value if isinstance(value, list) else [value]
+        layers = [_whole(item) for item in value]
+        if not all(type(layer) is int for layer in layers):
+            raise self._wrong(key, self.config.get(key), "a list of layer numbers")
+        return tuple(layers)  # type: ignore[arg-type]
 
     def _wrong(self, key: str, value: object, expected: str) -> AdapterError:
         return AdapterError(f"{quoted(key)} in {quoted(self.source)} is {quoted(value, 40)} and must be {expected}")

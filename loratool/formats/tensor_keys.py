@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, UnsupportedError, quoted
+from loratool.formats.kinds import FEATURES, KINDS, NOT_YET
 
 PREFIX: Final = "base_model.model."
 _FACTOR: Final = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.weight"
 )
+ALPHA: Final = ".alpha"
+_LETTERS: Final = {"A": "A", "B": "B", "down": "A", "up": "B"}
+_MARKS: Final = tuple(part for kind in KINDS.values() for part in kind.parts)
+"""How the component of a tensor's name begins that says what kind of adapter it is of."""
 
-_UNSUPPORTED: Final[tuple[tuple[str, str], ...]] = (
-    ("lora_magnitude_vector", "DoRA"),
-    ("lora_embedding_", "LoRA on embeddings"),
-    ("lora_diag", "KaSA"),
-    (".base_layer.lora_", "MoE parameters (target_parameters)"),
-    (".base_layer.", "a copy of the base's own weights (save_embedding_layers)"),
-    ("modules_to_save", "modules_to_save"),
-    ("token_adapter", "trainable tokens"),
-    ("trainable_tokens", "trainable tokens"),
-    ("lora_B.bias", "lora_bias"),
-    ("vera_lambda", "VeRA"),
-    ("ia3_l", "IA3"),
-    ("hada_", "LoHa"),
-    ("lokr_", "LoKr"),
-    ("oft_", "OFT"),
-)
-"""What a part of a tensor's name tells about the feature that it belongs to."""
+_COPIES: Final = ("base_layer", "modules_to_save")
+"""Components under which PEFT keeps a whole tensor of the base."""
+
+_WRAPPERS: Final = ("base_layer", "token_adapter")
+"""Components that PEFT puts between a module's name and its tensors."""
+
+
+def split_peft(name: str) -> tuple[str, str] | None:
+    """The module and the part (``lora_A.weight``) of a tensor's name in PEFT; None where it is no adapter's tensor.
+
+    Tensors that all modules share (``base_model.vera_A``) have the module ``""``.
+    """
+    components = name.removeprefix(PREFIX).removeprefix("base_model.").split(".")
+    marked = [place for place, component in enumerate(components) if component.startswith(_MARKS)]
+    copy = [place for place, component in enumerate(components[:-1]) if component in _COPIES]
+    if not marked and not copy:
+        return None
+    place = marked[-1] if marked else copy[-1]
+    while place and components[place - 1] in _WRAPPERS:
+        place -= 1
+    return ".".join(components[:place]), ".".join(components[place:])
 
 
 def peft_key(module: str, factor: str) -> str:
@@ -39,50 +48,94 @@ def peft_key(module: str, factor: str) -> str:
 
 
 def pair_factors(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """The factors (A, B) of each module, in the order of the modules' names.
+    """The factors (A, B) of each module, in the order of the modules' names; alphas among the tensors are left out.
 
     Raises:
-        UnsupportedError: a tensor belongs to a feature that loratool does not support; it is named.
-        AdapterError: a tensor is no factor, is no matrix, or has no partner.
+        UnsupportedError: tensors belong to features that loratool does not compute; all of these are named.
+        AdapterError: a factor is no matrix or has no partner, or there is none.
     """
+    refuse_other_features(tensors, source, lambda name: name.endswith(ALPHA) or _FACTOR.fullmatch(name) is not None)
     factors: dict[str, dict[str, TensorInfo]] = {}
     adapters = set()
     for name, info in sorted(tensors.items()):
-        match = _parse_key(name, source)
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            continue
         if len(info.shape) != 2 or 0 in info.shape:
-            raise AdapterError(
-                f"{quoted(name)} in {quoted(source)} has shape {list(info.shape)} and must be a matrix; "
-                "was it saved from a sharded run without gathering, or for a convolution?"
-            )
+            raise _no_matrix(info, source)
         pair = factors.setdefault(match["module"], {})
-        if match["factor"] in pair:
-            raise AdapterError(f"{quoted(source)} holds lora_{match['factor']} of {quoted(match['module'])} twice")
-        pair[match["factor"]] = info
+        letter = _LETTERS[match["factor"]]
+        if letter in pair:
+            raise AdapterError(f"{quoted(source)} holds lora_{letter} of {quoted(match['module'])} twice")
+        pair[letter] = info
         adapters.add(match["adapter"])
     if len(adapters) > 1:
-        raise AdapterError(f"{quoted(source)} holds several adapters ({len(adapters)}); save one to a file")
+        raise AdapterError(f"{quoted(source)} holds several adapters ({len(adapters)}); save each to a file of its own")
     if not factors:
         raise AdapterError(f"{quoted(source)} holds no LoRA tensors; is it an adapter?")
     return {module: _complete(module, pair, source) for module, pair in sorted(factors.items())}
 
 
-def refuse_other_features(name: str, source: str) -> None:
-    """Raise UnsupportedError if the tensor `name` belongs to a feature that loratool does not support."""
-    for part, feature in _UNSUPPORTED:
-        if part in name:
-            raise UnsupportedError(
-                f"{quoted(source)} uses {feature} (tensor {quoted(name)}), which loratool does not support yet"
-            )
+def alpha_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors that hold the alpha of one module each (``<module>.alpha``), by module."""
+    return {
+        name.removeprefix(PREFIX).removesuffix(ALPHA): info for name, info in tensors.items() if name.endswith(ALPHA)
+    }
 
 
-def _parse_key(name: str, source: str) -> re.Match[str]:
-    refuse_other_features(name, source)
-    match = _FACTOR.fullmatch(name)
-    if match is None:
-        raise AdapterError(
-            f"{quoted(name)} in {quoted(source)} is no LoRA tensor; their names end in lora_A.weight and lora_B.weight"
+def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[[str], bool]) -> None:
+    """Raise UnsupportedError if tensors belong to something that loratool does not compute; all that there is is named."""
+    found: dict[str, tuple[str, str]] = {}
+    strange, own = "", False
+    for name in sorted(tensors):
+        if is_own(name):
+            own = True
+            continue
+        feature = _feature_of(name)
+        if feature is None:
+            strange = strange or name
+        else:
+            found.setdefault(feature[0], (name, feature[1]))
+    if found:
+        said = [f"{title} (tensor {quoted(found[title][0])})" for title in sorted(found, key=_ORDER.index)]
+        raise UnsupportedError(f"{quoted(source)} uses {' and '.join(said[:3])}: {next(iter(found.values()))[1]}")
+    if strange and own:
+        raise UnsupportedError(
+            f"{quoted(source)} holds {quoted(strange)}, which is no LoRA tensor that loratool knows; merge it with the program "
+            "that trained it"
         )
-    return match
+
+
+_ORDER: Final = [feature.title for feature in FEATURES] + [kind.title for kind in KINDS.values()]
+
+
+def _feature_of(name: str) -> tuple[str, str] | None:
+    """What a tensor belongs to by its name, and why it is not computed."""
+    where = split_peft(name)
+    if where is None:
+        last = name.rpartition(".")[2]
+        return next(
+            ((kind.title, kind.why_not) for kind in KINDS.values() if kind.why_not and last in kind.other_parts), None
+        )
+    for feature in FEATURES:
+        if feature.parts and where[1].startswith(feature.parts):
+            return feature.title, NOT_YET
+    for kind in KINDS.values():
+        if kind.why_not and kind.parts and where[1].startswith(kind.parts):
+            return kind.title, kind.why_not
+    return None
+
+
+def _no_matrix(info: TensorInfo, source: str) -> AdapterError:
+    if len(info.shape) in (3, 4, 5):
+        return UnsupportedError(
+            f"{quoted(info.name)} in {quoted(source)} has shape {list(info.shape)}, that of a convolution, and must be a "
+            "matrix: loratool does not compute those yet; merge it with the program that trained it"
+        )
+    return AdapterError(
+        f"{quoted(info.name)} in {quoted(source)} has shape {list(info.shape)} and must be a matrix; was it saved from a "
+        "sharded run without gathering?"
+    )
 
 
 def _complete(module: str, pair: Mapping[str, TensorInfo], source: str) -> tuple[TensorInfo, TensorInfo]:

@@ -15,16 +15,16 @@ from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_file, staged_folder, sync_file, sync_tree
 from loratool.formats.adalora import singular_key
 from loratool.formats.adapter import Adapter
-from loratool.formats.kohya import kohya_metadata, kohya_tensors
-from loratool.formats.read import (
+from loratool.formats.adapter_names import (
     CONFIG_KEY,
     CONFIG_NAME,
     FACTS_KEY,
     FACTS_NAME,
     SINGLE_FILE_SUFFIXES,
     WEIGHTS_NAME,
-    read_adapter,
 )
+from loratool.formats.kohya import kohya_metadata, kohya_tensors
+from loratool.formats.read import read_adapter
 from loratool.formats.tensor_keys import PREFIX, peft_key
 
 
@@ -83,7 +83,8 @@ def staged_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> Itera
 def _fill_folder(folder: Path, adapter: Adapter, *, keep_metadata: bool = True) -> None:
     tensors = _tensors(adapter)
     target = folder / WEIGHTS_NAME
-    if keep_metadata and all(name == info.name for name, info in tensors.items()):
+    lies_as_it_is = all(name == info.name and info.file == adapter.file for name, info in tensors.items())
+    if keep_metadata and lies_as_it_is:
         _copy_file(adapter.file, target)
     else:
         _write_tensors(target, tensors, {"format": "pt"})

@@ -13,9 +13,10 @@ from typing import Final
 from loratool.checkpoint.model import PICKLE_SUFFIXES
 from loratool.errors import AdapterError, HubError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.adapter_names import CONFIG_NAME, FACTS_NAME, SINGLE_FILE_SUFFIXES, WEIGHTS_NAME
 from loratool.formats.facts import check_facts
 from loratool.formats.finite import refuse_not_finite
-from loratool.formats.read import CONFIG_NAME, FACTS_NAME, SINGLE_FILE_SUFFIXES, WEIGHTS_NAME, read_adapter
+from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress, is_hub_id, is_safe
 from loratool.hub.download import Watcher, fetch
 from loratool.hub.repository import Snapshot, look, remember

@@ -12,9 +12,10 @@ from loratool.checkpoint.json_text import parse_json
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import HubError, PlacementError, quoted
 from loratool.formats.adapter import Adapter, sha256_of
+from loratool.formats.adapter_names import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.names import SUFFIX, land
-from loratool.formats.read import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME, read_adapter
+from loratool.formats.read import read_adapter
 from loratool.formats.write import write_peft
 from loratool.hub.card import AdapterCard, task_of
 from loratool.hub.push import Content, Remote

@@ -402,7 +402,7 @@ def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alph
         LoratoolError, registry.RegistryError: there is no such adapter, or `out` exists.
     """
     from loratool.errors import OutputError
-    from loratool.formats.read import SINGLE_FILE_SUFFIXES
+    from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
     from loratool.formats.write import write_peft, write_single_file
     from loratool.library.resolve import open_registry, resolve_adapter, user_path
 
@@ -475,7 +475,7 @@ def _find_entry(adapter: str, catalogue: Registry) -> AdapterRecord | None:
 def _weights_file(adapter: str) -> Path | None:
     """The file of an adapter's weights at a path; None where there is no such file."""
     from loratool.checkpoint.model import has_file
-    from loratool.formats.read import WEIGHTS_NAME
+    from loratool.formats.adapter_names import WEIGHTS_NAME
     from loratool.library.resolve import exists, user_path
 
     path = user_path(adapter)

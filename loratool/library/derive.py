@@ -11,7 +11,7 @@ from typing import Any
 
 from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.read import SINGLE_FILE_SUFFIXES
+from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.write import staged_adapter
 from loratool.library.adapters import AddResult, facts_of, name_from, staged_entry
 from loratool.library.resolve import ResolvedAdapter, exists, user_path

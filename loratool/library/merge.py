@@ -19,8 +19,8 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_existing, refuse_impossible, refuse_no_text
 from loratool.errors import LoratoolError, OutputError, quoted
+from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.finite import refuse_not_finite
-from loratool.formats.read import SINGLE_FILE_SUFFIXES
 from loratool.library.calibration import calibrated, calibration_text
 from loratool.library.owner import owner_of_all
 from loratool.library.progress import Progress, Silent

@@ -18,9 +18,10 @@ from loratool.checkpoint.fingerprint import DigestCache
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.dylora import at_rank
 from loratool.formats.lora_config import MOST_DIGITS
-from loratool.formats.read import SINGLE_FILE_SUFFIXES, read_adapter
+from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress
 from loratool.library.progress import Progress, Silent
 from registry import AdapterRecord, BaseRecord, Registry, RegistryError, home, is_name, is_reference, registry_url

@@ -11,7 +11,7 @@ from typing import Any, Final
 from loratool.checkpoint.model import INDEX_SUFFIX
 from loratool.checkpoint.model import WEIGHTS_NAME as MODEL_WEIGHTS
 from loratool.errors import HubError, quoted
-from loratool.formats.read import CONFIG_NAME
+from loratool.formats.adapter_names import CONFIG_NAME
 from loratool.hub.address import is_hub_id, is_repository, repository_id
 from loratool.hub.push import Content, Remote, find_model
 from loratool.hub.readme import README, front_matter

@@ -1,0 +1,205 @@
+"""The files of one adapter: its weights, its configuration and what loratool records beside them, found and parsed once.
+
+An adapter is one file (safetensors or GGUF), a file with JSON beside it, or several shards under an index. What it is, and in
+which format, is told later (`formats.table`); here nothing but headers and JSON is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loratool.checkpoint.gguf import is_gguf, read_gguf_header
+from loratool.checkpoint.header import TensorInfo, read_header
+from loratool.checkpoint.json_text import parse_json, read_json_object
+from loratool.checkpoint.model import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint, read_index
+from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
+from loratool.formats.adapter import sha256_of
+from loratool.formats.adapter_names import (
+    BESIDE,
+    CONFIG_KEY,
+    CONFIG_NAME,
+    FACTS_KEY,
+    FACTS_NAME,
+    MODEL_CONFIG,
+    NAMES_IN_FOLDERS,
+    WEIGHTS_NAME,
+    choose_weights,
+    index_of_shard,
+    single_files,
+)
+from loratool.formats.joined import joined_content, sha256_of_content
+from loratool.formats.nested import no_adapter_in
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """What lies at a path that may be an adapter.
+
+    Attributes:
+        name: its folder's or file's name.
+        weights: the files with its tensors; several where it is sharded.
+        container: how those are written.
+        tensors: every tensor by name.
+        metadata: what the weights' headers say beside their tensors.
+        config: the configuration: ``adapter_config.json``, or the JSON under ``adapter_config`` in the metadata.
+        facts: what loratool records: ``loratool.json``, or the JSON under ``loratool`` in the metadata.
+        beside: the JSON files that belong to it, by name.
+        index: the index of a sharded adapter.
+    """
+
+    name: str
+    weights: tuple[Path, ...]
+    container: Literal["safetensors", "gguf"]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Path] = field(default_factory=dict)
+    index: Path | None = None
+
+    @property
+    def file(self) -> Path:
+        """The weights' file, or the index of several: what the adapter is called in errors."""
+        return self.index or self.weights[0]
+
+    @property
+    def source(self) -> str:
+        return str(self.file)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights' files."""
+        return sum(file.stat().st_size for file in self.weights)
+
+    def content(self) -> Iterator[bytes]:
+        """The bytes of the one file that a sharded adapter is kept as (`formats.joined`)."""
+        return joined_content(self.tensors)
+
+    def sha256(self) -> str:
+        """Return the adapter's fingerprint: the sha256 of its weights' file, or of the one file that shards are joined to."""
+        return sha256_of(self.weights[0]) if self.index is None else sha256_of_content(self.content())
+
+
+def open_adapter(path: Path) -> AdapterFiles:
+    """Find and parse the files of the adapter at `path`: a folder, a file, or an index of shards.
+
+    Raises:
+        NotFoundError: nothing is there.
+        AdapterError: it is damaged, a pickle, or holds no adapter, or several; the message says where they are.
+    """
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        raise NotFoundError(f"there is no adapter at {quoted(path)}; give a file, a folder or a catalogued name")
+    if path.name == CONFIG_NAME:
+        return _folder(path.parent)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _in_folder(path.parent, path.name)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise AdapterError(pickle_advice(path))
+    if path.name in NAMES_IN_FOLDERS and (path.parent / CONFIG_NAME).exists():
+        return _in_folder(path.parent, path.name)
+    _refuse_lone_shard(path)
+    return _single(path)
+
+
+def pickle_advice(file: Path) -> str:
+    return (
+        f"{quoted(file)} is a pickle, which can run code when it is opened, so loratool never does; where you trust it, "
+        "load it with peft.PeftModel.from_pretrained and save it again with save_pretrained"
+    )
+
+
+def _folder(folder: Path) -> AdapterFiles:
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise AdapterError(f"cannot read {quoted(folder)}: {error.strerror}") from None
+    chosen = choose_weights([entry.name for entry in entries if entry.is_file()])
+    if chosen is None:
+        raise _why_no_adapter(folder, [entry.name for entry in entries])
+    return _in_folder(folder, chosen)
+
+
+def _in_folder(folder: Path, weights: str) -> AdapterFiles:
+    """The adapter whose weights, or their index, are called so in a folder, with the JSON beside them."""
+    beside = {name: folder / name for name in BESIDE if os.path.lexists(folder / name)}
+    opened = _sharded(folder / weights) if weights.endswith(INDEX_SUFFIX) else _single(folder / weights)
+    config = _json_file(beside[CONFIG_NAME]) if CONFIG_NAME in beside else opened.config
+    facts = _json_file(folder / FACTS_NAME) if (folder / FACTS_NAME).is_file() else opened.facts
+    return AdapterFiles(
+        folder.resolve().name, opened.weights, opened.container, opened.tensors, opened.metadata, config, facts, beside,
+        opened.index,
+    )  # fmt: skip
+
+
+def _single(file: Path) -> AdapterFiles:
+    try:
+        if is_gguf(file):
+            found = read_gguf_header(file)
+            return AdapterFiles(file.stem, (file,), "gguf", found.tensors, found.metadata)
+        header = read_header(file)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
+    return AdapterFiles(
+        file.stem,
+        (file,),
+        "safetensors",
+        header.tensors,
+        header.metadata,
+        _metadata_json(header.metadata, CONFIG_KEY, file),
+        _metadata_json(header.metadata, FACTS_KEY, file),
+    )
+
+
+def _sharded(index: Path) -> AdapterFiles:
+    """The adapter whose tensors lie in several files, as transformers and PEFT shard them."""
+    try:
+        shards = read_index(index)
+        headers = [read_header(index.parent / name) for name in sorted(set(shards.values()))]
+        tensors = Checkpoint.of_headers(index.parent, headers, index, shards).tensors
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
+    metadata = {key: value for header in reversed(headers) for key, value in header.metadata.items()}
+    files = tuple(header.file for header in headers)
+    return AdapterFiles(index.name.removesuffix(INDEX_SUFFIX), files, "safetensors", tensors, metadata, index=index)
+
+
+def _refuse_lone_shard(file: Path) -> None:
+    index = index_of_shard(file.name)
+    if index is not None and file.with_name(index).is_file():
+        raise AdapterError(f"{quoted(file)} is one shard of an adapter; give its index {quoted(index)} or its folder")
+
+
+def _why_no_adapter(folder: Path, names: Collection[str]) -> AdapterError:
+    pickles = [name for name in sorted(names) if Path(name).suffix in PICKLE_SUFFIXES]
+    if pickles and (CONFIG_NAME in names or not single_files(names)):
+        return AdapterError(pickle_advice(folder / pickles[0]))
+    if CONFIG_NAME in names:
+        return AdapterError(
+            f"{quoted(folder)} has an {CONFIG_NAME} and no weights: there is no {WEIGHTS_NAME} beside it"
+        )
+    return AdapterError(no_adapter_in(folder, sorted(names), is_model=MODEL_CONFIG in names))
+
+
+def _json_file(file: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(file)
+    except CheckpointError as error:
+        raise AdapterError(str(error)) from None
+
+
+def _metadata_json(metadata: Mapping[str, str], key: str, file: Path) -> dict[str, Any]:
+    if key not in metadata:
+        return {}
+    try:
+        value = parse_json(metadata[key].encode())
+    except ValueError as error:
+        raise AdapterError(f"the metadata {key!r} of {quoted(file)}: {error}; save the adapter again") from None
+    if not isinstance(value, dict):
+        raise AdapterError(f"the metadata {key!r} of {quoted(file)} is not a JSON object; save the adapter again")
+    return value

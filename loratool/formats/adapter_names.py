@@ -1,0 +1,61 @@
+"""What the files of adapters are called, and which of a folder's files are one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Final
+
+from loratool.checkpoint.model import INDEX_SUFFIX
+
+CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+INDEX_NAME: Final = "adapter_model" + INDEX_SUFFIX
+FACTS_NAME: Final = "loratool.json"
+CONFIG_KEY: Final = "adapter_config"
+FACTS_KEY: Final = "loratool"
+"""Where a single file's metadata keep the configuration, and what loratool records."""
+
+SINGLE_FILE_SUFFIXES: Final = frozenset({".safetensors", ".st"})
+WEIGHT_SUFFIXES: Final = SINGLE_FILE_SUFFIXES | {".gguf"}
+NAMES_IN_FOLDERS: Final = (
+    WEIGHTS_NAME,
+    INDEX_NAME,
+    "adapters.safetensors",
+    "adapter.safetensors",
+    "pytorch_lora_weights.safetensors",
+)
+"""What the programs that save folders call the weights in them: PEFT, PEFT in shards, mlx-lm, adapters, diffusers."""
+
+BESIDE: Final = (CONFIG_NAME, FACTS_NAME, "head_config.json")
+"""JSON beside the weights that belongs to the adapter."""
+
+MODEL_CONFIG: Final = "config.json"
+_SHARD: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
+
+
+def choose_weights(names: Collection[str]) -> str | None:
+    """Which of a folder's files is its adapter's weights, or their index; None where none is, or several may be."""
+    for name in NAMES_IN_FOLDERS:
+        if name in names:
+            return name
+    singles = single_files(names)
+    return singles[0] if len(singles) == 1 and CONFIG_NAME not in names and MODEL_CONFIG not in names else None
+
+
+def single_files(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that may each be an adapter, in natural order."""
+    return natural(name for name in names if Path(name).suffix in WEIGHT_SUFFIXES and not _SHARD.fullmatch(name))
+
+
+def index_of_shard(name: str) -> str | None:
+    """The name of the index that lists a shard; None where the name is not a shard's."""
+    match = _SHARD.fullmatch(name)
+    return f"{match['stem']}{INDEX_SUFFIX}" if match else None
+
+
+def natural(names: Iterable[str]) -> list[str]:
+    """Names in the order in which people count: ``checkpoint-500`` before ``checkpoint-2390``."""
+    return sorted(names, key=lambda name: [(part.isdecimal(), int(part[:18]) if part.isdecimal() else 0, part)
+                                           for part in re.split(r"([0-9]+)", name)])  # fmt: skip

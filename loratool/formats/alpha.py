@@ -1,0 +1,146 @@
+"""What alpha an adapter has: every place where its file states it, what was given beside it, and where the two contradict.
+
+Alpha decides how strongly an adapter acts (its scaling is alpha / rank), and programs keep it in different places: a tensor for
+each module, a configuration, or a word in the file's metadata. All of them are read. Two that contradict are refused, since one
+of them is wrong and a guess would be a merge of another strength; ``--alpha`` then says which is right.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final, Literal
+
+from loratool.errors import AdapterError, quoted
+from loratool.updates.low_rank import LARGEST_SCALING
+
+Alpha = float | Literal["rank"]
+"""Alpha as a user gives it: a number, or ``rank``: each module's own rank, so that its scaling is 1."""
+
+RANK: Final = "rank"
+_WORD: Final = re.compile(r"(?:[\w.-]+\.)?(?:lora_|network_)?alpha|ss_network_alpha|adapter\.lora\.alpha")
+"""The metadata keys under which trainers state one alpha for all modules, some behind a component's name."""
+
+_HALF: Final = 2.0**-8
+"""A number kept in bf16 is off by less than this share of itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What one place says: the alpha of each module that it speaks of.
+
+    Attributes:
+        place: where it stands, for messages: ``the tensor 'x.alpha'``, ``its metadata 'lora_alpha'``.
+        alphas: by module.
+        is_rough: the numbers were kept in 16 bits, so that they are near the true ones only.
+    """
+
+    place: str
+    alphas: Mapping[str, float]
+    is_rough: bool = False
+
+
+def metadata_statements(metadata: Mapping[str, Any], modules: Iterable[str]) -> list[Statement]:
+    """What a file's metadata state in single words (``lora_alpha``, ``ss_network_alpha``, ``transformer.lora_alpha``, ...)."""
+    names = list(modules)
+    found = []
+    for key, text in sorted(metadata.items()):
+        value = _number(text) if _WORD.fullmatch(key) else None
+        component = key.rpartition(".")[0]
+        of = (
+            [name for name in names if name.startswith(f"{component}.")]
+            if component not in ("", "adapter.lora")
+            else []
+        )
+        if value is not None:
+            found.append(Statement(f"its metadata {quoted(key, 60)}", dict.fromkeys(of or names, value)))
+    return found
+
+
+def settled(ranks: Mapping[str, int], statements: Sequence[Statement], given: Alpha | None, source: str, *,
+            absent_is_rank: bool = False, unstated: str = "") -> tuple[dict[str, float], tuple[str, ...]]:  # fmt: skip
+    """The alpha of each module, and notes on where it came from.
+
+    Args:
+        ranks: the rank of each module.
+        statements: what the file states, the most exact place first.
+        given: what the user says.
+        source: the file, for messages.
+        absent_is_rank: in this format a module of which nothing is stated has its rank as alpha.
+        unstated: why nothing is stated, where that can be said.
+
+    Raises:
+        AdapterError: two places contradict each other, `given` contradicts all of them, nothing is stated and nothing given,
+            or a number is not finite.
+    """
+    said = {module: [(each, each.alphas[module]) for each in statements if module in each.alphas] for module in ranks}
+    if given is None:
+        _refuse_contradictions(said, source)
+    alphas = {}
+    for module, rank in ranks.items():
+        wanted = None if given is None else float(rank) if given == RANK else float(given)
+        stated = said[module]
+        if wanted is not None and stated and not any(agree(wanted, value, each) for each, value in stated):
+            raise _contradicted(module, stated[0], given, source)
+        if wanted is None and not stated and not absent_is_rank:
+            raise AdapterError(
+                f"{quoted(source)} does not state its alpha (lora_alpha), which decides how strongly it acts{unstated}; give it "
+                "with --alpha (a number, or 'rank' for a scaling of 1)"
+            )
+        alphas[module] = _checked(
+            stated[0][1] if wanted is None and stated else rank if wanted is None else wanted, source
+        )
+    return alphas, _notes(said, given)
+
+
+def _refuse_contradictions(said: Mapping[str, Sequence[tuple[Statement, float]]], source: str) -> None:
+    for module, stated in said.items():
+        for (first, one), (second, other) in pairwise(stated):
+            if not agree(one, other, first, second):
+                raise AdapterError(
+                    f"{quoted(source)} contradicts itself: {first.place} says that alpha is {one:g} and {second.place} that "
+                    f"it is {other:g} (for {quoted(module, 80)}); say which is right with --alpha"
+                )
+
+
+def _contradicted(module: str, stated: tuple[Statement, float], given: Alpha | None, source: str) -> AdapterError:
+    place, value = stated
+    return AdapterError(
+        f"{quoted(source)} says its own alpha: {place.place} says {value:g} (for {quoted(module, 80)}) and --alpha says "
+        f"{given if given == RANK else f'{given:g}'}; leave --alpha out"
+    )
+
+
+def _notes(said: Mapping[str, Sequence[tuple[Statement, float]]], given: Alpha | None) -> tuple[str, ...]:
+    silent = [module for module, stated in said.items() if not stated]
+    if given is not None and silent:
+        what = f"alpha {given:g} is" if given != RANK else "each module's rank is its alpha,"
+        return (f"the file says nothing of its scaling: {what} as you gave it",)
+    if given is None and len(silent) == len(said):
+        return ("the file states no alpha; in its format that means each module's own rank, a scaling of 1",)
+    return ()
+
+
+def agree(one: float, other: float, *places: Statement) -> bool:
+    """Whether two numbers are the same alpha, as exactly as the places keep it that they are from."""
+    return math.isclose(one, other, rel_tol=_HALF if any(place.is_rough for place in places) else 1e-6)
+
+
+def _checked(alpha: float, source: str) -> float:
+    if not math.isfinite(alpha) or abs(alpha) > LARGEST_SCALING:
+        raise AdapterError(
+            f"lora_alpha of {quoted(source)} is {alpha:g}, which no fp32 number is; give another --alpha"
+        )
+    return alpha
+
+
+def _number(text: object) -> float | None:
+    """A finite number in metadata; None for words (kohya writes ``Dynamic`` and ``None``)."""
+    try:
+        value = float(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

@@ -1,0 +1,57 @@
+"""What an adapter holds, told from the names and shapes of its tensors: its kind, its modules and their ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from loratool.checkpoint.header import TensorInfo
+from loratool.formats.kinds import KINDS, LORA, Kind, kind_named
+
+Split = Callable[[str], tuple[str, str] | None]
+Parts = Mapping[str, TensorInfo]
+
+NEVER_ALONE: Final = ("full", "trainable_tokens", "ln_tuning")
+"""Kinds that stand beside another one without making it a mixture: norms and biases beside LoKr, tokens beside LoRA."""
+
+
+def parts_of(tensors: Mapping[str, TensorInfo], split: Split) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of each module by their parts; what `split` does not know is left out."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in sorted(tensors.items()):
+        where = split(name)
+        if where is not None:
+            module, part = where
+            found.setdefault(module, {})[part] = info
+    return found
+
+
+def kind_of(modules: Mapping[str, Parts]) -> str | None:
+    """The kind that the parts of all modules together are of; None where they tell nothing."""
+    kinds = {found.name for parts in modules.values() if (found := _kind_of_parts(parts)) is not None}
+    if len(kinds) > 1:
+        kinds -= set(NEVER_ALONE)
+    if kinds == {LORA, "dora"}:
+        return "dora"
+    return "mixed" if len(kinds) > 1 else next(iter(kinds), None)
+
+
+def ranks_of(modules: Mapping[str, Parts], name: str, axes: Mapping[str, int] | None = None) -> dict[str, int]:
+    """The rank of each module of which its tensors tell it; `axes` are a format's own, by part."""
+    rules = tuple((axes or {}).items()) or kind_named(name).ranks or KINDS[LORA].ranks
+    found = {module: _rank(parts, rules) for module, parts in modules.items()}
+    return {module: rank for module, rank in found.items() if rank is not None}
+
+
+def _kind_of_parts(parts: Parts) -> Kind | None:
+    return next(
+        (row for row in KINDS.values() if any(part.startswith(row.parts + row.other_parts) for part in parts)), None
+    )
+
+
+def _rank(parts: Parts, rules: tuple[tuple[str, int], ...]) -> int | None:
+    for start, axis in rules:
+        for part, info in parts.items():
+            if part.startswith(start) and len(info.shape) > axis:
+                return info.shape[axis]
+    return None

@@ -1,0 +1,170 @@
+"""The kinds of adapter that there are: what each is called, how its tensors are told, and whether loratool computes it.
+
+A row a kind. A kind that is not computed is catalogued all the same, and every command that needs its numbers refuses it by its
+row's reason. The names and tensors are those of PEFT 0.21 and LyCORIS 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+NOT_YET: Final = (
+    "loratool does not compute it yet; merge it with the program that trained it (in PEFT, merge_and_unload)"
+)
+BESIDE: Final = (
+    "it changes no weights, so nothing can be merged; keep it beside its base, and load it with its own program"
+)
+BY_INPUT: Final = (
+    "what it does depends on each input, so no merged weights are the same; keep it beside its base, and load it with the "
+    "program that trained it"
+)
+UNDEFINED: Final = "no merge of it is defined, by PEFT either; keep it beside its base, and load it with PEFT"
+BY_BASE: Final = (
+    "it is relative to a decomposition of its base that no other machine repeats; save it as a LoRA with the program that "
+    "trained it"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of adapter.
+
+    Attributes:
+        name: the catalogue's word.
+        title: what people call it.
+        peft_type: PEFT's word in a configuration; None where PEFT has no such type, or it is a variant of one.
+        setting: the key of a LoRA's configuration that makes it this variant.
+        parts: how the names of its tensors go on behind the module's name, in PEFT.
+        other_parts: the same in other programs, where their names are others.
+        ranks: parts whose shape tells the rank, each with the axis; the first that a module has counts.
+        why_not: why it is not computed, with the way out; None where it is.
+    """
+
+    name: str
+    title: str
+    peft_type: str | None = None
+    setting: str | None = None
+    parts: tuple[str, ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
+    why_not: str | None = None
+    other_parts: tuple[str, ...] = ()
+
+
+LORA: Final = "lora"
+_LORA_RANKS: Final = (
+    ("lora_A", 0), ("lora_embedding_A", 0), ("lora_down", 0), ("lora_a", 0),
+)  # fmt: skip
+
+_ROWS: Final = (
+    # Low rank
+    Kind("adalora", "AdaLoRA", "ADALORA", parts=("lora_E", "ranknum"), ranks=(("lora_A", 0),)),
+    Kind("dylora", "DyLoRA", ranks=_LORA_RANKS),
+    Kind("dora", "DoRA", None, "use_dora", ("lora_magnitude_vector",), _LORA_RANKS, NOT_YET, ("magnitude", "dora_scale")),
+    Kind("kasa", "KaSA", None, "kasa_config", ("lora_diag",), _LORA_RANKS, BY_BASE),
+    Kind("qalora", "QALoRA", None, "use_qalora", (), _LORA_RANKS, UNDEFINED),
+    Kind("bdlora", "BD-LoRA", None, "use_bdlora", (), _LORA_RANKS, NOT_YET),
+    Kind("alora", "aLoRA", None, "alora_invocation_tokens", (), _LORA_RANKS, BY_INPUT),
+    Kind("arrow", "Arrow", None, "arrow_config", (), _LORA_RANKS, BY_INPUT),
+    Kind("monteclora", "MonteCLoRA", None, "monteclora_config", ("lora_monteclora",), _LORA_RANKS, NOT_YET),
+    Kind("tlora", "T-LoRA", other_parts=("q_layer", "p_layer", "lambda_layer"), why_not=BY_INPUT),
+    Kind("xlora", "X-LoRA", "XLORA", parts=("xlora_", "internal_xlora_"), why_not=BY_INPUT),
+    Kind("poly", "Poly", "POLY", parts=("poly_",), why_not=BY_INPUT),
+    Kind("lily", "Lily", "LILY", parts=("lily_",), ranks=(("lily_A", 0),), why_not=BY_INPUT),
+    Kind("shadow", "Shadow", "SHADOW", parts=("shadow_",), ranks=(("shadow_down", 0),), why_not=BY_INPUT),
+    Kind("gralora", "GraLoRA", "GRALORA", parts=("gralora_",), why_not=NOT_YET),
+    Kind("delora", "DeLoRA", "DELORA", parts=("delora_",), ranks=(("delora_A", 0),), why_not=NOT_YET),
+    Kind("hira", "HiRA", "HIRA", parts=("hira_",), ranks=(("hira_A", 0), ("hira_embedding_A", 0)), why_not=NOT_YET),
+    Kind("vera", "VeRA", "VERA", parts=("vera_",), ranks=(("vera_lambda_d", 0),), why_not=NOT_YET),
+    Kind("pvera", "PVeRA", "PVERA", parts=("pvera_",), ranks=(("pvera_lambda_b", 1),), why_not=NOT_YET),
+    Kind("vblora", "VB-LoRA", "VBLORA", parts=("vblora_",), ranks=(("vblora_logits_A", 0),), why_not=NOT_YET),
+    Kind("unilora", "UniLoRA", "UNILORA", parts=("unilora_",), why_not=NOT_YET),
+    Kind("tinylora", "TinyLoRA", "TINYLORA", parts=("tinylora_",), ranks=(("tinylora_A", 0),), why_not=NOT_YET),
+    Kind("randlora", "RandLoRA", "RANDLORA", parts=("randlora_",), why_not=NOT_YET),
+    Kind("peanut", "PEANuT", "PEANUT", parts=("peanut_",), ranks=(("peanut_A", 0),), why_not=NOT_YET),
+    Kind("deft", "DEFT", "DEFT", parts=("deft_",), ranks=(("deft_R", 0),), why_not=NOT_YET),
+    Kind("adamss", "AdaMSS", "ADAMSS", parts=("adamss_",), why_not=BY_BASE),
+    Kind("psoft", "PSOFT", "PSOFT", parts=("psoft_",), ranks=(("psoft_R.vector_a", 0),), why_not=BY_BASE),
+    Kind("osf", "OSF", "OSF", parts=("osf_svd_params", "osf_"), why_not=BY_BASE),
+    Kind("frod", "FRoD", "FROD", parts=("frod_",), why_not=BY_BASE),
+    # Products and other sums
+    Kind("loha", "LoHa", "LOHA", parts=("hada_",), ranks=(("hada_w1_b", 0),), why_not=NOT_YET),
+    Kind("lokr", "LoKr", "LOKR", parts=("lokr_",), ranks=(("lokr_w2_b", 0), ("lokr_w1_b", 0)), why_not=NOT_YET),
+    Kind("glora", "GLoRA", "GLORA", parts=("glora_",), ranks=(("a2", 0), ("glora_A.Xu", 0)),
+         why_not=NOT_YET, other_parts=("a1", "a2", "b1", "b2")),
+    Kind("miss", "MiSS", "MISS", parts=("miss_",), why_not=NOT_YET),
+    Kind("fourierft", "FourierFT", "FOURIERFT", parts=("fourierft_",), why_not=NOT_YET),
+    Kind("waveft", "WaveFT", "WAVEFT", parts=("waveft_",), why_not=NOT_YET),
+    Kind("c3a", "C3A", "C3A", parts=("c3a_",), why_not=NOT_YET),
+    Kind("shira", "SHiRA", "SHIRA", parts=("shira_",), why_not=NOT_YET),
+    Kind("supertuning", "Supertuning", "SUPERTUNING", parts=("supertuning_",), ranks=(("supertuning_lora_A", 0),),
+         why_not=NOT_YET),
+    # Factors and rotations
+    Kind("ia3", "IA3", "IA3", parts=("ia3_",), why_not=NOT_YET, other_parts=("on_input",)),
+    Kind("oft", "OFT", "OFT", parts=("oft_",), why_not=NOT_YET),
+    Kind("boft", "BOFT", "BOFT", parts=("boft_",), why_not=NOT_YET),
+    Kind("hra", "HRA", "HRA", parts=("hra_",), ranks=(("hra_u", 1),), why_not=NOT_YET),
+    Kind("road", "RoAd", "ROAD", parts=("road_",), why_not=NOT_YET),
+    # Parts of the base itself
+    Kind("ln_tuning", "tuned layer norms", "LN_TUNING", parts=("ln_tuning_",), why_not=NOT_YET),
+    Kind("beft", "BEFT", "BEFT", parts=("beft_",), why_not=NOT_YET),
+    Kind("trainable_tokens", "trainable tokens", "TRAINABLE_TOKENS", parts=("trainable_tokens_", "token_adapter"),
+         why_not=NOT_YET),
+    Kind("full", "full weights", why_not=NOT_YET, other_parts=("diff", "set_weight", "w_norm", "b_norm")),
+    # What is put in between
+    Kind("prompt_tuning", "prompt tuning", "PROMPT_TUNING", parts=("prompt_embeddings",), why_not=BESIDE),
+    Kind("multitask_prompt_tuning", "multitask prompt tuning", "MULTITASK_PROMPT_TUNING",
+         parts=("prompt_embeddings", "prefix_task_"), why_not=BESIDE),
+    Kind("p_tuning", "P-tuning", "P_TUNING", parts=("prompt_embeddings",), why_not=BESIDE),
+    Kind("prefix_tuning", "prefix tuning", "PREFIX_TUNING", parts=("prompt_embeddings",), why_not=BESIDE),
+    Kind("cpt", "CPT", "CPT", parts=("prompt_embeddings",), why_not=BESIDE),
+    Kind("cartridge", "Cartridge", "CARTRIDGE", parts=("prompt_embeddings",), why_not=BESIDE),
+    Kind("adaption_prompt", "adaption prompt", "ADAPTION_PROMPT", parts=("adaption_",), why_not=BESIDE),
+    Kind("bottleneck", "bottleneck adapter", other_parts=("adapter_down", "adapter_up"), why_not=(
+        "its layers are not linear, so no weights of the base can hold them; keep it beside its base, and load it with the "
+        "adapters library")),
+    Kind("mixed", "a mixture of kinds", why_not=NOT_YET),
+    Kind(LORA, "LoRA", "LORA", parts=("lora_",), ranks=_LORA_RANKS),
+)  # fmt: skip
+
+KINDS: Final[Mapping[str, Kind]] = MappingProxyType({kind.name: kind for kind in _ROWS})
+"""Every kind by its name, a special one before that of which it is a variant."""
+
+OF_PEFT: Final[Mapping[str, Kind]] = MappingProxyType({kind.peft_type: kind for kind in _ROWS if kind.peft_type})
+VARIANTS: Final = tuple(kind for kind in _ROWS if kind.setting is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """Something that a LoRA may have beside the factors of linear layers, and that loratool does not compute yet.
+
+    Attributes:
+        title: what people call it, with PEFT's word for it.
+        setting: the key of the configuration that asks for it.
+        parts: how the names of its tensors go on behind the module's name.
+    """
+
+    title: str
+    setting: str | None = None
+    parts: tuple[str, ...] = ()
+
+
+FEATURES: Final = (
+    Feature("LoRA on embeddings", parts=("lora_embedding_",)),
+    Feature("MoE parameters (target_parameters)", "target_parameters", ("base_layer.lora_",)),
+    Feature("lora_bias", "lora_bias", ("lora_B.bias",)),
+    Feature("trainable tokens (trainable_token_indices)", "trainable_token_indices",
+            ("token_adapter", "trainable_tokens_")),
+    Feature("layer_replication", "layer_replication"),
+    Feature("Megatron layers (megatron_config)", "megatron_config"),
+    Feature("modules_to_save under PEFT's inner names", parts=("modules_to_save.",)),
+    Feature("a copy of the base's own weights (save_embedding_layers)", parts=("base_layer.weight", "base_layer.bias")),
+)  # fmt: skip
+"""In the order in which they are named where a file has several."""
+
+
+def kind_named(name: str) -> Kind:
+    """The row of a kind; of one that only a later loratool or PEFT knows, a row that says so."""
+    return KINDS.get(name) or Kind(name, name, why_not=f"this loratool does not know it; {NOT_YET.partition('; ')[2]}")

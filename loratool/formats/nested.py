@@ -1,0 +1,79 @@
+"""Folders that hold no adapter themselves: what they hold instead, and where in them adapters lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import quoted
+from loratool.formats.adapter_names import CONFIG_NAME, WEIGHTS_NAME, choose_weights, natural, single_files
+
+DEEPEST: Final = 3
+MOST_ENTRIES: Final = 2_000
+"""How far below a folder adapters are looked for."""
+
+SHOWN: Final = 5
+
+
+def no_adapter_in(folder: Path, names: Sequence[str], *, is_model: bool) -> str:
+    """Say why a folder of files with these names is no adapter, and what to give instead."""
+    inside = nested_adapters(folder)
+    if inside:
+        which = "the folder" if len(inside) == 1 else "the folders"
+        does = "does" if len(inside) == 1 else "do"
+        return (
+            f"{quoted(folder)} holds no adapter itself, but {which} {listed(inside)} in it {does}; give "
+            f"{'that folder' if len(inside) == 1 else 'one of them'}"
+        )
+    if is_model:
+        return f"{quoted(folder)} is a whole model and no adapter; catalogue it with 'loratool base add'"
+    singles = single_files(names)
+    if singles:
+        return f"{quoted(folder)} holds several files that may be adapters ({listed(singles)}); give one of them"
+    return (
+        f"{quoted(folder)} holds no adapter: there is no {WEIGHTS_NAME} with its {CONFIG_NAME}, nor another safetensors or "
+        "GGUF file; give the folder or file of an adapter"
+    )
+
+
+def nested_adapters(folder: Path) -> list[str]:
+    """The folders below `folder` that hold an adapter, relative to it, in natural order; only the nearest are looked at."""
+    return natural(str(found.relative_to(folder)) for found in _walk(folder, DEEPEST, [MOST_ENTRIES]))
+
+
+def listed(names: Sequence[str]) -> str:
+    """``'a', 'b' and 'c'``, or the first of them and how many more there are."""
+    shown = [quoted(name, 60) for name in names[:SHOWN]]
+    more = len(names) - len(shown)
+    last = f"{more} more" if more else shown.pop()
+    return f"{', '.join(shown)} and {last}" if shown else last
+
+
+def _walk(folder: Path, depth: int, left: list[int]) -> Iterator[Path]:
+    if not depth:
+        return
+    for entry in _entries(folder, left):
+        if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
+            continue
+        names = [each.name for each in _entries(Path(entry.path), left) if each.is_file()]
+        if choose_weights(names) is not None:
+            yield Path(entry.path)
+        else:
+            yield from _walk(Path(entry.path), depth - 1, left)
+
+
+def _entries(folder: Path, left: list[int]) -> list[os.DirEntry[str]]:
+    """What is in a folder, as long as entries are `left` to look at."""
+    found: list[os.DirEntry[str]] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not left[0]:
+                    break
+                left[0] -= 1
+                found.append(entry)
+    except OSError:
+        return []
+    return found
