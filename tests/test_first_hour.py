@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
-from terminals import ESCAPES, assert_fits, terminal
+from terminals import ESCAPES, REPOSITORY, assert_fits, terminal
 
 import loratool
 from loratool.cli import COMMANDS, cli
@@ -22,7 +22,7 @@ from loratool.cli.guesses import GUESSES
 from loratool.cli.plan_view import natural_order
 from loratool.cli.rendering import ProgressBar, print_facts, size
 from loratool.cli.training_bar import TrainingBar
-from loratool.errors import AdapterError
+from loratool.errors import AdapterError, NotFoundError
 from registry import AdapterFacts, Registry
 
 if TYPE_CHECKING:
@@ -100,6 +100,25 @@ def test_a_base_that_is_added_as_an_adapter_is_answered_with_base_add(tiny_model
     for path in (base, base / "model.safetensors"):
         with pytest.raises(AdapterError, match=rf"base model.*'loratool base add my-base {re.escape(str(base))}'"):
             loratool.add(path)
+
+
+def test_a_base_where_an_adapter_is_asked_for_is_answered_with_what_it_is(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters
+) -> None:
+    loratool.base_add("llama", tiny_models.folder("llama", "bf16"))
+    loratool.add(tiny_adapters.folder("llama"), name="pirate")
+    for call in (
+        loratool.show,
+        lambda name: loratool.tag(name, ["x"]),
+        lambda name: loratool.merge([name], into="llama"),
+    ):
+        with pytest.raises(NotFoundError, match="'llama' is a base and no adapter; 'loratool base show llama'"):
+            call("llama")
+    for call in (loratool.base_show, loratool.base_verify, lambda name: loratool.merge(["pirate"], into=name)):
+        with pytest.raises(NotFoundError, match="'pirate' is an adapter and no base; 'loratool show pirate'"):
+            call("pirate")
+    with pytest.raises(NotFoundError, match="'loratool pull ada/pirate'"):
+        loratool.add("ada/pirate")
 
 
 def test_the_columns_of_a_list_are_what_it_is_sorted_by(home_of_its_own: Path) -> None:
@@ -188,6 +207,24 @@ def test_the_size_of_an_undo_is_said_with_and_without_the_adapters_copy(
     (undo,) = (tmp_path / "out" / "loratool-undo").iterdir()
     sizes = {file.name: size(file.stat().st_size) for file in undo.iterdir()}
     assert f"undo         {sizes.pop('undo.st')}, and {sizes.popitem()[1]} for the adapter's copy" in result.stdout
+
+
+def test_what_is_written_of_the_size_of_an_undo_is_what_was_measured() -> None:
+    table = (
+        (REPOSITORY / "benchmarks" / "RESULTS.md").read_text().partition("<!-- undo_size -->")[2].partition("<!-- /")[0]
+    )
+    measured = [
+        (float(alone), float(whole)) for alone, whole in re.findall(r"MB \| ([\d.]+)%.* ([\d.]+)% \| undo", table)
+    ]
+    assert len(measured) == 3
+    assert all(0.5 < alone < 1.5 and 3.5 < whole < 6 for alone, whole in measured)
+    for page in ("README.md", "docs/undo.md"):
+        text = " ".join((REPOSITORY / page).read_text().split())
+        assert "about one percent of the weights that changed" in text
+        assert "four to six percent" in text
+    copies = [whole - alone for alone, whole in measured]
+    assert f"{min(copies):.1f} to {max(copies):.1f}" in text
+    assert f"{min(measured)[0]:.1f} to {max(measured)[0]:.1f} percent" in text
 
 
 # Progress

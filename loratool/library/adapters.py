@@ -140,11 +140,13 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
     from loratool.formats.finite import refuse_not_finite
     from loratool.formats.read import read_adapter
     from loratool.library.owner import name_owner
-    from loratool.library.resolve import exists, open_registry, user_path
+    from loratool.library.resolve import HUB_ID, exists, open_registry, user_path
 
     source = user_path(path)
     if not os.fspath(path) or not exists(source):
-        raise NotFoundError(f"there is no adapter at {quoted(path)}; give a PEFT folder or a safetensors file")
+        is_hub_id = HUB_ID.fullmatch(os.fspath(path)) is not None
+        pull = f", or bring one from the Hub in with 'loratool pull {path}'" if is_hub_id else ""
+        raise NotFoundError(f"there is no adapter at {quoted(path)}; give a PEFT folder or a safetensors file{pull}")
     try:
         adapter = read_adapter(source, alpha)
     except AdapterError:
@@ -436,7 +438,7 @@ def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
     """
     from loratool.errors import NotFoundError, quoted
     from loratool.formats.adapter import sha256_of
-    from loratool.library.resolve import HUB_ID, exists, user_path
+    from loratool.library.resolve import HUB_ID, exists, no_such_adapter, user_path
 
     found = _find_entry(adapter, catalogue)
     if found is not None:
@@ -446,7 +448,7 @@ def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
         raise NotFoundError(f"{quoted(adapter)} is not in the catalogue; bring it in with 'loratool pull {adapter}'")
     file = _weights_file(adapter)
     if file is None:
-        return catalogue.adapters.find(adapter)  # raises, with the nearest names
+        raise no_such_adapter(adapter, catalogue)
     known = catalogue.adapters.find_by_sha256(sha256_of(file))
     if not known:
         raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")

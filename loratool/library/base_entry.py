@@ -10,7 +10,7 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import NotFoundError, quoted
 from loratool.hub.address import HubAddress
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import HUB_ID, base_at, digest_cache, exists, is_plainly_a_path, user_path
+from loratool.library.resolve import HUB_ID, base_at, digest_cache, exists, is_plainly_a_path, no_such_base, user_path
 from registry import BaseRecord, Registry, check_name, is_name
 
 
@@ -27,8 +27,7 @@ def base_entry(name: str | os.PathLike[str], catalogue: Registry, progress: Prog
     text = os.fspath(name)
     is_place = is_plainly_a_path(text) or (text and exists(user_path(text))) or HUB_ID.fullmatch(text)
     if not is_place:
-        check_name(text, "base")
-        return catalogue.bases.find(text)  # raises, with the nearest names
+        raise no_such_base(check_name(text, "base"), catalogue)
     if HUB_ID.fullmatch(text) is None and not exists(user_path(text)):
         raise NotFoundError(f"there is no model at {quoted(text)}; 'loratool base list' shows the catalogued bases")
     raise NotFoundError(

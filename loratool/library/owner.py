@@ -15,7 +15,7 @@ from loratool.library.adapters import name_from
 from loratool.library.base_entry import find_base
 from loratool.library.hub_bases import is_away, known_headers
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, exists, is_entry_of, resolve_base, user_path
+from loratool.library.resolve import ResolvedAdapter, exists, is_entry_of, no_such_base, resolve_base, user_path
 from loratool.merging.plan import WeightedAdapter, plan_merge
 from registry import AdapterRecord, BaseRecord, Registry, check_name, is_name
 
@@ -76,7 +76,7 @@ def name_owner(base: str | os.PathLike[str], adapter: Adapter, catalogue: Regist
     if known is not None:
         return known.name, ()
     if is_name(text) and not exists(user_path(text)):
-        catalogue.bases.find(text)  # raises, with the nearest names
+        raise no_such_base(text, catalogue)
     source = resolve_base(text, catalogue, progress, download=False)
     _refuse_unlanded(adapter, source.open())
     name = _free_name(source.name, catalogue)

@@ -125,7 +125,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
             # Its folder in the store has no name that a user would know.
             return ResolvedAdapter(replace(read_adapter(registry.adapters.files(record)), name=record.name), record)
         if not exists(path):
-            registry.adapters.find(text)  # raises, with the nearest names
+            raise no_such_adapter(text, registry)
     if not is_plainly_a_path(text) and HUB_ID.fullmatch(text) and not exists(path):
         return _adapter_on_hub(HubAddress.parse(text), registry, alpha)
     if not text or not exists(path):
@@ -139,6 +139,30 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
         )
     adapter = read_adapter(path, alpha)
     return ResolvedAdapter(adapter, _entry_of(adapter, registry))
+
+
+def no_such_adapter(reference: str, registry: Registry) -> Exception:
+    """The error for ``name`` or ``name@version`` where the catalogue has no such adapter: with the nearest names, or that it
+    is a base."""
+    name = reference.partition("@")[0]
+    if not registry.adapters.versions(name) and registry.bases.get(name) is not None:
+        return NotFoundError(f"{quoted(name)} is a base and no adapter; 'loratool base show {name}' shows it")
+    try:
+        found = registry.adapters.find(reference)
+    except RegistryError as error:
+        return error
+    return NotFoundError(f"{found.reference} was catalogued just now; run the command again")
+
+
+def no_such_base(name: str, registry: Registry) -> Exception:
+    """The error for a name where the catalogue has no such base: with the nearest names, or that it is an adapter."""
+    if registry.adapters.versions(name) and registry.bases.get(name) is None:
+        return NotFoundError(f"{quoted(name)} is an adapter and no base; 'loratool show {name}' shows it")
+    try:
+        found = registry.bases.find(name)
+    except RegistryError as error:
+        return error
+    return NotFoundError(f"base {quoted(found.name)} was catalogued just now; run the command again")
 
 
 def resolve_at_rank(name: str | os.PathLike[str], registry: Registry, alpha: float | None = None) -> ResolvedAdapter:
@@ -171,7 +195,7 @@ def resolve_base(name: str | os.PathLike[str], registry: Registry, progress: Pro
         if record is not None:
             return _catalogued(record, registry, progress, download=download)
         if not exists(path):
-            registry.bases.find(text)  # raises, with the nearest names
+            raise no_such_base(text, registry)
     if text and exists(path):
         return ResolvedBase(
             path, path.resolve().stem if path.is_file() else path.resolve().name, base_at(path, registry)
