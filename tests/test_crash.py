@@ -49,6 +49,16 @@ def tree(folder: Path, hidden: bool = True) -> Tree:
     return found
 
 
+def loaded(folder: Path) -> Tree:
+    """What a program that knows safetensors and not loratool loads from a model: the bytes of its tensors."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    content = {name: tensor.flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+    return {name: hashlib.sha256(each).hexdigest() for name, each in content.items()}
+
+
 # The programs that are struck. Each works in a folder that holds base, adapter and other (another adapter).
 
 
@@ -303,6 +313,9 @@ class Server:
         self.seconds = time.monotonic() - began
         self.after = tree(self.work)
         assert self.before != self.after
+        self.loaded = {"after": loaded(self.work / "base")}
+        self.restore()
+        self.loaded["before"] = loaded(self.work / "base")
 
     def _must(self, run: Callable[[Path], None], arm: Callable[[], Callable[[], int]] | None = None) -> int:
         ending, count = self.child(run, arm)
@@ -329,11 +342,24 @@ class Server:
         )
         return f"between: {sorted({name for name, _ in known.items() ^ now.items()})}"
 
+    def load(self) -> str:
+        """What another program finds in the base: ``before``, ``after``, a ``mixture``, or nothing that it could load."""
+        try:
+            found = loaded(self.work / "base")
+        except Exception:
+            return "refused"
+        return next((name for name, known in self.loaded.items() if found == known), "mixture")
+
     def strike(self, arm: Callable[[], Callable[[], int]]) -> dict[str, Any]:
         """Strike a run; how it ended, the state that it left, and that after the next run."""
         self.restore()
         ending, _ = self.child(self.scenario.run, arm)
-        return {"ending": ending, "state": self.state(), "visible": self.state(hidden=False)} | self.go_on()
+        return {
+            "ending": ending,
+            "state": self.state(),
+            "visible": self.state(hidden=False),
+            "loaded": self.load(),
+        } | self.go_on()
 
     def go_on(self) -> dict[str, Any]:
         try:
@@ -364,6 +390,7 @@ class Server:
                 "ending": ending,
                 "state": self.state(),
                 "visible": self.state(hidden=False),
+                "loaded": self.load(),
             } | self.go_on()
 
     def kill_the_recovery(self) -> Iterator[dict[str, Any]]:
@@ -379,7 +406,7 @@ class Server:
         for number in range(1, calls + 1, self.step):
             self.restore(committed)
             ending, _ = self.child(look, lambda number=number: strike_at(number, die))  # type: ignore[misc]
-            yield {"at": number, "ending": ending, "state": "", "visible": ""} | self.go_on()
+            yield {"at": number, "ending": ending, "state": "", "visible": "", "loaded": self.load()} | self.go_on()
 
     def fail_everywhere(self, how: Callable[..., None]) -> Iterator[dict[str, Any]]:
         for number in self.moments():
@@ -526,6 +553,7 @@ def test_a_run_killed_at_any_call_loses_nothing(name: str, run_server: Callable[
     finals = [struck["final"] for struck in result["strikes"]]
     if name in IN_PLACE:
         assert {"before", "after"} == set(finals), "the strikes fell on one side of the commit only"
+        assert {struck["loaded"] for struck in result["strikes"]} == {"before", "refused", "after"}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -540,6 +568,7 @@ def test_a_recovery_killed_at_any_call_is_finished_by_the_next(
     result = run_server(name, "kill_the_recovery", step=2)
     wrong = [struck for struck in result["strikes"] if (struck["next"], struck["final"]) != ("done", "after")]
     assert not wrong, json.dumps(wrong[:3], indent=1)
+    assert "mixture" not in {struck["loaded"] for struck in result["strikes"]}
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,7 @@ def link_the_undo(file: Path) -> Callable[[], object]:
 OBSTACLES = {
     "a second name": (give_second_name, "has a second name; remove that and run again"),
     "a file that became shorter": (shorten, "has become shorter; put the whole file back and run again"),
-    "a file that is gone": (move_away, "No such file or directory; mend that and run again"),
+    "a file that is gone": (move_away, "No such file or directory; fix that and run again"),
     "a link for a file": (replace_by_link, "is a link or no file"),
     "a link for the undo": (link_the_undo, "is a link; move that away and run again"),
 }

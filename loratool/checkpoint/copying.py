@@ -14,6 +14,7 @@ from functools import cache
 from typing import Final, cast
 
 from loratool.errors import CheckpointError
+from loratool.interrupts import check
 
 FICLONERANGE: Final = 0x4020940D
 """ioctl(2) that makes two files share a range of blocks (Linux, <linux/fs.h>)."""
@@ -69,6 +70,7 @@ def _copy_in_kernel(source: int, target: int, start: int, stop: int, shift: int,
                     progress: Callable[[int], None]) -> None:  # fmt: skip
     step = _copy_file_range
     while start < stop:
+        check()
         try:
             count = step(source, target, min(CHUNK_BYTES, stop - start), start, start + shift)
         except OSError as error:

@@ -10,7 +10,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +20,9 @@ from loratool.checkpoint.blocks import read_exactly
 from loratool.checkpoint.header import Header, TensorInfo
 from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.threads import in_threads
 from loratool.errors import CheckpointError
+from loratool.interrupts import check
 
 READ_BYTES: Final = 1 << 20
 RACE_SECONDS: Final = 0.05
@@ -118,9 +119,8 @@ def _largest_first(headers: Iterable[Header]) -> list[TensorInfo]:
 
 
 def _hash(tensors: list[TensorInfo], progress: Callable[[int], None]) -> dict[str, str]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(lambda info: hash_tensor(info, progress), tensors)
-        return {info.name: digest for info, digest in zip(tensors, digests, strict=True)}
+    digests = in_threads(lambda info: hash_tensor(info, progress), tensors, os.cpu_count() or 1)
+    return {info.name: digest for info, digest in zip(tensors, digests, strict=True)}
 
 
 def hash_tensor(info: TensorInfo, progress: Callable[[int], None] = lambda count: None) -> str:
@@ -140,6 +140,7 @@ def hash_range(fd: int, start: int, stop: int, progress: Callable[[int], None] =
     hasher = blake3()
     buffer = memoryview(bytearray(min(READ_BYTES, stop - start)))
     for at in range(start, stop, READ_BYTES):
+        check()
         part = buffer[: min(READ_BYTES, stop - at)]
         read_exactly(fd, part, at)
         hasher.update(part)

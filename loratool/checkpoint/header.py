@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +19,16 @@ from typing import Any, Final
 
 from loratool.checkpoint.dtypes import DTYPES
 from loratool.checkpoint.json_text import broken_file, open_without_waiting, parse_json_object
-from loratool.errors import CheckpointError, quoted
+from loratool.errors import CheckpointError, printable, quoted
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The format's own limit on the length of the JSON header."""
+
+SEAL: Final = b"\xff" * 8
+"""What a file begins with, in place of the length of its header, while loratool changes it (`loratool.checkpoint.seal`)."""
+
+JOURNAL: Final = ".loratool-journal"
+"""Folder, in a model, of what finishes a change of it in place (`loratool.checkpoint.journal`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +77,8 @@ def read_header(file: Path) -> Header:
                 raise CheckpointError(f"{quoted(file)} is not a regular file")
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
+            if prefix == SEAL:
+                raise _sealed(file)
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, status.st_size - 8):
                 _refuse_other_kind(file, prefix)
                 raise broken_file(file, f"its header claims {length} bytes and the file has {status.st_size}")
@@ -100,6 +109,17 @@ def _refuse_other_kind(file: Path, prefix: bytes) -> None:
     for start, what in _OTHER_KINDS:
         if prefix.startswith(start):
             raise CheckpointError(f"{quoted(file)} is not a valid safetensors file: it is {what}")
+
+
+def _sealed(file: Path) -> CheckpointError:
+    """What to say of a file in the middle of a change in place, whose bytes are neither those before it nor those after."""
+    if (file.parent / JOURNAL).is_dir():
+        way = f"wait for it to end, or finish it with 'loratool verify {printable(shlex.quote(str(file.parent)))}'"
+        return CheckpointError(f"{quoted(file)} is in the middle of a change in place; {way}")
+    return CheckpointError(
+        f"{quoted(file)} was left in the middle of a change in place, and what would finish it is gone from "
+        f"{quoted(file.parent)}; download or save the model again"
+    )
 
 
 def parse_header(text: bytes, file: Path, size: int) -> Header:

@@ -3,6 +3,9 @@
 New bytes are first written to ``.loratool-journal/redo`` in the folder, with a list of where they belong, and fsynced.
 Renaming that list to ``commit.json`` is the commit: before it nothing in the folder has changed, and after it the
 change can be finished by copying, as often as it takes. Whoever opens the folder next finishes or discards it.
+
+While the bytes are copied every file that they belong to is sealed (`loratool.checkpoint.seal`): no program can load a model
+that is neither the one before nor the one after. The seals are lifted last, when everything else is durable.
 """
 
 from __future__ import annotations
@@ -14,19 +17,23 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 from loratool.checkpoint.copying import copy_range, flushing, sync_folder
+from loratool.checkpoint.header import JOURNAL
 from loratool.checkpoint.json_text import LARGEST_LISTING, parse_json_object, read_limited
+from loratool.checkpoint.seal import Head, has_head, head_of, leased, seal, unseal
 from loratool.checkpoint.staging import foreign_file, sync_tree, unreadable
+from loratool.checkpoint.unfinished import Note
 from loratool.errors import CheckpointError, OutputError, quoted
+from loratool.interrupts import Deferral, note, whole
 
-JOURNAL: Final = ".loratool-journal"
 COMMIT: Final = "commit.json"
 REDO: Final = "redo"
 NEW: Final = "new"
@@ -89,6 +96,16 @@ class _ObstacleError(ValueError):
         self.advice = advice
 
 
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What a commit says: the ranges of files and where their bytes lie in the redo log, what to remove, and the heads of the
+    files, which are put back last; those of another version of loratool lack these."""
+
+    ranges: Sequence[dict[str, Any]]
+    remove: Sequence[str]
+    heads: Mapping[str, Head]
+
+
 class Journal:
     """A change of the files in `folder` that is being prepared; the folder must be `locked` exclusively.
 
@@ -103,8 +120,12 @@ class Journal:
         self.fd = -1
         self._size = 0
         self._ranges: list[dict[str, Any]] = []
+        self._note = Note({"what": "change", "folder": os.path.abspath(folder)})
+        self._committed = False
 
+    @whole
     def __enter__(self) -> Self:
+        self._note.__enter__()
         try:
             self.new.mkdir(parents=True)
             self.fd = os.open(self.path / REDO, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -113,16 +134,27 @@ class Journal:
             raise _unwritable(self.folder, error) from None
         return self
 
+    @whole
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.fd >= 0:
             os.close(self.fd)
-        if not (self.path / COMMIT).exists():
+        prepared = (self.path / COMMIT).exists()
+        if not prepared:
             shutil.rmtree(self.path, ignore_errors=True)
+            self._note.__exit__(None, None, None)
+        if error is not None:
+            note(error, self._what_became_of_it(prepared))
         if isinstance(error, OSError):
             source = foreign_file(error, (Path(os.path.abspath(self.path)),))
             raise (unreadable(source, error) if source else _unwritable(self.folder, error)) from None
+
+    def _what_became_of_it(self, prepared: bool) -> str:
+        if prepared:
+            return _how_it_ends(self.folder)
+        name = quoted(self.folder)
+        return f"the change of {name} is complete" if self._committed else f"{name} is as it was"
 
     def reserve(self, file: Path, start: int, stop: int) -> int:
         """Room in the redo log for bytes ``start:stop`` of `file`; returns the offset in `fd` to write them at."""
@@ -155,31 +187,50 @@ class Journal:
         finally:
             os.close(fd)
 
-    def commit(self, *, remove: tuple[str, ...] = ()) -> None:
+    def commit(self, *, remove: tuple[str, ...] = (), check: Callable[[], None] = lambda: None) -> None:
         """Make the change durable and carry it out; `remove` names files or folders of loratool's own to take away.
 
+        `check` is called when nobody else can open the files any more, and may raise. Ctrl-C waits until the change is
+        carried out; a second one leaves it to whoever opens the folder next.
+
         Raises:
-            OutputError: the disk is full; nothing has changed then.
+            OutputError: the disk is full, or another program has a file open; nothing has changed then.
         """
         # A repetition after a kill must not remove what the first try installed.
         record = {"ranges": self._ranges, "remove": [name for name in remove if not (self.new / name).exists()]}
-        try:
+        files = sorted({self.folder / entry["file"] for entry in self._ranges})
+        with self._refusals():
             _checked(self.folder, record)
             os.fsync(self.fd)
             sync_tree(self.new)
-            draft = self.path / (COMMIT + ".partial")
-            draft.write_text(json.dumps(record))
-            sync_tree(self.path)
-            os.rename(draft, self.path / COMMIT)
-            sync_folder(self.path)
-            sync_folder(self.folder)
+        with Deferral(patient=True):
+            with self._refusals(), leased(files) as opened:
+                check()
+                self._commit(record | {"heads": {file.name: head_of(fd, file) for file, fd in opened.items()}})
+                with suppress(OSError):  # to finish it tries once more, and says what is wrong
+                    seal(opened.values())
+            recover(self.folder)
+
+    def _commit(self, record: Mapping[str, Any]) -> None:
+        draft = self.path / (COMMIT + ".partial")
+        draft.write_text(json.dumps(record))
+        sync_tree(self.path)
+        os.rename(draft, self.path / COMMIT)
+        self._committed = True
+        for folder in (self.path, self.folder):
+            sync_folder(folder)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """Say why the change cannot be made, as long as it is not committed."""
+        try:
+            yield
         except ValueError as error:
             raise OutputError(
                 f"{quoted(self.folder)} cannot be changed in place: {error}; write to --out instead"
             ) from None
         except OSError as error:
-            raise _unwritable(self.folder, error) from None
-        recover(self.folder)
+            raise (_unfinished(self.folder, error) if self._committed else _unwritable(self.folder, error)) from None
 
 
 def recover(folder: Path) -> None:
@@ -196,14 +247,16 @@ def recover(folder: Path) -> None:
     if journal.is_symlink() or not journal.is_dir():
         raise CheckpointError(f"{quoted(journal)} is a link or a file, which loratool never makes; remove it")
     if (journal / COMMIT).is_file():
-        ranges, remove = _committed(folder)
+        record = _committed(folder)
         try:
-            _redo(folder, ranges, remove)
+            with Deferral(patient=True):
+                _redo(folder, record)
         except OSError as error:
-            raise OutputError(
-                f"a change of {quoted(folder)} is prepared but could not be finished: {error.strerror}; "
-                "mend that and run any loratool command on the folder again"
-            ) from None
+            raise _unfinished(folder, error) from None
+        except KeyboardInterrupt as error:
+            if (journal / COMMIT).exists():
+                note(error, _how_it_ends(folder))
+            raise
     try:
         shutil.rmtree(journal)
     except OSError as error:
@@ -211,8 +264,8 @@ def recover(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _committed(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The committed change of `folder`: its ranges and removals, checked; errors as `recover`."""
+def _committed(folder: Path) -> _Record:
+    """The committed change of `folder`, checked; errors as `recover`."""
     journal = folder / JOURNAL
     try:
         return _checked(folder, parse_json_object(read_limited(journal / COMMIT, LARGEST_LISTING), journal / COMMIT))
@@ -220,7 +273,7 @@ def _committed(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
         what, advice = str(error), error.advice
     except OSError as error:
         named = f"{quoted(error.filename)}: " if error.filename is not None else ""
-        what, advice = f"{named}{error.strerror or error}", "mend that"
+        what, advice = f"{named}{error.strerror or error}", "fix that"
     except (KeyError, TypeError, ValueError, CheckpointError):
         raise CheckpointError(
             f"{quoted(journal)} is not a change that loratool prepared for this folder; remove it and check the model"
@@ -232,19 +285,34 @@ def _committed(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     )
 
 
-def _redo(folder: Path, ranges: list[dict[str, Any]], remove: list[str]) -> None:
-    journal = folder / JOURNAL
-    with ExitStack() as stack, open(journal / REDO, "rb") as redo:
+def _redo(folder: Path, record: _Record) -> None:
+    with ExitStack() as stack:
         files = {}
-        for name in sorted({entry["file"] for entry in ranges}):
+        for name in sorted({entry["file"] for entry in record.ranges}):
             files[name] = os.open(folder / name, os.O_RDWR | os.O_NOFOLLOW)
             stack.callback(os.close, files[name])
-        with flushing(files.values()):
-            for entry in ranges:
-                length = entry["stop"] - entry["start"]
-                copy_range(redo.fileno(), files[entry["file"]], entry["at"], entry["at"] + length, at=entry["start"])
-        for fd in files.values():
-            os.fsync(fd)
+        sealed = {files[name]: head for name, head in record.heads.items() if name in files}
+        seal(sealed)
+        _copy_ranges(folder, record.ranges, files)
+        _install(folder, record.remove)
+        unseal(sealed)
+    # From here on a repetition would find nothing to install; the commit goes first, then what it spoke of.
+    os.unlink(folder / JOURNAL / COMMIT)
+    sync_folder(folder / JOURNAL)
+
+
+def _copy_ranges(folder: Path, ranges: Sequence[dict[str, Any]], files: Mapping[str, int]) -> None:
+    with open(folder / JOURNAL / REDO, "rb") as redo, flushing(files.values()):
+        for entry in ranges:
+            length = entry["stop"] - entry["start"]
+            copy_range(redo.fileno(), files[entry["file"]], entry["at"], entry["at"] + length, at=entry["start"])
+    for fd in files.values():
+        os.fsync(fd)
+
+
+def _install(folder: Path, remove: Sequence[str]) -> None:
+    """Take away what the change removes, and give what it adds its place."""
+    journal = folder / JOURNAL
     for name in remove:
         with suppress(FileNotFoundError):
             target = folder / name
@@ -259,13 +327,10 @@ def _redo(folder: Path, ranges: list[dict[str, Any]], remove: list[str]) -> None
             os.replace(source, target)
         sync_folder(target.parent)
     sync_folder(folder)
-    # From here on a repetition would find nothing to install; the commit goes first, then what it spoke of.
-    os.unlink(journal / COMMIT)
-    sync_folder(journal)
 
 
-def _checked(folder: Path, record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The record's ranges and removals, none of which reaches outside the folder or what loratool owns in it.
+def _checked(folder: Path, record: dict[str, Any]) -> _Record:
+    """The record, of which nothing reaches outside the folder or what loratool owns in it.
 
     Raises:
         _ObstacleError: the folder is not as it was when the change was prepared.
@@ -299,7 +364,22 @@ def _checked(folder: Path, record: dict[str, Any]) -> tuple[list[dict[str, Any]]
             raise ValueError(f"{quoted(name)} is in the way")
         if "/" in name:
             _refuse_link((folder / name).parent)
-    return record["ranges"], record["remove"]
+    for name, head in record.get("heads", {}).items():
+        _check_head(folder / name, head)
+    return _Record(record["ranges"], record["remove"], record.get("heads", {}))
+
+
+def _check_head(file: Path, head: dict[str, Any]) -> None:
+    """Raise _ObstacleError unless `file` is the one that began so when the change was prepared."""
+    if type(head["length"]) is not int:
+        raise ValueError(f"{quoted(file)} is in the way")
+    fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        same = has_head(fd, head)
+    finally:
+        os.close(fd)
+    if not same:
+        raise _ObstacleError(f"{quoted(file)} is another file than it was", "put the file back that was there")
 
 
 def _check_own_file(file: Path, stop: int) -> None:
@@ -316,6 +396,21 @@ def _check_own_file(file: Path, stop: int) -> None:
 def _refuse_link(path: Path) -> None:
     if path.is_symlink():
         raise _ObstacleError(f"{quoted(path)} is a link", "move that away")
+
+
+def _how_it_ends(folder: Path) -> str:
+    """What to say of a change that is committed and not carried out."""
+    return (
+        f"the change of {quoted(folder)} is prepared, and finished by the next loratool command on it; until then no program "
+        "can load it"
+    )
+
+
+def _unfinished(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"a change of {quoted(folder)} is prepared but could not be finished: {error.strerror}; fix that and run any loratool "
+        "command on the folder again; until then no program can load it"
+    )
 
 
 def _unwritable(folder: Path, error: OSError) -> OutputError:

@@ -11,8 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratool.checkpoint.header import Header, TensorInfo, read_header
-from loratool.checkpoint.journal import JOURNAL
+from loratool.checkpoint.header import JOURNAL, Header, TensorInfo, read_header
 from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.errors import CheckpointError, NotFoundError, quoted
 

@@ -11,14 +11,18 @@ import errno
 import fcntl
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 from loratool.checkpoint.copying import sync_folder
 from loratool.checkpoint.output_kind import OutputKind, why_not_replaced
+from loratool.checkpoint.unfinished import Note
 from loratool.errors import CheckpointError, OutputError, quoted
+from loratool.interrupts import note, whole
 
 RENAME_EXCHANGE: Final = 2
 """renameat2(2): swap two names in one step (Linux)."""
@@ -36,17 +40,10 @@ def staged_folder(out: Path, kind: OutputKind, *, force: bool = False) -> Iterat
     out = Path(os.path.abspath(out))
     with _explained(out):
         refuse_existing(out, kind, force=force)
-        _make_folder(out.parent)
-        stage = _beside(out, "partial")
-        _put_back_replaced(out)
-        with _claimed(stage, out):
-            try:
-                yield stage
-                sync_tree(stage)
-                _publish_folder(stage, out, kind, force=force)
-            except BaseException:
-                shutil.rmtree(stage, ignore_errors=True)
-                raise
+        with _FolderStage(out, kind, force=force) as stage:
+            yield stage.path
+            sync_tree(stage.path)
+            stage.publish()
 
 
 @contextmanager
@@ -59,23 +56,112 @@ def staged_file(out: Path, kind: OutputKind, *, force: bool = False, option: str
     out = Path(os.path.abspath(out))
     with _explained(out, option):
         refuse_existing(out, kind, force=force, option=option)
-        _make_folder(out.parent)
-        stage = _beside(out, "partial")
-        with _locked(stage, out, os.O_RDWR | os.O_CREAT, option):
-            try:
-                yield stage
-                sync_file(stage)
-                if force:
-                    refuse_existing(
-                        out, kind, force=True, option=option
-                    )  # somebody may have put another there meanwhile
-                elif os.path.lexists(out):
-                    raise OutputError(f"{quoted(out)} appeared while it was being written; choose another {option}")
-                os.replace(stage, out)
-                sync_folder(out.parent)
-            except BaseException:
-                stage.unlink(missing_ok=True)
-                raise
+        with _FileStage(out, kind, force=force, option=option) as stage:
+            yield stage.path
+            sync_file(stage.path)
+            stage.publish()
+
+
+class _Stage(ABC):
+    """What is written beside `out` under a temporary name: held by a lock, noted, and removed unless it is published.
+
+    Entering and leaving are not torn by an interrupt, and neither is `publish`.
+    """
+
+    def __init__(self, out: Path, kind: OutputKind, *, force: bool, option: str = "--out") -> None:
+        self.out, self.kind, self.force, self.option = out, kind, force, option
+        self.path = _beside(out, "partial")
+        self._note = Note({"what": "output", "out": str(out)})
+        self._made: list[Path] = []
+        self._held = ExitStack()
+        self._published = False
+
+    @whole
+    def __enter__(self) -> Self:
+        with ExitStack() as undoing:
+            undoing.callback(self._remove_folders)
+            self._made = _make_folder(self.out.parent)
+            self._held.enter_context(self._note)
+            undoing.callback(self._held.close)
+            self._claim(self._held)
+            undoing.pop_all()
+        return self
+
+    @whole
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._published:
+                self._discard()
+        finally:
+            self._held.close()
+            if not self._published:
+                self._remove_folders()
+        if error is not None:
+            out = quoted(self.out)
+            note(error, f"{out} is complete" if self._published else f"the unfinished {out} is removed")
+
+    @whole
+    def publish(self) -> None:
+        """Give what was written its final name, durably.
+
+        Raises:
+            OutputError: somebody put another in its place meanwhile.
+        """
+        self._publish()
+        self._published = True
+
+    @abstractmethod
+    def _claim(self, held: ExitStack) -> None:
+        """Make the stage and lock it, for as long as `held` is open; take over what a killed run left."""
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Rename it."""
+
+    @abstractmethod
+    def _discard(self) -> None:
+        """Remove it."""
+
+    def _remove_folders(self) -> None:
+        """Remove the folders that were made above the output, where nothing came into them."""
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+class _FolderStage(_Stage):
+    def _claim(self, held: ExitStack) -> None:
+        self.path.mkdir(exist_ok=True)
+        held.enter_context(_locked(self.path, self.out, os.O_RDONLY | os.O_DIRECTORY))
+        if _put_back_replaced(self.out):
+            refuse_existing(self.out, self.kind, force=self.force)
+        for entry in os.scandir(self.path):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+    def _publish(self) -> None:
+        _publish_folder(self.path, self.out, self.kind, force=self.force)
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class _FileStage(_Stage):
+    def _claim(self, held: ExitStack) -> None:
+        held.enter_context(_locked(self.path, self.out, os.O_RDWR | os.O_CREAT, self.option))
+
+    def _publish(self) -> None:
+        if self.force:
+            # Somebody may have put another there meanwhile.
+            refuse_existing(self.out, self.kind, force=True, option=self.option)
+        elif os.path.lexists(self.out):
+            raise OutputError(f"{quoted(self.out)} appeared while it was being written; choose another {self.option}")
+        os.replace(self.path, self.out)
+        sync_folder(self.out.parent)
+
+    def _discard(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 def refuse_existing(out: Path, kind: OutputKind, *, force: bool, option: str = "--out") -> None:
@@ -151,12 +237,13 @@ def sync_file(file: Path) -> None:
         os.close(fd)
 
 
-def _make_folder(folder: Path) -> None:
-    """Make `folder` and the folders above it that are not there, all of them durable."""
+def _make_folder(folder: Path) -> list[Path]:
+    """Make `folder` and the folders above it that are not there, all of them durable; those that were made, deepest first."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(new):
         sync_folder(path.parent)
+    return new
 
 
 def _beside(out: Path, what: str) -> Path:
@@ -175,16 +262,6 @@ def _explained(out: Path, option: str = "--out") -> Iterator[None]:
             "free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT} else f"choose another place with {option}"
         )
         raise OutputError(f"cannot write {quoted(out)}: {error.strerror or error}; {advice}") from None
-
-
-@contextmanager
-def _claimed(stage: Path, out: Path) -> Iterator[None]:
-    """Hold the lock on an empty `stage`, taking over what a killed run left."""
-    stage.mkdir(exist_ok=True)
-    with _locked(stage, out, os.O_RDONLY | os.O_DIRECTORY):
-        for entry in os.scandir(stage):
-            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-        yield
 
 
 @contextmanager
@@ -231,14 +308,19 @@ def _replace_folder(stage: Path, out: Path) -> None:
         shutil.rmtree(replaced)
 
 
-def _put_back_replaced(out: Path) -> None:
-    """Finish a replacement that was killed between its two renames, on systems that cannot exchange two names."""
+def _put_back_replaced(out: Path) -> bool:
+    """Finish a replacement that was killed between its two renames, on systems that cannot exchange two names.
+
+    Whether the folder that was to be replaced is back.
+    """
     replaced = _beside(out, "replaced")
-    if replaced.is_dir():
-        if os.path.lexists(out):
-            shutil.rmtree(replaced)
-        else:
-            os.rename(replaced, out)
+    if not replaced.is_dir():
+        return False
+    if os.path.lexists(out):
+        shutil.rmtree(replaced)
+        return False
+    os.rename(replaced, out)
+    return True
 
 
 def _exchange(a: Path, b: Path) -> bool:

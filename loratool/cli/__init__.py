@@ -6,6 +6,7 @@ import atexit
 import gc
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,8 +16,9 @@ from typing import Any, Final, TextIO
 
 import click
 
-from loratool.cli.interrupt import interrupt_between_imports
+from loratool import interrupts
 from loratool.cli.options import ExampleGroup
+from loratool.interrupts import Interrupted
 
 GROUPS: Final = {
     "Catalogue": {
@@ -60,6 +62,13 @@ COMMANDS: Final = {name: text for group in GROUPS.values() for name, text in gro
 EXAMPLE: Final = "loratool merge pirate.safetensors --into models/smollm2"
 
 
+_STATUSES_OF_SIGNALS: Final = frozenset(128 + number for number in interrupts.ENDING)
+
+
+class _Stopped(BaseException):
+    """An interrupt on its way through click, which would make an empty line of it."""
+
+
 class LazyGroup(ExampleGroup):
     """A group whose commands are imported when they are run, so that ``--help`` costs nothing."""
 
@@ -85,11 +94,11 @@ class LazyGroup(ExampleGroup):
         _write_two_a_line(formatter, "Options", [f"{option:14}  {text.rstrip('.'):17}" for option, text in records])
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        with _quiet_where_nobody_reads():
+        with _in_order():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _quiet_where_nobody_reads():
+        with _in_order():
             return super().invoke(ctx)
 
 
@@ -121,44 +130,64 @@ def cli(ctx: click.Context, registry: str | None, debug: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; exit with 0, with 1 for an error, 2 for wrong usage, 130 when interrupted."""
-    # A command makes little garbage, and looking for it takes a third of the time in which torch is imported and left.
-    gc.disable()
-    atexit.register(gc.freeze)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # What the terminal's encoding lacks is spelled out instead of being an error.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    """Run the command line; exit with 0, with 1 for an error, 2 for wrong usage, 128 and its number for a signal."""
     try:
-        sys.exit(cli.main(prog_name="loratool", standalone_mode=False) or 0)
+        # A command makes little garbage, and looking for it takes a third of the time in which torch is imported and left.
+        gc.disable()
+        atexit.register(gc.freeze)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # What the terminal's encoding lacks is spelled out instead of being an error.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        status = cli.main(prog_name="loratool", standalone_mode=False) or 0
+        interrupts.finish()
+        late = interrupts.received()
+        sys.exit(status if late is None else _end_interrupted(late, "what was to be done is done"))
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)
         click.echo(_printable(usage.getvalue()), err=True, nl=False)
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "Interrupted: nothing half done is left; a change in place is finished or taken back by the next command "
-            "on that model.",
-            err=True,
-        )
-        sys.exit(130)
-    except Exception as error:
+    except (_Stopped, KeyboardInterrupt, Exception) as error:
+        interrupts.finish()
+        stopped = _interrupt_behind(error)
+        if stopped is not None or not isinstance(error, Exception):
+            sys.exit(_end_interrupted(stopped or KeyboardInterrupt(), "nothing half done is left"))
         if "--debug" in _own_options_first(sys.argv[1:])[:3]:
             raise
         click.echo(click.style("Error:", fg="red") + f" {_explained(error)}", err=True)
         sys.exit(1)
 
 
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The interrupt that an error comes from: also what nobody foresaw, such as a terminal that is gone, after a signal."""
+    foreseen = isinstance(error, Exception) and _is_foreseen(error)
+    return interrupts.behind(error) or (None if foreseen else interrupts.received())
+
+
+def _end_interrupted(stopped: KeyboardInterrupt, otherwise: str) -> int:
+    """Say in one line what was cleaned up or how to go on; the exit status."""
+    number = stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT
+    by = "" if number == signal.SIGINT else f" by {number.name}"
+    notes = [text for text in interrupts.notes(stopped) if text] or [otherwise]
+    with suppress(OSError):
+        click.echo(_printable(str(stopped) or f"Interrupted{by}: {'; '.join(notes)}."), err=True)
+    return 128 + number
+
+
 def run() -> None:
     """What the installed command calls: `main`, and an end without delay.
 
-    Tearing torch down takes the interpreter a third of a second, in which it only gives back memory.
+    Tearing torch down takes the interpreter a third of a second, in which it only gives back memory. A command that was
+    interrupted leaves at once, whatever its threads wait for.
     """
-    interrupt_between_imports()
+    interrupts.install()
     _open_streams()
     try:
         main()
     except SystemExit as leaving:
+        interrupts.finish()
+        if leaving.code in _STATUSES_OF_SIGNALS:
+            os._exit(leaving.code)
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
@@ -202,13 +231,15 @@ def _open_streams() -> None:
 
 
 @contextmanager
-def _quiet_where_nobody_reads() -> Iterator[None]:
-    """End the command where whoever read its output has gone (``loratool list | head``): nothing is wrong."""
+def _in_order() -> Iterator[None]:
+    """End the command where whoever read its output has gone (``loratool list | head``: nothing is wrong), or on an interrupt."""
     try:
         yield
     except BrokenPipeError:
         _discard(sys.stdout)
         raise click.exceptions.Exit(0) from None
+    except KeyboardInterrupt as error:
+        raise _Stopped from error
 
 
 def _discard(stream: TextIO) -> None:
@@ -237,11 +268,18 @@ def _own_options_first(words: list[str]) -> list[str]:
     return [*debug, *registry, *others]
 
 
-def _explained(error: Exception) -> str:
-    from loratool.errors import LoratoolError, quoted
+def _is_foreseen(error: Exception) -> bool:
+    """Whether an error is one of loratool's own, which say what is wrong and what to do."""
+    from loratool.errors import LoratoolError
 
     registry = sys.modules.get("registry.errors")
-    if isinstance(error, LoratoolError) or (registry and isinstance(error, registry.RegistryError)):
+    return isinstance(error, LoratoolError) or bool(registry and isinstance(error, registry.RegistryError))
+
+
+def _explained(error: Exception) -> str:
+    from loratool.errors import quoted
+
+    if _is_foreseen(error):
         return _printable(str(error))
     if isinstance(error, OSError) and error.filename is not None:
         return (

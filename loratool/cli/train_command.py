@@ -203,7 +203,7 @@ def command(
     except TrainingStopped as stopped:
         if is_first():
             click.echo(str(stopped), err=True)
-        ctx.exit(130)
+        ctx.exit(stopped.status)
     if not is_first():
         return
     if as_json:

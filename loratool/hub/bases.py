@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header, read_header
 from loratool.checkpoint.model import INDEX_SUFFIX, Checkpoint, choose_weights, read_index
+from loratool.checkpoint.threads import in_threads
 from loratool.errors import CheckpointError, HubError, NotFoundError, quoted
 from loratool.hub.address import HubAddress, is_safe
 from loratool.hub.download import Watcher, fetch, is_cached
@@ -131,8 +131,8 @@ def open_headers(snapshot: Snapshot, weights: HubWeights, cache: HeaderCache, co
         fetch(snapshot, small, command)
     folder = cache_folder(snapshot.repo) / "snapshots" / snapshot.commit
     source = _Headers(snapshot, folder, cache, command)
-    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        headers = list(pool.map(source.read, (weights.files[name] for name in sorted(weights.files))))
+    files = [weights.files[name] for name in sorted(weights.files)]
+    headers = in_threads(source.read, files, HEADERS_AT_ONCE, leave=True)
     index = None if weights.index is None else folder / weights.index
     return Checkpoint.of_headers(folder, headers, index, {} if index is None else read_index(index))
 

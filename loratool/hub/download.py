@@ -10,10 +10,10 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
 
+from loratool.checkpoint.threads import in_threads
 from loratool.errors import HubError, NotFoundError, quoted
 from loratool.hub.errors import hub_errors
 from loratool.hub.logs import Retries, counted_retries, keep_logs_clean
@@ -64,15 +64,15 @@ def fetch(snapshot: Snapshot, paths: Collection[str], command: str, watcher: Wat
         if watcher is not None and not stopped.is_set():
             watcher.retrying(tries)
 
-    with counted_retries(retrying) as retries, ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool:
-        jobs = [pool.submit(_fetch_one, snapshot, file, command, advance, retries, recheck) for file in wanted]
-        try:
-            found = [job.result() for job in jobs]
-        except BaseException:
-            # The other downloads end at their next bytes, so that neither an error nor the user waits for them.
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    def one(file: HubFile) -> Path:
+        return _fetch_one(snapshot, file, command, advance, retries, recheck)
+
+    try:
+        with counted_retries(retrying) as retries:
+            found = in_threads(one, wanted, DOWNLOADS_AT_ONCE, leave=True)
+    except BaseException:
+        stopped.set()  # the other downloads end at their next bytes
+        raise
     return found[0].parents[wanted[0].path.count("/")]
 
 

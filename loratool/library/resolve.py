@@ -16,6 +16,7 @@ from typing import Final
 
 from loratool.checkpoint.fingerprint import DigestCache
 from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.unfinished import noting_in
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
@@ -25,6 +26,9 @@ from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress
 from loratool.library.progress import Progress, Silent
 from registry import AdapterRecord, BaseRecord, Registry, RegistryError, home, is_name, is_reference, registry_url
+
+RUNNING: Final = "running"
+"""Folder, in the home folder, of notes of what runs are writing (`loratool.checkpoint.unfinished`)."""
 
 RANK_SIGN: Final = "@rank="
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -97,9 +101,11 @@ class ResolvedBase:
             ) from None
 
 
-def open_registry(url: str | None = None, *, read_only: bool = False) -> Registry:
-    """The catalogue: at `url`, at LORATOOL_REGISTRY, or in the home folder."""
-    return Registry.open(home(), url or registry_url(), read_only=read_only)
+@contextmanager
+def open_registry(url: str | None = None, *, read_only: bool = False) -> Iterator[Registry]:
+    """The catalogue: at `url`, at LORATOOL_REGISTRY, or in the home folder, where what is written meanwhile is noted."""
+    with Registry.open(home(), url or registry_url(), read_only=read_only) as catalogue, noting_in(home() / RUNNING):
+        yield catalogue
 
 
 def digest_cache() -> DigestCache:

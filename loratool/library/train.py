@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from loratool.errors import LoratoolError, quoted
 from loratool.formats.read import read_adapter
+from loratool.interrupts import Interrupted
 from loratool.library.adapters import adapter_json, facts_of
 from loratool.library.merge import hold, refuse_overlap
 from loratool.library.resolve import exists, open_registry, user_path
@@ -19,7 +21,7 @@ from loratool.library.training_inputs import prepare, read_inputs
 from loratool.library.training_keeper import Bystander, Keeper
 from loratool.library.training_output import TrainingOutput, publish
 from loratool.library.training_progress import SilentTraining, TrainProgress
-from loratool.library.training_run import RunFolder, held, run_folder
+from loratool.library.training_run import Held, RunFolder, run_folder
 from loratool.training.model import quiet_libraries
 from loratool.training.processes import is_first
 from loratool.training.recipe import Choices, Recipe, checked, differences, flag
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 
-class TrainingStopped(KeyboardInterrupt):
+class TrainingStopped(Interrupted):
     """A run was interrupted, and its state kept; the message says how to go on."""
 
 
@@ -104,7 +106,7 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
     check_name(name, "adapter")
     watcher: TrainProgress = progress or SilentTraining()
     run = run_folder(name, user_path(out) if out else None)
-    with open_registry(registry, read_only=True) as catalogue, held(run) if is_first() else nullcontext():
+    with open_registry(registry, read_only=True) as catalogue, Held(run) if is_first() else nullcontext():
         request = _request(run, base, data, out, device, choices, resume=resume, force=force)
         output = TrainingOutput(user_path(request["out"]), request["force"])
         if not resume:
@@ -234,9 +236,11 @@ def _outcome(training: Training, run: RunFolder, watcher: TrainProgress, state: 
     watcher.begin_steps(training.step, recipe.steps)
     with Keeper(run, recipe, watcher, save_every, state) if is_first() else Bystander() as observer:
         finished = training.run(observer)
-    if not finished:
+    alone = training.processes.count == 1  # others may not have been told yet
+    if not finished or (alone and observer.number is not None):
         raise TrainingStopped(
-            f"Stopped after step {training.step:,} of {recipe.steps:,}; its state is kept. Go on with {run.how_to_go_on}"
+            observer.number or signal.SIGINT,
+            f"Stopped after step {training.step:,} of {recipe.steps:,}; its state is kept. Go on with {run.how_to_go_on}",
         )
     watcher.begin("measuring the ranks", training.scored_at_the_end)
     return training.outcome(watcher.advance)

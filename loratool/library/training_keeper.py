@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self
 
+from loratool.interrupts import Deferral
 from loratool.library.training_progress import TrainProgress
 from loratool.library.training_run import RunFolder
 from loratool.training.checkpoints import TrainingState
@@ -25,37 +24,15 @@ SECONDS_BETWEEN_STATES: Final = 60.0
 LOG_SIZE: Final = "log_size"
 """The fact of a state that says how long the log was."""
 
-Handlers = dict[signal.Signals, Any]
 
+class Bystander(Deferral):
+    """The observer of a process that is not the first: it writes nothing.
 
-class Interrupts:
-    """Inside, the first Ctrl-C or SIGTERM asks for an end after the step; a second one interrupts at once."""
+    Inside, the first signal asks for an end after the step; a second one interrupts at once.
+    """
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: Handlers = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._ask) for each in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *ending: object) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self.noticed()
-
-    def noticed(self) -> None:
-        """Told of the first."""
-
-
-class Bystander(Interrupts):
-    """The observer of a process that is not the first: it writes nothing."""
+    def __init__(self, notice: Callable[[], None] = lambda: None) -> None:
+        super().__init__(notice, patient=True, raises=False)
 
     def stepped(self, report: StepReport) -> None:
         pass
@@ -70,15 +47,15 @@ class Bystander(Interrupts):
         pass
 
     def wants_to_stop(self) -> bool:
-        return self.asked
+        return self.number is not None
 
 
-class Keeper(Interrupts):
+class Keeper(Bystander):
     """The observer of the first process."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, watcher: TrainProgress, save_every: int | None,
                  state: TrainingState | None) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(watcher.stopping)
         self._run, self._recipe, self._watcher, self._save_every = run, recipe.to_json(), watcher, save_every
         self._log = Log(run.log, int(state.facts[LOG_SIZE]) if state else 0)
         self._kept_at = time.monotonic()
@@ -91,12 +68,11 @@ class Keeper(Interrupts):
         self._log.__enter__()
         return self
 
-    def __exit__(self, *ending: object) -> None:
-        self._log.__exit__(*ending)
-        super().__exit__(*ending)
-
-    def noticed(self) -> None:
-        self._watcher.stopping()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
 
     def stepped(self, report: StepReport) -> None:
         entry = report.to_json()
@@ -120,9 +96,6 @@ class Keeper(Interrupts):
         facts = {**state.facts, LOG_SIZE: self._log.synced()}
         self._run.keep(replace(state, facts=facts), self._recipe)
         self._kept_at = time.monotonic()
-
-    def wants_to_stop(self) -> bool:
-        return self.asked
 
 
 def _last_ranks(log: Path) -> Mapping[str, int] | None:

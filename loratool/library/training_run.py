@@ -13,16 +13,17 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 
 from loratool.checkpoint.json_text import read_json_object
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_file
 from loratool.errors import CheckpointError, LoratoolError, OutputError, quoted
+from loratool.interrupts import note, whole
 from loratool.training.checkpoints import TrainingState, load_state, read_recipe, save_state
 from registry import home
 
@@ -144,29 +145,44 @@ def _can_keep(path: Path, other: Path) -> bool:
     return has_room and os.access(nearest, os.W_OK | os.X_OK)
 
 
-@contextmanager
-def held(run: RunFolder) -> Iterator[None]:
-    """Make the folder of a run and hold it against other processes; one that stays empty goes again.
+class Held:
+    """The folder of a run, made and held against other processes while the block runs; one that stays empty goes again.
 
     Raises:
         OutputError: another process trains in it, or it cannot be made.
     """
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        fd = os.open(run.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise OutputError(
-            f"cannot use {quoted(run.path)} for what a run keeps: {error.strerror}; set LORATOOL_HOME to another place"
-        ) from None
-    try:
-        _lock(fd, run)
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._fd = -1
+
+    @whole
+    def __enter__(self) -> None:
+        path = self._run.path
         try:
-            yield
+            path.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise OutputError(
+                f"cannot use {quoted(path)} for what a run keeps: {error.strerror}; set LORATOOL_HOME to another place"
+            ) from None
+        try:
+            _lock(self._fd, self._run)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    @whole
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if not self._run.state.exists():
+                self._run.remove()
+            elif error is not None:
+                note(error, f"the state of the run is kept, go on with {self._run.how_to_go_on}")
         finally:
-            if not run.state.exists():
-                run.remove()
-    finally:
-        os.close(fd)
+            os.close(self._fd)
 
 
 def _lock(fd: int, run: RunFolder) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.replica import replica
 from loratool.checkpoint.staging import staged_folder
+from loratool.checkpoint.threads import in_threads
 from loratool.errors import AdapterError, CheckpointError, LoratoolError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
@@ -185,10 +185,8 @@ def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool
         OutputError: `out` exists, or cannot be written.
     """
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
-        with replica(base, stage, (), list(base.other_files()), progress) as copy, \
-                ThreadPoolExecutor(cpu_workers()) as pool:  # fmt: skip
-            for done in [pool.submit(job) for job in copy.copies]:
-                done.result()
+        with replica(base, stage, (), list(base.other_files()), progress) as copy:
+            in_threads(lambda job: job(), copy.copies, cpu_workers())
         copied = Checkpoint.open(stage)
         if fingerprint(copied.tensors, tensor_digests(copied)) != manifest.base_fingerprint:
             raise RestoreError(f"{quoted(base.path)} changed while it was copied; run again")
@@ -254,8 +252,7 @@ def _report(way: Restoration, inexact: tuple[str, ...], merged: Checkpoint, mani
         merged.tensors[name]
         for name in sorted((manifest.tensors.keys() & merged.tensors.keys()) - manifest.changed.keys())
     ]
-    with ThreadPoolExecutor(cpu_workers()) as pool:
-        digests = list(pool.map(hash_tensor, alone))
+    digests = in_threads(hash_tensor, alone, cpu_workers())
     changed = [info.name for info, digest in zip(alone, digests, strict=True) if digest != manifest.tensors[info.name]]
     notes = [f"{quoted(name)} was changed after the merge and is kept as it is now" for name in changed]
     return UnmergeReport(way.method, (*inexact, *changed), (*notes, *_changed_files(merged, manifest)))

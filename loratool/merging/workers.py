@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from types import FrameType
 from typing import Final
 
 from loratool.checkpoint.copying import flushing
+from loratool.interrupts import Deferral
 
 MOST: Final = 6
 """More workers than this only wait for memory and disk."""
@@ -36,7 +35,7 @@ def work_through(tasks: Iterable[Task], *, workers: int, beside: Iterable[Job] =
     `beside` are other jobs (copies) that the same workers do, first: they can begin before torch is imported. Those of
     `ahead` are done only until it is. From then on what is written to the open `files` is also sent to the disk.
 
-    Ctrl-C stops everything as an error does.
+    Ctrl-C stops everything as an error does; `loratool.interrupts.check` tells a job that it came.
     """
     stop, ready = threading.Event(), threading.Event()
 
@@ -52,7 +51,7 @@ def work_through(tasks: Iterable[Task], *, workers: int, beside: Iterable[Job] =
         if not stop.is_set():
             job()
 
-    with _interrupts_stop(stop), ThreadPoolExecutor(workers) as pool:
+    with Deferral(stop.set), ThreadPoolExecutor(workers) as pool:
         futures: list[Future[None]] = [pool.submit(until_stopped, job) for job in beside]
         early = [pool.submit(until_ready, job) for job in ahead]
         try:
@@ -70,36 +69,6 @@ def work_through(tasks: Iterable[Task], *, workers: int, beside: Iterable[Job] =
         for future in futures:
             if not future.cancelled():
                 future.result()
-
-
-@contextmanager
-def _interrupts_stop(stop: threading.Event) -> Iterator[None]:
-    """Have Ctrl-C set `stop`, and raise KeyboardInterrupt at the end of the block.
-
-    Raised inside it could leave locked what workers wait for: `wait` takes the lock of every future, one after another.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where nothing is raised
-        return
-    interrupted = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        stop.set()
-
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before):
-        yield  # Ctrl-C is ignored, or is death
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if interrupted:
-        before(signal.SIGINT, None)
-        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
+
+from loratool.checkpoint.threads import in_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,12 +26,6 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(MOST_WORKERS, len(os.sched_getaffinity(0)))) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                for future in futures:
-                    future.cancel()
+        return in_threads(work, items, min(MOST_WORKERS, len(os.sched_getaffinity(0))))
     finally:
         torch.set_num_threads(threads)
