@@ -45,6 +45,9 @@ CONTEXTS: Final = ExitStack.close.__code__.co_filename
 TORN: Final = frozenset({"__enter__", "__exit__", "__del__"})
 """Functions that take, give back or forget something: an exception in the middle of one leaves it neither way."""
 
+WHOLE_FILES: Final = ("/sqlalchemy/", "/registry/database.py")
+"""Parts of the names of files whose functions are all `whole`: they begin, commit and take back transactions."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -283,7 +286,7 @@ def _would_tear(frame: FrameType | None) -> bool:
         code = running.f_code
         if id(code) in _whole or code.co_filename == IMPORTING or code.co_name == "__del__":
             return True
-        if "/sqlalchemy/" in code.co_filename:
+        if any(part in code.co_filename for part in WHOLE_FILES):
             return True
         running = running.f_back
     return False

@@ -22,7 +22,7 @@ from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.threads import in_threads
 from loratool.errors import CheckpointError
-from loratool.interrupts import check
+from loratool.interrupts import check, whole
 
 READ_BYTES: Final = 1 << 20
 RACE_SECONDS: Final = 0.05
@@ -65,6 +65,7 @@ class DigestCache:
             pass
         return None
 
+    @whole
     def put(self, header: Header, digests: Mapping[str, str], identity: FileIdentity) -> None:
         """Remember the digests of the tensors of the file that was `identity` before its bytes were read."""
         if time.time() - identity[2] / 1e9 < RACE_SECONDS or identity != file_identity(header.file):
