@@ -18,7 +18,6 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.merging.arithmetic import CUDA_BLOCK_BYTES
 from loratool.updates.low_rank import LoadedLowRank
 from loratool.weights.four_bit import FourBitWeight, QuantState
-from loratool.weights.four_bit_codes import LoadedFourBit
 from loratool.weights.rounding import Rounding
 
 HIDDEN, INTERMEDIATE, KV, LAYERS = 4096, 14_336, 1024, 32
@@ -33,9 +32,8 @@ class Matrix:
     def __init__(self, rows: int, columns: int, device: str) -> None:
         info = TensorInfo("m", "U8", (rows * columns // 2, 1), Path(), 0, rows * columns // 2)
         state = QuantState("nf4", (rows, columns), BLOCKSIZE, "bfloat16")
-        self.codec = LoadedFourBit(
-            FourBitWeight("m", state, info, {}), torch.rand(rows * columns // BLOCKSIZE, device=device) * 0.1 + 0.05
-        )
+        scales = torch.rand(rows * columns // BLOCKSIZE, device=device) * 0.1 + 0.05
+        self.codec = FourBitWeight("m", state, info, {}).loaded(scales)
         self.codes = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device=device)
         a, b = torch.randn(RANK, columns, device=device) * 0.02, torch.randn(rows, RANK, device=device) * 0.02
         self.update = LoadedLowRank(a, b, 2.0, transposed=False)

@@ -145,14 +145,15 @@ def dequantized(parameter: Any) -> torch.Tensor:
 @contextmanager
 def every_step_short() -> Iterator[None]:
     """Plain stochastic rounding, for comparison: all codes of every row carry the update."""
-    from loratool.weights import short_steps
+    from loratool.weights import four_bit
+    from loratool.weights.coarse.short_steps import ShortRule
 
-    levels = short_steps.LEVELS
-    vars(short_steps)["LEVELS"] = ((math.inf, math.inf),)
+    rules = four_bit.SHORT_RULES
+    vars(four_bit)["SHORT_RULES"] = {"nf4": (ShortRule(math.inf, math.inf),)}
     try:
         yield
     finally:
-        vars(short_steps)["LEVELS"] = levels
+        vars(four_bit)["SHORT_RULES"] = rules
 
 
 @dataclass(frozen=True, slots=True)

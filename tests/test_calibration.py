@@ -26,7 +26,7 @@ from loratool.errors import CheckpointError, DataError, LoratoolError, NotFoundE
 from loratool.training.calibration import MOST_TOKENS, calibration_samples, record_inputs
 from loratool.training.data import read_data
 from loratool.training.model import load_config, load_model, quiet_libraries
-from loratool.weights.feedback import ALONE, GROUP, Feedback, coefficients, groups
+from loratool.weights.coarse.feedback import ALONE, GROUP, Feedback, coefficients, groups
 from loratool.weights.four_bit import FourBitWeight
 from loratool.weights.rounding import Rounding
 

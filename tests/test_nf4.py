@@ -31,11 +31,11 @@ from loratool.cli import cli
 from loratool.errors import CheckpointError, LoratoolError, UnsupportedError, VerificationError
 from loratool.merging.survival import SurvivalCount
 from loratool.merging.workers import cpu_workers
-from loratool.weights.four_bit import FourBitWeight
+from loratool.weights.coarse.output_feedback import OutputFeedback
+from loratool.weights.coarse.short_steps import MOST_ROWS
+from loratool.weights.four_bit import SHORT_RULES, FourBitWeight
 from loratool.weights.moves import Moves
-from loratool.weights.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding, noise_of, philox
-from loratool.weights.short_steps import LEVELS, MOST_ROWS
 from loratool.weights.storages import stored_weight
 from loratool.weights.stored import StoredWeight
 
@@ -163,7 +163,7 @@ def test_codes_with_short_steps_carry_small_updates_for_the_others(tmp_path: Pat
     steps = Steps(tmp_path / "m", "nf4", spread)
     largest = (steps.delta / steps.scale).abs().amax(1).sort().values
     usual = largest[math.ceil(MOST_ROWS * len(largest)) - 1]
-    short = next(limit for most, limit in LEVELS if usual <= most)
+    short = next(rule.short for rule in SHORT_RULES["nf4"] if usual <= rule.largest)
     middle = steps.scale[:, ::64].median(1, keepdim=True).values
     chosen = (steps.step <= short * middle) & ~steps.outside
     expected = torch.where(chosen, steps.delta * 32 / chosen.sum(0).clamp(min=1), 0.0)

@@ -140,7 +140,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         base_as: ``nf4``: take a dense base as its NF4 image and merge into that, as if it had been quantized before.
         dequantize: decode an NF4 base and merge densely: W' = dequantized W + the update, rounded once to its own dtype.
         calibrate: a file of samples, as of `loratool.eval`: round 4-bit weights so that the outputs of their layers on such
-            text are off by less (`loratool.weights.feedback`). Runs the model. An undo file is always kept.
+            text are off by less (`loratool.weights.coarse.feedback`). Runs the model. An undo file is always kept.
         dry_run: plan and check only; write nothing.
         undo: keep an undo file in the new folder, so that the merge can be taken out when the base is gone.
         force: replace a merged model that loratool wrote before.

@@ -12,8 +12,8 @@ from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
 from loratool.merging.plan import Target
 from loratool.merging.residual import add_residual, pack_hint, residual, unpack_hint
 from loratool.merging.survival import SurvivalCount
-from loratool.weights.feedback import Feedback
-from loratool.weights.output_feedback import OutputFeedback
+from loratool.weights.coarse.feedback import Feedback
+from loratool.weights.coarse.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The inputs of a model's layers on a text, for a rounding that knows them (`loratool.weights.feedback`)."""
+"""The inputs of a model's layers on a text, for a rounding that knows them (`loratool.weights.coarse.feedback`)."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,13 +23,18 @@ from loratool.checkpoint.dtypes import DENSE, DTYPES, Dtype, of_torch
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.json_text import parse_json_object
 from loratool.errors import CheckpointError, quoted
+from loratool.weights.coarse.block import Coding
+from loratool.weights.coarse.by_block import ByBlock
+from loratool.weights.coarse.levels import Levels
+from loratool.weights.coarse.machine import LoadedCoarse
+from loratool.weights.coarse.packing import Bytes
+from loratool.weights.coarse.short_steps import ShortRule
+from loratool.weights.coarse.tiles import Area, FlatTiles, Scaling
 from loratool.weights.storage import Model, Storage
 from loratool.weights.stored import Given
 
 if TYPE_CHECKING:
     import torch
-
-    from loratool.weights.four_bit_codes import LoadedFourBit
 
 STATE: Final = ".quant_state.bitsandbytes__"
 KINDS: Final = ("nf4", "fp4")
@@ -37,8 +43,16 @@ NF4: Final = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488098144
               0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
 FP4: Final = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25,
               0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25)  # fmt: skip
-VALUES: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType({"nf4": NF4, "fp4": FP4})
+LEVELS: Final = MappingProxyType({"nf4": Levels(NF4), "fp4": Levels(FP4, twins_apart=True)})
 """The value of each code as bitsandbytes decodes it."""
+
+SHORT_RULES: Final = MappingProxyType(
+    {
+        "nf4": (ShortRule(0.01, 0.086), ShortRule(0.03, 0.095), ShortRule(0.1, 0.11), ShortRule(math.inf, math.inf)),
+        "fp4": (),
+    }
+)
+"""Which steps carry a small change: a quarter of all, two fifths, three fifths, all (docs/nf4-merge.md)."""
 
 LARGEST_STATE: Final = 1 << 16
 DECODED: Final = tuple(DTYPES[name].torch_name for name in DENSE)
@@ -161,15 +175,25 @@ class FourBitWeight:
         start, stop = rows.start * columns // 2, -(-rows.stop * columns // 2)
         return ((self.codes, self.codes.start + start, self.codes.start + stop),)
 
-    def load(self, device: str) -> LoadedFourBit:
+    def load(self, device: str) -> LoadedCoarse:
         """Read the scales.
 
         Raises:
             CheckpointError: a scale is NaN or infinite, or the values of the codes are not those of the kind.
         """
-        from loratool.weights.four_bit_codes import LoadedFourBit
+        return self.loaded(_read_scales(self).to(device))
 
-        return LoadedFourBit(self, _read_scales(self).to(device))
+    def loaded(self, scales: torch.Tensor) -> LoadedCoarse:
+        """The matrix with these scales, fp32, one a block."""
+        import torch
+
+        # No code of a block of zeros moves. Double quantization makes little of its scale, of either sign.
+        still = scales < torch.finfo(torch.float32).tiny
+        scaling = Scaling.of(FlatTiles(self.state.blocksize, self.columns), scales, still=still)
+        coding = Coding(LEVELS[self.state.kind], Bytes(per_byte=2, high_first=True), self.dtype)
+        everything = Area(range(self.rows), range(self.columns))
+        habit = partial(ByBlock, scaling=scaling, area=everything, rules=SHORT_RULES[self.state.kind])
+        return LoadedCoarse(self, coding, scaling, str(scales.device), habit)
 
 
 def claim(model: Model, name: str) -> FourBitWeight | None:
@@ -295,7 +319,7 @@ def _read_scales(weight: FourBitWeight) -> torch.Tensor:
 
     if "quant_map" in weight.scales:
         values = _floats(weight.scales["quant_map"])
-        if not torch.equal(values, torch.tensor(VALUES[weight.state.kind])):
+        if not torch.equal(values, torch.tensor(LEVELS[weight.state.kind].values)):
             raise CheckpointError(
                 f"{quoted(weight.name)}.quant_map in {quoted(weight.codes.file)} does not hold the values of "
                 f"{weight.state.kind}; such models are not supported"

@@ -20,8 +20,8 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.json_text import parse_json
 from loratool.checkpoint.layout import NewTensor
 from loratool.errors import CheckpointError, quoted
+from loratool.weights.coarse.machine import LoadedCoarse
 from loratool.weights.four_bit import NF4, STATE, FourBitWeight, nested_scales, parse_state
-from loratool.weights.four_bit_codes import LoadedFourBit
 
 if TYPE_CHECKING:
     import torch
@@ -147,8 +147,8 @@ class Nf4Image(FourBitWeight):
 
     absmax: torch.Tensor
 
-    def load(self, device: str) -> LoadedFourBit:
-        return LoadedFourBit(self, self.absmax.to(device))
+    def load(self, device: str) -> LoadedCoarse:
+        return self.loaded(self.absmax.to(device))
 
 
 class Nf4Quantizer:

@@ -1,4 +1,4 @@
-"""Rounding that knows where an update writes to: what earlier rows are off by there is made good by the rows after them.
+"""Rounding that knows where an update writes to: errors of earlier rows there are compensated by the rows after them.
 
 A change ``delta = B A`` moves the outputs of a layer in the few directions that the columns of B span, and what is off in
 these hurts most: it tells a model something about its own fine-tune. The rounding of one column has an error e, one number
@@ -14,6 +14,7 @@ that is wanted anyway, which makes no more moves, only other ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -34,30 +35,51 @@ MOST_PASSED: Final = 1.0
 """What is passed on to a code is cut at so many times what it is to change by anyway."""
 
 
-class OutputFeedback:
-    """What one matrix is off by in the directions of its update, while its blocks of rows are rounded in order.
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows that are rounded at once; how errors of columns are spread over them, (rows, r); and the errors before them."""
 
-    `outputs`, fp32, (rows, r): the columns of the change are combinations of these.
+    rows: range
+    spread: Tensor
+    off: Tensor
+
+
+class OutputFeedback:
+    """What one parameter is off by in the directions of its update, while its blocks of rows are rounded in order.
+
+    `outputs`, fp32, (rows, r): the columns of the change are combinations of these. Groups lie at the same rows however these
+    are cut into blocks, or begin anew with each block.
     """
 
     def __init__(self, outputs: Tensor) -> None:
         import torch
 
         self._basis = torch.linalg.qr(outputs.double())[0].float()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the rows so far: the next ones are the first, of whatever columns."""
         self._ahead = self._basis.T @ self._basis
         self._off = self._basis.new_zeros(self._basis.shape[1], 1)  # of every column, until there is something
+        self._group: _Group | None = None
 
-    def groups(self, rows: range, columns: int) -> Iterator[tuple[range, Tensor]]:
+    def groups(self, rows: range, columns: int, *, by_block: bool) -> Iterator[tuple[range, Tensor]]:
         """These rows in groups that are rounded at once, and what is to be passed on to each, fp32, (rows, columns).
 
-        What a group is off by is to be told to `add` before the next one. Blocks of rows come once each, in order.
+        `add` must be given what a group is off by before the next one. Blocks of rows come once each, in order. With `by_block` a
+        group begins with the block.
         """
-        groups = self._groups(rows)
-        for group, spread in zip(groups, self._spreads(groups), strict=True):
-            yield group, spread @ self._off.expand(-1, columns)
+        for part, group in self._entered(rows, by_block=by_block):
+            spread = group.spread[part.start - group.rows.start : part.stop - group.rows.start]
+            yield part, spread @ group.off.expand(-1, columns)
+
+    def skip(self, rows: range) -> None:
+        """Go past rows to which nothing is passed on, and from which nothing is."""
+        for _ in self._entered(rows, by_block=False):
+            pass
 
     def leave(self, rows: range, error: Tensor) -> None:
-        """Take note of rows to which nothing was passed on, and what they are off by."""
+        """Take note of rows to which nothing was passed on, and of what they are off by."""
         self._pass(rows)
         self.add(rows, error)
 
@@ -65,16 +87,31 @@ class OutputFeedback:
         """Take note of what rows are off by: fp32, (rows, columns)."""
         self._off = self._off + self._basis[rows.start : rows.stop].T @ error
 
-    def _groups(self, rows: range) -> list[range]:
-        """These rows in groups that are rounded at once."""
+    def _entered(self, rows: range, *, by_block: bool) -> Iterator[tuple[range, _Group]]:
+        """Those of these rows that belong to a group, and the group; for each group that they are part of."""
+        cut = self._cut(rows, by_block=by_block)
+        begun = iter(self._spreads([whole for _, whole in cut if whole.start >= rows.start]))
+        for part, whole in cut:
+            if whole.start == part.start:
+                self._group = _Group(whole, next(begun), self._off)
+            assert self._group is not None  # rows come in order
+            yield part, self._group
+
+    def _cut(self, rows: range, *, by_block: bool) -> list[tuple[range, range]]:
+        """These rows by groups: those of a group that are among them, and the whole group."""
         height, rank = self._basis.shape
         step = max(GROUP, rank, height // MOST_GROUPS)
-        return [range(start, min(start + step, rows.stop)) for start in range(rows.start, rows.stop, step)]
+        first = rows.start if by_block else rows.start // step * step
+        end = rows.stop if by_block else height
+        wholes = (range(start, min(start + step, end)) for start in range(first, rows.stop, step))
+        return [(range(max(whole.start, rows.start), min(whole.stop, rows.stop)), whole) for whole in wholes]
 
     def _spreads(self, groups: list[range]) -> list[Tensor]:
-        """Of each group, what is to be added to its rows for what columns are off by: ``-U_G (U_F^T U_F)^-1``, fp32."""
+        """For each group, what to add to its rows for what columns are off by: ``-U_G (U_F^T U_F)^-1``, fp32."""
         import torch
 
+        if not groups:
+            return []
         ahead = []
         for group in groups:
             ahead.append(self._ahead)
@@ -86,6 +123,6 @@ class OutputFeedback:
         ]
 
     def _pass(self, rows: range) -> None:
-        """These rows are not among those ahead any more."""
+        """Remove these rows from those ahead."""
         basis = self._basis[rows.start : rows.stop]
         self._ahead = self._ahead - basis.T @ basis

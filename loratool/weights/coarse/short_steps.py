@@ -18,19 +18,34 @@ on every machine; how many codes take part is told to the one who takes the upda
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from loratool.weights.coarse.levels import LevelTable
+from loratool.weights.coarse.tiles import Area, Scaling
 
 if TYPE_CHECKING:
     import torch
 
     Tensor = torch.Tensor
 
-LEVELS: Final = ((0.01, 0.086), (0.03, 0.095), (0.1, 0.11), (math.inf, math.inf))
-"""Up to which largest change of a row, in units of a block's scale, which steps are short, in units of the scale in the
-middle of the row: a quarter of all, two fifths, three fifths, all (docs/nf4-merge.md)."""
-
 MOST_ROWS: Final = 0.75
 """In so many of the rows at hand the largest change is no larger than the one that the level is chosen by."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShortRule:
+    """Which steps are short.
+
+    Attributes:
+        largest: up to which largest change of a row, in units of its tiles' scales, the rule holds.
+        short: how long a short step is at most, in units of the scale in the middle of the row.
+    """
+
+    largest: float
+    short: float
+
 
 USUAL: Final = 0.9
 """In so many rows the largest scale is no larger than the one that others are compared with."""
@@ -40,29 +55,31 @@ NEGLIGIBLE: Final = 2**-7
 
 
 class ShortSteps:
-    """The steps of a matrix, (rows, columns): `scales` of its blocks, fp32, and the sorted `values` of its codes."""
+    """The steps of a matrix, from the table of its levels and its scales; `rules` say which are short, `area` is all of it."""
 
-    def __init__(self, scales: Tensor, shape: tuple[int, int], blocksize: int, values: Tensor) -> None:
+    def __init__(self, rules: Sequence[ShortRule], table: LevelTable, scaling: Scaling, area: Area) -> None:
         import torch
 
-        bounds, short = zip(*LEVELS, strict=True)
-        self._bounds, self._short = values.new_tensor(bounds[:-1]), values.new_tensor(short)
-        steps, end = values[1:] - values[:-1], values.new_full((1,), math.inf)
+        levels = table.sorted
+        self._bounds = levels.new_tensor([rule.largest for rule in rules[:-1]])
+        self._short = levels.new_tensor([rule.short for rule in rules])
+        steps, end = levels[1:] - levels[:-1], levels.new_full((1,), math.inf)
         self._steps = torch.cat([steps.sort().values, end])
-        # For each byte what is to be known of its two codes, the first one first, two uint8 looked up as one int16: the ranks
-        # of their steps up, that is the number of shorter steps; and these xor those of their steps down.
+        # The rank of a code's step up, that is the number of shorter steps; and that xor the rank of its step down.
         up, down = (torch.searchsorted(self._steps, way).to(torch.uint8)
                     for way in (torch.cat([steps, end]), torch.cat([end, steps])))  # fmt: skip
-        self._up, self._turn = (torch.cartesian_prod(of, of).view(torch.int16).view(256) for of in (up, up ^ down))
-        self._blocksize = blocksize
+        self._table = table
+        self._up, self._turn = (table.by_byte(table.of_codes(of)) for of in (up, up ^ down))
         self._shorter_at: dict[int, Tensor] = {}
-        # A row that is no whole number of blocks has no scales of its own: its blocks count alike.
-        self._relative, self._unable = values.new_ones(1, 1), None
-        if shape[1] % blocksize == 0:
-            self._relative, self._unable = _relative(scales.view(shape[0], -1))
+        # A row that is no whole number of tiles has no scales of its own: its tiles count alike.
+        self._relative, self._unable, self._width = levels.new_ones(1, 1), None, 0
+        by_row = scaling.tiles.by_row(scaling.scales, area)
+        if by_row is not None:
+            scales, self._width = by_row
+            self._relative, self._unable = _relative(scales)
 
     def level(self, largest: Tensor) -> int:
-        """Which of `LEVELS` holds where `largest` is the largest change of each row looked at, in units of its codes' scales."""
+        """Which of the rules holds where `largest` is the largest change of each row looked at, in units of its codes' scales."""
         import torch
 
         usual = largest.kthvalue(math.ceil(MOST_ROWS * len(largest))).values
@@ -71,16 +88,14 @@ class ShortSteps:
     def chosen(self, rows: range, raw: Tensor, change: Tensor, level: int) -> Tensor:
         """Which codes of these rows take part in a change: int8, 1 or 0, flat.
 
-        `raw`, uint8, are the bytes of the codes, which are NF4's: numbered in the order of size. Of `change`, fp32, the signs
-        count.
+        `raw`, uint8, are the bytes of the codes. Of `change`, fp32, the signs count.
         """
         import torch
 
         shorter = self._shorter(level)
         if len(shorter) > 1:
             shorter = shorter[rows.start : rows.stop]
-        index, count = raw.int(), change.numel()
-        rank, turn = (of.index_select(0, index).view(torch.int8)[:count] for of in (self._up, self._turn))
+        rank, turn = (self._table.look_up(of, raw, change.numel()).view(torch.int8) for of in (self._up, self._turn))
         # The sign is in the last of 32 bits, and a shift to the right by 31 leaves -1 of it.
         rank ^= turn.bitwise_and_(change.view(-1).view(torch.int32).bitwise_right_shift(31).to(torch.int8))
         below = rank.view(*shorter.shape, -1) - shorter[:, :, None]
@@ -90,7 +105,7 @@ class ShortSteps:
         """How many times its own change each code carries, fp32, (columns,), where `counts` of a column's codes take part."""
         able: Tensor | int = len(rows)
         if self._unable is not None:
-            able = len(rows) - self._unable[rows.start : rows.stop].sum(0).repeat_interleave(self._blocksize)
+            able = len(rows) - self._unable[rows.start : rows.stop].sum(0).repeat_interleave(self._width)
         return able / counts.clamp(min=1).float()
 
     def _shorter(self, level: int) -> Tensor:

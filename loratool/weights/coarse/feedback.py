@@ -1,4 +1,4 @@
-"""Rounding that knows what a matrix multiplies: the error of each column is made good by the columns after it.
+"""Rounding that knows what a matrix multiplies: the error of each column is compensated by the columns after it.
 
 With X, (tokens, columns), inputs of the layer, an error E of its rows costs ``||X E^T||^2``, what its outputs are off by, and
 ``damping ||E||^2`` for inputs that were not seen. Once some columns S are rounded, the others, F, do best to be off by
@@ -52,7 +52,7 @@ class Trial:
     Attributes:
         damping: what an error costs with inputs that were not seen, beside the mean of those that were.
         most: at how many times the wanted change what is passed on is cut.
-        short: whether codes with short steps carry the change for the others (`loratool.weights.short_steps`).
+        short: whether codes with short steps carry the change for the others (`loratool.weights.coarse.short_steps`).
     """
 
     damping: float
