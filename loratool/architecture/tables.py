@@ -18,6 +18,7 @@ LARGEST: Final = 1 << 16
 """Bytes that a file may have at most."""
 
 
+@cache
 def family_of(model_type: str, folder: Path = FOLDER) -> Family:
     """Return what is known of models with this ``model_type``, beyond the generic; nothing where there is no file about it.
 
