@@ -225,6 +225,9 @@ def test_a_model_that_no_table_knows_goes_by_the_generic_one(config: dict[str, A
     assert architecture.transposed("model.layers.0.attn.qkv.weight") is None
     assert architecture.transposed("model.embed_tokens.weight") is True
     assert architecture.role("model.layers.0.mlp.up_proj.weight") is Role.LINEAR
+    assert architecture_of(config, shapes(time_embed__weight=(8, 4))).role("time_embed.weight") is Role.EMBEDDING
+    with_bias = architecture_of(config, shapes(time_embed__weight=(8, 4), time_embed__bias=(8,)))
+    assert with_bias.role("time_embed.weight") is Role.LINEAR
 
 
 def test_a_packed_parameter_with_other_rows_than_its_parts_is_one_matrix() -> None:

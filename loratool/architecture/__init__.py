@@ -4,10 +4,25 @@ The facts stand in the tables of the folder ``families``, one file a family; a n
 knows goes by ``generic.json``. Nothing here needs torch or transformers.
 """
 
-from loratool.architecture.architecture import Architecture, Place, Shaped, architecture_of, module_of
+from loratool.architecture.architecture import Architecture, Place, Shaped, any_model, architecture_of, module_of
+from loratool.architecture.orientation import Orientation
 from loratool.architecture.packing import Matrix
 from loratool.architecture.renaming import Spelling
 from loratool.architecture.roles import Role
+from loratool.architecture.same_part import same_part
 from loratool.architecture.view import View
 
-__all__ = ["Architecture", "Matrix", "Place", "Role", "Shaped", "Spelling", "View", "architecture_of", "module_of"]
+__all__ = [
+    "Architecture",
+    "Matrix",
+    "Orientation",
+    "Place",
+    "Role",
+    "Shaped",
+    "Spelling",
+    "View",
+    "any_model",
+    "architecture_of",
+    "module_of",
+    "same_part",
+]

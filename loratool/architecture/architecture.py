@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 from loratool.architecture.packing import Matrix, Packing
@@ -75,21 +75,48 @@ class Architecture:
     # Roles
 
     def role(self, parameter: str) -> Role:
-        """Return what a parameter is for; where its name says nothing, by the number of dimensions of its module's weight."""
+        """Return what a parameter is for.
+
+        The tables say it by its name, and a name that they do not know goes by the number of dimensions of its module's
+        weight. What is called an embedding and has a bias is a linear layer.
+        """
         module = module_of(parameter)
         weight = self.tensors.get(parameter if module == parameter else f"{module}.weight")
         key = template(parameter, self.scope.literals), None if weight is None else len(weight.shape)
         found = self._roles.get(key)
         if found is None:
             found = self._roles[key] = self._role(template(self.canonical(parameter), self.scope.literals), key[1])
-        return found
+        is_lookup = found in (Role.TOKENS, Role.EMBEDDING)
+        return Role.LINEAR if is_lookup and f"{module}.bias" in self.tensors else found
+
+    def is_embedding(self, parameter: str) -> bool:
+        """Return whether a matrix is a table of rows that are looked up, and no linear layer."""
+        return self.role(parameter) in (Role.TOKENS, Role.EMBEDDING)
+
+    def weights(self, role: Role) -> tuple[str, ...]:
+        """Return the tensors that are weights of modules with this role, in their order."""
+        return tuple(name for name in self.tensors if name.endswith(".weight") and self.role(name) is role)
+
+    @property
+    def writes_tokens(self) -> bool:
+        """Whether the configuration names a class that has an output head."""
+        return self._class_has("generating")
+
+    @property
+    def has_another_head(self) -> bool:
+        """Whether the configuration names a class that has another head in the place of the output head."""
+        return self._class_has("headless")
+
+    def _class_has(self, words: str) -> bool:
+        names = str(self.config.get("architectures"))
+        return any(word in names for word in generic().classes.get(words, ()))
 
     def transposed(self, parameter: str) -> bool | None:
         """Return whether a matrix is held as (in, out); None where no table says so.
 
         An embedding is: its rows are what a linear layer makes of one-hot vectors.
         """
-        if self.role(parameter) in (Role.TOKENS, Role.EMBEDDING):
+        if self.is_embedding(parameter):
             return True
         for scope, name in self._around(parameter):
             if scope.family.transposed:
@@ -234,8 +261,9 @@ class Architecture:
         return self.scope.around(tuple(template(self.canonical(parameter), self.scope.literals).split(".")))
 
     def _role(self, canonical: str, dimensions: int | None) -> Role:
-        own = ((scope.family.roles, ".".join(name)) for scope, name in self.scope.around(tuple(canonical.split("."))))
-        for roles, name in (*own, (generic().roles, canonical)):
+        around = [(scope, ".".join(name)) for scope, name in self.scope.around(tuple(canonical.split(".")))]
+        rows = [(scope.family.roles, name) for scope, name in around] + [(generic().roles, name) for _, name in around]
+        for roles, name in rows:
             module = module_of(name)
             for pattern, role in roles:
                 if pattern.matches(module) and (dimensions is None or role.fits(dimensions)):
@@ -266,10 +294,9 @@ class Architecture:
     @cached_property
     def _head_ties(self) -> dict[str, set[str]]:
         """The input embeddings of each output head, and the reverse: those of the innermost model that has both."""
-        roles = {name: self.role(name) for name in self._names if name.endswith(".weight")}
-        tokens = [name for name, role in roles.items() if role is Role.TOKENS]
+        tokens, heads = (set(map(self.canonical, self.weights(role))) for role in (Role.TOKENS, Role.HEAD))
         found: dict[str, set[str]] = {}
-        for head in (name for name, role in roles.items() if role is Role.HEAD):
+        for head in heads:
             common = {name: _common(head, name) for name in tokens}
             for name in tokens:
                 if common[name] == max(common.values()):
@@ -290,6 +317,12 @@ def architecture_of(config: Mapping[str, Any], tensors: Mapping[str, Shaped] | N
         LoratoolError: the table of its family cannot be read.
     """
     return Architecture(Scope.of(config), tensors or {})
+
+
+@cache
+def any_model() -> Architecture:
+    """Return what holds for every model, where neither its configuration nor its tensors are at hand."""
+    return architecture_of({})
 
 
 def module_of(parameter: str) -> str:

@@ -9,7 +9,7 @@ The rules, in order:
    ``model.layers.0`` for ``model.language_model.layers.0``). One exchange of one leading prefix for another must land all
    of them. What is exchanged never reaches the component before the first number (``layers`` in ``model.layers.0``),
    so a module never moves to another layer or another kind of layer; and it drops names, adds some or moves them, but puts
-   none in another's place (``bert`` for ``roberta``), unless both are names of the same part (`SAME_PART`). The exchange that
+   none in another's place (``bert`` for ``roberta``), unless both are names of the same part (`same_part`). The exchange that
    keeps most of the module's own name is taken.
 3. Where several exchanges keep equally much, the one under which every shape fits is taken, if it is the only one.
 4. Where no one exchange lands them all, each stack of layers, the modules with the same name up to the first number
@@ -31,23 +31,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
+from loratool.architecture import Role, any_model, same_part
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import PlacementError, nearest, quoted
 
 SUFFIX: Final = ".weight"
 KOHYA_PREFIX: Final = re.compile(r"lora_[a-z]+\d*_(?=[^.]+$)")
 SHOWN: Final = 5
-PARTS: Final = (
-    ("model", "transformer", "backbone"),
-    ("language_model", "text_model", "llm"),
-    ("vision_tower", "vision_model", "visual", "vit"),
-    ("audio_tower", "audio"),
-)
-SAME_PART: Final = {name: names[0] for names in PARTS for name in names}
-"""Names that programs give to the same part of a model (as transformers' ``conversion_mapping`` does), by one of them."""
-
-OUTPUT_HEADS: Final = frozenset({"lm_head", "embed_out", "output_projection", "proj_out", "decoder", "lm_loss"})
-"""Modules that a checkpoint lacks where the model ties them to its input embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +230,7 @@ def _exchanges(old: str, module: str, tensors: Mapping[str, TensorInfo]) -> Iter
 
 def _replaces(old: str, new: str) -> bool:
     """Whether an exchange puts a name in another's place that is not of the same part."""
-    lost, gained = (Counter(SAME_PART.get(name, name) for name in prefix.split(".")) for prefix in (old, new))
+    lost, gained = (Counter(map(same_part, prefix.split("."))) for prefix in (old, new))
     return bool(lost - gained and gained - lost)
 
 
@@ -289,9 +279,12 @@ def _not_landed(rest: Mapping[str, tuple[int, int]], exchange: Exchange,
 
 
 def is_tied_head(module: str, tensors: Iterable[str]) -> bool:
-    """Whether a module that a checkpoint lacks is an output head, and it has none under any name: it ties it, then."""
-    stored = {name.removesuffix(SUFFIX).rpartition(".")[2] for name in tensors}
-    return module.rpartition(".")[2] in OUTPUT_HEADS and OUTPUT_HEADS.isdisjoint(stored)
+    """Return whether a module that a checkpoint lacks is an output head, and it has none: it ties it, then."""
+    return _is_head(module + SUFFIX) and not any(map(_is_head, tensors))
+
+
+def _is_head(name: str) -> bool:
+    return name.endswith(SUFFIX) and any_model().role(name) is Role.HEAD
 
 
 def _refuse_collisions(landed: Mapping[str, str], source: str) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from loratool.architecture import Architecture, Role, architecture_of, module_of
+from loratool.architecture import Architecture, Role, any_model, architecture_of, module_of
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import UnsupportedError, quoted
 from loratool.formats.names import SUFFIX
@@ -73,8 +73,7 @@ def skipped_modules(tensors: Collection[str]) -> list[str] | None:
     routed = {found[1] for found in map(ROUTED.fullmatch, modules) if found}
     if not routed:
         return None
-    generic = architecture_of({})
-    heads = (each for each in modules if generic.role(each + SUFFIX) is Role.HEAD or _is_last(each, tensors))
+    heads = (each for each in modules if any_model().role(each + SUFFIX) is Role.HEAD or _is_last(each, tensors))
     return sorted({*routed, "lm_head", *heads})
 
 

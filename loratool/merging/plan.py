@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import Final
 
 from blake3 import blake3
 
+from loratool.architecture import Architecture, Orientation, architecture_of
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
 from loratool.errors import AdapterError, LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
-from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
+from loratool.formats.names import Landing, is_tied_head, land
 from loratool.formats.replacements import lacking
 from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
@@ -28,8 +29,6 @@ from loratool.weights.stored import StoredWeight
 OTHER_WEIGHTS: Final = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 HALVES: Final = {"weight": "bias", "bias": "weight"}
-EMBEDDING_LEAVES: Final = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
-"""Last components of modules that are embeddings, whose tensors are matrices but no linear layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +129,10 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         for module, update in weighted.adapter.updates.items():
             planned = PlannedUpdate(index, module, update, weighted.weight)
             arriving.setdefault(landing.tensors[module], []).append(planned)
-    evidence = _orientation_evidence(arriving, base.tensors)
+    outputs = {name: {planned.update.shape[0] for planned in updates} for name, updates in arriving.items()}
+    orientation = Orientation(architecture_of(base.config, base.tensors), outputs)
     targets = tuple(
-        _target(name, tuple(updates), adapters, base, evidence)
+        _target(name, tuple(updates), adapters, base, orientation)
         for name, updates in sorted(arriving.items(), key=lambda item: _natural(item[0]))
     )
     seed = seed or _seed(adapters)
@@ -141,7 +141,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     refuse_tied([target.name for target in targets], base)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
-        notes += _landing_notes(weighted.adapter, landing, base.tensors)
+        notes += _landing_notes(weighted.adapter, landing, orientation.architecture)
     return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
 
 
@@ -257,7 +257,7 @@ def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
 
 
 def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[WeightedAdapter],
-            base: Checkpoint, evidence: Mapping[str, bool]) -> Target:  # fmt: skip
+            base: Checkpoint, orientation: Orientation) -> Target:  # fmt: skip
     weight = stored_weight(base, name)
     source = adapters[updates[0].adapter].adapter
     info = base.tensors[name]
@@ -266,12 +266,13 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             f"{quoted(updates[0].module)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
             f"{info.dtype} {list(info.shape)}; loratool changes fp32, fp16, bf16, NF4 and FP4 matrices"
         )
-    if _leaf(name) in EMBEDDING_LEAVES:
+    if orientation.architecture.is_embedding(name):
         raise UnsupportedError(
             f"{quoted(updates[0].module)} of {quoted(source.name)} lands on the embedding {quoted(name)}; "
             "LoRA on embeddings is not supported yet"
         )
-    transposed = _is_transposed(weight, updates[0], source, evidence, base.tensors)
+    stored = False if weight.is_oriented else orientation.transposed(name)
+    transposed = source.fan_in_fan_out if stored is None else stored
     fitting = weight.shape[::-1] if transposed else weight.shape
     for planned in updates:
         if planned.update.shape != fitting:
@@ -282,67 +283,12 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
     return Target(weight, updates, transposed)
 
 
-def _is_transposed(weight: StoredWeight, planned: PlannedUpdate, adapter: Adapter, evidence: Mapping[str, bool],
-                   tensors: Mapping[str, TensorInfo]) -> bool:  # fmt: skip
-    """Whether `weight` is stored as (in_features, out_features), as GPT-2's Conv1D stores it.
-
-    A Conv1D always has a bias, with as many numbers as the matrix has outputs; a matrix without one is never
-    transposed, and one that is not square is told by its bias. A square one is stored as its neighbours in the same
-    layer are, then as the other matrices of the model; where nothing tells, the adapter's fan_in_fan_out does.
-    """
-    if weight.is_oriented:
-        return False
-    name, shape = weight.name, weight.shape
-    bias = tensors.get(name.removesuffix(SUFFIX) + ".bias")
-    if bias is None:
-        return False
-    if shape[0] != shape[1]:
-        return shape == planned.update.shape[::-1] and bias.shape == planned.update.shape[:1]
-    return evidence.get(_layer(name), evidence.get("", adapter.fan_in_fan_out))
-
-
-def _orientation_evidence(arriving: Mapping[str, Iterable[PlannedUpdate]],
-                          tensors: Mapping[str, TensorInfo]) -> dict[str, bool]:  # fmt: skip
-    """For each layer (and ``""``, the model) whose matrices agree: whether they are stored transposed.
-
-    Two things tell how a matrix that is not square is stored: the update that lands on it, and its bias, which has as
-    many numbers as the matrix has outputs.
-    """
-    votes: dict[str, set[bool]] = {}
-    for name, info in tensors.items():
-        if len(info.shape) != 2 or info.shape[0] == info.shape[1] or not name.endswith(SUFFIX):
-            continue
-        bias = tensors.get(name.removesuffix(SUFFIX) + ".bias")
-        outputs = {planned.update.shape[0] for planned in arriving.get(name, ())}
-        if bias is not None and len(bias.shape) == 1:
-            outputs.add(bias.shape[0])
-        layer = _layer(name)
-        if len(outputs) == 1 and layer and outputs <= set(info.shape):
-            transposed = outputs == {info.shape[1]}
-            votes.setdefault(layer, set()).add(transposed)
-            votes.setdefault("", set()).add(transposed)
-    return {layer: found == {True} for layer, found in votes.items() if len(found) == 1}
-
-
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     """Sorts ``layers.2`` before ``layers.10``."""
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in name.split("."))
 
 
-def _layer(name: str) -> str:
-    """The part of a tensor's name up to its first number, ``model.layers.3``, or ``""`` where there is none."""
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: index + 1])
-    return ""
-
-
-def _leaf(name: str) -> str:
-    return name.removesuffix(SUFFIX).rsplit(".", 1)[-1]
-
-
-def _landing_notes(adapter: Adapter, landing: Landing, tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _landing_notes(adapter: Adapter, landing: Landing, architecture: Architecture) -> list[str]:
     notes = [
         f"{quoted(adapter.name)} names its modules {quoted(exchange.old + '…')} and the base "
         f"{quoted(exchange.new + '…')}: matched by that exchange of prefixes"
@@ -353,8 +299,8 @@ def _landing_notes(adapter: Adapter, landing: Landing, tensors: Mapping[str, Ten
         landed = set(landing.tensors.values())
         matrices = (
             name
-            for name, info in tensors.items()
-            if len(info.shape) == 2 and _leaf(name) not in EMBEDDING_LEAVES and name not in landed
+            for name, info in architecture.tensors.items()
+            if len(info.shape) == 2 and not architecture.is_embedding(name) and name not in landed
         )
         modules = {landing.module(name) for name in matrices} - {None, *adapter.updates}
         without = sorted(module for module in modules if module is not None and config.targets(module))

@@ -13,14 +13,14 @@ from typing import Final
 
 from blake3 import blake3
 
+from loratool.architecture import Orientation, Role, architecture_of
 from loratool.checkpoint.blocks import read_exactly
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, nearest, quoted
 from loratool.formats.draft import Draft
-from loratool.formats.names import OUTPUT_HEADS, SUFFIX, Landing, land
-from loratool.merging.plan import EMBEDDING_LEAVES
+from loratool.formats.names import SUFFIX, Landing, land
 from loratool.merging.rewrite import opened
 from loratool.merging.ties import is_tied_embedding, tied
 from loratool.ranks.difference import Difference
@@ -101,16 +101,17 @@ def plan_extract(tuned: Checkpoint, base: Checkpoint, wanted: Wanted) -> Extract
         _refuse_storage(checkpoint)
     paired = _paired(tuned, base)
     linear = _linear(paired, tuned)
-    transposed = _stored_transposed(linear, tuned.tensors)
+    orientation = Orientation(architecture_of(tuned.config, tuned.tensors))
     matrices = {
-        name.removesuffix(SUFFIX): Pair(paired[name].tuned, paired[name].base, name in transposed)
+        name.removesuffix(SUFFIX): Pair(paired[name].tuned, paired[name].base, bool(orientation.transposed(name)))
         for name in sorted(linear)
     }
     most = max((min(pair.tuned.shape) for pair in matrices.values()), default=0)
     if wanted.rank is not None and wanted.rank > most:
         raise LoratoolError(f"the rank is {wanted.rank} and no matrix has more than {most}; give a smaller --rank")
     others = {name: pair for name, pair in sorted(paired.items()) if name not in linear}
-    tied_ones = {name for name in others if _is_head(name) or is_tied_embedding(name, tuned)}
+    heads = architecture_of(tuned.config, tuned.tensors).weights(Role.HEAD)
+    tied_ones = {name for name in others if name in heads or is_tied_embedding(name, tuned)}
     return ExtractPlan(matrices, others, frozenset(tied_ones))
 
 
@@ -197,10 +198,11 @@ def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
 
 def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing | None:
     """The exchanges of prefixes that turn the tuned model's names into the base's; None where there are none."""
+    heads = architecture_of(tuned.config, tuned.tensors).weights(Role.HEAD)
     matrices = {
         name.removesuffix(SUFFIX): (info.shape[0], info.shape[1])
         for name, info in tuned.tensors.items()
-        if name.endswith(SUFFIX) and len(info.shape) == 2 and not _is_head(name)
+        if name.endswith(SUFFIX) and len(info.shape) == 2 and name not in heads
     }
     try:
         return land(matrices, base.tensors, str(tuned.path))
@@ -210,7 +212,7 @@ def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing | None:
 
 def _refuse_missing(names: list[str], here: Checkpoint, there: Checkpoint) -> None:
     """Raise PlacementError for tensors that only one model has, unless they follow from its others."""
-    heads = tied((name for name in names if _is_head(name)), here)
+    heads = tied(set(architecture_of(here.config, here.tensors).weights(Role.HEAD)).intersection(names), here)
     missing = [name for name in names if name not in heads and not name.endswith(BUFFERS)]
     if missing:
         near = nearest(missing[0], there.tensors, 1)
@@ -220,18 +222,13 @@ def _refuse_missing(names: list[str], here: Checkpoint, there: Checkpoint) -> No
         )
 
 
-def _is_head(name: str) -> bool:
-    return name.removesuffix(SUFFIX).rsplit(".", 1)[-1] in OUTPUT_HEADS
-
-
 def _linear(paired: Mapping[str, Pair], tuned: Checkpoint) -> set[str]:
     """The tensors that a LoRA can change: matrices of linear layers that are not an embedding's as well."""
+    architecture = architecture_of(tuned.config, tuned.tensors)
     matrices = {
         name
         for name, pair in paired.items()
-        if len(pair.tuned.shape) == 2
-        and name.endswith(SUFFIX)
-        and name.removesuffix(SUFFIX).rsplit(".", 1)[-1] not in EMBEDDING_LEAVES
+        if len(pair.tuned.shape) == 2 and name.endswith(SUFFIX) and not architecture.is_embedding(name)
     }
     return matrices - tied(matrices, tuned).keys()
 
@@ -245,23 +242,6 @@ def _refuse_storage(checkpoint: Checkpoint) -> None:
                 f"{quoted(name)} in {quoted(info.file)} is stored as {weight.storage if weight else info.dtype}; loratool "
                 "extracts from fp32, fp16 and bf16 models: take the model that it was quantized from"
             )
-
-
-def _stored_transposed(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
-    """The matrices that are stored as (in_features, out_features), as GPT-2's Conv1D stores them.
-
-    A bias has as many numbers as its matrix has outputs, which tells of those that are not square; the square ones with a
-    bias are stored as all of those are.
-    """
-    biases = {name: tensors.get(name.removesuffix(SUFFIX) + ".bias") for name in names}
-    with_bias = {name: bias.shape[0] for name, bias in biases.items() if bias is not None and len(bias.shape) == 1}
-    told = {
-        name: tensors[name].shape[1] == outputs
-        for name, outputs in with_bias.items()
-        if tensors[name].shape[0] != tensors[name].shape[1]
-    }
-    all_are = set(told.values()) == {True}
-    return frozenset(name for name in with_bias if told.get(name, all_are))
 
 
 def _changed(pair: Pair) -> bool:

@@ -1,0 +1,67 @@
+"""How the weights of linear layers lie: (out_features, in_features), or the other way, as GPT-2's Conv1D stores them.
+
+A Conv1D always has a bias, with as many numbers as the matrix has outputs. So a matrix without a bias is never transposed,
+and one that is not square is told by its bias. A square one lies as the tables say, then as its neighbours in the same
+layer, then as the other matrices of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from loratool.architecture.architecture import Architecture, module_of
+from loratool.architecture.pattern import is_number
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """How the weights of a model lie.
+
+    Attributes:
+        outputs: how many outputs matrices have, where more is known than their biases: by the updates that land on them.
+    """
+
+    architecture: Architecture
+    outputs: Mapping[str, Collection[int]] = field(default_factory=dict)
+
+    def transposed(self, weight: str) -> bool | None:
+        """Return whether a matrix is stored as (in_features, out_features); None if nothing tells, as of some square ones."""
+        rows, columns = self.architecture.tensors[weight].shape
+        if self._bias(weight) is None:
+            return False
+        if rows != columns:
+            return self._known_outputs(weight) == {columns}
+        if self.architecture.transposed(weight):
+            return True
+        return self._agreed.get(_layer(weight), self._agreed.get(""))
+
+    @cached_property
+    def _agreed(self) -> dict[str, bool]:
+        """How the matrices of each layer, and under ``""`` of the model, lie, where those that are not square agree."""
+        votes: dict[str, set[bool]] = {}
+        for name, info in self.architecture.tensors.items():
+            layer = _layer(name)
+            if layer and name.endswith(".weight") and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
+                outputs = self._known_outputs(name)
+                if len(outputs) == 1 and outputs <= set(info.shape):
+                    for place in (layer, ""):
+                        votes.setdefault(place, set()).add(outputs == {info.shape[1]})
+        return {place: found == {True} for place, found in votes.items() if len(found) == 1}
+
+    def _known_outputs(self, weight: str) -> set[int]:
+        bias = self._bias(weight)
+        return {*self.outputs.get(weight, ()), *(() if bias is None or len(bias) != 1 else bias)}
+
+    def _bias(self, weight: str) -> tuple[int, ...] | None:
+        """The shape of the bias of a weight's module."""
+        bias = self.architecture.tensors.get(f"{module_of(weight)}.bias")
+        return None if bias is None else tuple(bias.shape)
+
+
+def _layer(name: str) -> str:
+    """The part of a name up to its first number, ``model.layers.3``; empty if it has none."""
+    parts = name.split(".")
+    number = next((place for place, part in enumerate(parts) if is_number(part)), None)
+    return "" if number is None else ".".join(parts[: number + 1])
