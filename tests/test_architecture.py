@@ -230,6 +230,23 @@ def test_a_model_that_no_table_knows_goes_by_the_generic_one(config: dict[str, A
     assert with_bias.role("time_embed.weight") is Role.LINEAR
 
 
+def test_weights_are_found_by_their_role_under_every_spelling() -> None:
+    names = [
+        "model.embed_tokens.weight",
+        "model.layers.0.norm.weight",
+        "embed_out.weight",
+        "model.emb.3.weight",
+        "lm_head.bias",
+    ]
+    for model_type in ("gpt_neox", "vit", "markuplm", ""):
+        architecture = architecture_of(
+            {"model_type": model_type}, {name: SimpleNamespace(shape=(4, 4)) for name in names}
+        )
+        for role in Role:
+            expected = tuple(name for name in names if name.endswith(".weight") and architecture.role(name) is role)
+            assert architecture.weights(role) == expected
+
+
 def test_a_packed_parameter_with_other_rows_than_its_parts_is_one_matrix() -> None:
     phi = architecture_of({"model_type": "phi3", "num_attention_heads": 4, "num_key_value_heads": 2})
     name = "model.layers.0.self_attn.qkv_proj.weight"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Protocol
 
 from loratool.architecture.packing import Matrix, Packing
-from loratool.architecture.pattern import NUMBER, fill, numbers, template
+from loratool.architecture.pattern import NUMBER, component_fits, fill, numbers, template
 from loratool.architecture.renaming import Spelling
 from loratool.architecture.roles import BY_DIMENSIONS, Role
 from loratool.architecture.scope import Scope
@@ -95,7 +95,13 @@ class Architecture:
 
     def weights(self, role: Role) -> tuple[str, ...]:
         """Return the tensors that are weights of modules with this role, in their order."""
-        return tuple(name for name in self.tensors if name.endswith(".weight") and self.role(name) is role)
+        weights = (name for name in self.tensors if name.endswith(".weight"))
+        if role not in BY_DIMENSIONS.values():
+            # A model of many experts has tens of thousands of names: most are ruled out by what the module is called.
+            ends = {end for end, others in self.scope.ends.items() if role in others}
+            may_be: dict[str, bool] = {}
+            weights = (name for name in weights if _has_end(name[name.rfind(".", 0, -7) + 1 : -7], ends, may_be))
+        return tuple(name for name in weights if self.role(name) is role)
 
     @property
     def writes_tokens(self) -> bool:
@@ -120,13 +126,13 @@ class Architecture:
             return True
         for scope, name in self._around(parameter):
             if scope.family.transposed:
-                module = module_of(".".join(name))
+                module = module_of(".".join(name)).split(".")
                 return any(pattern.matches(module) for pattern in scope.family.transposed)
         return None
 
     def reads(self, parameter: str) -> str | None:
         """Return what the linear layer of a parameter reads, such as ``attention input``; None if it is unknown."""
-        module = module_of(template(self.canonical(parameter)))
+        module = module_of(template(self.canonical(parameter))).split(".")
         return next((what for pattern, what in generic().reads if pattern.matches(module)), None)
 
     # Ties
@@ -189,7 +195,7 @@ class Architecture:
     def is_reordered(self, matrix: str) -> bool:
         """Return whether the checkpoint has the outputs of a matrix in another order than the model in memory."""
         return any(
-            pattern.matches(module_of(".".join(name)))
+            pattern.matches(module_of(".".join(name)).split("."))
             for scope, name in self._around(matrix)
             for pattern in scope.family.reordered
         )
@@ -264,7 +270,7 @@ class Architecture:
         around = [(scope, ".".join(name)) for scope, name in self.scope.around(tuple(canonical.split(".")))]
         rows = [(scope.family.roles, name) for scope, name in around] + [(generic().roles, name) for _, name in around]
         for roles, name in rows:
-            module = module_of(name)
+            module = module_of(name).split(".")
             for pattern, role in roles:
                 if pattern.matches(module) and (dimensions is None or role.fits(dimensions)):
                     return role
@@ -334,3 +340,10 @@ def _common(first: str, second: str) -> int:
     """How many components two names begin with in common."""
     pairs = enumerate(zip(first.split("."), second.split("."), strict=False))
     return next((count for count, (one, other) in pairs if one != other), 0)
+
+
+def _has_end(module: str, ends: Collection[str], known: dict[str, bool]) -> bool:
+    found = known.get(module)
+    if found is None:
+        found = known[module] = any(component_fits(template(module), end) for end in ends)
+    return found

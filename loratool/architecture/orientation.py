@@ -42,12 +42,12 @@ class Orientation:
         """How the matrices of each layer, and under ``""`` of the model, lie, where those that are not square agree."""
         votes: dict[str, set[bool]] = {}
         for name, info in self.architecture.tensors.items():
-            layer = _layer(name)
-            if layer and name.endswith(".weight") and len(info.shape) == 2 and info.shape[0] != info.shape[1]:
-                outputs = self._known_outputs(name)
-                if len(outputs) == 1 and outputs <= set(info.shape):
-                    for place in (layer, ""):
-                        votes.setdefault(place, set()).add(outputs == {info.shape[1]})
+            if len(info.shape) != 2 or info.shape[0] == info.shape[1] or not name.endswith(".weight"):
+                continue
+            outputs = self._known_outputs(name)
+            layer = _layer(name) if len(outputs) == 1 and outputs <= set(info.shape) else ""
+            for place in (layer, "") if layer else ():
+                votes.setdefault(place, set()).add(outputs == {info.shape[1]})
         return {place: found == {True} for place, found in votes.items() if len(found) == 1}
 
     def _known_outputs(self, weight: str) -> set[int]:

@@ -31,7 +31,6 @@ class Pattern:
 
     components: tuple[str, ...]
     anchored: bool
-    _expression: re.Pattern[str]
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -40,14 +39,23 @@ class Pattern:
         Raises:
             PatternError: it is empty, too long, or has a component that is neither text nor ``#``.
         """
-        components, anchored = parse_components(text)
-        parts = (r"[^.]*".join(map(re.escape, part.split("*"))) for part in components)
-        expression = ("" if anchored else r"(?:.*\.)?") + r"\.".join(parts)
-        return cls(components, anchored, re.compile(expression, re.DOTALL))
+        return cls(*parse_components(text))
 
-    def matches(self, template: str) -> bool:
-        """Return whether a name, with ``#`` for its numbers, ends with these components."""
-        return self._expression.fullmatch(template) is not None
+    def matches(self, template: Sequence[str]) -> bool:
+        """Return whether the components of a name, with ``#`` for its numbers, end with these."""
+        start = len(template) - len(self.components)
+        if start < 0 or (self.anchored and start):
+            return False
+        return all(map(component_fits, template[start:], self.components))
+
+
+def component_fits(part: str, expected: str) -> bool:
+    """Return whether a component of a name is what a component of a pattern says."""
+    if part == expected:
+        return True
+    before, star, after = expected.partition("*")
+    is_long_enough = len(part) >= len(before) + len(after)
+    return bool(star) and is_long_enough and part.startswith(before) and part.endswith(after)
 
 
 def parse_components(text: str) -> tuple[tuple[str, ...], bool]:

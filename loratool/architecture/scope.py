@@ -10,6 +10,7 @@ from typing import Any, Final
 from loratool.architecture.family import Family
 from loratool.architecture.pattern import NUMBER, is_number
 from loratool.architecture.renaming import Renaming, Spelling
+from loratool.architecture.roles import Role
 from loratool.architecture.tables import family_of, generic
 
 DEEPEST: Final = 4
@@ -71,6 +72,19 @@ class Scope:
         """Numbers that the tables spell out in names."""
         own = self.family.literals | generic().literals
         return own.union(*(part.literals for _, part in self.parts))
+
+    @cached_property
+    def ends(self) -> dict[str, set[Role]]:
+        """The last components of modules that may have a role by their names, and which; a renamed one may have any."""
+        found: dict[str, set[Role]] = {}
+        for pattern, role in (*self.family.roles, *generic().roles):
+            found.setdefault(pattern.components[-1], set()).add(role)
+        for end in (end for renaming in self._renamings for end in renaming.old):
+            found.setdefault(end, set()).update(Role)
+        for _, part in self.parts:
+            for end, roles in part.ends.items():
+                found.setdefault(end, set()).update(roles)
+        return found
 
     @property
     def _renamings(self) -> tuple[Renaming, ...]:

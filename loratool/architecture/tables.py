@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -79,7 +80,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 @cache
 def _texts(folder: Path) -> dict[str, str]:
     """The text of each file, by its name without the suffix, sorted."""
-    return {file.stem: _text(file) for file in sorted(folder.glob("*.json"))}
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))
+    return {name.removesuffix(".json"): _text(folder / name) for name in names}
 
 
 def _text(file: Path) -> str:

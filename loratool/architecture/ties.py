@@ -33,7 +33,7 @@ class Tie:
 
     def group(self, name: Sequence[str]) -> list[tuple[str, ...]]:
         """Return the names of all that share the values of the parameter `name`, in order; none if it is none of them."""
-        fitting = [pattern for pattern in self.parameters if pattern.matches(".".join(name))]
+        fitting = [pattern for pattern in self.parameters if pattern.matches(name)]
         if not fitting:
             return []
         own = max(fitting, key=lambda pattern: len(pattern.components))

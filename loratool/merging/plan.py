@@ -138,7 +138,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     seed = seed or _seed(adapters)
     targets = tuple(replace(target, seed=_seed_of(seed, target.name)) for target in targets)
     targets += plan_replacements(adapters, landings, arriving, base)
-    refuse_tied([target.name for target in targets], base)
+    refuse_tied([target.name for target in targets], base, orientation.architecture)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
         notes += _landing_notes(weighted.adapter, landing, orientation.architecture)
@@ -297,13 +297,16 @@ def _landing_notes(adapter: Adapter, landing: Landing, architecture: Architectur
     config = LoraConfig.targeting(adapter.config, str(adapter.file))
     if config.target_modules not in (None, ALL_LINEAR):
         landed = set(landing.tensors.values())
-        matrices = (
-            name
-            for name, info in architecture.tensors.items()
-            if len(info.shape) == 2 and not architecture.is_embedding(name) and name not in landed
+        matrices = (name for name, info in architecture.tensors.items() if len(info.shape) == 2 and name not in landed)
+        modules = {landing.module(name): name for name in matrices}
+        without = sorted(
+            module
+            for module, name in modules.items()
+            if module is not None
+            and module not in adapter.updates
+            and config.targets(module)
+            and not architecture.is_embedding(name)
         )
-        modules = {landing.module(name) for name in matrices} - {None, *adapter.updates}
-        without = sorted(module for module in modules if module is not None and config.targets(module))
         if without:
             notes.append(
                 f"{quoted(adapter.name)} targets {len(without)} more modules of the base without holding tensors for them "

@@ -15,22 +15,22 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import PlacementError, quoted
 
 
-def refuse_tied(targets: Iterable[str], base: Checkpoint) -> None:
+def refuse_tied(targets: Iterable[str], base: Checkpoint, architecture: Architecture | None = None) -> None:
     """Raise PlacementError if one of the tensors named in `targets` shares its values with an input embedding."""
-    for name, embedding in tied(targets, base).items():
+    for name, embedding in tied(targets, base, architecture).items():
         raise PlacementError(
             f"{quoted(name)} is tied to the embedding {quoted(embedding)}: a change of one would be lost or "
             "would change the other; untie them (tie_word_embeddings: false) before merging into it"
         )
 
 
-def tied(names: Iterable[str], base: Checkpoint) -> dict[str, str]:
+def tied(names: Iterable[str], base: Checkpoint, architecture: Architecture | None = None) -> dict[str, str]:
     """Return those tensors of `names` that share their values with an input embedding, and the name of that.
 
     They do if the two have the same dtype and shape and equal bytes. An output head does whatever its bytes are if the
     configuration ties it, and never if that says that it does not.
     """
-    architecture = architecture_of(base.config, base.tensors)
+    architecture = architecture or architecture_of(base.config, base.tensors)
     embeddings = [base.tensors[name] for name in architecture.weights(Role.TOKENS)]
     found = {}
     for name in names:
@@ -52,7 +52,7 @@ def is_tied_embedding(name: str, base: Checkpoint) -> bool:
         return False
     heads = architecture.weights(Role.HEAD)
     if heads:
-        return name in tied(heads, base).values()
+        return name in tied(heads, base, architecture).values()
     return architecture.writes_tokens or (architecture.declares_ties is True and not architecture.has_another_head)
 
 
