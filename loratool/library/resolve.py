@@ -151,7 +151,7 @@ def no_such_adapter(reference: str, registry: Registry) -> Exception:
     """The error for ``name`` or ``name@version`` where the catalogue has no such adapter: with the nearest names, or that it
     is a base."""
     name = reference.partition("@")[0]
-    if not registry.adapters.versions(name) and registry.bases.get(name) is not None:
+    if is_name(name) and not registry.adapters.versions(name) and registry.bases.get(name) is not None:
         return NotFoundError(f"{quoted(name)} is a base and no adapter; 'loratool base show {name}' shows it")
     try:
         found = registry.adapters.find(reference)
