@@ -269,6 +269,19 @@ def test_the_bar_of_a_training_keeps_its_time_left_and_fits(monkeypatch: pytest.
     assert all(len(line) <= 80 for line in lines)
 
 
+def test_steps_that_take_a_minute_have_a_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, clock = screen_of_80_columns(monkeypatch), [0.0]
+    monkeypatch.setattr("rich.console.monotonic", lambda: clock[0])
+    with TrainingBar() as bar:
+        bar.begin_steps(0, 10)
+        for step in range(1, 5):
+            clock[0] += 60
+            bar.stepped(report(step))
+        assert bar._training is not None
+        bar._training.refresh()
+    assert " 4/10 06:00 " in drawn(screen)[-1]
+
+
 def test_measuring_the_ranks_after_a_training_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = screen_of_80_columns(monkeypatch)
     with TrainingBar() as bar:

@@ -214,6 +214,8 @@ FIGURES_CELLS: Final = 53
 """What bar, bytes, speed and time left take of a line of progress at most; the rest is its label's."""
 
 LEAST_LABEL_CELLS: Final = 8
+SECONDS_ESTIMATED_FROM: Final = 3600.0
+"""How far back the time left is estimated from: steps that take minutes have one too."""
 
 
 class ProgressBar(AbstractContextManager["ProgressBar"]):
@@ -251,6 +253,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
                     else [MofNCompleteColumn(), TextColumn(self._unit)]
                 ),
                 TimeRemainingColumn(),
+                speed_estimate_period=SECONDS_ESTIMATED_FROM,
                 console=Console(stderr=True),
                 transient=True,
             )

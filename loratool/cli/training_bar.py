@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from loratool.cli.rendering import ProgressBar, size
+from loratool.cli.rendering import SECONDS_ESTIMATED_FROM, ProgressBar, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -70,6 +70,7 @@ class TrainingBar(ProgressBar):
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[figures]}"),
+            speed_estimate_period=SECONDS_ESTIMATED_FROM,
             console=Console(stderr=True),
             transient=True,
         )
