@@ -99,4 +99,7 @@ def prove_equal(base: Path, restored: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # the command that ran has said so
+        sys.exit(130)

@@ -513,7 +513,7 @@ SUMMARY = {
     "name", "version", "kind", "sha256", "rank", "alpha", "target_modules", "dtype", "size_bytes", "parameter_count",
     "base", "base_fingerprint", "base_model", "tags", "created_at",
 }  # fmt: skip
-RECORD = SUMMARY | {"ranks", "scaling", "recipe", "metrics", "config"}
+RECORD = SUMMARY | {"ranks", "scaling", "recipe", "metrics", "config", "family", "format", "tensor_count"}
 BASE = {
     "name", "source", "revision", "path", "base_fingerprint", "variant_of", "same_as", "architecture", "model_type",
     "parameter_count", "size_bytes", "dtype", "created_at", "downloaded",

@@ -17,10 +17,10 @@ from rich.console import Console
 from terminals import ESCAPES, REPOSITORY, assert_fits, terminal
 
 import loratool
-from loratool.cli import COMMANDS, cli
+from loratool.cli import COMMANDS, cli, main
 from loratool.cli.guesses import GUESSES
 from loratool.cli.plan_view import natural_order
-from loratool.cli.rendering import ProgressBar, print_facts, size
+from loratool.cli.rendering import ProgressBar, print_facts, print_notes, size
 from loratool.cli.training_bar import TrainingBar
 from loratool.errors import AdapterError, NotFoundError
 from registry import AdapterFacts, Registry
@@ -183,6 +183,27 @@ def test_a_plan_is_summed_up_and_listed_in_natural_order(
     assert not (tmp_path / "o").exists()
     names = [f"model.layers.{number}.mlp.up_proj.weight" for number in (0, 2, 10, 1, 100)]
     assert [name.split(".")[2] for name in sorted(names, key=natural_order)] == ["0", "1", "2", "10", "100"]
+
+
+def test_errors_and_notes_are_wrapped_between_words_and_what_is_quoted_stays_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "the adapter's base is not catalogued; add it with 'loratool base add smollm2 models/smollm2', or don't"
+    print_notes([note])
+    assert capsys.readouterr().err == f"note: {note}\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    print_notes([note])
+    assert ESCAPES.sub("", capsys.readouterr().err).splitlines() == [
+        "note: the adapter's base is not catalogued; add it",
+        "with 'loratool base add smollm2 models/smollm2',",
+        "or don't",
+    ]
+    monkeypatch.setattr(sys, "argv", ["loratool", "show", "nobody"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = ESCAPES.sub("", capsys.readouterr().err).splitlines()
+    assert lines == ["Error: no adapter 'nobody' is in the catalogue;", "see what is there with 'loratool list'"]
 
 
 def test_facts_are_wrapped_between_words_and_a_command_is_not(

@@ -154,7 +154,10 @@ def main() -> None:
             sys.exit(_end_interrupted(stopped or KeyboardInterrupt(), "nothing half done is left"))
         if "--debug" in _own_options_first(sys.argv[1:])[:3]:
             raise
-        click.echo(click.style("Error:", fg="red") + f" {_explained(error)}", err=True)
+        from loratool.cli.sentences import on_stderr
+
+        said = on_stderr(f"Error: {_explained(error)}").removeprefix("Error:")
+        click.echo(click.style("Error:", fg="red") + said, err=True)
         sys.exit(1)
 
 

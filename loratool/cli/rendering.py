@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import click
 
+from loratool.cli.sentences import on_stderr
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as Bars
@@ -206,7 +208,8 @@ def _wrapped(line: str, room: int) -> list[str]:
 def print_notes(notes: Iterable[str]) -> None:
     """Notes, on stderr, so that what is printed on stdout stays what was asked for."""
     for note in notes:
-        click.echo(click.style("note: ", fg="yellow") + shown(note), err=True)
+        said = on_stderr(f"note: {shown(note)}").removeprefix("note: ")
+        click.echo(click.style("note: ", fg="yellow") + said, err=True)
 
 
 BAR_CELLS: Final = 16
