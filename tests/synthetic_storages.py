@@ -17,6 +17,7 @@ from loratool.weights.coarse.block import Coding
 from loratool.weights.coarse.levels import Levels
 from loratool.weights.coarse.machine import LoadedCoarse
 from loratool.weights.coarse.packing import Bytes, Packing
+from loratool.weights.coarse.stored import CoarseWeight
 from loratool.weights.coarse.tiles import FlatTiles, GridTiles, Scaling, Tiles
 
 Floats = NDArray[np.float64]
@@ -258,3 +259,34 @@ def mixed(levels: str, *, rows: int = 60, size: int = 32, seed: int = 0) -> Synt
     nothing = np.zeros((rows, columns))
     return Synthetic(weight, coding, LoadedCoarse(weight, coding, scaling, "cpu"), torch.from_numpy(content.ravel().copy()),
                      3 * (2 + size), codes, scales, nothing, nothing)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored(CoarseWeight):
+    """A synthetic parameter as a plan holds it."""
+
+    of: Synthetic
+    name: str = "w"
+
+    @property
+    def rows(self) -> int:
+        return self.of.weight.rows
+
+    @property
+    def columns(self) -> int:
+        return self.of.weight.columns
+
+    @property
+    def turned(self) -> bool:
+        return self.of.weight.turned
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.columns, self.rows) if self.turned else (self.rows, self.columns)
+
+    @property
+    def storage(self) -> str:
+        return "synthetic"
+
+    def load(self, device: str) -> LoadedCoarse:
+        return self.of.loaded

@@ -83,10 +83,12 @@ class BlockArithmetic:
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         block_bytes = CUDA_BLOCK_BYTES if self._cuda else self.weight.block_bytes
         self._blocks = list(row_blocks(self.weight.rows, self.weight.columns * 4, block_bytes))
+        self._adds = all(planned.update.additive for planned in target.updates)
         with self._on_stream():
             self.codec = target.weight.load(device)
+            transposed = target.transposed != self.weight.turned
             self._updates = [
-                planned.update.load(transposed=target.transposed, weight=planned.weight, device=device)
+                planned.update.load(transposed=transposed, weight=planned.weight, device=device)
                 for planned in target.updates
             ]
             self._rounding = self._rounding_of(target)
@@ -96,11 +98,14 @@ class BlockArithmetic:
         import numpy as np
         import torch
 
+        turned = self.weight.turned
         if target.inputs is not None:
-            feedback = Feedback(torch.from_numpy(np.load(target.inputs)).to(self._device))
-            return Rounding(target.seed, feedback=feedback)
-        outputs = [update.outputs for update in self._updates]
-        if self.weight.takes == "sum" or any(each is None for each in outputs):
+            inputs = torch.from_numpy(np.load(target.inputs)).to(self._device)
+            if turned:  # a block has some of the inputs alone
+                return Rounding(target.seed, feedback=lambda few: Feedback(inputs[:, few.start : few.stop]))
+            return Rounding(target.seed, feedback=Feedback(inputs))
+        outputs = [update.inputs if turned else update.outputs for update in self._updates]
+        if self.weight.takes == "sum" or not self._adds or any(each is None for each in outputs):
             return Rounding(target.seed)
         return Rounding(
             target.seed, outputs=OutputFeedback(torch.cat([each for each in outputs if each is not None], 1))
@@ -120,11 +125,7 @@ class BlockArithmetic:
         with self._on_stream():
             block, scratch = _room.take(self._device, len(rows), self.weight.columns)
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
-            if self.weight.takes == "change":  # all updates here are additive
-                block.zero_()
-            else:
-                self.codec.decode(rows, on_device, block)
-            self._update(rows, block, scratch)
+            self._update(rows, on_device, block, scratch)
             self._refuse_overflow(block, rows, on_device, scratch)
             moves = self.codec.encode(rows, block, on_device, self._rounding)
             self._bring_back(on_device, parts)
@@ -133,9 +134,18 @@ class BlockArithmetic:
             self.survival.add_moves(block, moves)
             return moves.hint
 
-    def _update(self, rows: range, block: torch.Tensor, scratch: torch.Tensor) -> None:
+    def _update(self, rows: range, parts: tuple[torch.Tensor, ...], block: torch.Tensor, scratch: torch.Tensor) -> None:
+        """Make `block` what W becomes; or, where the storage takes the change, what is added to it."""
+        takes_change = self.weight.takes == "change"
+        if takes_change and self._adds:
+            block.zero_()
+        else:
+            self.codec.decode(rows, parts, block)
         for update in self._updates:
             update.apply(block, rows, scratch)
+        if takes_change and not self._adds:
+            self.codec.decode(rows, parts, scratch)
+            block.sub_(scratch)
 
     def _refuse_overflow(
         self, block: torch.Tensor, rows: range, originals: tuple[torch.Tensor, ...], scratch: torch.Tensor
@@ -150,17 +160,21 @@ class BlockArithmetic:
 
     def revert(self, rows: range, parts: tuple[torch.Tensor, ...], hint: bytes | None) -> None:
         """Take the updates out, last one first; the same bits on every machine, but not always those from before."""
+        import torch
+
         with self._on_stream():
             block, scratch = _room.take(self._device, len(rows), self.weight.columns)
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
-            if self.weight.takes == "change":
+            takes_change = self.weight.takes == "change"
+            if takes_change and self._adds:
                 block.zero_()
             else:
                 self.codec.decode(rows, on_device, block)
+            merged = block.clone() if takes_change and not self._adds else None
             for update in reversed(self._updates):
                 update.revert(block, rows, scratch)
-            if self.weight.takes == "change":
-                block.neg_()
+            if takes_change:  # what was added: W' less W as far as it can be told
+                block.neg_() if merged is None else torch.sub(merged, block, out=block)
             self.codec.recover(rows, block, on_device, self._rounding, hint)
             self._bring_back(on_device, parts)
 

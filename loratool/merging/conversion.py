@@ -107,10 +107,7 @@ class Conversion:
     @property
     def replaced(self) -> dict[str, tuple[NewTensor, ...]]:
         """What stands in the place of each of the base's tensors; the outcome in that of the matrix itself."""
-        scales = {} if isinstance(self.source, DenseWeight) else self.source.scales
-        gone: dict[str, tuple[NewTensor, ...]] = {info.name: () for info in scales.values()}
-        if isinstance(self.source, FourBitWeight):
-            gone[self.source.state_name] = ()
+        gone: dict[str, tuple[NewTensor, ...]] = {info.name: () for info in self.source.siblings}
         return gone | {self.name: self.outcome}
 
     @property

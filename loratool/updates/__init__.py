@@ -34,7 +34,7 @@ class Update(Protocol):
 
     @property
     def additive(self) -> bool:
-        """Whether it adds the same to W whatever W is, so that a storage can be told the change alone."""
+        """Whether it adds the same to W whatever W is."""
 
     @property
     def scaling(self) -> float:
@@ -60,7 +60,11 @@ class LoadedUpdate(Protocol):
 
     @property
     def outputs(self) -> torch.Tensor | None:
-        """What the columns of the change are combinations of, fp32, (rows of the stored W, r); None where it has no low rank."""
+        """What the columns of the change are combinations of, fp32, (rows of W in blocks, r); None where it has no low rank."""
+
+    @property
+    def inputs(self) -> torch.Tensor | None:
+        """What the rows of the change are combinations of, fp32, (columns of W in blocks, r); None where it has no low rank."""
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Change `block`, fp32, the `rows` of W, in place. `scratch` has the shape of `block` and may be overwritten."""

@@ -87,6 +87,11 @@ class LoadedLowRank:
         """B, or of the transpose ``A^T``."""
         return self.a.T if self.transposed else self.b
 
+    @property
+    def inputs(self) -> torch.Tensor:
+        """``A^T``, or of the transpose B."""
+        return self.b if self.transposed else self.a.T
+
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """On a CPU in PEFT's order, each an fp32 operation: product, times scaling, plus W. On CUDA one addmm."""
         if block.is_cuda:

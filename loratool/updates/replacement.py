@@ -65,6 +65,10 @@ class LoadedReplacement:
     def outputs(self) -> None:
         """R has no low rank."""
 
+    @property
+    def inputs(self) -> None:
+        """R has no low rank."""
+
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """Put the `rows` of R into `block`.
 

@@ -87,6 +87,11 @@ class LoadedSingularValue:
         """Those of the product."""
         return self.product.outputs
 
+    @property
+    def inputs(self) -> torch.Tensor:
+        """Those of the product."""
+        return self.product.inputs
+
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
         """In PEFT's order, each an fp32 operation: product, times alpha, divided by the rank, plus W."""
         self.product.multiply(rows, scratch)

@@ -29,9 +29,9 @@ from loratool.weights.coarse.levels import Levels
 from loratool.weights.coarse.machine import LoadedCoarse
 from loratool.weights.coarse.packing import Bytes
 from loratool.weights.coarse.short_steps import ShortRule
+from loratool.weights.coarse.stored import CoarseWeight
 from loratool.weights.coarse.tiles import Area, FlatTiles, Scaling
 from loratool.weights.storage import Model, Storage
-from loratool.weights.stored import Given
 
 if TYPE_CHECKING:
     import torch
@@ -72,13 +72,13 @@ class QuantState:
 
 
 @dataclass(frozen=True, slots=True)
-class FourBitWeight:
-    """A matrix of shape (rows, columns) in 4 bits; `scales` are its other tensors, by what follows its name."""
+class FourBitWeight(CoarseWeight):
+    """A matrix of shape (rows, columns) in 4 bits; `parts` are its other tensors, by what follows its name."""
 
     name: str
     state: QuantState
     codes: TensorInfo
-    scales: Mapping[str, TensorInfo]
+    parts: Mapping[str, TensorInfo]
 
     @property
     def storage(self) -> str:
@@ -93,11 +93,6 @@ class FourBitWeight:
         return of_torch(self.state.dtype)
 
     @property
-    def state_name(self) -> str:
-        """The name of the tensor that holds its quant_state."""
-        return f"{self.name}{STATE}{self.state.kind}"
-
-    @property
     def shape(self) -> tuple[int, int]:
         return self.state.shape
 
@@ -110,17 +105,9 @@ class FourBitWeight:
         return self.state.shape[1]
 
     @property
-    def turned(self) -> bool:
-        return False
-
-    @property
     def row_step(self) -> int:
         """Two codes share a byte."""
         return 1 + self.columns % 2
-
-    @property
-    def is_oriented(self) -> bool:
-        return True
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -128,47 +115,7 @@ class FourBitWeight:
 
     @property
     def siblings(self) -> tuple[TensorInfo, ...]:
-        return tuple(self.scales.values())
-
-    @property
-    def element_bytes(self) -> int:
-        """The byte is what an undo file counts in."""
-        return 1
-
-    @property
-    def takes(self) -> Given:
-        return "change"
-
-    @property
-    def limit(self) -> float:
-        """What is beyond a block's scale becomes its largest code."""
-        return math.inf
-
-    @property
-    def block_bytes(self) -> int:
-        """Much is done with a block: fewer calls are worth more than a cache."""
-        return 1 << 23
-
-    @property
-    def is_computing(self) -> bool:
-        return True
-
-    @property
-    def undo_level(self) -> int:
-        """Little is stored, and what there is is much of the file."""
-        return 15
-
-    @property
-    def keeps_hint(self) -> bool:
-        return True
-
-    @property
-    def is_calibrated(self) -> bool:
-        return True
-
-    @property
-    def is_replaceable(self) -> bool:
-        return False
+        return tuple(self.parts.values())
 
     def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
         columns = self.shape[1]
@@ -213,8 +160,9 @@ def claim(model: Model, name: str) -> FourBitWeight | None:
         raise CheckpointError(
             f"{quoted(info.name)} in {quoted(info.file)} is damaged; download the model again"
         ) from None
-    scales = {part: tensors[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in tensors}
-    weight = FourBitWeight(name, state, tensors[name], scales)
+    parts = {part: tensors[f"{name}.{part}"] for part in _PARTS if f"{name}.{part}" in tensors}
+    parts[info.name.removeprefix(f"{name}.")] = info
+    weight = FourBitWeight(name, state, tensors[name], parts)
     _check_sizes(weight)
     return weight
 
@@ -293,7 +241,7 @@ def _check_sizes(weight: FourBitWeight) -> None:
         expected["nested_absmax"] = ("F32", 4 * -(-blocks // state.nested_blocksize))
         expected["nested_quant_map"] = ("F32", 4 * 256)
     for part, (dtype, nbytes) in expected.items():
-        info = weight.scales.get(part)
+        info = weight.parts.get(part)
         if info is None:
             raise CheckpointError(
                 f"{quoted(weight.name)} in {quoted(weight.codes.file)} is stored in 4 bits, but its {quoted(part)} is "
@@ -301,8 +249,8 @@ def _check_sizes(weight: FourBitWeight) -> None:
             )
         _check_size(info, dtype, nbytes)
     _check_size(weight.codes, weight.codes.dtype, -(-count // 2))
-    if "quant_map" in weight.scales:
-        _check_size(weight.scales["quant_map"], "F32", 4 * 16)
+    if "quant_map" in weight.parts:
+        _check_size(weight.parts["quant_map"], "F32", 4 * 16)
 
 
 def _check_size(info: TensorInfo, dtype: str, nbytes: int) -> None:
@@ -317,18 +265,18 @@ def _read_scales(weight: FourBitWeight) -> torch.Tensor:
     """The scale of every block, fp32, as bitsandbytes computes it."""
     import torch
 
-    if "quant_map" in weight.scales:
-        values = _floats(weight.scales["quant_map"])
+    if "quant_map" in weight.parts:
+        values = _floats(weight.parts["quant_map"])
         if not torch.equal(values, torch.tensor(LEVELS[weight.state.kind].values)):
             raise CheckpointError(
                 f"{quoted(weight.name)}.quant_map in {quoted(weight.codes.file)} does not hold the values of "
                 f"{weight.state.kind}; such models are not supported"
             )
     if weight.state.nested_blocksize is None:
-        scales = _floats(weight.scales["absmax"])
+        scales = _floats(weight.parts["absmax"])
     else:
-        indices = torch.frombuffer(bytearray(_read(weight.scales["absmax"])), dtype=torch.uint8)
-        values, outer = (_floats(weight.scales[part]) for part in ("nested_quant_map", "nested_absmax"))
+        indices = torch.frombuffer(bytearray(_read(weight.parts["absmax"])), dtype=torch.uint8)
+        values, outer = (_floats(weight.parts[part]) for part in ("nested_quant_map", "nested_absmax"))
         scales = nested_scales(indices, values, outer, weight.state.nested_blocksize, weight.state.nested_offset)
     if not torch.isfinite(scales).all():
         raise CheckpointError(
