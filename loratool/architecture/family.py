@@ -36,7 +36,7 @@ The keys of a file, all of them optional:
 ``reads``
     What a linear layer reads, such as ``attention input``, to patterns of the layers that read it.
 ``layers``
-    What a layer is made of, for counting parameters and memory without the weights.
+    What a layer is made of, for counting parameters and memory without the weights. See `Layers`.
 ``same_part``
     Lists of names that programs give to the same part of a model.
 ``classes``
@@ -50,6 +50,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from loratool.architecture.layers import ARRANGEMENTS, HEAD_NORMS, Layers
 from loratool.architecture.packing import Packing
 from loratool.architecture.pattern import Pattern, PatternError, parse_components
 from loratool.architecture.renaming import Renaming, Since, Spelling
@@ -77,7 +78,7 @@ class Family:
     tied: tuple[Tie, ...] = ()
     parts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     reads: tuple[tuple[Pattern, str], ...] = ()
-    layers: Mapping[str, str | int | bool] = field(default_factory=dict)
+    layers: Layers | None = None
     same_part: tuple[tuple[str, ...], ...] = ()
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -97,7 +98,7 @@ class Family:
             self.tied + other.tied,
             {**other.parts, **self.parts},
             self.reads + other.reads,
-            {**other.layers, **self.layers},
+            self.layers or other.layers,
             self.same_part + other.same_part,
             {**other.classes, **self.classes},
         )
@@ -128,7 +129,7 @@ def parse_family(content: Mapping[str, Any], name: str, source: str) -> Family:
         tied=tuple(map(_tie, table.tables("tied"))),
         parts=_parts(table),
         reads=tuple(_reads(table)),
-        layers=table.table("layers").plain(),
+        layers=_layers(table),
         same_part=_same_part(table),
         classes=_classes(table),
     )
@@ -208,12 +209,17 @@ class _Table:
             raise self.wrong(key, f"it has more than {MOST_ENTRIES} entries")
         return [_Table(each, f"{self.place}{key}.", self.source) for each in values]
 
-    def plain(self) -> dict[str, str | int | bool]:
-        """All of it, where every value is a text, a whole number or a truth value."""
-        for key, value in self.content.items():
-            if not isinstance(value, str | int | bool):
-                raise self.wrong(key, "it must be a text, a whole number, true or false")
-        return dict(self.content)
+    def choice(self, key: str, choices: tuple[str, ...], default: str | None = None) -> str:
+        value = default if default is not None and self.value(key) is None else self.text(key)
+        if value not in choices:
+            raise self.wrong(key, f"it must be one of {', '.join(filter(None, choices))}")
+        return value
+
+    def whole(self, key: str, default: int) -> int:
+        value = self.value(key)
+        if value is not None and (type(value) is not int or value < 0):
+            raise self.wrong(key, "it must be a whole number")
+        return default if value is None else int(value)
 
 
 def _roles(table: _Table) -> Iterator[tuple[Pattern, Role]]:
@@ -281,6 +287,23 @@ def _tie(table: _Table) -> Tie:
         raise table.wrong("parameters", str(error)) from None
     table.refuse_others()
     return tie
+
+
+def _layers(table: _Table) -> Layers | None:
+    if table.value("layers") is None:
+        return None
+    layers = table.table("layers")
+    plain = Layers(layers.choice("like", ARRANGEMENTS))
+    found = Layers(
+        plain.like,
+        layers.optional("activation") or plain.activation,
+        layers.whole("norms", plain.norms),
+        layers.choice("head_norms", HEAD_NORMS, plain.head_norms),
+        bool(layers.flag("qkv_bias", plain.qkv_bias)),
+        bool(layers.flag("fused", plain.fused)),
+    )
+    layers.refuse_others()
+    return found
 
 
 def _parts(table: _Table) -> dict[str, tuple[tuple[str, ...], ...]]:

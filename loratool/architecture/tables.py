@@ -36,6 +36,12 @@ def family_of(model_type: str, folder: Path = FOLDER) -> Family:
     return families[0] if families else Family(model_type)
 
 
+def models_with_layers(folder: Path = FOLDER) -> tuple[str, ...]:
+    """Return the model types whose layers are known, sorted."""
+    families = (family_named(name, folder) for name in _texts(folder))
+    return tuple(sorted(model for family in families if family.layers is not None for model in family.models))
+
+
 def generic(folder: Path = FOLDER) -> Family:
     """Return what holds for a model of which no table says anything else."""
     return family_named(GENERIC, folder)

@@ -7,25 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from loratool.architecture import any_model
+from loratool.architecture.layers import Layers
+from loratool.architecture.tables import family_of, models_with_layers
 from loratool.errors import CheckpointError, UnsupportedError, quoted
 
 MOST: Final[Mapping[str, int]] = {"layers": 4096}
 LARGEST: Final = 1 << 24
 """What a number in a configuration may be at most; a hidden size or vocabulary beyond it is a mistake."""
-
-Input = Literal["attention input", "attention output", "mlp input", "mlp output"]
-"""What a linear module of a layer reads, named by the part of the layer that it stands at."""
-
-_INPUTS: Final[Mapping[str, Input]] = {
-    **dict.fromkeys(
-        ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "W_pack"), "attention input"
-    ),
-    **dict.fromkeys(("o_proj", "out_proj", "dense", "attn.c_proj"), "attention output"),
-    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h"), "mlp input"),
-    **dict.fromkeys(("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h"), "mlp output"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,32 +77,41 @@ class ModelShape:
         return replace(self, linears=linears, parameters=parameters)
 
 
-def module_input(name: str) -> Input | None:
-    """What the module called `name` reads; None for one that stands at no known part of a layer."""
-    *_, parent, leaf = ("", *name.split("."))
-    return _INPUTS.get(f"{parent}.{leaf}") or _INPUTS.get(leaf)
+def module_input(name: str) -> str | None:
+    """Return what the module called `name` reads, such as ``attention input``; None if it stands at no known part of a layer."""
+    return any_model().reads(f"{name}.weight")
 
 
 def read_shape(config: Mapping[str, Any], source: str) -> ModelShape:
-    """The shape of a model with this ``config.json``.
+    """Return the shape of a model with this ``config.json``.
 
     Args:
         source: where it comes from, for errors.
 
     Raises:
-        UnsupportedError: the modules of its ``model_type`` are not known.
+        UnsupportedError: the layers of its ``model_type`` are not known.
         CheckpointError: a number is missing or impossible.
     """
     nested = config.get("text_config")
     numbers = _Numbers(nested if isinstance(nested, Mapping) else config, source)
     model_type = numbers.content.get("model_type", config.get("model_type"))
-    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if family is None:
+    family = family_of(model_type) if isinstance(model_type, str) else None
+    if family is None or family.layers is None:
         raise UnsupportedError(
             f"{quoted(source)} is a model of type {quoted(model_type)}, whose modules are not known; known are "
-            f"{', '.join(sorted(_FAMILIES))}"
+            f"{', '.join(models_with_layers())}"
         )
-    return family(numbers, str(model_type))
+    build = _BUILDERS[family.layers.like]
+    return build(numbers, _Kind(str(model_type), bool(family.tie_word_embeddings), family.layers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What is known of a type of model beside its configuration. `tied`: it ties its embeddings where that says nothing."""
+
+    model_type: str
+    tied: bool
+    layers: Layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,67 +160,58 @@ class _Numbers:
         return heads, self.whole("head_dim", hidden // heads or 1)
 
 
-@dataclass(frozen=True, slots=True)
-class _LlamaLike:
-    """Llama and the models that differ from it in biases, norms and tied embeddings alone."""
-
-    tied: bool = False
-    qkv_bias: bool = False
-    norms: int = 2
-    head_norms: Literal["", "of a head", "of all heads"] = ""
-    activation: str = "silu"
-    fused: bool = False
-
-    def __call__(self, numbers: _Numbers, model_type: str) -> ModelShape:
-        hidden, layers = numbers.whole("hidden_size"), numbers.whole("num_hidden_layers", most=MOST["layers"])
-        heads, head_dim = numbers.heads("num_attention_heads", hidden)
-        kv_heads = numbers.whole("num_key_value_heads", heads)
-        inner, vocabulary = numbers.whole("intermediate_size"), numbers.whole("vocab_size")
-        queries, keys = heads * head_dim, kv_heads * head_dim
-        bias, mlp_bias = numbers.flag("attention_bias", False), numbers.flag("mlp_bias", False)
-        biases = (queries + 2 * keys) * (bias or self.qkv_bias) + hidden * bias + (2 * inner + hidden) * mlp_bias
-        widths = {"": 0, "of a head": 2 * head_dim, "of all heads": queries + keys}
+def _llama(numbers: _Numbers, kind: _Kind) -> ModelShape:
+    """Return the shape of Llama, and of models that differ from it in biases, norms and tied embeddings alone."""
+    made = kind.layers
+    hidden, layers = numbers.whole("hidden_size"), numbers.whole("num_hidden_layers", most=MOST["layers"])
+    heads, head_dim = numbers.heads("num_attention_heads", hidden)
+    kv_heads = numbers.whole("num_key_value_heads", heads)
+    inner, vocabulary = numbers.whole("intermediate_size"), numbers.whole("vocab_size")
+    queries, keys = heads * head_dim, kv_heads * head_dim
+    bias, mlp_bias = numbers.flag("attention_bias", False), numbers.flag("mlp_bias", False)
+    biases = (queries + 2 * keys) * (bias or made.qkv_bias) + hidden * bias + (2 * inner + hidden) * mlp_bias
+    widths = {"": 0, "of a head": 2 * head_dim, "of all heads": queries + keys}
+    layer = {
+        "self_attn.q_proj": Linear(hidden, queries),
+        "self_attn.k_proj": Linear(hidden, keys),
+        "self_attn.v_proj": Linear(hidden, keys),
+        "self_attn.o_proj": Linear(queries, hidden),
+        "mlp.gate_proj": Linear(hidden, inner),
+        "mlp.up_proj": Linear(hidden, inner),
+        "mlp.down_proj": Linear(inner, hidden),
+    }
+    if made.fused:
         layer = {
-            "self_attn.q_proj": Linear(hidden, queries),
-            "self_attn.k_proj": Linear(hidden, keys),
-            "self_attn.v_proj": Linear(hidden, keys),
+            "self_attn.qkv_proj": Linear(hidden, queries + 2 * keys),
             "self_attn.o_proj": Linear(queries, hidden),
-            "mlp.gate_proj": Linear(hidden, inner),
-            "mlp.up_proj": Linear(hidden, inner),
+            "mlp.gate_up_proj": Linear(hidden, 2 * inner),
             "mlp.down_proj": Linear(inner, hidden),
         }
-        if self.fused:
-            layer = {
-                "self_attn.qkv_proj": Linear(hidden, queries + 2 * keys),
-                "self_attn.o_proj": Linear(queries, hidden),
-                "mlp.gate_up_proj": Linear(hidden, 2 * inner),
-                "mlp.down_proj": Linear(inner, hidden),
-            }
-        linears = dict(_repeated("model.layers", layers, layer))
-        embeddings = vocabulary * hidden * (1 if numbers.flag("tie_word_embeddings", self.tied) else 2)
-        others = layers * (biases + self.norms * hidden + widths[self.head_norms]) + hidden
-        return ModelShape(
-            model_type=model_type,
-            hidden=hidden,
-            layers=layers,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            intermediate=inner,
-            vocabulary=vocabulary,
-            context=numbers.optional("max_position_embeddings"),
-            gated=True,
-            activation=numbers.word("hidden_activation", "hidden_act", default=self.activation),
-            rms_norms=True,
-            norms=self.norms,
-            normed_heads=bool(self.head_norms),
-            dropout=numbers.positive("attention_dropout"),
-            linears=linears,
-            parameters=sum(linear.parameters for linear in linears.values()) + embeddings + others,
-        )
+    linears = dict(_repeated("model.layers", layers, layer))
+    embeddings = vocabulary * hidden * (1 if numbers.flag("tie_word_embeddings", kind.tied) else 2)
+    others = layers * (biases + made.norms * hidden + widths[made.head_norms]) + hidden
+    return ModelShape(
+        model_type=kind.model_type,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=inner,
+        vocabulary=vocabulary,
+        context=numbers.optional("max_position_embeddings"),
+        gated=True,
+        activation=numbers.word("hidden_activation", "hidden_act", default=made.activation),
+        rms_norms=True,
+        norms=made.norms,
+        normed_heads=bool(made.head_norms),
+        dropout=numbers.positive("attention_dropout"),
+        linears=linears,
+        parameters=sum(linear.parameters for linear in linears.values()) + embeddings + others,
+    )
 
 
-def _gpt2(numbers: _Numbers, model_type: str) -> ModelShape:
+def _gpt2(numbers: _Numbers, kind: _Kind) -> ModelShape:
     hidden = numbers.whole("n_embd")
     inner = numbers.whole("n_inner", 4 * hidden)
     layer = {
@@ -231,7 +222,7 @@ def _gpt2(numbers: _Numbers, model_type: str) -> ModelShape:
     }
     return _of_layer_norms(
         numbers,
-        model_type,
+        kind,
         hidden=hidden,
         layers=numbers.whole("n_layer", most=MOST["layers"]),
         heads="n_head",
@@ -239,13 +230,12 @@ def _gpt2(numbers: _Numbers, model_type: str) -> ModelShape:
         context=numbers.whole("n_positions"),
         prefix="transformer.h",
         layer=layer,
-        activation=numbers.word("activation_function", default="gelu_new"),
+        activation=numbers.word("activation_function", default=kind.layers.activation),
         dropout=numbers.positive("resid_pdrop", "attn_pdrop"),
-        tied=True,
     )
 
 
-def _opt(numbers: _Numbers, model_type: str) -> ModelShape:
+def _opt(numbers: _Numbers, kind: _Kind) -> ModelShape:
     hidden, inner = numbers.whole("hidden_size"), numbers.whole("ffn_dim")
     width = numbers.whole("word_embed_proj_dim", hidden)
     layer = {
@@ -258,7 +248,7 @@ def _opt(numbers: _Numbers, model_type: str) -> ModelShape:
     context = numbers.whole("max_position_embeddings")
     return _of_layer_norms(
         numbers,
-        model_type,
+        kind,
         hidden=hidden,
         layers=numbers.whole("num_hidden_layers", most=MOST["layers"]),
         heads="num_attention_heads",
@@ -266,9 +256,8 @@ def _opt(numbers: _Numbers, model_type: str) -> ModelShape:
         context=context,
         prefix="model.decoder.layers",
         layer=layer,
-        activation=numbers.word("activation_function", default="relu"),
+        activation=numbers.word("activation_function", default=kind.layers.activation),
         dropout=numbers.positive("dropout", "attention_dropout"),
-        tied=True,
         embedded=width,
         outer={f"model.decoder.{name}": linear for name, linear in outer.items()},
         final_norm=is_normed,
@@ -276,7 +265,7 @@ def _opt(numbers: _Numbers, model_type: str) -> ModelShape:
     )
 
 
-def _gpt_neox(numbers: _Numbers, model_type: str) -> ModelShape:
+def _gpt_neox(numbers: _Numbers, kind: _Kind) -> ModelShape:
     hidden, inner = numbers.whole("hidden_size"), numbers.whole("intermediate_size")
     layer = {
         "attention.query_key_value": Linear(hidden, 3 * hidden),
@@ -286,7 +275,7 @@ def _gpt_neox(numbers: _Numbers, model_type: str) -> ModelShape:
     }
     return _of_layer_norms(
         numbers,
-        model_type,
+        kind,
         hidden=hidden,
         layers=numbers.whole("num_hidden_layers", most=MOST["layers"]),
         heads="num_attention_heads",
@@ -294,15 +283,14 @@ def _gpt_neox(numbers: _Numbers, model_type: str) -> ModelShape:
         context=numbers.whole("max_position_embeddings"),
         prefix="gpt_neox.layers",
         layer=layer,
-        activation=numbers.word("hidden_act", default="gelu"),
+        activation=numbers.word("hidden_act", default=kind.layers.activation),
         dropout=numbers.positive("hidden_dropout", "attention_dropout"),
-        tied=False,
         positions=0,
     )
 
 
-def _of_layer_norms(numbers: _Numbers, model_type: str, *, hidden: int, layers: int, heads: str, inner: int, context: int,
-                    prefix: str, layer: Mapping[str, Linear], activation: str, dropout: bool, tied: bool,
+def _of_layer_norms(numbers: _Numbers, kind: _Kind, *, hidden: int, layers: int, heads: str, inner: int, context: int,
+                    prefix: str, layer: Mapping[str, Linear], activation: str, dropout: bool,
                     embedded: int | None = None, outer: Mapping[str, Linear] | None = None, final_norm: bool = True,
                     positions: int | None = None) -> ModelShape:  # fmt: skip
     """A model with biases everywhere, layer norms and an MLP of two linear modules."""
@@ -310,11 +298,11 @@ def _of_layer_norms(numbers: _Numbers, model_type: str, *, hidden: int, layers: 
     count, head_dim = numbers.heads(heads, hidden)
     linears = {**dict(_repeated(prefix, layers, layer)), **(outer or {})}
     biases = layers * sum(linear.out_features for linear in layer.values())
-    tables = vocabulary * (embedded or hidden) * (1 if numbers.flag("tie_word_embeddings", tied) else 2)
+    tables = vocabulary * (embedded or hidden) * (1 if numbers.flag("tie_word_embeddings", kind.tied) else 2)
     tables += (context if positions is None else positions) * hidden
     norms = 2 * hidden * (2 * layers + final_norm)
     return ModelShape(
-        model_type=model_type,
+        model_type=kind.model_type,
         hidden=hidden,
         layers=layers,
         heads=count,
@@ -340,19 +328,10 @@ def _repeated(prefix: str, layers: int, layer: Mapping[str, Linear]) -> Iterator
             yield f"{prefix}.{number}.{name}", linear
 
 
-_FAMILIES: Final[Mapping[str, Callable[[_Numbers, str], ModelShape]]] = {
-    "gemma": _LlamaLike(tied=True, activation="gelu_pytorch_tanh"),
-    "gemma2": _LlamaLike(tied=True, norms=4, activation="gelu_pytorch_tanh"),
-    "gemma3_text": _LlamaLike(tied=True, norms=4, head_norms="of a head", activation="gelu_pytorch_tanh"),
+_BUILDERS: Final[Mapping[str, Callable[[_Numbers, _Kind], ModelShape]]] = {
+    "llama": _llama,
     "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
-    "granite": _LlamaLike(),
-    "llama": _LlamaLike(),
-    "mistral": _LlamaLike(),
-    "olmo2": _LlamaLike(head_norms="of all heads"),
     "opt": _opt,
-    "phi3": _LlamaLike(fused=True),
-    "qwen2": _LlamaLike(qkv_bias=True),
-    "qwen3": _LlamaLike(head_norms="of a head"),
-    "smollm3": _LlamaLike(tied=True),
+    "gpt_neox": _gpt_neox,
 }
+"""By whose layers a model has."""
