@@ -71,6 +71,10 @@ class OutputError(LoratoolError):
     """An output exists already, cannot be written, or would overwrite its own input."""
 
 
+class NoChangeError(LoratoolError):
+    """A merge would change nothing."""
+
+
 class RestoreError(LoratoolError):
     """A merge cannot be undone bit for bit with what is at hand."""
 

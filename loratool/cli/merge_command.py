@@ -81,6 +81,7 @@ if TYPE_CHECKING:
 @verbose_option
 @force_option
 @any_base_option
+@click.option("--allow-no-op", is_flag=True, help="Go on where an adapter or the whole merge changes nothing.")
 @device_option
 @alpha_option
 @json_option
@@ -100,6 +101,7 @@ def command(
     verbose: bool,
     force: bool,
     any_base: bool,
+    allow_no_op: bool,
     device: str,
     alpha: float | None,
     as_json: bool,
@@ -134,6 +136,7 @@ def command(
             undo=undo,
             force=force,
             any_base=any_base,
+            allow_no_op=allow_no_op,
             device=device,
             alpha=alpha,
             registry=registry,
@@ -250,5 +253,6 @@ def _anew(result: MergeResult) -> list[Conversion]:
 
 
 def _changed(result: MergeResult) -> str:
-    plan = result.plan
-    return f"{counted(len(plan.targets), 'tensor')}, {size(plan.touched_bytes)} of {size(plan.base.nbytes)}"
+    changed = [target for target in result.plan.targets if target.name not in set(result.unchanged)]
+    nbytes = sum(target.nbytes for target in changed)
+    return f"{counted(len(changed), 'tensor')}, {size(nbytes)} of {size(result.plan.base.nbytes)}"

@@ -99,6 +99,7 @@ def _print_card(result: ShowResult) -> None:
         ("ranks" if record.kind == "dylora" else "rank", _ranks(record.kind, record.ranks, record.rank)),
         ("alpha", "" if record.alpha is None else f"{record.alpha:g}"),
         ("scaling", _scaling(record.scaling)),
+        ("effect", f"changes nothing: {result.changes_nothing}" if result.changes_nothing else ""),
         ("targets", f"{targets(record.target_modules)}  ({counted(len(record.ranks or {}), 'module')})"),
         ("parameters", f"{count(record.parameter_count)}, {record.dtype}, {size(record.size_bytes)}"),
         ("loss", _loss(record.metrics or {})),

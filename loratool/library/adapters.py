@@ -63,6 +63,7 @@ class ShowResult:
     """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies.
 
     An adapter that is not catalogued has a `place` instead, its file or its Hub id; its record has no version (0).
+    `changes_nothing` says why it changes nothing in any base, if that is so and its files are here.
     """
 
     record: AdapterRecord
@@ -72,6 +73,7 @@ class ShowResult:
     descendants: tuple[LineageRecord, ...]
     merges: tuple[MergeRecord, ...]
     place: str | None = None
+    changes_nothing: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
@@ -80,6 +82,7 @@ class ShowResult:
             **adapter_json(self.record),
             **({} if self.place is None else {"version": None, "created_at": None}),
             "catalogued": self.place is None,
+            "changes_nothing": self.changes_nothing,
             "parent": parent.parent if parent else None,
             "parent_sha256": parent.parent_sha256 if parent else None,
             "versions": [record.version for record in self.versions],
@@ -218,6 +221,8 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
     """
+    from loratool.library.no_change import no_change_notes
+
     facts, owner, notes = facts_of(adapter, catalogue, base=base, any_base=any_base, base_model=base_model)
     files: dict[str, Path | bytes] = {
         "adapter_model.safetensors": adapter.file,
@@ -226,7 +231,7 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
     if adapter.facts:
         files["loratool.json"] = _json_bytes(adapter.facts)
     with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
-        yield StagedEntry(catalogue, facts, owner, staged, adapter.notes, tuple(notes))
+        yield StagedEntry(catalogue, facts, owner, staged, (*adapter.notes, *no_change_notes(adapter)), tuple(notes))
 
 
 def facts_of(adapter: Adapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
@@ -324,11 +329,25 @@ def show(adapter: str | os.PathLike[str], *, alpha: float | None = None, registr
             ancestors=catalogue.lineage.ancestors(record),
             descendants=catalogue.lineage.descendants(record),
             merges=catalogue.merges.of_adapter(record),
+            changes_nothing=_why_no_change(record, catalogue),
         )
+
+
+def _why_no_change(record: AdapterRecord, catalogue: Registry) -> str | None:
+    """Why a catalogued adapter changes nothing; None where it changes something, or its files cannot be read."""
+    from loratool.errors import LoratoolError
+    from loratool.formats.no_change import why_no_change
+    from loratool.formats.read import read_adapter
+
+    try:
+        return why_no_change(read_adapter(catalogue.adapters.files(record)))
+    except (LoratoolError, RegistryError, OSError):
+        return None
 
 
 def _uncatalogued(found: ResolvedAdapter, catalogue: Registry) -> ShowResult:
     """What the files of an adapter that is not catalogued say."""
+    from loratool.formats.no_change import why_no_change
     from loratool.library.owner import recorded_owner
 
     adapter = found.adapter
@@ -344,7 +363,8 @@ def _uncatalogued(found: ResolvedAdapter, catalogue: Registry) -> ShowResult:
         locations=(),
         **{field.name: getattr(facts, field.name) for field in fields(facts)},
     )
-    return ShowResult(record, owner, (), (), (), (), place=found.hub_id or str(adapter.file))
+    place = found.hub_id or str(adapter.file)
+    return ShowResult(record, owner, (), (), (), (), place=place, changes_nothing=why_no_change(adapter))
 
 
 def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = False,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.finite import refuse_not_finite
 from loratool.library.calibration import calibrated, calibration_text
+from loratool.library.no_change import refuse_no_change, refuse_unchanged, unchanged_notes
 from loratool.library.owner import owner_of_all
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import (
@@ -34,7 +36,7 @@ from loratool.library.resolve import (
     user_path,
 )
 from loratool.library.right_base import check_base
-from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion, apply_merge, merge_in_place
+from loratool.merging.apply import BaseIdentity, Check, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.conversion import CONFIG_NAME, ConversionPlan, Storage
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
@@ -65,6 +67,7 @@ class MergeResult:
         plan: the matrices that change.
         survival: of a merge into 4-bit matrices, what of the update the stored codes carry, in all.
         survivals: the same of each matrix, by name.
+        unchanged: names of planned tensors that kept the base's bytes: their update is zero or was lost by rounding.
         seconds: the time taken, or expected.
         conversion: what is stored otherwise than in the base; None where nothing is.
     """
@@ -82,6 +85,12 @@ class MergeResult:
     survival: Survival | None = None
     survivals: Mapping[str, Survival] = field(default_factory=dict)
     conversion: ConversionPlan | None = None
+    unchanged: tuple[str, ...] = ()
+
+    @property
+    def changed_tensors(self) -> int | None:
+        """How many planned tensors have other bytes than the base's; None in a dry run."""
+        return None if self.dry_run else len(self.plan.targets) - len(self.unchanged)
 
     @property
     def output_size_bytes(self) -> int:
@@ -110,6 +119,8 @@ class MergeResult:
                 for target in self.plan.targets
             ],
             "survival": None if self.survival is None else self.survival.to_json(),
+            "changed_tensors": self.changed_tensors,
+            "unchanged": list(self.unchanged),
             "touched_bytes": self.plan.touched_bytes,
             "size_bytes": self.plan.base.nbytes,
             "quantize": "nf4" if way == "quantize" else None,
@@ -125,7 +136,8 @@ class MergeResult:
 def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = None, *, out: PathLike | None = None,
           in_place: bool = False, quantize: str | None = None, base_as: str | None = None, dequantize: bool = False,
           calibrate: PathLike | None = None,
-          dry_run: bool = False, undo: bool = False, force: bool = False, any_base: bool = False, device: str = "auto",
+          dry_run: bool = False, undo: bool = False, force: bool = False, any_base: bool = False,
+          allow_no_op: bool = False, device: str = "auto",
           alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
@@ -145,6 +157,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         undo: keep an undo file in the new folder, so that the merge can be taken out when the base is gone.
         force: replace a merged model that loratool wrote before.
         any_base: merge into another base than an adapter records, or one that is not what was catalogued.
+        allow_no_op: go on where an adapter, or the whole merge, changes nothing.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -186,6 +199,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
                 refuse_not_finite(found.adapter)
             if device.startswith("cuda"):
                 choose_device(device)  # raises where there is none, before anything is copied
+            no_ops = refuse_no_change(weighted, allow=allow_no_op)
             digests, notes = check_base(base, resolved, checkpoint, catalogue, watcher, any_base=any_base)
             kind = OutputKind.MERGED_MODEL
             existing = [] if in_place else refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
@@ -193,7 +207,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
             if dry_run:
                 known = fingerprint(checkpoint.tensors, digests) if digests else None
                 seconds = _expected_seconds(plan, catalogue, in_place=in_place)
-                all_notes = (*notes, *plan.notes, *existing)
+                all_notes = (*notes, *no_ops, *plan.notes, *existing)
                 return MergeResult(
                     target, base.name, known, merged, None, None, plan, all_notes, seconds, True, conversion=conversion
                 )
@@ -202,25 +216,30 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
                 calibrated(plan, text, device, watcher) as plan,
                 remembered(checkpoint, unless=in_place or bool(digests)) as remember,
             ):
+                check = partial(refuse_unchanged, plan=plan, allow=allow_no_op)
                 report = _apply(plan, conversion, target, identity, in_place=in_place, undo=undo or text is not None,
-                                device=device, force=force, watcher=watcher)  # fmt: skip
+                                device=device, force=force, check=check, watcher=watcher)  # fmt: skip
                 remember(report.base_digests)
         seconds = time.monotonic() - started
-        result = _result(target, base, merged, report, plan, conversion, (*notes, *plan.notes), seconds)
+        result = _result(target, base, merged, report, plan, conversion, (*notes, *no_ops, *plan.notes), seconds)
         return _recorded(result, catalogue, in_place=in_place)
 
 
 def _apply(plan: MergePlan, conversion: ConversionPlan | None, target: Path, identity: BaseIdentity, *, in_place: bool,
-           undo: bool, device: str, force: bool, watcher: Progress) -> MergeReport:  # fmt: skip
+           undo: bool, device: str, force: bool, check: Check, watcher: Progress) -> MergeReport:  # fmt: skip
     """Write what is planned: a model stored otherwise, the base's own files, or a new folder."""
     if conversion is not None:
         watcher.begin("merging", conversion.read_bytes)
-        return apply_conversion(conversion, target, identity, device=device, force=force, progress=watcher.advance)
+        return apply_conversion(
+            conversion, target, identity, device=device, force=force, check=check, progress=watcher.advance
+        )
     if in_place:
         watcher.begin("merging", plan.touched_bytes)
-        return merge_in_place(plan, identity, device=device, progress=watcher.advance)
+        return merge_in_place(plan, identity, device=device, check=check, progress=watcher.advance)
     watcher.begin("merging", sum(header.size for header in plan.base.headers))
-    return apply_merge(plan, target, identity, device=device, undo=undo, force=force, progress=watcher.advance)
+    return apply_merge(
+        plan, target, identity, device=device, undo=undo, force=force, check=check, progress=watcher.advance
+    )
 
 
 def _storage(quantize: str | None, base_as: str | None, *, dequantize: bool) -> Storage | None:
@@ -342,12 +361,13 @@ def _result(out: Path, base: ResolvedBase, merged: tuple[MergedAdapter, ...], re
         output_fingerprint=manifest.fingerprint,
         undo_file=undo_file,
         plan=plan,
-        notes=(*notes, *_survival_notes(manifest.survival_of_all)),
+        notes=(*notes, *unchanged_notes(manifest.unchanged, plan), *_survival_notes(manifest.survival_of_all)),
         seconds=seconds,
         dry_run=False,
         survival=manifest.survival_of_all,
         survivals=manifest.survival,
         conversion=conversion,
+        unchanged=manifest.unchanged,
     )
 
 

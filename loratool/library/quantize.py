@@ -131,7 +131,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
                     target,
                     BaseIdentity(source.name, digests),
                     force=force,
-                    check=lambda found: checked.extend(refuse_changed(source, found, any_base=any_base)),
+                    check=lambda made: checked.extend(refuse_changed(source, made.base_fingerprint, any_base=any_base)),
                     progress=watcher.advance,
                 )
                 remember(report.base_digests)

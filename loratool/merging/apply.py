@@ -28,7 +28,7 @@ from loratool.merging.conversion import ConversionPlan
 from loratool.merging.convert import write_converted
 from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter
 from loratool.merging.plan import MergePlan, Target, WeightedAdapter
-from loratool.merging.rewrite import Place, Progress, rewrite
+from loratool.merging.rewrite import Digests, Place, Progress, rewrite
 from loratool.merging.survival import Survival, SurvivalCount
 from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
 from loratool.merging.workers import Job
@@ -50,8 +50,13 @@ class MergeReport:
     base_digests: Mapping[str, str]
 
 
+Check = Callable[[Manifest], None]
+"""Looks at the manifest before anything appears under its final name or is changed in place, and may raise."""
+
+
 def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str = "auto", undo: bool = False,
-                force: bool = False, progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
+                force: bool = False, check: Check = lambda manifest: None,
+                progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
     """Write the merged model to the new folder `out`; with `undo`, keep there what takes the merge out again.
 
     Raises:
@@ -63,16 +68,15 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
         with replica(plan.base, stage, plan.touched, others, progress) as copy:
             places = places_in(copy, plan.base, plan.touched)
             report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, ())
+        check(report.manifest)
         (stage / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
     return report
 
 
 def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, device: str = "cpu", force: bool = False,
-                     check: Callable[[str], None] = lambda base_fingerprint: None,
+                     check: Check = lambda manifest: None,
                      progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
     """Write the model that is stored otherwise to the new folder `out`, with the planned merge, if any, in it.
-
-    `check` gets the base's fingerprint before anything appears under the final name, and may raise.
 
     Raises:
         OutputError: `out` exists, or cannot be written.
@@ -81,13 +85,11 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
     kind = OutputKind.MERGED_MODEL if plan.merge else OutputKind.QUANTIZED_MODEL
     with staged_folder(out, kind, force=force) as stage:
         converted = write_converted(plan, stage, device=device, known=base.digests or {}, progress=progress)
-        before = fingerprint(plan.base.tensors, converted.before)
-        check(before)
         manifest = Manifest(
             kind="merge" if plan.merge else "quantization",
             base_name=base.name,
             base_path=str(plan.base.path.absolute()),
-            base_fingerprint=before,
+            base_fingerprint=fingerprint(plan.base.tensors, converted.before),
             fingerprint=fingerprint(plan.layout.tensors, converted.after),
             adapters=tuple(_merged_adapter(weighted) for weighted in plan.merge.adapters) if plan.merge else (),
             options=_conversion_options(plan, device),
@@ -95,8 +97,10 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
             changed={},
             tensors=converted.after,
             files=_file_digests(Checkpoint.open(stage)),
+            unchanged=converted.unchanged,
             **_survival(converted.survival),
         )
+        check(manifest)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return MergeReport(manifest, converted.before)
 
@@ -106,7 +110,7 @@ def _conversion_options(plan: ConversionPlan, device: str) -> dict[str, str]:
     return {"device": _kind_of_device(device), **plan.storage.to_options(), **seed}
 
 
-def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
+def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto", check: Check = lambda manifest: None,
                    progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
     """Change the base's own files; its folder is locked exclusively and free of links. An undo is always kept.
 
@@ -116,6 +120,7 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
     with Journal(plan.base.folder) as journal:
         places = reserve(journal, plan.targets)
         report = _merge(plan, places, journal.new, base, device, True, progress, (), journal.ahead(), in_place=True)
+        check(report.manifest)
         (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
         journal.commit()
     return report
@@ -182,9 +187,14 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
         in_place=in_place,
+        unchanged=tuple(target.name for target in plan.targets if _is_unchanged(target, changed)),
         **_survival(survival),
     )
     return MergeReport(manifest, before)
+
+
+def _is_unchanged(target: Target, digests: Mapping[str, Digests]) -> bool:
+    return all(digests[info.name].before == digests[info.name].after for info in target.weight.tensors)
 
 
 class _SurvivalFields(TypedDict):

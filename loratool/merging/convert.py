@@ -47,11 +47,13 @@ class Converted:
     Attributes:
         before, after: BLAKE3 digests, by name: of the base's tensors, and of those of the new model.
         survival: of each matrix that is merged into and stored in 4 bits, by name.
+        unchanged: the matrices that are merged into and have the bytes that they would have without the merge.
     """
 
     before: Mapping[str, str]
     after: Mapping[str, str]
     survival: Mapping[str, SurvivalCount]
+    unchanged: tuple[str, ...] = ()
 
 
 def write_converted(plan: ConversionPlan, folder: Path, *, device: str, known: Mapping[str, str],
@@ -84,6 +86,7 @@ def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Map
     conversions = sorted(plan.conversions, key=lambda conversion: -conversion.nbytes)
     before, after = dict(known), dict[str, str]()
     survival: dict[str, SurvivalCount] = {}
+    unchanged: list[str] = []
     digested = {name for conversion in conversions for name in conversion.digested}
     unknown = [info for name, info in plan.base.tensors.items() if name not in known and name not in digested]
 
@@ -97,6 +100,8 @@ def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Map
             after.update(stream.digests())
             if stream.survival is not None:
                 survival[conversion.name] = stream.survival
+            if stream.unchanged:
+                unchanged.append(conversion.name)
             for name in conversion.digested:
                 before.setdefault(name, stream.source_digest())
 
@@ -105,7 +110,8 @@ def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Map
     files = set(new.files.values()) if new else set()
     computing = any(conversion.twice for conversion in conversions)
     work_through(tasks, workers=cpu_workers(computing=computing), beside=jobs, files=files)
-    return Converted(before, after | {name: before[name] for name in plan.layout.kept}, survival)
+    kept = {name: before[name] for name in plan.layout.kept}
+    return Converted(before, after | kept, survival, tuple(sorted(unchanged)))
 
 
 class _Stopped(Exception):  # noqa: N818 (nothing is wrong with this matrix)
@@ -118,6 +124,7 @@ class _Stream:
     def __init__(self, conversion: Conversion, layout: Layout, new: NewFiles | None, device: str, progress: Progress,
                  stop: threading.Event) -> None:  # fmt: skip
         self.survival: SurvivalCount | None = None
+        self._differs = False
         self._conversion, self._device = conversion, device
         self._progress, self._stop = progress, stop
         self._outlet = Outlet(layout, new)
@@ -132,6 +139,12 @@ class _Stream:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the matrix was merged into, and nothing of that is in the bytes that were written."""
+        differs = self._differs if self.survival is None else self.survival.moved
+        return self._conversion.merge is not None and not differs
 
     def source_digest(self) -> str:
         """Of the bytes that were read, once all are."""
@@ -263,7 +276,9 @@ class _Stream:
             return
         merge = Merge(target, choose_device(self._device))
         for block in self._blocks(digest=True, cut=merge.blocks()):
+            original = None if self._differs else block.dense.clone()
             merge.change(block.rows, (block.dense,))
+            self._differs = original is None or not original.equal(block.dense)
             yield block
 
     def _blocks(self, *, digest: bool, cut: Iterable[range] | None = None) -> Iterator[_Block]:

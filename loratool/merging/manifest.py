@@ -76,6 +76,8 @@ class Manifest:
         options: what else decides the bytes (``device``, ``seed``, and how a model stored otherwise is stored).
         versions: of the programs that computed them.
         changed: digests before and after, of every tensor that changed; none where the model is stored otherwise.
+        unchanged: names of the planned tensors and matrices whose bytes are the base's: their update is zero or was lost
+            by rounding.
         tensors: digest of every tensor of the merged model.
         files: digest of every other file, by path relative to the folder.
         undo: folder of the undo file, relative; None where none was written.
@@ -105,6 +107,7 @@ class Manifest:
     survival: Mapping[str, Survival] = field(default_factory=dict)
     survival_of_all: Survival | None = None
     kind: str = "merge"
+    unchanged: tuple[str, ...] = ()
 
     @property
     def converted(self) -> bool:
@@ -138,6 +141,7 @@ class Manifest:
             "options": dict(self.options),
             "versions": dict(self.versions),
             "changed": {name: [digests.before, digests.after] for name, digests in self.changed.items()},
+            "unchanged": list(self.unchanged),
             "tensors": dict(self.tensors),
             "files": dict(self.files),
             "undo": self.undo,
@@ -206,6 +210,7 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         survival={_text(name): Survival.from_json(entry) for name, entry in survival.get("tensors", {}).items()},
         survival_of_all=Survival.from_json(survival["all"]) if survival else None,
         kind=_text(value["kind"]),
+        unchanged=tuple(_text(name) for name in value.get("unchanged", ())),
     )
 
 

@@ -88,6 +88,11 @@ class SurvivalCount:
                 setattr(total, name, getattr(total, name) + value)
         return total
 
+    @property
+    def moved(self) -> bool:
+        """Whether any code is another one now."""
+        return self._changed > 0
+
     def survival(self) -> Survival:
         """Six decimals of each figure; an update of nothing but zeros survives whole, one whose square no fp32 holds not."""
         return Survival(

@@ -44,6 +44,9 @@ class Update(Protocol):
     def factors(self) -> Mapping[str, TensorInfo]:
         """Its tensors by the letter that the field calls them by: ``A``, ``B``, ..."""
 
+    def vanishes(self) -> bool:
+        """Whether it is zero whatever W is. Reads numbers, without torch."""
+
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedUpdate:
         """Read the numbers, fp32, onto `device`.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.checkpoint.dtypes import DENSE, DTYPES
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
+from loratool.updates.zeros import only_zeros
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,12 @@ class LowRank:
     @property
     def factors(self) -> Mapping[str, TensorInfo]:
         return {"A": self.a, "B": self.b}
+
+    def vanishes(self) -> bool:
+        """Whether its scaling, its rank, or all that counts of one of its factors is zero."""
+        if self.scaling == 0 or self.rank == 0:
+            return True
+        return only_zeros(self.b, columns=self.leading) or only_zeros(self.a, rows=self.leading)
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedLowRank:
         """Read A and B as fp32.

@@ -45,6 +45,10 @@ class Replacement:
     def factors(self) -> Mapping[str, TensorInfo]:
         return {"R": self.tensor}
 
+    def vanishes(self) -> bool:
+        """Never: it leaves nothing of W."""
+        return False
+
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedReplacement:
         """Itself: blocks are read when they are needed. It has no weight but 1.
 

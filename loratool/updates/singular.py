@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.updates.low_rank import LARGEST_SCALING, LoadedLowRank, read_factor
+from loratool.updates.zeros import only_zeros
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,10 @@ class SingularValue:
     @property
     def factors(self) -> Mapping[str, TensorInfo]:
         return {"A": self.a, "E": self.e, "B": self.b}
+
+    def vanishes(self) -> bool:
+        """Whether its alpha, its rank, or one of its factors is zero."""
+        return self.alpha == 0 or self.rank == 0 or any(only_zeros(info) for info in (self.e, self.b, self.a))
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedSingularValue:
         """Read A, E and B as fp32.
