@@ -71,6 +71,10 @@ class OutputError(LoratoolError):
     """An output exists already, cannot be written, or would overwrite its own input."""
 
 
+class AlreadyMergedError(LoratoolError):
+    """An adapter is in the weights already that it is to be merged into."""
+
+
 class NoChangeError(LoratoolError):
     """A merge would change nothing."""
 

@@ -33,7 +33,7 @@ def test_a_sum_that_the_stored_type_cannot_hold_is_refused_and_nothing_is_writte
 def test_the_largest_number_of_the_stored_type_is_not_refused(tmp_path: Path) -> None:
     base = model(tmp_path / "base", torch.float16, fill=65504.0)
     adapter = save_plain_adapter(tmp_path / "adapter", {"model.layers.0.q_proj": (64, 32)})
-    out = loratool.merge([(adapter, 1e-9)], into=base, out=tmp_path / "out").out
+    out = loratool.merge([(adapter, 1e-9)], into=base, out=tmp_path / "out", allow_no_op=True).out
     merged = load_file(out / "model.safetensors")["model.layers.0.q_proj.weight"]
     assert (merged == 65504.0).all()
 
@@ -41,7 +41,7 @@ def test_the_largest_number_of_the_stored_type_is_not_refused(tmp_path: Path) ->
 def test_a_base_that_holds_infinity_already_is_merged(tmp_path: Path) -> None:
     base = model(tmp_path / "base", torch.bfloat16, fill=float("inf"))
     adapter = save_plain_adapter(tmp_path / "adapter", {"model.layers.0.q_proj": (64, 32)})
-    out = loratool.merge([adapter], into=base, out=tmp_path / "out").out
+    out = loratool.merge([adapter], into=base, out=tmp_path / "out", allow_no_op=True).out
     assert load_file(out / "model.safetensors")["model.layers.0.q_proj.weight"].isinf().all()
 
 

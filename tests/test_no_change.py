@@ -203,7 +203,5 @@ def test_tensors_are_counted_by_the_bytes_that_changed(base: Path, adapter: Path
     assert (found["changed_tensors"], found["unchanged"]) == (len(changed), kept)
     assert loratool.verify(out).replayed == "base"
     for options in ({"quantize": "nf4"}, {"in_place": True}):
-        merged = loratool.merge(
-            [adapter], into=base, **{"out": None if "in_place" in options else tmp_path / "x"}, **options
-        )
+        merged = loratool.merge([adapter], into=base, out=None if "in_place" in options else tmp_path / "x", **options)
         assert list(merged.unchanged) == kept

@@ -36,7 +36,7 @@ from loratool.cli.rendering import (
 from loratool.library.torch_ahead import load_torch_ahead
 
 if TYPE_CHECKING:
-    from loratool.library.merge import MergeResult
+    from loratool.library.merge_result import MergeResult
     from loratool.merging.conversion import Conversion
 
 
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
 @verbose_option
 @force_option
 @any_base_option
+@click.option("--again", is_flag=True, help="Add once more what is in the base already.")
 @click.option("--allow-no-op", is_flag=True, help="Go on where an adapter or the whole merge changes nothing.")
 @device_option
 @alpha_option
@@ -101,6 +102,7 @@ def command(
     verbose: bool,
     force: bool,
     any_base: bool,
+    again: bool,
     allow_no_op: bool,
     device: str,
     alpha: float | None,
@@ -136,6 +138,7 @@ def command(
             undo=undo,
             force=force,
             any_base=any_base,
+            again=again,
             allow_no_op=allow_no_op,
             device=device,
             alpha=alpha,

@@ -64,6 +64,16 @@ def lineage_of(facts: Mapping[str, Any]) -> tuple[str, tuple[Parent, ...], dict[
     return lineage["operation"], parents, {k: v for k, v in lineage.items() if k not in {"operation", "parents"}}
 
 
+def parents_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sha256 of the adapters that one was made of, as its facts record it; what is no such record is passed over."""
+    lineage = facts.get("lineage")
+    parents = lineage.get("parents") if isinstance(lineage, Mapping) else None
+    if not isinstance(parents, list):
+        return ()
+    found = [str(parent.get("sha256")) for parent in parents if isinstance(parent, Mapping)]
+    return tuple(sorted(set(filter(_is_digest, found))))
+
+
 def _why_wrong(facts: Mapping[str, Any]) -> str | None:
     if _depth(facts) > DEEPEST:
         return f"it is nested more than {DEEPEST} deep"

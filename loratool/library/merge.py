@@ -9,10 +9,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from loratool.checkpoint.fingerprint import file_identity, fingerprint
 from loratool.checkpoint.journal import locked, refuse_links
@@ -22,8 +22,11 @@ from loratool.checkpoint.staging import refuse_existing, refuse_impossible, refu
 from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.finite import refuse_not_finite
+from loratool.library.already_merged import refuse_again
 from loratool.library.calibration import calibrated, calibration_text
-from loratool.library.no_change import refuse_no_change, refuse_unchanged, unchanged_notes
+from loratool.library.finished_before import finished_before
+from loratool.library.merge_result import MergeResult, Outcome
+from loratool.library.no_change import refuse_no_change, refuse_unchanged
 from loratool.library.owner import owner_of_all
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import (
@@ -41,8 +44,6 @@ from loratool.merging.arithmetic import choose_device
 from loratool.merging.conversion import CONFIG_NAME, ConversionPlan, Storage
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.plan_conversion import plan_conversion
-from loratool.merging.survival import LEAST_SHARE, Survival
-from loratool.merging.undo import UNDO_NAME
 from registry import MergedAdapter, Registry, RegistryError
 
 PathLike = str | os.PathLike[str]
@@ -53,91 +54,14 @@ START_SECONDS: Final = 2.0
 USUAL_BYTES_PER_SECOND: Final = 5e8
 """What a merge is expected to take where none was recorded: to start, and for each byte."""
 
-
-@dataclass(frozen=True, slots=True)
-class MergeResult:
-    """What a merge did, or with ``dry_run`` would do. Sizes in bytes.
-
-    Attributes:
-        out: the merged model's folder.
-        base, base_fingerprint: the base's name, and its fingerprint (None in a dry run that did not need it).
-        adapters: each adapter's reference, sha256 and weight.
-        output_fingerprint: of the merged model.
-        undo_file: what takes the merge out again, where it was kept.
-        plan: the matrices that change.
-        survival: of a merge into 4-bit matrices, what of the update the stored codes carry, in all.
-        survivals: the same of each matrix, by name.
-        unchanged: names of planned tensors that kept the base's bytes: their update is zero or was lost by rounding.
-        seconds: the time taken, or expected.
-        conversion: what is stored otherwise than in the base; None where nothing is.
-    """
-
-    out: Path
-    base: str
-    base_fingerprint: str | None
-    adapters: tuple[MergedAdapter, ...]
-    output_fingerprint: str | None
-    undo_file: Path | None
-    plan: MergePlan
-    notes: tuple[str, ...]
-    seconds: float
-    dry_run: bool
-    survival: Survival | None = None
-    survivals: Mapping[str, Survival] = field(default_factory=dict)
-    conversion: ConversionPlan | None = None
-    unchanged: tuple[str, ...] = ()
-
-    @property
-    def changed_tensors(self) -> int | None:
-        """How many planned tensors have other bytes than the base's; None in a dry run."""
-        return None if self.dry_run else len(self.plan.targets) - len(self.unchanged)
-
-    @property
-    def output_size_bytes(self) -> int:
-        """Bytes of tensors in the merged model."""
-        return self.plan.base.nbytes if self.conversion is None else self.conversion.layout.nbytes
-
-    def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
-        way = None if self.conversion is None else self.conversion.storage.way
-        return {
-            "out": str(self.out),
-            "base": self.base,
-            "base_fingerprint": self.base_fingerprint,
-            "adapters": [{"adapter": a.adapter, "sha256": a.sha256, "weight": a.weight} for a in self.adapters],
-            "output_fingerprint": self.output_fingerprint,
-            "undo_file": None if self.undo_file is None else str(self.undo_file),
-            "tensors": [
-                {
-                    "name": target.name,
-                    "update": [planned.update.kind for planned in target.updates],
-                    "codec": target.weight.storage,
-                    "shape": list(target.weight.shape),
-                    "size_bytes": target.nbytes,
-                    **({"survival": self.survivals[target.name].to_json()} if target.name in self.survivals else {}),
-                }
-                for target in self.plan.targets
-            ],
-            "survival": None if self.survival is None else self.survival.to_json(),
-            "changed_tensors": self.changed_tensors,
-            "unchanged": list(self.unchanged),
-            "touched_bytes": self.plan.touched_bytes,
-            "size_bytes": self.plan.base.nbytes,
-            "quantize": "nf4" if way == "quantize" else None,
-            "base_as": "nf4" if way == "base_as" else None,
-            "dequantize": way == "dequantize",
-            "output_size_bytes": self.output_size_bytes,
-            "seconds": round(self.seconds, 3),
-            "dry_run": self.dry_run,
-            "notes": list(self.notes),
-        }
+FINISHED: Final = "an earlier run had merged it and was interrupted before the catalogue knew; nothing was added twice"
 
 
 def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = None, *, out: PathLike | None = None,
           in_place: bool = False, quantize: str | None = None, base_as: str | None = None, dequantize: bool = False,
           calibrate: PathLike | None = None,
           dry_run: bool = False, undo: bool = False, force: bool = False, any_base: bool = False,
-          allow_no_op: bool = False, device: str = "auto",
+          again: bool = False, allow_no_op: bool = False, device: str = "auto",
           alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
@@ -157,6 +81,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         undo: keep an undo file in the new folder, so that the merge can be taken out when the base is gone.
         force: replace a merged model that loratool wrote before.
         any_base: merge into another base than an adapter records, or one that is not what was catalogued.
+        again: add the update of an adapter that is in the base's weights already once more.
         allow_no_op: go on where an adapter, or the whole merge, changes nothing.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own.
@@ -174,20 +99,25 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
     started = time.monotonic()
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
+    allowed = Allowed(force=force, any_base=any_base, again=again, no_op=allow_no_op)
     with open_registry(registry, read_only=True) as catalogue:
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
-        if into is None:
-            into = owner_of_all(resolved, catalogue)
-        base = resolve_base(into, catalogue, watcher, download=not (dry_run or in_place))
-        if in_place and base.headers is not None:
-            raise OutputError(
-                f"base {quoted(base.name)} is on the Hub, which nothing changes in place; merge with --out instead"
-            )
+        base = resolve_base(
+            owner_of_all(resolved, catalogue) if into is None else into,
+            catalogue,
+            watcher,
+            download=not (dry_run or in_place),
+        )
         weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
         refuse_no_text([base.path, *(found.adapter.file for found in resolved)])
+        if in_place:
+            _refuse_away(base)
+        else:
+            refuse_overlap(
+                _output(out, base, resolved, storage), [base.path, *(each.adapter.file for each in resolved)]
+            )
         target = base.path if in_place else _output(out, base, resolved, storage)
-        if not in_place:
-            refuse_overlap(target, [base.path, *(found.adapter.file for found in resolved)])
+        merged = tuple(_merged(found, each.weight) for found, each in zip(resolved, weighted, strict=True))
         with hold(base.path, exclusive=in_place and not dry_run):
             checkpoint = base.open()
             if in_place:
@@ -195,22 +125,17 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
             with base.explained():
                 plan = plan_merge(weighted, checkpoint)
             conversion = None if storage is None else plan_conversion(checkpoint, storage, plan)
-            for found in resolved if dry_run else ():  # a merge looks when it reads them
-                refuse_not_finite(found.adapter)
-            if device.startswith("cuda"):
-                choose_device(device)  # raises where there is none, before anything is copied
-            no_ops = refuse_no_change(weighted, allow=allow_no_op)
-            digests, notes = check_base(base, resolved, checkpoint, catalogue, watcher, any_base=any_base)
-            kind = OutputKind.MERGED_MODEL
-            existing = [] if in_place else refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
-            merged = tuple(_merged(found, each.weight) for found, each in zip(resolved, weighted, strict=True))
+            outcome = Outcome(target, base.name, merged, plan, conversion, in_place=in_place)
+            done = finished_before(checkpoint, weighted, catalogue, watcher) if in_place and not dry_run else None
+            if done is not None:
+                return _recorded(outcome.of(done, time.monotonic() - started, [FINISHED]), catalogue)
+            digests, notes = _check(base, resolved, plan, catalogue, watcher, allowed, device=device, dry_run=dry_run)
+            if not in_place:
+                kind = OutputKind.MERGED_MODEL
+                notes += refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
             if dry_run:
                 known = fingerprint(checkpoint.tensors, digests) if digests else None
-                seconds = _expected_seconds(plan, catalogue, in_place=in_place)
-                all_notes = (*notes, *no_ops, *plan.notes, *existing)
-                return MergeResult(
-                    target, base.name, known, merged, None, None, plan, all_notes, seconds, True, conversion=conversion
-                )
+                return outcome.expected(known, _expected_seconds(plan, catalogue, in_place=in_place), notes)
             identity = BaseIdentity(base.name, digests)
             with (
                 calibrated(plan, text, device, watcher) as plan,
@@ -220,9 +145,37 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
                 report = _apply(plan, conversion, target, identity, in_place=in_place, undo=undo or text is not None,
                                 device=device, force=force, check=check, watcher=watcher)  # fmt: skip
                 remember(report.base_digests)
-        seconds = time.monotonic() - started
-        result = _result(target, base, merged, report, plan, conversion, (*notes, *no_ops, *plan.notes), seconds)
-        return _recorded(result, catalogue, in_place=in_place)
+        return _recorded(outcome.of(report.manifest, time.monotonic() - started, notes), catalogue)
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a user said to go past: an earlier output, the base's fingerprint, a merge made before, one that does nothing."""
+
+    force: bool
+    any_base: bool
+    again: bool
+    no_op: bool
+
+
+def _check(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], plan: MergePlan, catalogue: Registry,
+           watcher: Progress, allowed: Allowed, *, device: str,
+           dry_run: bool) -> tuple[dict[str, str] | None, list[str]]:  # fmt: skip
+    """Check all that is not in the plan before anything is written: repeats, numbers, device, effect, base.
+
+    Returns the digests of the base's tensors, where its fingerprint matters, and notes.
+
+    Raises:
+        LoratoolError: says what is wrong.
+    """
+    repeats = refuse_again(adapters, plan.base, catalogue, watcher, again=allowed.again)
+    for found in adapters if dry_run else ():  # a merge looks when it reads them
+        refuse_not_finite(found.adapter)
+    if device.startswith("cuda"):
+        choose_device(device)  # raises where there is none, before anything is copied
+    no_ops = refuse_no_change(plan.adapters, allow=allowed.no_op)
+    digests, notes = check_base(base, adapters, plan.base, catalogue, watcher, any_base=allowed.any_base)
+    return digests, [*notes, *repeats, *no_ops, *plan.notes]
 
 
 def _apply(plan: MergePlan, conversion: ConversionPlan | None, target: Path, identity: BaseIdentity, *, in_place: bool,
@@ -321,6 +274,14 @@ def refuse_or_note_existing(out: Path, kind: OutputKind, *, force: bool, dry_run
     return []
 
 
+def _refuse_away(base: ResolvedBase) -> None:
+    """Raise OutputError for a base that is on the Hub and not downloaded: there is nothing to change in place."""
+    if base.headers is not None:
+        raise OutputError(
+            f"base {quoted(base.name)} is on the Hub, which nothing changes in place; merge with --out instead"
+        )
+
+
 def _refuse_in_place(checkpoint: Checkpoint) -> None:
     if not checkpoint.path.is_dir():
         raise OutputError(f"{quoted(checkpoint.path)} is a single file; only a model's own folder can change in place")
@@ -349,43 +310,12 @@ def _merged(found: ResolvedAdapter, weight: float) -> MergedAdapter:
     return MergedAdapter(adapter=found.reference, sha256=found.adapter.sha256, weight=weight)
 
 
-def _result(out: Path, base: ResolvedBase, merged: tuple[MergedAdapter, ...], report: MergeReport, plan: MergePlan,
-            conversion: ConversionPlan | None, notes: tuple[str, ...], seconds: float) -> MergeResult:  # fmt: skip
-    manifest = report.manifest
-    undo_file = None if manifest.undo is None else out / manifest.undo / UNDO_NAME
-    return MergeResult(
-        out=out,
-        base=base.name,
-        base_fingerprint=manifest.base_fingerprint,
-        adapters=merged,
-        output_fingerprint=manifest.fingerprint,
-        undo_file=undo_file,
-        plan=plan,
-        notes=(*notes, *unchanged_notes(manifest.unchanged, plan), *_survival_notes(manifest.survival_of_all)),
-        seconds=seconds,
-        dry_run=False,
-        survival=manifest.survival_of_all,
-        survivals=manifest.survival,
-        conversion=conversion,
-        unchanged=manifest.unchanged,
-    )
-
-
-def _survival_notes(survival: Survival | None) -> tuple[str, ...]:
-    if survival is None or survival.share >= LEAST_SHARE:
-        return ()
-    return (
-        f"only {survival.share:.0%} of the update is left in the 4-bit weights; merge into the full-precision base with "
-        "--out instead, or keep the adapter beside the model",
-    )
-
-
-def _recorded(result: MergeResult, catalogue: Registry, *, in_place: bool) -> MergeResult:
+def _recorded(result: MergeResult, catalogue: Registry) -> MergeResult:
     """The result, once the catalogue knows of it. The model is written by now: a catalogue that is busy, full or somebody
     else's is a note."""
     try:
         with catalogue.for_writing() as writable:
-            _record(result, writable, in_place=in_place)
+            _record(result, writable)
     except RegistryError as error:
         return replace(
             result, notes=(*result.notes, f"the merge is done but the catalogue does not know of it: {error}")
@@ -393,19 +323,19 @@ def _recorded(result: MergeResult, catalogue: Registry, *, in_place: bool) -> Me
     return result
 
 
-def _record(result: MergeResult, catalogue: Registry, *, in_place: bool) -> None:
+def _record(result: MergeResult, catalogue: Registry) -> None:
     catalogue.merges.record(
         result.out.absolute(),
         base_fingerprint=str(result.base_fingerprint),
         merged=result.adapters,
         output_fingerprint=result.output_fingerprint,
         undo_file=None if result.undo_file is None else result.undo_file.absolute(),
-        in_place=in_place,
+        in_place=result.in_place,
         options={
             "seconds": result.seconds,
             **({} if result.conversion is None else result.conversion.storage.to_options()),
             **({} if result.survival is None else {"survival": result.survival.to_json()}),
-            "size_bytes": result.plan.touched_bytes if in_place else result.plan.base.nbytes,
+            "size_bytes": result.plan.touched_bytes if result.in_place else result.plan.base.nbytes,
         },
     )
 

@@ -22,8 +22,11 @@ from loratool.checkpoint.replica import Replica, replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.errors import CheckpointError, quoted
 from loratool.formats.adapter import sha256_of
+from loratool.formats.content import content_of
+from loratool.formats.facts import parents_of
 from loratool.formats.write import write_single_file
 from loratool.merging.arithmetic import Merge, choose_device
+from loratool.merging.contents import contents_of_base
 from loratool.merging.conversion import ConversionPlan
 from loratool.merging.convert import write_converted
 from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter
@@ -85,11 +88,12 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
     kind = OutputKind.MERGED_MODEL if plan.merge else OutputKind.QUANTIZED_MODEL
     with staged_folder(out, kind, force=force) as stage:
         converted = write_converted(plan, stage, device=device, known=base.digests or {}, progress=progress)
+        before = fingerprint(plan.base.tensors, converted.before)
         manifest = Manifest(
             kind="merge" if plan.merge else "quantization",
             base_name=base.name,
             base_path=str(plan.base.path.absolute()),
-            base_fingerprint=fingerprint(plan.base.tensors, converted.before),
+            base_fingerprint=before,
             fingerprint=fingerprint(plan.layout.tensors, converted.after),
             adapters=tuple(_merged_adapter(weighted) for weighted in plan.merge.adapters) if plan.merge else (),
             options=_conversion_options(plan, device),
@@ -98,6 +102,7 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
             tensors=converted.after,
             files=_file_digests(Checkpoint.open(stage)),
             unchanged=converted.unchanged,
+            earlier=contents_of_base(plan.base.folder, before),
             **_survival(converted.survival),
         )
         check(manifest)
@@ -170,10 +175,11 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         )
     before = digests | {name: pair.before for name, pair in changed.items()}
     after = digests | {name: pair.after for name, pair in changed.items()}
+    base_fingerprint = fingerprint(plan.base.tensors, before)
     manifest = Manifest(
         base_name=base.name,
         base_path=str(plan.base.path.absolute()),
-        base_fingerprint=fingerprint(plan.base.tensors, before),
+        base_fingerprint=base_fingerprint,
         fingerprint=fingerprint(plan.base.tensors, after),
         adapters=tuple(_merged_adapter(weighted) for weighted in plan.adapters),
         options={"device": _kind_of_device(device)}
@@ -187,6 +193,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
         in_place=in_place,
+        earlier=contents_of_base(plan.base.folder, base_fingerprint),
         unchanged=tuple(target.name for target in plan.targets if _is_unchanged(target, changed)),
         **_survival(survival),
     )
@@ -256,6 +263,8 @@ def _merged_adapter(weighted: WeightedAdapter) -> MergedAdapter:
         alpha=adapter.alpha,
         file=str(adapter.file.absolute()),
         scaling=adapter.scaling,
+        content=content_of(adapter),
+        parents=parents_of(adapter.facts),
     )
 
 

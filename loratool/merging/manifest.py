@@ -9,7 +9,7 @@ import base64
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,8 +39,9 @@ _UNDO: Final = re.compile(r"loratool-undo/[0-9a-f]{12}")
 class MergedAdapter:
     """One adapter of a merge. `file` is where it was read, or "".
 
-    `sha256` and the numbers that its configuration gives tell whether that is still it; `scaling` is None in manifests that
-    were written before it was kept.
+    `sha256` and the numbers that its configuration gives tell whether that is still it. `content` is the fingerprint of its
+    tensors, whatever file they lie in, and `parents` are the sha256 of the adapters that it was made of. `scaling` is None,
+    and `content` empty, in manifests that were written before they were kept.
     """
 
     name: str
@@ -51,6 +52,8 @@ class MergedAdapter:
     alpha: float
     file: str
     scaling: float | Mapping[str, float] | None = None
+    content: str = ""
+    parents: tuple[str, ...] = ()
 
     def restored(self, adapter: Adapter) -> Adapter:
         """`adapter`, which is this one as it was read again, at the rank at which it was merged."""
@@ -82,6 +85,7 @@ class Manifest:
         files: digest of every other file, by path relative to the folder.
         undo: folder of the undo file, relative; None where none was written.
         undo_adapters: sha256 of each adapter beside the undo file; empty where they were not recorded.
+        earlier: the adapters that were in the base already, through all that it was made by.
         previous: content of the manifest that the base had, where the base was itself merged. It is stored as
             base64 of Zstandard, because manifests within manifests would double in size with every merge.
         in_place: whether the base's own files were changed.
@@ -108,6 +112,7 @@ class Manifest:
     survival_of_all: Survival | None = None
     kind: str = "merge"
     unchanged: tuple[str, ...] = ()
+    earlier: tuple[MergedAdapter, ...] = ()
 
     @property
     def converted(self) -> bool:
@@ -124,6 +129,7 @@ class Manifest:
             self,
             base_path=base,
             adapters=tuple(replace(adapter, file="") for adapter in self.adapters),
+            earlier=tuple(replace(adapter, file="") for adapter in self.earlier),
             files={name: digest for name, digest in self.files.items() if name != "README.md"},
             undo=None,
             undo_adapters=(),
@@ -137,7 +143,8 @@ class Manifest:
             "kind": self.kind,
             "base": {"name": self.base_name, "path": self.base_path, "fingerprint": self.base_fingerprint},
             "fingerprint": self.fingerprint,
-            "adapters": [{key: getattr(adapter, key) for key in MergedAdapter.__slots__} for adapter in self.adapters],
+            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "earlier": [asdict(adapter) for adapter in self.earlier],
             "options": dict(self.options),
             "versions": dict(self.versions),
             "changed": {name: [digests.before, digests.after] for name, digests in self.changed.items()},
@@ -211,6 +218,7 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         survival_of_all=Survival.from_json(survival["all"]) if survival else None,
         kind=_text(value["kind"]),
         unchanged=tuple(_text(name) for name in value.get("unchanged", ())),
+        earlier=tuple(_adapter(entry) for entry in value.get("earlier", ())),
     )
 
 
@@ -224,6 +232,8 @@ def _adapter(entry: Mapping[str, Any]) -> MergedAdapter:
         alpha=float(entry["alpha"]),
         file=_text(entry["file"]),
         scaling=_scaling(entry.get("scaling")),
+        content=_digest(entry["content"]) if entry.get("content") else "",
+        parents=tuple(_digest(parent) for parent in entry.get("parents", ())),
     )
 
 

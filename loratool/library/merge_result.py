@@ -1,0 +1,154 @@
+"""What `loratool.merge` did, or would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loratool.library.no_change import unchanged_notes
+from loratool.merging.conversion import ConversionPlan
+from loratool.merging.manifest import Manifest
+from loratool.merging.plan import MergePlan
+from loratool.merging.survival import LEAST_SHARE, Survival
+from loratool.merging.undo import UNDO_NAME
+from registry import MergedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge did, or with ``dry_run`` would do. Sizes in bytes.
+
+    Attributes:
+        out: the merged model's folder.
+        base, base_fingerprint: the base's name, and its fingerprint (None in a dry run that did not need it).
+        adapters: each adapter's reference, sha256 and weight.
+        output_fingerprint: of the merged model.
+        undo_file: what takes the merge out again, where it was kept.
+        plan: the matrices that change.
+        survival: of a merge into 4-bit matrices, what of the update the stored codes carry, in all.
+        survivals: the same of each matrix, by name.
+        unchanged: names of planned tensors that kept the base's bytes: their update is zero or was lost by rounding.
+        seconds: the time taken, or expected.
+        conversion: what is stored otherwise than in the base; None where nothing is.
+    """
+
+    out: Path
+    base: str
+    base_fingerprint: str | None
+    adapters: tuple[MergedAdapter, ...]
+    output_fingerprint: str | None
+    undo_file: Path | None
+    plan: MergePlan
+    notes: tuple[str, ...]
+    seconds: float
+    dry_run: bool
+    survival: Survival | None = None
+    survivals: Mapping[str, Survival] = field(default_factory=dict)
+    conversion: ConversionPlan | None = None
+    unchanged: tuple[str, ...] = ()
+    in_place: bool = False
+
+    @property
+    def changed_tensors(self) -> int | None:
+        """How many planned tensors have other bytes than the base's; None in a dry run."""
+        return None if self.dry_run else len(self.plan.targets) - len(self.unchanged)
+
+    @property
+    def output_size_bytes(self) -> int:
+        """Bytes of tensors in the merged model."""
+        return self.plan.base.nbytes if self.conversion is None else self.conversion.layout.nbytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        way = None if self.conversion is None else self.conversion.storage.way
+        return {
+            "out": str(self.out),
+            "base": self.base,
+            "base_fingerprint": self.base_fingerprint,
+            "adapters": [{"adapter": a.adapter, "sha256": a.sha256, "weight": a.weight} for a in self.adapters],
+            "output_fingerprint": self.output_fingerprint,
+            "undo_file": None if self.undo_file is None else str(self.undo_file),
+            "tensors": [
+                {
+                    "name": target.name,
+                    "update": [planned.update.kind for planned in target.updates],
+                    "codec": target.weight.storage,
+                    "shape": list(target.weight.shape),
+                    "size_bytes": target.nbytes,
+                    **({"survival": self.survivals[target.name].to_json()} if target.name in self.survivals else {}),
+                }
+                for target in self.plan.targets
+            ],
+            "survival": None if self.survival is None else self.survival.to_json(),
+            "changed_tensors": self.changed_tensors,
+            "unchanged": list(self.unchanged),
+            "touched_bytes": self.plan.touched_bytes,
+            "size_bytes": self.plan.base.nbytes,
+            "quantize": "nf4" if way == "quantize" else None,
+            "base_as": "nf4" if way == "base_as" else None,
+            "dequantize": way == "dequantize",
+            "output_size_bytes": self.output_size_bytes,
+            "seconds": round(self.seconds, 3),
+            "dry_run": self.dry_run,
+            "notes": list(self.notes),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What is known of a merge's result before it is made."""
+
+    out: Path
+    base: str
+    adapters: tuple[MergedAdapter, ...]
+    plan: MergePlan
+    conversion: ConversionPlan | None
+    in_place: bool
+
+    def of(self, manifest: Manifest, seconds: float, notes: Sequence[str]) -> MergeResult:
+        """The result that the manifest describes."""
+        return MergeResult(
+            out=self.out,
+            base=self.base,
+            base_fingerprint=manifest.base_fingerprint,
+            adapters=self.adapters,
+            output_fingerprint=manifest.fingerprint,
+            undo_file=None if manifest.undo is None else self.out / manifest.undo / UNDO_NAME,
+            plan=self.plan,
+            notes=(*notes, *unchanged_notes(manifest.unchanged, self.plan), *_survival_notes(manifest.survival_of_all)),
+            seconds=seconds,
+            dry_run=False,
+            in_place=self.in_place,
+            survival=manifest.survival_of_all,
+            survivals=manifest.survival,
+            conversion=self.conversion,
+            unchanged=manifest.unchanged,
+        )
+
+    def expected(self, base_fingerprint: str | None, seconds: float, notes: Sequence[str]) -> MergeResult:
+        """The result of a dry run."""
+        return MergeResult(
+            out=self.out,
+            base=self.base,
+            base_fingerprint=base_fingerprint,
+            adapters=self.adapters,
+            output_fingerprint=None,
+            undo_file=None,
+            plan=self.plan,
+            notes=tuple(notes),
+            seconds=seconds,
+            dry_run=True,
+            in_place=self.in_place,
+            conversion=self.conversion,
+        )
+
+
+def _survival_notes(survival: Survival | None) -> tuple[str, ...]:
+    if survival is None or survival.share >= LEAST_SHARE:
+        return ()
+    return (
+        f"only {survival.share:.0%} of the update is left in the 4-bit weights; merge into the full-precision base with "
+        "--out instead, or keep the adapter beside the model",
+    )
