@@ -635,12 +635,12 @@ def test_tensor_names_are_printed_without_their_control_characters(
 def as_hub_snapshot(base: Path, folder: Path) -> Path:
     """The model as the Hub's cache holds it: every file a link to a blob."""
     blobs = folder / "blobs"
-    snapshot = folder / "snapshots" / "abc"
+    snapshot = folder / "snapshots" / ("ab" * 20)
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, file in enumerate(sorted(base.iterdir())):
-        shutil.copyfile(file, blobs / str(number))
-        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+        shutil.copyfile(file, blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064x}")
     return snapshot
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+from loratool.checkpoint.file_role import PICKLE_SUFFIXES, FileRole, role_of
 from loratool.checkpoint.header import JOURNAL, Header, TensorInfo, read_header
 from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.errors import CheckpointError, NotFoundError, quoted
@@ -20,11 +21,6 @@ INDEX_SUFFIX: Final = ".safetensors.index.json"
 
 BOOKKEEPING: Final = frozenset({".git", ".cache", JOURNAL})
 """Folders in which download tools, and loratool, keep their own state; they are no part of a model."""
-
-UNDO_FOLDER: Final = "loratool-undo"
-"""Folder, in a merged model, of the undo files and their adapters."""
-
-PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
 @dataclass(frozen=True)
@@ -171,9 +167,11 @@ def choose_weights(names: Collection[str], folder: Path | str) -> str:
     Raises:
         CheckpointError: none does, or several do; `folder` is what to call it.
     """
-    for name in (WEIGHTS_NAME, "model" + INDEX_SUFFIX):
-        if name in names:
-            return name
+    for preferred in (WEIGHTS_NAME, "model" + INDEX_SUFFIX):
+        if preferred in names:
+            return preferred
+    # What is an adapter's is no model's, unless there is nothing else: then whoever opens it says so.
+    names = [name for name in names if role_of(name) is not FileRole.ADAPTER] or names
     indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIX))
     files = sorted(name for name in names if name.endswith(".safetensors"))
     if len(indexes) == 1:

@@ -21,6 +21,8 @@ from loratool.errors import CheckpointError, quoted
 OWN_FILE: Final = "loratool.json"
 OWN_METADATA: Final = "loratool"
 UNDO_FOLDER: Final = "loratool-undo"
+"""Folder, in a merged model, of the undo files and their adapters."""
+
 ADAPTER_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 WEIGHT_SUFFIXES: Final = (".safetensors", ".safetensors.index.json")
 

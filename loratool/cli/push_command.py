@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import alpha_option, example, json_option
+from loratool.cli.options import PathType, alpha_option, example, json_option
 from loratool.cli.rendering import ProgressBar, counted, print_facts, print_json, print_notes, shown, size
 from loratool.cli.table import print_table
 
@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 @click.argument("adapter", required=False)
 @click.argument("repository", metavar="[REPO]", required=False)
 @click.option("--merged", is_flag=True, help="Push a merged or quantized model: ADAPTER is its folder or name.")
+@click.option(
+    "--file",
+    "files",
+    multiple=True,
+    type=PathType(),
+    metavar="FILE",
+    help="With --merged: send a file that you added, too.",
+)
+@click.option("--all-files", is_flag=True, help="With --merged: send all files that you added.")
 @click.option("--private", is_flag=True, help="Make the repository private, where it is made.")
 @click.option("--create-pr", is_flag=True, help="Propose it in a pull request.")
 @click.option("--revision", metavar="R", help="The branch; it is made where it is missing.")
@@ -43,6 +52,8 @@ def command(
     adapter: str | None,
     repository: str | None,
     merged: bool,
+    files: tuple[str, ...],
+    all_files: bool,
     private: bool,
     create_pr: bool,
     revision: str | None,
@@ -83,6 +94,8 @@ def command(
             adapter,
             repository,
             merged=merged,
+            files=files,
+            all_files=all_files,
             private=private,
             create_pr=create_pr,
             revision=revision,

@@ -48,6 +48,10 @@ def command(registry: str | None, merged: str, as_json: bool) -> None:
                 "content",
                 f"{counted(result.tensors, 'tensor')} and {counted(result.files, 'file')}, as the manifest says",
             ),
+            (
+                "edited",
+                ", ".join(result.edited) + ", which decide nothing of what it computes" if result.edited else "",
+            ),
             ("survived", survived(**result.survival.to_json()) if result.survival else ""),
             ("least", _least(result)),
             ("replay", WORDS.get(result.replayed, "")),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.checkpoint.model import PICKLE_SUFFIXES
+from loratool.checkpoint.file_role import PICKLE_SUFFIXES
 from loratool.errors import AdapterError, HubError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import CONFIG_NAME, FACTS_NAME, SINGLE_FILE_SUFFIXES, WEIGHTS_NAME

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from loratool.checkpoint.file_role import FileRole, role_of
 from loratool.checkpoint.fingerprint import file_identity, fingerprint
+from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.journal import locked, refuse_links
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.output_kind import OutputKind
@@ -129,7 +131,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
             done = finished_before(checkpoint, weighted, catalogue, watcher) if in_place and not dry_run else None
             if done is not None:
                 return _recorded(outcome.of(done, time.monotonic() - started, [FINISHED]), catalogue)
-            digests, notes = _check(base, resolved, plan, catalogue, watcher, allowed, device=device, dry_run=dry_run)
+            digests, notes = _check(base, resolved, plan, catalogue, watcher, allowed, device=device,
+                                    in_place=in_place, dry_run=dry_run)  # fmt: skip
             if not in_place:
                 kind = OutputKind.MERGED_MODEL
                 notes += refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
@@ -159,7 +162,7 @@ class Allowed:
 
 
 def _check(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], plan: MergePlan, catalogue: Registry,
-           watcher: Progress, allowed: Allowed, *, device: str,
+           watcher: Progress, allowed: Allowed, *, device: str, in_place: bool,
            dry_run: bool) -> tuple[dict[str, str] | None, list[str]]:  # fmt: skip
     """Check all that is not in the plan before anything is written: repeats, numbers, device, effect, base.
 
@@ -175,7 +178,8 @@ def _check(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], plan: MergeP
         choose_device(device)  # raises where there is none, before anything is copied
     no_ops = refuse_no_change(plan.adapters, allow=allowed.no_op)
     digests, notes = check_base(base, adapters, plan.base, catalogue, watcher, any_base=allowed.any_base)
-    return digests, [*notes, *repeats, *no_ops, *plan.notes]
+    left_out = () if in_place else inherited_files(plan.base).notes
+    return digests, [*notes, *repeats, *no_ops, *plan.notes, *left_out]
 
 
 def _apply(plan: MergePlan, conversion: ConversionPlan | None, target: Path, identity: BaseIdentity, *, in_place: bool,
@@ -286,6 +290,12 @@ def _refuse_in_place(checkpoint: Checkpoint) -> None:
     if not checkpoint.path.is_dir():
         raise OutputError(f"{quoted(checkpoint.path)} is a single file; only a model's own folder can change in place")
     refuse_links(checkpoint.path, [header.file for header in checkpoint.headers])
+    adapter = next((name for name in checkpoint.other_files() if role_of(name) is FileRole.ADAPTER), None)
+    if adapter is not None:
+        raise OutputError(
+            f"{quoted(checkpoint.path)} holds {quoted(adapter)} too, an adapter that transformers would put on top of what is "
+            "merged; move it to a folder of its own, or merge with --out"
+        )
 
 
 def hold(path: Path, *, exclusive: bool) -> AbstractContextManager[None]:

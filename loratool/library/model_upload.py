@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
-from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint, has_file
-from loratool.errors import CheckpointError, VerificationError, quoted
+from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
+from loratool.checkpoint.model import Checkpoint
+from loratool.errors import VerificationError, quoted
 from loratool.hub.card import task_of
 from loratool.hub.model_card import Ingredient, ModelCard
 from loratool.hub.push import Content, Remote, is_public
 from loratool.hub.readme import README, renewed
 from loratool.library.merge import hold
+from loratool.library.model_files import choose_files
 from loratool.library.progress import Progress
 from loratool.library.resolve import digest_cache, resolve_merged
 from loratool.library.upload import Upload, Wishes, hub_base
@@ -49,11 +52,11 @@ def open_model(name: str, catalogue: Registry, watcher: Progress) -> MergedModel
     return MergedModel(path, checkpoint, manifest)
 
 
-def prepare_model(model: MergedModel, catalogue: Registry, remote: Remote, wishes: Wishes) -> Upload:
-    """The files of the model as they are to be on the Hub, with its card.
+def prepare_model(model: MergedModel, catalogue: Registry, remote: Remote, wishes: Wishes, *,
+                  files: Sequence[str | os.PathLike[str]] = (), all_files: bool = False) -> Upload:  # fmt: skip
+    """The files of the model as they are to be on the Hub (`choose_files`), with its card.
 
-    The undo file stays here: it holds the adapters themselves. What else lies in the folder without being of the model
-    stays here, too.
+    The manifest there records the files as they are sent.
 
     Raises:
         LoratoolError: the Hub id of its base is not known, a file is missing, or the README there is broken.
@@ -86,50 +89,16 @@ def prepare_model(model: MergedModel, catalogue: Registry, remote: Remote, wishe
         license=wishes.license,
     )
     text = renewed(remote.readme, card.name, card.front_matter(), card.body())
+    chosen = choose_files(model.checkpoint, manifest, files, all_files=all_files)
+    weights = {header.file.name for header in model.checkpoint.headers}
+    beside = {name: file_digest(model.path / name) for name in chosen.names if name not in weights}
+    elsewhere = manifest.for_others(base or manifest.base_name, beside)
     contents = [
-        *_model_files(model),
-        Content(MANIFEST_NAME, manifest.for_others(base or manifest.base_name).to_json().encode()),
+        *(Content(name, model.path / name) for name in chosen.names),
+        Content(MANIFEST_NAME, elsewhere.to_json().encode()),
         Content(README, text.encode()),
     ]
-    return Upload(str(model.path), None, tuple(sorted(contents, key=lambda each: each.path)), (*notes, *_left(model)))
-
-
-def _model_files(model: MergedModel) -> list[Content]:
-    """The weights, and every other file that the manifest lists."""
-    checkpoint, folder = model.checkpoint, model.path
-    names = {header.file.name for header in checkpoint.headers} | set(model.manifest.files) - {README}
-    found = []
-    for name in sorted(names):
-        file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not has_file(file):
-            raise CheckpointError(
-                f"the file {quoted(name)}, which the manifest lists, is not in {quoted(folder)}; merge again"
-            )
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(
-                f"{quoted(file)} is a link that leaves its folder; put the file itself there to push it"
-            )
-        found.append(Content(name, file))
-    return found
-
-
-def _left(model: MergedModel) -> list[str]:
-    """Notes on what lies in the folder and is not pushed."""
-    others = [str(name) for name in model.checkpoint.other_files()]
-    undo = [name for name in others if name.startswith(f"{UNDO_FOLDER}/")]
-    known = {*model.manifest.files, *undo, MANIFEST_NAME, README}
-    more = [name for name in others if name not in known]
-    notes = []
-    if undo:
-        notes.append(
-            f"the undo file stays here ({UNDO_FOLDER}/): it holds the adapters; whoever has the base can do without it"
-        )
-    if more:
-        notes.append(
-            f"{quoted(more[0])} is no part of the model and stays here"
-            + (f", as do {len(more) - 1} others" if more[1:] else "")
-        )
-    return notes
+    return Upload(str(model.path), None, tuple(sorted(contents, key=lambda each: each.path)), (*notes, *chosen.notes))
 
 
 def _public_url(sha256: str, catalogue: Registry, wishes: Wishes) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,6 +101,7 @@ class PushResult:
 
 
 def push(adapter: str | os.PathLike[str] | None = None, repository: str | None = None, *, merged: bool = False,
+         files: Sequence[str | os.PathLike[str]] = (), all_files: bool = False,
          private: bool = False, create_pr: bool = False, revision: str | None = None, message: str | None = None,
          license: str | None = None, base_model: str | None = None, alpha: float | None = None,  # noqa: A002
          dry_run: bool = False, confirm: Confirm | None = None, progress: Progress | None = None,
@@ -115,6 +116,8 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
             catalogued name, of a model that loratool merged or quantized.
         repository: ``owner/name``, or ``name`` for the user's own; by default the adapter's name.
         merged: push a merged model instead of an adapter.
+        files: with `merged`, files that were put into its folder since, which go along: paths, or names in the folder.
+        all_files: with `merged`, all of these.
         private: make the repository private where it is made.
         create_pr: propose the files in a pull request.
         revision: the branch; it is made where it is missing.
@@ -136,6 +139,8 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         raise LoratoolError("the commit message is empty; say something with --message, or leave it out")
     if merged and alpha is not None:
         raise LoratoolError("--alpha is for an adapter, and --merged pushes a model; leave one of them out")
+    if not merged and (files or all_files):
+        raise LoratoolError("--file and --all-files are for the folder of a merged model; give --merged as well")
     if not dry_run:
         refuse_offline(COMMAND)
         refuse_anonymous(COMMAND)
@@ -144,15 +149,15 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
     with open_registry(registry, read_only=True) as catalogue, TemporaryDirectory(prefix="loratool-") as scratch:
         remote, upload = _prepare(
             adapter, repository, revision, catalogue, Path(scratch), merged=merged, alpha=alpha,
-            wishes=Wishes(license, base_model, online), watcher=progress or Silent(),
+            files=files, all_files=all_files, wishes=Wishes(license, base_model, online), watcher=progress or Silent(),
         )  # fmt: skip
         _refuse_impossible(remote, private=private, create_pr=create_pr)
         refuse_mixed(remote, upload.contents, merged=merged)
         if online:
             check_card(upload.card)
         refuse_token(upload.contents)
-        files = tuple(PushedFile(each.path, each.size, remote.state_of(each)) for each in upload.contents)
-        differs = remote.head is None or any(each.state != "same" for each in files)
+        pushed = tuple(PushedFile(each.path, each.size, remote.state_of(each)) for each in upload.contents)
+        differs = remote.head is None or any(each.state != "same" for each in pushed)
         sent = None
         if differs and not dry_run:
             sent = _send(upload, remote, message, private=private, create_pr=create_pr, confirm=confirm)
@@ -170,7 +175,7 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         pull_request=sent.pull_request if sent else None,
         created=not remote.exists and sent is not None,
         private=remote.private if remote.exists else private,
-        files=files,
+        files=pushed,
         card=upload.card,
         notes=tuple(notes),
         sent=sent is not None and sent.is_new,
@@ -179,13 +184,13 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
 
 
 def _prepare(adapter: str | os.PathLike[str] | None, repository: str | None, revision: str | None, catalogue: Registry,
-             scratch: Path, *, merged: bool, alpha: float | None, wishes: Wishes,
-             watcher: Progress) -> tuple[Remote, Upload]:  # fmt: skip
+             scratch: Path, *, merged: bool, alpha: float | None, files: Sequence[str | os.PathLike[str]],
+             all_files: bool, wishes: Wishes, watcher: Progress) -> tuple[Remote, Upload]:  # fmt: skip
     """What is in the repository that is meant, and what is to be in it."""
     if merged:
         model = open_model(os.fspath(adapter or ""), catalogue, watcher)
         remote = _look(repository, model.path.resolve().name, revision, online=wishes.online)
-        return remote, prepare_model(model, catalogue, remote, wishes)
+        return remote, prepare_model(model, catalogue, remote, wishes, files=files, all_files=all_files)
     name = _newest(catalogue) if adapter is None else os.fspath(adapter)
     _refuse_repository(name, repository)
     found = resolve_adapter(name, catalogue, alpha)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_no_text
 from loratool.errors import LoratoolError, quoted
@@ -120,11 +121,10 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
                 existing = refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
             if dry_run:
                 seconds = time.monotonic() - started
-                return QuantizeResult(
-                    target, name, source.name, None, None, plan, tuple(existing), seconds, dry_run=True
-                )
+                notes = (*inherited_files(checkpoint).notes, *existing)
+                return QuantizeResult(target, name, source.name, None, None, plan, notes, seconds, dry_run=True)
             watcher.begin("quantizing", plan.read_bytes)
-            checked: list[str] = []
+            checked = list(inherited_files(checkpoint).notes)
             with remembered(checkpoint, unless=bool(digests)) as remember:
                 report = apply_conversion(
                     plan,

@@ -71,7 +71,9 @@ class UnmergeResult:
 class VerifyResult:
     """What was verified of a merged model. `replayed` is ``base``, ``undo``, or "" where neither was at hand.
 
-    `survival` and, by matrix, `survivals` are what the merge into 4-bit matrices measured.
+    `files` beside the weights are as the manifest records them. `edited` are those that a user may change, such as a card or
+    a chat template, and did; `added` were put into the folder since. `survival` and, by matrix, `survivals` are what the
+    merge into 4-bit matrices measured.
     """
 
     path: Path
@@ -82,6 +84,8 @@ class VerifyResult:
     notes: tuple[str, ...]
     survival: Survival | None = None
     survivals: Mapping[str, Survival] = field(default_factory=dict)
+    edited: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
@@ -92,6 +96,8 @@ class VerifyResult:
             "output_fingerprint": self.fingerprint,
             "tensors": self.tensors,
             "files": self.files,
+            "edited": list(self.edited),
+            "added": list(self.added),
             "replayed": self.replayed,
             "notes": list(self.notes),
         }
@@ -213,17 +219,19 @@ def verify(
             manifest = read_manifest(path, KINDS)
             checkpoint = Checkpoint.open(path)
             watcher.begin("comparing with the manifest", checkpoint.nbytes)
-            files, extra = verify_content(checkpoint, manifest, progress=watcher.advance)
+            content = verify_content(checkpoint, manifest, progress=watcher.advance)
             replayed, notes = _replay(checkpoint, manifest, catalogue, watcher)
     return VerifyResult(
         path,
         manifest.fingerprint,
         len(manifest.tensors),
-        files,
+        content.files,
         replayed,
-        (*extra, *notes),
+        (*(f"the file {quoted(name)} was added after the merge" for name in content.added), *notes),
         manifest.survival_of_all,
         manifest.survival,
+        content.edited,
+        content.added,
     )
 
 

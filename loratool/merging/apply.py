@@ -15,9 +15,10 @@ from blake3 import blake3
 
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tensor
 from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.journal import Journal
-from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint
-from loratool.checkpoint.output_kind import OutputKind
+from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.output_kind import UNDO_FOLDER, OutputKind
 from loratool.checkpoint.replica import Replica, replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.errors import CheckpointError, quoted
@@ -66,11 +67,11 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
         OutputError: `out` exists, or cannot be written.
         CheckpointError, AdapterError: a file changed or is damaged; nothing is written then.
     """
-    others = [name for name in plan.base.other_files() if str(name) != MANIFEST_NAME]
+    others = inherited_files(plan.base).files
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(plan.base, stage, plan.touched, others, progress) as copy:
             places = places_in(copy, plan.base, plan.touched)
-            report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, ())
+            report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, (), others)
         check(report.manifest)
         (stage / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
     return report
@@ -88,7 +89,7 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
     kind = OutputKind.MERGED_MODEL if plan.merge else OutputKind.QUANTIZED_MODEL
     with staged_folder(out, kind, force=force) as stage:
         converted = write_converted(plan, stage, device=device, known=base.digests or {}, progress=progress)
-        before = fingerprint(plan.base.tensors, converted.before)
+        before, written = fingerprint(plan.base.tensors, converted.before), Checkpoint.open(stage)
         manifest = Manifest(
             kind="merge" if plan.merge else "quantization",
             base_name=base.name,
@@ -100,7 +101,7 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
             versions=_versions(),
             changed={},
             tensors=converted.after,
-            files=_file_digests(Checkpoint.open(stage)),
+            files=_file_digests(written, written.other_files()),
             unchanged=converted.unchanged,
             earlier=contents_of_base(plan.base.folder, before),
             **_survival(converted.survival),
@@ -124,7 +125,10 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
     """
     with Journal(plan.base.folder) as journal:
         places = reserve(journal, plan.targets)
-        report = _merge(plan, places, journal.new, base, device, True, progress, (), journal.ahead(), in_place=True)
+        others = tuple(plan.base.other_files())
+        report = _merge(
+            plan, places, journal.new, base, device, True, progress, (), journal.ahead(), others, in_place=True
+        )
         check(report.manifest)
         (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
         journal.commit()
@@ -147,7 +151,7 @@ def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:
 
 
 def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: BaseIdentity, device: str, undo: bool,
-           progress: Progress, beside: Iterable[Job], ahead: Iterable[Job], *,
+           progress: Progress, beside: Iterable[Job], ahead: Iterable[Job], others: Iterable[Path], *,
            in_place: bool = False) -> MergeReport:  # fmt: skip
     """Stream the targets to their places; put the undo, if asked for, into `folder`; describe all in a manifest."""
     known = base.digests or {}
@@ -188,7 +192,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         versions=_versions(),
         changed=changed,
         tensors=after,
-        files=_file_digests(plan.base),
+        files=_file_digests(plan.base, others),
         undo=undo_folder,
         undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
@@ -284,9 +288,9 @@ def _previous_manifest(base: Checkpoint) -> bytes | None:
     return content
 
 
-def _file_digests(base: Checkpoint) -> dict[str, str]:
-    """BLAKE3 of the model's other files; the base's own manifest is kept whole instead."""
-    return {str(name): file_digest(base.folder / name) for name in base.other_files() if str(name) != MANIFEST_NAME}
+def _file_digests(model: Checkpoint, names: Iterable[Path]) -> dict[str, str]:
+    """BLAKE3 of these other files of a model; a base's own manifest is kept whole instead."""
+    return {str(name): file_digest(model.folder / name) for name in names if str(name) != MANIFEST_NAME}
 
 
 def _hash_into(digests: dict[str, str], info: TensorInfo) -> None:

@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
+from loratool.checkpoint.file_role import FileRole, role_of
 from loratool.checkpoint.header import TensorInfo, nbytes
+from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.layout import Layout, NewTensor, plan_layout
-from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint
-from loratool.merging.manifest import MANIFEST_NAME
+from loratool.checkpoint.model import Checkpoint
 from loratool.merging.plan import MergePlan, Target
 from loratool.weights.dense import DenseWeight
 from loratool.weights.four_bit import FourBitWeight
@@ -183,11 +184,11 @@ class ConversionPlan:
     def others(self) -> list[Path]:
         """The base's other files that come along as they are: paths relative to its folder."""
         anew = {
-            MANIFEST_NAME,
             "" if self.config is None else CONFIG_NAME,
             "" if self.base.index is None else self.base.index.name,
         }
-        return [name for name in self.base.other_files() if str(name) not in anew and name.parts[0] != UNDO_FOLDER]
+        files = inherited_files(self.base).files
+        return [name for name in files if str(name) not in anew and role_of(name) is not FileRole.OWN]
 
     @property
     def read_bytes(self) -> int:

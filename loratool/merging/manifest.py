@@ -119,10 +119,11 @@ class Manifest:
         """Whether the model is stored otherwise than its base, so that no tensor of the one need be in the other."""
         return not CONVERSIONS.isdisjoint(self.options)
 
-    def for_others(self, base: str) -> Manifest:
+    def for_others(self, base: str, files: Mapping[str, str] | None = None) -> Manifest:
         """The manifest of a copy that leaves this machine: no folder of it is named, and no undo file comes along.
 
-        `base` is what the base is called elsewhere. The README, which is another there, is in no record.
+        `base` is what the base is called elsewhere, and `files` are the digests of the other files as they go along. The
+        README, which is another there, is in no record.
         """
         earlier = self.previous and parse_manifest(self.previous, Path(MANIFEST_NAME), KINDS)
         return replace(
@@ -130,7 +131,7 @@ class Manifest:
             base_path=base,
             adapters=tuple(replace(adapter, file="") for adapter in self.adapters),
             earlier=tuple(replace(adapter, file="") for adapter in self.earlier),
-            files={name: digest for name, digest in self.files.items() if name != "README.md"},
+            files={name: digest for name, digest in (files or self.files).items() if name != "README.md"},
             undo=None,
             undo_adapters=(),
             previous=earlier.for_others(earlier.base_name).to_json().encode() if earlier else None,

@@ -13,8 +13,9 @@ from blake3 import blake3
 
 from loratool.architecture import Architecture, Orientation, architecture_of
 from loratool.checkpoint.dtypes import DENSE
+from loratool.checkpoint.file_role import holds_weights
 from loratool.checkpoint.header import TensorInfo
-from loratool.checkpoint.model import PICKLE_SUFFIXES, UNDO_FOLDER, Checkpoint
+from loratool.checkpoint.model import Checkpoint
 from loratool.errors import AdapterError, LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
@@ -25,8 +26,6 @@ from loratool.updates import Update
 from loratool.updates.replacement import Replacement
 from loratool.weights.storages import refuse_other_storage, stored_weight
 from loratool.weights.stored import StoredWeight
-
-OTHER_WEIGHTS: Final = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 HALVES: Final = {"weight": "bias", "bias": "weight"}
 
@@ -233,9 +232,7 @@ def _seed_of(seed: str, name: str) -> int:
 
 def _other_weights(base: Checkpoint) -> list[str]:
     """A note on weight files in the base's folder that are not its model's: they come along as they are."""
-    others = [
-        str(name) for name in base.other_files() if name.suffix in OTHER_WEIGHTS and UNDO_FOLDER not in name.parts
-    ]
+    others = [str(name) for name in base.other_files() if holds_weights(name)]
     if not others:
         return []
     return [

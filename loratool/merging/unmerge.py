@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.checkpoint.blocks import read_exactly, row_blocks
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tensor, tensor_digests
+from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.checkpoint.output_kind import OutputKind
@@ -156,7 +157,8 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
         OutputError: `out` exists, or cannot be written.
     """
     own = {MANIFEST_NAME} | ({manifest.undo} if manifest.undo else set())
-    others = [name for name in merged.other_files() if str(name) not in own and str(name.parent) not in own]
+    inherited = inherited_files(merged)
+    others = [name for name in inherited.files if str(name) not in own and str(name.parent) not in own]
     touched = frozenset(manifest.changed)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(merged, stage, touched, others, progress) as copy:
@@ -171,12 +173,13 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
             (stage / MANIFEST_NAME).write_bytes(manifest.previous)
-    return _report(way, inexact, merged, manifest)
+    report = _report(way, inexact, merged, manifest)
+    return replace(report, notes=(*report.notes, *inherited.notes))
 
 
 def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool = False,
                  progress: Progress = lambda count: None) -> UnmergeReport:  # fmt: skip
-    """Write all that is in the folder of `base`, whose fingerprint is the manifest's, to the new folder `out`.
+    """Write the model in the folder of `base`, whose fingerprint is the manifest's, to the new folder `out`.
 
     It is the way back from a model that is stored otherwise than its base, which holds none of the base's bytes.
 
@@ -184,13 +187,15 @@ def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool
         RestoreError: the base changed while it was copied; nothing is written then.
         OutputError: `out` exists, or cannot be written.
     """
+    inherited = inherited_files(base)
+    own = [name for name in base.other_files() if str(name) == MANIFEST_NAME]
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
-        with replica(base, stage, (), list(base.other_files()), progress) as copy:
+        with replica(base, stage, (), [*inherited.files, *own], progress) as copy:
             in_threads(lambda job: job(), copy.copies, cpu_workers())
         copied = Checkpoint.open(stage)
         if fingerprint(copied.tensors, tensor_digests(copied)) != manifest.base_fingerprint:
             raise RestoreError(f"{quoted(base.path)} changed while it was copied; run again")
-    return UnmergeReport("base", (), ())
+    return UnmergeReport("base", (), inherited.notes)
 
 
 def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *,

@@ -6,44 +6,40 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
 
+from loratool.checkpoint.file_role import FileRole, may_be_loaded, role_of
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
-from loratool.checkpoint.model import UNDO_FOLDER, Checkpoint, has_file
+from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.errors import VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.merging.arithmetic import Merge, choose_device
 from loratool.merging.conversion import Storage
 from loratool.merging.convert import compute_converted
-from loratool.merging.manifest import MANIFEST_NAME, Manifest
-from loratool.merging.plan import OTHER_WEIGHTS, MergePlan, WeightedAdapter, plan_merge
+from loratool.merging.manifest import Manifest
+from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.plan_conversion import plan_conversion
 from loratool.merging.rewrite import Progress, rewrite
 from loratool.merging.unmerge import Restoration, check_restored
 
-LOADED_SUFFIXES: Final = OTHER_WEIGHTS | {".py"}
-"""Of files that a program may run when it loads the model, or take for its weights."""
-
 
 @dataclass(frozen=True, slots=True)
-class Verification:
-    """What was verified. `replayed` is ``base`` or ``undo``, or "" where neither was at hand."""
+class Content:
+    """What a model's folder holds beside its manifest: how many other files are as recorded, and which are not.
 
-    tensors: int
+    `edited` are files that a user may edit, changed or removed since; `added` those that no program would load.
+    """
+
     files: int
-    replayed: str
-    notes: tuple[str, ...]
+    edited: tuple[str, ...]
+    added: tuple[str, ...]
 
 
-def verify_content(merged: Checkpoint, manifest: Manifest,
-                   progress: Progress = lambda count: None) -> tuple[int, tuple[str, ...]]:  # fmt: skip
+def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = lambda count: None) -> Content:
     """Compare every tensor and every other file with its recorded digest.
 
-    Returns how many files were compared, and a note on each that was added since and that no program would load.
-
     Raises:
-        VerificationError: names the first tensor, or else the first file, that differs, is missing or is extra and of
-            the files that a program would load.
+        VerificationError: names the first tensor, or else the first file, that differs, is missing or is extra; of files
+            only those that decide how the model is loaded or what it computes.
     """
     for name in sorted(manifest.tensors.keys() ^ merged.tensors.keys()):
         what = "is missing from" if name in manifest.tensors else "is in no record of"
@@ -53,27 +49,33 @@ def verify_content(merged: Checkpoint, manifest: Manifest,
         _compare(name, digests[name], manifest.tensors[name], merged.path)
     if fingerprint(merged.tensors, digests) != manifest.fingerprint:
         raise VerificationError(f"the dtypes or shapes of {quoted(merged.path)} are not those of its manifest")
+    edited = []
     for name, recorded in sorted(manifest.files.items()):
         file = merged.folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not has_file(file):
+        is_here = ".." not in Path(name).parts and not Path(name).is_absolute() and has_file(file)
+        if role_of(name).is_editable:
+            if not is_here or file_digest(file) != recorded:
+                edited.append(name)
+            continue
+        if not is_here:
             raise VerificationError(f"the file {quoted(name)} is missing from {quoted(merged.path)}")
         _compare(name, file_digest(file), recorded, merged.path)
-    return len(manifest.files), _extra_files(merged, manifest)
+    return Content(len(manifest.files) - len(edited), tuple(edited), _added_files(merged, manifest))
 
 
-def _extra_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
-    """Notes on files that the merge did not leave in the folder."""
-    notes = []
+def _added_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
+    """Files that the merge did not leave in the folder."""
+    added = []
     for name in merged.other_files():
-        if str(name) in manifest.files or str(name) == MANIFEST_NAME or name.parts[0] == UNDO_FOLDER:
+        if str(name) in manifest.files or role_of(name) is FileRole.OWN:
             continue
-        if name.suffix.lower() in LOADED_SUFFIXES:
+        if may_be_loaded(name):
             raise VerificationError(
                 f"the file {quoted(name)} is in no record of {quoted(merged.path)}, and what loads the model may load it; "
                 "remove it"
             )
-        notes.append(f"the file {quoted(name)} was added after the merge")
-    return tuple(notes)
+        added.append(str(name))
+    return tuple(added)
 
 
 def replay(
