@@ -530,7 +530,7 @@ def test_json_of_adapters_has_the_catalogues_words(run: Run, base: Path, adapter
     assert summary.keys() == SUMMARY
     shown = run("show", "pirate", "--json").json()
     assert shown.keys() == RECORD | {
-        "catalogued", "parent", "parent_sha256", "versions", "ancestors", "descendants", "hub", "merges",
+        "catalogued", "changes_nothing", "parent", "parent_sha256", "versions", "ancestors", "descendants", "hub", "merges",
     }  # fmt: skip
     assert {key: shown[key] for key in SUMMARY} == summary
     assert (summary["rank"], summary["alpha"], summary["base"]) == (4, 8.0, "llama")
@@ -564,7 +564,7 @@ def test_json_of_a_merge_and_back(catalogued: Run, tmp_path: Path) -> None:
     keys = {
         "out", "base", "base_fingerprint", "adapters", "output_fingerprint", "undo_file", "tensors", "survival",
         "touched_bytes", "size_bytes", "output_size_bytes", "quantize", "base_as", "dequantize", "seconds", "dry_run",
-        "notes",
+        "notes", "changed_tensors", "unchanged",
     }  # fmt: skip
     assert merged.keys() == planned.keys() == keys
     assert merged["tensors"] == planned["tensors"]
@@ -572,7 +572,7 @@ def test_json_of_a_merge_and_back(catalogued: Run, tmp_path: Path) -> None:
     assert (merged["adapters"][0]["adapter"], merged["adapters"][0]["weight"]) == ("pirate@1", 0.5)
     verified = catalogued("verify", out, "--json").json()
     assert verified.keys() == {
-        "path", "output_fingerprint", "tensors", "files", "replayed", "survival", "survivals", "notes",
+        "path", "output_fingerprint", "tensors", "files", "replayed", "survival", "survivals", "notes", "edited", "added",
     }  # fmt: skip
     assert verified["output_fingerprint"] == merged["output_fingerprint"]
     back = catalogued("unmerge", out, "--json").json()

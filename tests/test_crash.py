@@ -124,7 +124,7 @@ def look(work: Path) -> None:
     import loratool
     from loratool.errors import NotFoundError
 
-    loratool.merge([work / "other"], into=work / "base", out=work / "nowhere", dry_run=True)
+    loratool.merge([work / "other"], into=work / "base", out=work / "nowhere", dry_run=True, again=True)
     try:
         loratool.verify(work / "base")
     except NotFoundError:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loratool.checkpoint.file_role import PICKLE_SUFFIXES
 from loratool.checkpoint.gguf import is_gguf, read_gguf_header
 from loratool.checkpoint.header import TensorInfo, read_header
 from loratool.checkpoint.json_text import parse_json, read_json_object
-from loratool.checkpoint.model import INDEX_SUFFIX, PICKLE_SUFFIXES, Checkpoint, read_index
+from loratool.checkpoint.model import INDEX_SUFFIX, Checkpoint, read_index
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import sha256_of
 from loratool.formats.adapter_names import (
