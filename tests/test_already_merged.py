@@ -17,6 +17,7 @@ import loratool
 from loratool.checkpoint import journal
 from loratool.errors import AlreadyMergedError
 from loratool.library import merge as merging
+from loratool.merging.contents import contents_of
 from loratool.merging.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def test_nor_with_another_weight(merged: Path, pirate: Path) -> None:
 
 def test_nor_through_other_merges(merged: Path, pirate: Path, terse: Path, tmp_path: Path) -> None:
     twice = loratool.merge([terse], into=merged, out=tmp_path / "twice").out
-    assert [entry.name for entry in read_manifest(twice).earlier] == ["pirate"]
+    assert [entry.name for entry in contents_of(read_manifest(twice))] == ["pirate", "terse"]
     for adapter in (pirate, terse):
         refused([adapter], twice)
     loratool.merge([terse], into=merged, in_place=True)
@@ -95,7 +96,7 @@ def test_taken_out_it_may_be_merged_again(base: Path, merged: Path, pirate: Path
 def test_again_adds_it_once_more(merged: Path, pirate: Path, tmp_path: Path) -> None:
     out = loratool.merge([pirate], into=merged, out=tmp_path / "out", again=True).out
     assert_same_tensors(stored_tensors(out), merged_once_rounded(stored_tensors(merged), [(pirate, 1.0)]))
-    assert [entry.name for entry in (*read_manifest(out).earlier, *read_manifest(out).adapters)] == ["pirate"] * 2
+    assert [entry.name for entry in contents_of(read_manifest(out))] == ["pirate"] * 2
     assert loratool.verify(out).replayed == "base"
 
 
@@ -166,7 +167,7 @@ def test_a_manifest_of_other_weights_is_not_believed(merged: Path, pirate: Path,
     save_file(tensors, merged / "model.safetensors", {"format": "pt"})
     result = loratool.merge([pirate], into=merged, out=tmp_path / "out")
     assert any("was changed since its loratool.json was written" in note for note in result.notes)
-    assert read_manifest(result.out).earlier == ()
+    assert [entry.name for entry in contents_of(read_manifest(result.out))] == ["pirate"]
 
 
 def test_a_single_file_of_a_merged_model_is_known_by_the_manifest_beside_it(merged: Path, pirate: Path) -> None:

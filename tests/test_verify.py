@@ -405,7 +405,7 @@ def test_a_hostile_manifest_is_refused_everywhere(what: str, merged: Callable[..
         assert digest(folder.parent) == before
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "x" * 300, "a\0b", "a/" * 2000, "\ud800", ""])
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "x" * 300, "a\0b", "a/" * 3000, "\ud800", ""])
 def test_files_that_the_manifest_names_elsewhere_are_never_looked_at(name: str, merged: Callable[..., Path]) -> None:
     folder = merged(undo=True)
     (folder.parent / "outside").write_text("x")

@@ -19,6 +19,10 @@ from loratool.errors import CheckpointError, NotFoundError, quoted
 WEIGHTS_NAME: Final = "model.safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 
+NAME_BYTES: Final = 255
+PATH_BYTES: Final = 4096
+"""The longest name and path (Linux)."""
+
 BOOKKEEPING: Final = frozenset({".git", ".cache", JOURNAL})
 """Folders in which download tools, and loratool, keep their own state; they are no part of a model."""
 
@@ -131,6 +135,17 @@ class Checkpoint:
             relative = file.relative_to(self.path)
             if str(relative) not in weights:
                 yield relative
+
+
+def can_be_file(path: Path) -> bool:
+    """Whether there may be a file of this name: it is not too long, nor is any part of it, and it is text."""
+    try:
+        parts = [os.fsencode(part) for part in path.parts]
+    except UnicodeEncodeError:
+        return False
+    if any(len(part) > NAME_BYTES or b"\0" in part for part in parts):
+        return False
+    return len(os.fsencode(os.path.abspath(path))) < PATH_BYTES
 
 
 def has_file(path: Path) -> bool:

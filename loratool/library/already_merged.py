@@ -16,7 +16,7 @@ from loratool.formats.facts import parents_of
 from loratool.library.progress import Progress
 from loratool.library.resolve import ResolvedAdapter, digest_cache
 from loratool.merging.contents import contents_of, manifest_of
-from loratool.merging.manifest import Manifest, MergedAdapter
+from loratool.merging.manifest import HeldAdapter, Manifest
 from registry import Registry
 
 AGAIN: Final = "--again"
@@ -99,7 +99,7 @@ def _kin_of(found: ResolvedAdapter, catalogue: Registry) -> _Kin:
     return _Kin(adapter.name, own, _with_ancestors(parents, catalogue) - own)
 
 
-def _kin_of_entry(entry: MergedAdapter, catalogue: Registry) -> _Kin:
+def _kin_of_entry(entry: HeldAdapter, catalogue: Registry) -> _Kin:
     own = frozenset({entry.sha256, entry.content} - {""})
     parents = {*entry.parents, *_ancestors(entry.sha256, catalogue)}
     return _Kin(entry.name, own, _with_ancestors(parents, catalogue) - own)

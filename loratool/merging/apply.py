@@ -197,7 +197,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
         in_place=in_place,
-        earlier=contents_of_base(plan.base.folder, base_fingerprint),
+        earlier=() if previous else contents_of_base(plan.base.folder, base_fingerprint),
         unchanged=tuple(target.name for target in plan.targets if _is_unchanged(target, changed)),
         **_survival(survival),
     )

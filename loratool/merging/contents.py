@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loratool.errors import LoratoolError
-from loratool.merging.manifest import KINDS, Manifest, MergedAdapter, read_manifest
+from loratool.merging.manifest import KINDS, MANIFEST_NAME, HeldAdapter, Manifest, parse_manifest, read_manifest
 
 
 def manifest_of(folder: Path) -> Manifest | None:
@@ -16,12 +16,28 @@ def manifest_of(folder: Path) -> Manifest | None:
         return None
 
 
-def contents_of(manifest: Manifest) -> tuple[MergedAdapter, ...]:
-    """The adapters in the model of a manifest, as far as it says, the first merged first."""
-    return (*manifest.earlier, *manifest.adapters)
+def contents_of(manifest: Manifest) -> tuple[HeldAdapter, ...]:
+    """The adapters in the model of a manifest, as far as it and those that it keeps of its bases say, the first merged first."""
+    found: list[HeldAdapter] = []
+    now: Manifest | None = manifest
+    while now is not None:
+        found = [*now.earlier, *(adapter.held for adapter in now.adapters), *found]
+        before = None if now.earlier else _previous(now)
+        now = before if before is not None and before.fingerprint == now.base_fingerprint else None
+    return tuple(found)
 
 
-def contents_of_base(folder: Path, fingerprint: str) -> tuple[MergedAdapter, ...]:
+def _previous(manifest: Manifest) -> Manifest | None:
+    """The manifest that the base had; None where that had none that can be read."""
+    if manifest.previous is None:
+        return None
+    try:
+        return parse_manifest(manifest.previous, Path(MANIFEST_NAME), KINDS)
+    except LoratoolError:
+        return None
+
+
+def contents_of_base(folder: Path, fingerprint: str) -> tuple[HeldAdapter, ...]:
     """The adapters in the base whose weights lie in `folder` and have this fingerprint.
 
     A manifest of other weights, which another program copied along and then changed, is not believed.

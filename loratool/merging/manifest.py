@@ -36,6 +36,17 @@ _UNDO: Final = re.compile(r"loratool-undo/[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
+class HeldAdapter:
+    """By what an adapter is known that is in the weights of a model; the attributes are those of `MergedAdapter`."""
+
+    name: str
+    sha256: str
+    weight: float
+    content: str = ""
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class MergedAdapter:
     """One adapter of a merge. `file` is where it was read, or "".
 
@@ -54,6 +65,11 @@ class MergedAdapter:
     scaling: float | Mapping[str, float] | None = None
     content: str = ""
     parents: tuple[str, ...] = ()
+
+    @property
+    def held(self) -> HeldAdapter:
+        """What later merges into the same weights are to know of it."""
+        return HeldAdapter(self.name, self.sha256, self.weight, self.content, self.parents)
 
     def restored(self, adapter: Adapter) -> Adapter:
         """`adapter`, which is this one as it was read again, at the rank at which it was merged."""
@@ -85,7 +101,7 @@ class Manifest:
         files: digest of every other file, by path relative to the folder.
         undo: folder of the undo file, relative; None where none was written.
         undo_adapters: sha256 of each adapter beside the undo file; empty where they were not recorded.
-        earlier: the adapters that were in the base already, through all that it was made by.
+        earlier: the adapters that were in the base already, where no `previous` manifest says so.
         previous: content of the manifest that the base had, where the base was itself merged. It is stored as
             base64 of Zstandard, because manifests within manifests would double in size with every merge.
         in_place: whether the base's own files were changed.
@@ -112,7 +128,7 @@ class Manifest:
     survival_of_all: Survival | None = None
     kind: str = "merge"
     unchanged: tuple[str, ...] = ()
-    earlier: tuple[MergedAdapter, ...] = ()
+    earlier: tuple[HeldAdapter, ...] = ()
 
     @property
     def converted(self) -> bool:
@@ -130,7 +146,6 @@ class Manifest:
             self,
             base_path=base,
             adapters=tuple(replace(adapter, file="") for adapter in self.adapters),
-            earlier=tuple(replace(adapter, file="") for adapter in self.earlier),
             files={name: digest for name, digest in (files or self.files).items() if name != "README.md"},
             undo=None,
             undo_adapters=(),
@@ -219,7 +234,7 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         survival_of_all=Survival.from_json(survival["all"]) if survival else None,
         kind=_text(value["kind"]),
         unchanged=tuple(_text(name) for name in value.get("unchanged", ())),
-        earlier=tuple(_adapter(entry) for entry in value.get("earlier", ())),
+        earlier=tuple(_held(entry) for entry in value.get("earlier", ())),
     )
 
 
@@ -233,6 +248,16 @@ def _adapter(entry: Mapping[str, Any]) -> MergedAdapter:
         alpha=float(entry["alpha"]),
         file=_text(entry["file"]),
         scaling=_scaling(entry.get("scaling")),
+        content=_digest(entry["content"]) if entry.get("content") else "",
+        parents=tuple(_digest(parent) for parent in entry.get("parents", ())),
+    )
+
+
+def _held(entry: Mapping[str, Any]) -> HeldAdapter:
+    return HeldAdapter(
+        name=_text(entry["name"]),
+        sha256=_digest(entry["sha256"]),
+        weight=float(entry["weight"]),
         content=_digest(entry["content"]) if entry.get("content") else "",
         parents=tuple(_digest(parent) for parent in entry.get("parents", ())),
     )

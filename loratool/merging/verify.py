@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratool.checkpoint.file_role import FileRole, may_be_loaded, role_of
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
-from loratool.checkpoint.model import Checkpoint, has_file
+from loratool.checkpoint.model import Checkpoint, can_be_file, has_file
 from loratool.errors import VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.merging.arithmetic import Merge, choose_device
@@ -52,8 +52,10 @@ def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = 
     edited = []
     for name, recorded in sorted(manifest.files.items()):
         file = merged.folder / name
-        is_here = ".." not in Path(name).parts and not Path(name).is_absolute() and has_file(file)
-        if role_of(name).is_editable:
+        parts = Path(name).parts
+        is_inside = parts != () and ".." not in parts and not Path(name).is_absolute() and can_be_file(file)
+        is_here = is_inside and has_file(file)
+        if is_inside and role_of(name).is_editable:
             if not is_here or file_digest(file) != recorded:
                 edited.append(name)
             continue
