@@ -285,6 +285,19 @@ def test_odd_names_are_answered_and_keep_themselves(name: str) -> None:
         assert len(architecture.matrices(name)) == 1
 
 
+@pytest.mark.parametrize("shape", [(1 << 60, 0, 0), (0, 6, 8), (3, 0, 8), (3, 7, 8), (3,), (), (2, 3, 4, 5)])
+@pytest.mark.parametrize("number", ["9" * 9, "9" * 10, "9" * 5000, "007", "-1", "1e3"])
+def test_odd_shapes_and_numbers_of_experts_are_answered_at_once(shape: tuple[int, ...], number: str) -> None:
+    stack, expert = "model.layers.0.mlp.experts.gate_up_proj", f"model.layers.0.mlp.experts.{number}.gate_proj.weight"
+    tensors = {stack: SimpleNamespace(shape=shape), expert: SimpleNamespace(shape=shape)}
+    for model_type in ("mixtral", "gpt_oss", "qwen3_vl_moe_text", ""):
+        architecture = architecture_of({"model_type": model_type, "hidden_size": 8}, tensors)
+        for name in tensors:
+            assert len(architecture.matrices(name)) <= 6
+            assert len(architecture.in_memory(name)) <= 6
+            assert len(architecture.on_disk(name, (3, 6, 8))) <= 6
+
+
 # The tables themselves
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 from loratool.architecture.pattern import NUMBER, PatternError, is_number, parse_components
 from loratool.architecture.renaming import Spelling
 from loratool.architecture.view import View
+
+MOST_EXPERTS: Final = 1 << 16
+"""Matrices that a stack may have at most; a parameter with more along its first dimension is no stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,7 @@ class Packing:
                  spelling: Spelling) -> Iterator[Matrix]:  # fmt: skip
         """Yield every matrix that the parameter `name`, with `before` in front, holds; none if its shape does not divide so."""
         dimensions = len(shape) - self.is_stack
-        if dimensions < 1:
+        if dimensions < 1 or (self.is_stack and shape[0] > MOST_EXPERTS):
             return
         transposed = dimensions == 2 and self._is_transposed(shape, config, spelling)
         cuts = self._outputs(shape[self.is_stack + transposed], config, interleaved=spelling in self.interleaved)

@@ -16,7 +16,10 @@ NUMBER: Final = "#"
 LONGEST: Final = 200
 """Characters that a pattern may have at most."""
 
-_NUMBERS: Final = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+DIGITS: Final = 9
+"""Digits that the number of a layer or an expert may have at most; a longer one is a name like others."""
+
+_NUMBERS: Final = re.compile(rf"(?<![^.])[0-9]{{1,{DIGITS}}}(?![^.])")
 _COMPONENT: Final = re.compile(r"[\w\-]*\*?[\w\-]*|#")
 """What a component may be: text with at most one ``*``, so that matching takes no more than linear time."""
 
@@ -92,4 +95,4 @@ def fill(template: str, numbers: Sequence[str]) -> str:
 
 def is_number(part: str) -> bool:
     """Return whether a component of a name is a number, as of a layer or an expert."""
-    return part.isascii() and part.isdecimal()
+    return len(part) <= DIGITS and part.isascii() and part.isdecimal()
