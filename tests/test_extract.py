@@ -276,6 +276,18 @@ def test_other_tensors_that_changed_are_reported_and_equal_ones_are_not(base: Pa
     assert result.extraction.unchanged == 1  # lm_head
 
 
+def test_an_embedding_of_positions_is_no_linear_layer(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """PEFT puts other factors on it (lora_embedding_A), so that an adapter with ordinary ones could not be loaded."""
+    base = tiny_models.folder("bert", "fp32")
+    tuned = tuned_from(
+        base, tmp_path / "tuned", lambda name, tensor: tensor + torch.linspace(0, 1, tensor.numel()).view_as(tensor)
+    )
+    result = loratool.extract(tuned, base, rank=2, out=tmp_path / "found.st")
+    assert not [module for module in result.extraction.ranks if "embeddings" in module]
+    position = "bert.embeddings.position_embeddings.weight"
+    assert position in result.extraction.left_out
+
+
 def test_a_head_that_is_tied_to_the_embedding_is_no_linear_layer(tiny_models: TinyModels, tmp_path: Path) -> None:
     base = tiny_models.folder("llama-tied", "fp32")
     tuned = tuned_from(

@@ -330,6 +330,20 @@ def test_names_tell_the_modules_that_transformers_stores_in_4_bits(model_type: s
         assert is_conv1d(name, {"model_type": model_type}) == isinstance(modules[name], Conv1D)
 
 
+def test_a_linear_layer_that_is_called_an_embedding_is_stored_in_4_bits_as_transformers_does() -> None:
+    config = transformers.Siglip2VisionConfig(num_hidden_layers=1)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert type(model.get_submodule("embeddings.patch_embedding")) is torch.nn.Linear
+    tensors = {
+        name: TensorInfo(name, "BF16", tuple(tensor.shape), Path("m"), 0, 0)
+        for name, tensor in model.state_dict().items()
+    }
+    weights = linear_weights(tensors, config.to_dict())
+    assert "embeddings.patch_embedding.weight" in weights
+    assert "embeddings.position_embedding.weight" not in weights
+
+
 QWEN3 = {"head_dim": 32, "intermediate_size": 64}
 MIXTRAL = {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size": 64}
 
