@@ -265,6 +265,26 @@ def test_a_merge_goes_into_the_base_that_the_adapter_is_tied_to(llama: Path, pir
     assert loratool.merge([("pirate", 0.5), untied], dry_run=True).base == "llama"
 
 
+def test_adapters_of_one_model_under_several_names_need_no_base_named(
+    llama: Path, pirate: Path, tmp_path: Path
+) -> None:
+    nf4 = loratool.quantize(llama, out=tmp_path / "nf4").out
+    loratool.base_add("llama", llama)
+    loratool.base_add("again", shutil.copytree(llama, tmp_path / "again"))
+    loratool.base_add("llama-nf4", nf4, variant_of="llama")
+    loratool.add(pirate, name="one", base="llama")
+    for place, name in enumerate(("again", "llama-nf4")):
+        other = copy_with(pirate, tmp_path / f"other-{place}", lora_alpha=3.0 + place)
+        loratool.add(other, name=f"of-{name}", base=name)
+        assert loratool.merge(["one", f"of-{name}"], out=tmp_path / "out", dry_run=True).base == "llama"
+
+
+def test_a_model_in_the_hubs_cache_is_called_by_its_repository(llama: Path, pirate: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "hub" / "models--org--tiny-llama" / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(llama, snapshot)
+    assert loratool.add(pirate, name="pirate", base=snapshot).record.base == "tiny-llama"
+
+
 def test_a_base_is_found_by_the_hub_id_that_the_adapter_names(llama: Path, pirate: Path, tmp_path: Path) -> None:
     named = copy_with(pirate, tmp_path / "named", base_model_name_or_path="org/tiny")
     loratool.base_add("mine", llama, hub_id="org/tiny")

@@ -102,19 +102,25 @@ def owner_of_all(adapters: Sequence[ResolvedAdapter], catalogue: Registry) -> st
     Raises:
         LoratoolError: they are tied to no catalogued base, or to different ones.
     """
-    owners = {found.reference: recorded_owner(found, catalogue) for found in adapters}
-    names = dict.fromkeys(owner.name for owner in owners.values() if owner is not None)
-    families = {owner.variant_of or owner.name for owner in owners.values() if owner is not None}
-    if len(families) == 1:
-        return next(iter(names))
-    if not names:
+    found_owners = [(found.reference, recorded_owner(found, catalogue)) for found in adapters]
+    owners = [(reference, owner) for reference, owner in found_owners if owner is not None]
+    if owners and all(_is_same(owners[0][1], owner, catalogue) for _, owner in owners):
+        return owners[0][1].name
+    if not owners:
         labels = " and ".join(quoted(each.adapter.name) for each in adapters)
         raise LoratoolError(
             f"{labels} {'is' if len(adapters) == 1 else 'are'} tied to no catalogued base; say which model to merge into "
             "with --into BASE (a name, a folder or a Hub id)"
         )
-    said = ", ".join(f"{quoted(reference)} to {quoted(owner.name)}" for reference, owner in owners.items() if owner)
+    said = ", ".join(f"{quoted(reference)} to {quoted(owner.name)}" for reference, owner in owners)
     raise LoratoolError(f"the adapters are tied to different bases ({said}); say which one is meant with --into BASE")
+
+
+def _is_same(base: BaseRecord, other: BaseRecord, catalogue: Registry) -> bool:
+    """Whether two entries are of one model: by name, or by the families of their fingerprints."""
+    if base.fingerprint is None or other.fingerprint is None:
+        return (base.variant_of or base.name) == (other.variant_of or other.name)
+    return catalogue.bases.same_family(base.fingerprint, other.fingerprint)
 
 
 def recorded_owner(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | None:

@@ -203,9 +203,7 @@ def resolve_base(name: str | os.PathLike[str], registry: Registry, progress: Pro
         if not exists(path):
             raise no_such_base(text, registry)
     if text and exists(path):
-        return ResolvedBase(
-            path, path.resolve().stem if path.is_file() else path.resolve().name, base_at(path, registry)
-        )
+        return ResolvedBase(path, _name_of(path), base_at(path, registry))
     if not is_plainly_a_path(text) and HUB_ID.fullmatch(text):
         return _on_hub(text, progress, download=download)
     raise NotFoundError(
@@ -361,6 +359,14 @@ def _on_hub(hub_id: str, progress: Progress | None, *, download: bool) -> Resolv
         return ResolvedBase(base.download(progress or Silent(), recheck=False), address.name, None)
     headers = base.headers()
     return ResolvedBase(headers.path, address.name, None, headers)
+
+
+def _name_of(path: Path) -> str:
+    """What a model is called by where it lies: its folder's or file's name; in the Hub's cache, its repository's."""
+    real = path.resolve()
+    if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--"):
+        return real.parents[1].name.rpartition("--")[2]
+    return real.stem if path.is_file() else real.name
 
 
 def base_at(path: Path, registry: Registry) -> BaseRecord | None:
