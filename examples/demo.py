@@ -37,7 +37,7 @@ def main() -> int:
     title("A base model")
     run([sys.executable, "examples/get_smollm2.py", str(MODEL)])
     loratool("base", "add", "smollm2", str(MODEL))
-    title("An adapter for it, trained on 80 lines: a DyLoRA, of which every rank can be used")
+    title("An adapter for it, trained on 80 lines: a DyLoRA, usable at every rank")
     loratool(
         *("train", "--base", "smollm2", "--data", "examples/pirate.jsonl", "--name", "pirate"),
         *("--method", "dylora", "--rank", "8", "--out", str(ADAPTER)),

@@ -262,7 +262,7 @@ def test_a_merge_goes_into_the_base_that_the_adapter_is_tied_to(llama: Path, pir
     shutil.rmtree(llama.with_name("llama-pirate"))
     assert loratool.merge([tmp_path / "exported"], dry_run=True).base == "llama"
     untied = copy_with(pirate, tmp_path / "untied", lora_alpha=3.0)
-    assert loratool.merge([("pirate", 0.5), untied], dry_run=True).base == "llama"
+    assert loratool.merge([("pirate", 0.5), untied], dry_run=True, again=True).base == "llama"
 
 
 def test_adapters_of_one_model_under_several_names_need_no_base_named(
@@ -276,7 +276,7 @@ def test_adapters_of_one_model_under_several_names_need_no_base_named(
     for place, name in enumerate(("again", "llama-nf4")):
         other = copy_with(pirate, tmp_path / f"other-{place}", lora_alpha=3.0 + place)
         loratool.add(other, name=f"of-{name}", base=name)
-        assert loratool.merge(["one", f"of-{name}"], out=tmp_path / "out", dry_run=True).base == "llama"
+        assert loratool.merge(["one", f"of-{name}"], out=tmp_path / "out", dry_run=True, again=True).base == "llama"
 
 
 def test_a_model_in_the_hubs_cache_is_called_by_its_repository(llama: Path, pirate: Path, tmp_path: Path) -> None:

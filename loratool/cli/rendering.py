@@ -202,7 +202,7 @@ def _wrapped(line: str, room: int) -> list[str]:
             parts.append(word)
         else:
             parts[-1] = longer
-    return parts
+    return [part.rstrip() for part in parts]
 
 
 def print_notes(notes: Iterable[str]) -> None:

@@ -279,4 +279,4 @@ def _rank(record: AdapterRecord) -> str:
 
 
 def _by_rank(losses: dict[int, float]) -> str:
-    return "  ".join(f"{rank}: {loss:.3f}" for rank, loss in losses.items())
+    return "  ".join(f"{rank}:{loss:.3f}" for rank, loss in losses.items())
