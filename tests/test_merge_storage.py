@@ -40,6 +40,7 @@ from tiny_models import (
 import loratool
 from loratool.cli import cli
 from loratool.errors import CheckpointError, LoratoolError, NotFoundError, RestoreError, VerificationError
+from loratool.updates.low_rank import LowRank
 
 NF4 = "nf4"
 WAYS: dict[str, dict[str, Any]] = {
@@ -341,6 +342,19 @@ def test_merging_into_the_image_is_quantizing_and_then_merging(
     assert ours == theirs
 
 
+def test_an_update_that_depends_on_w_is_merged_into_the_image_too(
+    tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dense matrix, which `quantize` merges into, is another W."""
+    base, adapter = tiny_models.folder("llama", "bf16"), tiny_adapters.folder("llama")
+    monkeypatch.setattr(LowRank, "additive", property(lambda update: False))
+    at_once = loratool.merge(adapter, base, out=tmp_path / "at-once", base_as=NF4)
+    in_turn = loratool.merge(adapter, loratool.quantize(base, out=tmp_path / "image").out, out=tmp_path / "in-turn")
+    assert stored_tensors(at_once.out) == stored_tensors(in_turn.out)
+    dense = loratool.merge(adapter, base, out=tmp_path / "dense", quantize=NF4)
+    assert at_once.output_fingerprint != dense.output_fingerprint
+
+
 # What holds of all three
 
 
@@ -527,7 +541,7 @@ def test_a_base_of_the_wrong_storage_is_refused(
 ) -> None:
     dense, nf4, adapter = tiny_models.folder("llama"), quantized("llama", "bf16"), tiny_adapters.folder("llama")
     cases: list[tuple[Path, dict[str, Any], str]] = [
-        (dense, WAYS["dequantize"], "has no 4-bit matrices"),
+        (dense, WAYS["dequantize"], "has no quantized matrices"),
         (nf4, WAYS["quantize"], "is quantized already"),
         (nf4, WAYS["base-as"], "is quantized already"),
         (dense, {"quantize": "fp4"}, "nf4 alone"),

@@ -29,7 +29,7 @@ from loratool.cli import cli
 from loratool.errors import LoratoolError, WrongBaseError
 from loratool.merging.linear import is_conv1d, linear_weights
 from loratool.weights.four_bit import NF4, STATE
-from loratool.weights.nf4 import BLOCKSIZES, Nf4Layout, Nf4Options, Nf4Quantizer, dynamic_map
+from loratool.weights.nf4 import BLOCKSIZES, Nf4Layout, Nf4Options, dynamic_map
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
@@ -54,9 +54,9 @@ def assert_as_bitsandbytes(matrix: torch.Tensor, options: Nf4Options) -> None:
     expected = {"w": codes} | {f"w.{part}": value for part, value in state.as_dict(packed=True).items()}
     rows, columns = matrix.shape
     layout = Nf4Layout("w", (rows, columns), str(matrix.dtype).removeprefix("torch."), options)
-    quantizer, numbers = Nf4Quantizer(options.blocksize), matrix.float().view(-1)
-    absmax = quantizer.absmax(numbers)
-    found = {"w": quantizer.codes(numbers, absmax).view(-1, 1), **layout.scales(absmax)}
+    quantizer, numbers = layout.quantizer(), matrix.float().view(-1)
+    absmax = quantizer.measure(numbers)
+    found = {"w": quantizer.codes(numbers, absmax).view(-1, 1), **quantizer.parts(absmax)}
     assert {new.name: new.shape for new in layout.tensors} == {name: tuple(part.shape) for name, part in found.items()}
     assert found.keys() == expected.keys()
     for name, part in found.items():

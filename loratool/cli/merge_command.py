@@ -34,6 +34,7 @@ from loratool.cli.rendering import (
     survived,
 )
 from loratool.library.torch_ahead import load_torch_ahead
+from loratool.weights.storages import MAKINGS
 
 if TYPE_CHECKING:
     from loratool.library.merge_result import MergeResult
@@ -56,12 +57,12 @@ if TYPE_CHECKING:
 @click.option("--in-place", is_flag=True, help="Change the base's own files; an undo file is always kept.")
 @click.option(
     "--quantize",
-    type=click.Choice(["nf4"]),
+    type=click.Choice(list(MAKINGS)),
     help="Dense base to NF4 model: merge, then quantize. Choose it for the best quality in 4 bits.",
 )
 @click.option(
     "--base-as",
-    type=click.Choice(["nf4"]),
+    type=click.Choice(list(MAKINGS)),
     help="Dense base to NF4 model: quantize, then merge. Choose it to get what its NF4 image would give, without one.",
 )
 @click.option(

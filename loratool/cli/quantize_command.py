@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from loratool.checkpoint.dtypes import DENSE, DTYPES
 from loratool.cli.options import PathType, any_base_option, example, force_option, json_option, verbose_option
 from loratool.cli.plan_view import PlannedTensor, print_plan
 from loratool.cli.rendering import (
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--compute-dtype",
-    type=click.Choice(["fp32", "fp16", "bf16"]),
+    type=click.Choice([DTYPES[name].title for name in DENSE]),
     help="What the loaded model multiplies in; by default the base's own.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
@@ -93,7 +94,9 @@ def command(
 
 def _print_tensors(result: QuantizeResult, *, verbose: bool) -> None:
     tensors = [
-        PlannedTensor(each.name, (each.source.storage, "nf4"), (each.nbytes, sum(new.nbytes for new in each.outcome)))
+        PlannedTensor(
+            each.name, (each.source.storage, each.storage), (each.nbytes, sum(new.nbytes for new in each.outcome))
+        )
         for each in result.plan.conversions
     ]
     print_plan(tensors, ["CODEC", "TO"], ["SIZE", "THEN"], verbose=verbose)

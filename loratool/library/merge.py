@@ -43,9 +43,10 @@ from loratool.library.resolve import (
 from loratool.library.right_base import check_base
 from loratool.merging.apply import BaseIdentity, Check, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
-from loratool.merging.conversion import CONFIG_NAME, ConversionPlan, Storage
+from loratool.merging.conversion import CONFIG_NAME, ConversionPlan, StorageChange
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.plan_conversion import plan_conversion
+from loratool.weights.storages import MAKINGS
 from registry import MergedAdapter, Registry, RegistryError
 
 PathLike = str | os.PathLike[str]
@@ -95,9 +96,9 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
     """
     if in_place and out is not None:
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
-    storage = _storage(quantize, base_as, dequantize=dequantize)
-    _refuse_beside_storage(storage, in_place=in_place, undo=undo)
-    text = calibration_text(calibrate, otherwise_stored=storage is not None)
+    change = _storage_change(quantize, base_as, dequantize=dequantize)
+    _refuse_beside_change(change, in_place=in_place, undo=undo)
+    text = calibration_text(calibrate, otherwise_stored=change is not None)
     started = time.monotonic()
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
@@ -115,10 +116,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         if in_place:
             _refuse_away(base)
         else:
-            refuse_overlap(
-                _output(out, base, resolved, storage), [base.path, *(each.adapter.file for each in resolved)]
-            )
-        target = base.path if in_place else _output(out, base, resolved, storage)
+            refuse_overlap(_output(out, base, resolved, change), [base.path, *(each.adapter.file for each in resolved)])
+        target = base.path if in_place else _output(out, base, resolved, change)
         merged = tuple(_merged(found, each.weight) for found, each in zip(resolved, weighted, strict=True))
         with hold(base.path, exclusive=in_place and not dry_run):
             checkpoint = base.open()
@@ -126,7 +125,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
                 _refuse_in_place(checkpoint)
             with base.explained():
                 plan = plan_merge(weighted, checkpoint)
-            conversion = None if storage is None else plan_conversion(checkpoint, storage, plan)
+            conversion = None if change is None else plan_conversion(checkpoint, change, plan)
             outcome = Outcome(target, base.name, merged, plan, conversion, in_place=in_place)
             done = finished_before(checkpoint, weighted, catalogue, watcher) if in_place and not dry_run else None
             if done is not None:
@@ -199,22 +198,27 @@ def _apply(plan: MergePlan, conversion: ConversionPlan | None, target: Path, ide
     )
 
 
-def _storage(quantize: str | None, base_as: str | None, *, dequantize: bool) -> Storage | None:
-    """How the merged model is stored, where it is stored otherwise than its base."""
+def _storage_change(quantize: str | None, base_as: str | None, *, dequantize: bool) -> StorageChange | None:
+    """Return how the merged model is stored, if differently than its base."""
     for option, value in (("--quantize", quantize), ("--base-as", base_as)):
-        if value not in (None, "nf4"):
-            raise LoratoolError(f"{option} is {quoted(value)}, and loratool quantizes to nf4 alone; give {option} nf4")
+        if value not in (None, *MAKINGS):
+            names = " or ".join(MAKINGS)
+            raise LoratoolError(
+                f"{option} is {quoted(value)}, and loratool quantizes to {names} alone; give {option} {names}"
+            )
     if sum((quantize is not None, base_as is not None, dequantize)) > 1:
         raise LoratoolError("--quantize, --base-as and --dequantize contradict one another; give one of them")
-    if quantize or base_as:
-        return Storage("quantize" if quantize else "base_as")
-    return Storage("dequantize") if dequantize else None
+    if quantize:
+        return StorageChange("quantize", MAKINGS[quantize]({}))
+    if base_as:
+        return StorageChange("base_as", MAKINGS[base_as]({}))
+    return StorageChange("dequantize") if dequantize else None
 
 
-def _refuse_beside_storage(storage: Storage | None, *, in_place: bool, undo: bool) -> None:
+def _refuse_beside_change(change: StorageChange | None, *, in_place: bool, undo: bool) -> None:
     """Raise LoratoolError for what a model cannot have that holds none of its base's bytes."""
     option = "--in-place" if in_place else "--undo" if undo else None
-    if storage is None or option is None:
+    if change is None or option is None:
         return
     raise LoratoolError(
         f"a model that is stored otherwise than its base cannot be made with {option}: the base's own bytes are not in "
@@ -233,14 +237,14 @@ def with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
 
 
 def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter],
-            storage: Storage | None) -> Path:  # fmt: skip
+            change: StorageChange | None) -> Path:  # fmt: skip
     """`out`, or ``<base>-<adapter>-...`` beside the base (in the working folder for a base in the Hub's cache)."""
     if out is not None:
         path = user_path(out)
         if path.suffix in SINGLE_FILE_SUFFIXES:
             raise OutputError(f"a merged model is a folder; give --out a folder's name instead of {quoted(path.name)}")
         return path
-    ending = [] if storage is None else ["dense" if storage.way == "dequantize" else "nf4"]
+    ending = [] if change is None else ["dense" if change.making is None else change.making.storage]
     return beside_base(base, "-".join([base.name, *(found.label for found in adapters), *ending]))
 
 
@@ -343,7 +347,7 @@ def _record(result: MergeResult, catalogue: Registry) -> None:
         in_place=result.in_place,
         options={
             "seconds": result.seconds,
-            **({} if result.conversion is None else result.conversion.storage.to_options()),
+            **({} if result.conversion is None else result.conversion.change.to_options()),
             **({} if result.survival is None else {"survival": result.survival.to_json()}),
             "size_bytes": result.plan.touched_bytes if result.in_place else result.plan.base.nbytes,
         },

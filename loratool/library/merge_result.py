@@ -62,7 +62,7 @@ class MergeResult:
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
-        way = None if self.conversion is None else self.conversion.storage.way
+        options = {} if self.conversion is None else self.conversion.change.to_options()
         return {
             "out": str(self.out),
             "base": self.base,
@@ -86,9 +86,9 @@ class MergeResult:
             "unchanged": list(self.unchanged),
             "touched_bytes": self.plan.touched_bytes,
             "size_bytes": self.plan.base.nbytes,
-            "quantize": "nf4" if way == "quantize" else None,
-            "base_as": "nf4" if way == "base_as" else None,
-            "dequantize": way == "dequantize",
+            "quantize": options.get("quantize"),
+            "base_as": options.get("base_as"),
+            "dequantize": "dequantize" in options,
             "output_size_bytes": self.output_size_bytes,
             "seconds": round(self.seconds, 3),
             "dry_run": self.dry_run,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.checkpoint.dtypes import DENSE, DTYPES
 from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_no_text
@@ -18,12 +19,15 @@ from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import ResolvedBase, open_registry, resolve_base, user_path
 from loratool.library.right_base import check_base, refuse_changed
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
-from loratool.merging.conversion import ConversionPlan, Storage
+from loratool.merging.conversion import ConversionPlan, StorageChange
 from loratool.merging.plan_conversion import plan_conversion
-from loratool.weights.nf4 import BLOCKSIZES, Nf4Options
+from loratool.weights.storages import MAKINGS
 from registry import Registry, RegistryError, check_name, is_name
 
-COMPUTE_DTYPES: Final = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+COMPUTE_DTYPES: Final = {DTYPES[name].title: DTYPES[name].torch_name for name in DENSE}
+
+QUANTIZED_TO: Final = next(iter(MAKINGS))
+"""The storage that models are quantized to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class QuantizeResult:
         name: under which it was catalogued as a variant of its base; None where it was not.
         base, base_fingerprint: the base's name, and its fingerprint (None in a dry run).
         output_fingerprint: of the quantized model.
-        plan: the matrices that are stored in 4 bits.
+        plan: the matrices that are quantized.
         seconds: the time taken.
     """
 
@@ -57,8 +61,7 @@ class QuantizeResult:
             "base": self.base,
             "base_fingerprint": self.base_fingerprint,
             "output_fingerprint": self.output_fingerprint,
-            "blocksize": self.plan.storage.nf4.blocksize,
-            "double_quant": self.plan.storage.nf4.double_quant,
+            **(self.plan.change.making.options if self.plan.change.making else {}),
             "tensors": [
                 {
                     "name": each.name,
@@ -102,18 +105,18 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
     """
     started = time.monotonic()
     watcher = progress or Silent()
-    storage = _storage(blocksize, compute_dtype, double_quant=double_quant)
+    change = _storage_change(blocksize, compute_dtype, double_quant=double_quant)
     if name is not None:
         check_name(name, "base")
     with open_registry(registry, read_only=True) as catalogue:
         source = resolve_base(base, catalogue, watcher, download=not dry_run)
         refuse_no_text([source.path])
-        target = beside_base(source, f"{source.name}-nf4") if out is None else user_path(out)
+        target = beside_base(source, f"{source.name}-{QUANTIZED_TO}") if out is None else user_path(out)
         refuse_overlap(target, [source.path])
         _refuse_taken(name, target, catalogue)
         with hold(source.path, exclusive=False):
             checkpoint = source.open()
-            plan = plan_conversion(checkpoint, storage)
+            plan = plan_conversion(checkpoint, change)
             digests, existing = None, []
             if os.path.lexists(target):  # a wrong base is the greater mistake, so it is looked for first
                 digests, _ = check_base(source, (), checkpoint, catalogue, watcher, any_base=any_base)
@@ -149,14 +152,12 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
     )
 
 
-def _storage(blocksize: int, compute_dtype: str | None, *, double_quant: bool) -> Storage:
-    if blocksize not in BLOCKSIZES:
-        sizes = ", ".join(map(str, BLOCKSIZES))
-        raise LoratoolError(f"the block size is {quoted(blocksize)} and must be one of {sizes}")
+def _storage_change(blocksize: int, compute_dtype: str | None, *, double_quant: bool) -> StorageChange:
+    making = MAKINGS[QUANTIZED_TO]({"blocksize": blocksize, "double_quant": double_quant})
     if compute_dtype not in (None, *COMPUTE_DTYPES):
         raise LoratoolError(f"{quoted(compute_dtype)} is no dtype to compute in; use fp32, fp16 or bf16")
     computed_in = None if compute_dtype is None else COMPUTE_DTYPES[compute_dtype]
-    return Storage("quantize", Nf4Options(blocksize, double_quant), computed_in)
+    return StorageChange("quantize", making, computed_in)
 
 
 def _refuse_taken(name: str | None, target: Path, catalogue: Registry) -> None:
@@ -171,7 +172,7 @@ def _catalogued(name: str | None, source: ResolvedBase, out: Path, report: Merge
     """The name that the result has in the catalogue now, and notes. The model is written: what fails now is a note."""
     record = source.record
     is_known = record is not None and record.fingerprint == report.manifest.base_fingerprint
-    chosen = name or (f"{source.name}-nf4" if is_known else None)
+    chosen = name or (f"{source.name}-{QUANTIZED_TO}" if is_known else None)
     if chosen is None or not is_name(chosen):
         return None, ()
     try:
@@ -184,7 +185,7 @@ def _catalogued(name: str | None, source: ResolvedBase, out: Path, report: Merge
                 fingerprint=report.manifest.fingerprint,
                 variant_of=source.name if is_known else None,
                 size_bytes=plan.layout.nbytes,
-                dtype="nf4",
+                dtype=QUANTIZED_TO,
             )
     except RegistryError as error:
         return None, (f"the model is written but not catalogued: {error}",)

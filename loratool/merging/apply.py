@@ -112,8 +112,8 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
 
 
 def _conversion_options(plan: ConversionPlan, device: str) -> dict[str, str]:
-    seed = {"seed": plan.merge.seed} if plan.merge and plan.storage.way == "base_as" else {}
-    return {"device": _kind_of_device(device), **plan.storage.to_options(), **seed}
+    seed = {"seed": plan.merge.seed} if plan.merge and plan.change.way == "base_as" else {}
+    return {"device": _kind_of_device(device), **plan.change.to_options(), **seed}
 
 
 def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto", check: Check = lambda manifest: None,

@@ -1,4 +1,4 @@
-"""The dense matrix that stands between two storages, (out_features, in_features), as its rows are read from the base."""
+"""The dense matrix that stands between two storages, as its rows are read from the base."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_columns, read_exactly
-from loratool.merging.conversion import TORCH_NAMES, Conversion
+from loratool.merging.conversion import Conversion
 from loratool.merging.rewrite import bytes_of
 from loratool.weights.dense import DenseWeight
+from loratool.weights.storages import is_dense
 
 if TYPE_CHECKING:
     import torch
@@ -22,23 +23,29 @@ class Reader:
 
     def __init__(self, conversion: Conversion, sources: Mapping[Path, int], digest: blake3 | None) -> None:
         self._conversion, self._sources, self._digest = conversion, sources, digest
-        self._codec = None if isinstance(conversion.source, DenseWeight) else conversion.source.load("cpu")
+        self._codec = None if is_dense(conversion.source) else conversion.source.load("cpu")
 
     def rows(self, rows: range) -> torch.Tensor:
         """Some rows as bytes, uint8."""
         if self._codec is not None:
             return self._decoded(rows)
-        return self._turned_columns(rows) if self._conversion.turned else self._stored(rows)
+        if self._conversion.turned:
+            return self._turned_columns(rows)
+        (raw,) = self._stored(rows)
+        return raw
 
-    def _stored(self, rows: range) -> torch.Tensor:
+    def _stored(self, rows: range) -> tuple[torch.Tensor, ...]:
+        """The bytes of some rows as they lie in the base, a part for each extent."""
         import torch
 
-        ((info, start, stop),) = self._conversion.source.extents(rows)
-        raw = torch.empty(stop - start, dtype=torch.uint8)
-        read_exactly(self._sources[info.file], bytes_of(raw), start)
-        if self._digest is not None:
-            self._digest.update(bytes_of(raw))
-        return raw
+        parts = []
+        for info, start, stop in self._conversion.source.extents(rows):
+            raw = torch.empty(stop - start, dtype=torch.uint8)
+            read_exactly(self._sources[info.file], bytes_of(raw), start)
+            if self._digest is not None:
+                self._digest.update(bytes_of(raw))
+            parts.append(raw)
+        return tuple(parts)
 
     def _turned_columns(self, rows: range) -> torch.Tensor:
         import torch
@@ -57,7 +64,7 @@ class Reader:
         assert self._codec is not None
         dense = self._conversion.dense
         block = torch.empty(len(rows), dense.columns)
-        self._codec.decode(rows, (self._stored(rows),), block)
+        self._codec.decode(rows, self._stored(rows), block)
         raw = torch.empty(block.numel() * dense.element_bytes, dtype=torch.uint8)
         elements(raw, dense).copy_(block.view(-1))
         return raw
@@ -65,10 +72,7 @@ class Reader:
 
 def elements(raw: torch.Tensor, dense: DenseWeight) -> torch.Tensor:
     """Bytes of a dense matrix as its elements, flat."""
-    import torch
-
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[dense.tensor.dtype])
-    return raw.view(dtype)
+    return raw.view(dense.dtype.as_torch())
 
 
 def turned(raw: torch.Tensor, rows: int, width: int) -> torch.Tensor:

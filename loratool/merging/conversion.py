@@ -1,13 +1,14 @@
-"""The plan of a change of storage: which matrices become which tensors, in which files. Made from headers alone."""
+"""The plan of a change of storage: which parameters become which tensors, in which files. Made from headers alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
+from loratool.checkpoint.dtypes import DTYPES, Dtype
 from loratool.checkpoint.file_role import FileRole, role_of
 from loratool.checkpoint.header import TensorInfo, nbytes
 from loratool.checkpoint.inheritance import inherited_files
@@ -15,66 +16,78 @@ from loratool.checkpoint.layout import Layout, NewTensor, plan_layout
 from loratool.checkpoint.model import Checkpoint
 from loratool.merging.plan import MergePlan, Target
 from loratool.weights.dense import DenseWeight
-from loratool.weights.four_bit import FourBitWeight
-from loratool.weights.nf4 import BLOCKSIZES, Nf4Layout, Nf4Options
+from loratool.weights.making import Making, NewParameter, Option
+from loratool.weights.storages import MAKINGS, is_dense
+from loratool.weights.stored import StoredWeight
 
 CONFIG_NAME: Final = "config.json"
-TORCH_NAMES: Final[Mapping[str, str]] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SAFETENSORS_NAMES: Final[Mapping[str, str]] = {name: dtype for dtype, name in TORCH_NAMES.items()}
+
+Way = Literal["quantize", "base_as", "dequantize"]
+WAYS: Final[tuple[Way, ...]] = ("quantize", "base_as", "dequantize")
 
 
 @dataclass(frozen=True, slots=True)
-class Storage:
-    """How a model is to be stored where its base is stored otherwise.
+class StorageChange:
+    """How a model is to be stored where its base is stored differently.
 
     Attributes:
-        way: ``quantize``: linear modules in NF4, what is merged being merged into the dense matrices before;
-            ``base_as``: the same, but merged into their NF4 image; ``dequantize``: 4-bit matrices become dense.
-        nf4: how matrices are quantized, in the first two ways.
-        compute_dtype: what a program multiplies in that loads an NF4 model, as torch calls it; None for the base's own.
+        way: ``quantize``: linear modules are quantized, what is merged being merged into the dense matrices before;
+            ``base_as``: the same, but merged into what they are quantized to; ``dequantize``: quantized matrices become dense.
+        making: what matrices are quantized to, in the first two ways.
+        compute_dtype: what a program multiplies in that loads a quantized model, as torch calls it; None for the base's own.
     """
 
-    way: Literal["quantize", "base_as", "dequantize"]
-    nf4: Nf4Options = field(default_factory=Nf4Options)
+    way: Way
+    making: Making | None = None
     compute_dtype: str | None = None
 
     def to_options(self) -> dict[str, str]:
         """What of it decides the bytes of tensors, as the options of a manifest."""
-        if self.way == "dequantize":
-            return {"dequantize": "true"}
-        double_quant = "true" if self.nf4.double_quant else "false"
-        return {self.way: "nf4", "blocksize": str(self.nf4.blocksize), "double_quant": double_quant}
+        if self.making is None:
+            return {self.way: "true"}
+        return {self.way: self.making.storage} | {name: _text(value) for name, value in self.making.options.items()}
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self | None:
-        """The storage that the options of a manifest tell, or None; KeyError or ValueError for what is none's."""
-        if "dequantize" in options:
-            return cls("dequantize")
-        if not {"quantize", "base_as"} & options.keys():
-            return None
-        nf4 = Nf4Options(int(options["blocksize"]), options["double_quant"] == "true")
-        if nf4.blocksize not in BLOCKSIZES:
-            raise ValueError("blocksize")
-        return cls("quantize" if "quantize" in options else "base_as", nf4)
+        """The change that the options of a manifest tell, or None.
+
+        Raises:
+            KeyError, ValueError, LoratoolError: they tell none that there is.
+        """
+        way = next((way for way in WAYS if way in options), None)
+        if way is None or way == "dequantize":
+            return None if way is None else cls(way)
+        usual = MAKINGS[options[way]]({}).options
+        return cls(way, MAKINGS[options[way]]({name: _value(options[name], value) for name, value in usual.items()}))
+
+
+def _text(value: Option) -> str:
+    """An option as a manifest has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _value(text: str, usual: Option) -> Option:
+    """An option from its text in a manifest; it is of the type of its `usual` value."""
+    return text == "true" if isinstance(usual, bool) else type(usual)(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """One matrix on its way to another storage, or one that is only merged into beside such matrices.
+    """One parameter on its way to another storage, or one that is only merged into beside such.
 
     Attributes:
-        source: the matrix as the base stores it.
-        dense: the matrix in between, (out_features, in_features); its bytes lie in no file.
-        turned: whether the dense matrix on disk, source or outcome, is (in_features, out_features), as in a Conv1D.
-        nf4: how it is stored in the end; None for dense.
+        source: the parameter as the base stores it.
+        dense: the matrix in between, in the order in which it is read; its bytes lie in no file.
+        turned: whether the dense matrix on disk, source or outcome, is the transpose of that.
+        new: how it is stored in the end; None for dense.
         merge: the updates that are added to the matrix in between; None where there are none.
         into_image: whether they are added, not to that, but to what it is quantized to.
     """
 
-    source: DenseWeight | FourBitWeight
+    source: StoredWeight
     dense: DenseWeight
     turned: bool = False
-    nf4: Nf4Layout | None = None
+    new: NewParameter | None = None
     merge: Target | None = None
     into_image: bool = False
 
@@ -84,61 +97,63 @@ class Conversion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the matrix takes in the base."""
+        """Bytes that are read of the parameter."""
         return sum(info.nbytes for info in self.source.tensors)
 
     @property
     def twice(self) -> bool:
         """Whether it is read twice: what is merged waits for the scales, which depend on the whole matrix."""
-        return self.nf4 is not None and self.merge is not None
+        return self.new is not None and self.merge is not None
 
     @property
     def outcome(self) -> tuple[NewTensor, ...]:
         """The tensors that are written."""
-        if self.nf4 is not None:
-            return self.nf4.tensors
+        if self.new is not None:
+            return self.new.tensors
         shape = self.dense.shape[::-1] if self.turned else self.dense.shape
         return (NewTensor(self.name, self.dense.tensor.dtype, shape),)
 
     @property
     def storage(self) -> str:
         """The field's name for the storage in the end."""
-        return self.dense.storage if self.nf4 is None else "nf4"
+        return self.dense.storage if self.new is None else self.new.storage
 
     @property
     def replaced(self) -> dict[str, tuple[NewTensor, ...]]:
-        """What stands in the place of each of the base's tensors; the outcome in that of the matrix itself."""
-        gone: dict[str, tuple[NewTensor, ...]] = {info.name: () for info in self.source.siblings}
-        return gone | {self.name: self.outcome}
+        """What stands in the place of each of the base's tensors; the outcome in that of the first one."""
+        main, *others = self.source.tensors
+        return {info.name: () for info in (*others, *self.source.siblings)} | {main.name: self.outcome}
 
     @property
     def digested(self) -> frozenset[str]:
         """The names of the base's tensors that are read in the order of their bytes, so that digests are made on the way."""
-        is_in_order = isinstance(self.source, FourBitWeight) or not self.turned
-        return frozenset({self.name}) if is_in_order else frozenset()
+        names = frozenset(info.name for info in self.source.tensors)
+        return frozenset() if len(names) > 1 or (self.turned and is_dense(self.source)) else names
 
 
-def to_nf4(weight: DenseWeight, options: Nf4Options, *, turned: bool, updates: Target | None = None,
-           into_image: bool = False) -> Conversion:  # fmt: skip
-    """The conversion of a dense matrix to NF4, with `updates` on the way.
+def to_quantized(weight: DenseWeight, making: Making, *, turned: bool, updates: Target | None = None,
+                 into_image: bool = False) -> Conversion:  # fmt: skip
+    """The conversion of a dense matrix to a quantized one, with `updates` on the way.
 
     They are merged into the dense matrix in fp32, and the sums are quantized: rounded to the base's dtype before, they would be
-    rounded twice. With `into_image` they are merged into what the matrix is quantized to, but for a replacement, which leaves
-    nothing of that.
+    rounded twice. With `into_image` they are merged into what the matrix is quantized to. An update that replaces the matrix
+    leaves nothing of that: the replacement is quantized.
     """
     rows, columns = weight.shape[::-1] if turned else weight.shape
     dense = DenseWeight(replace(weight.tensor, shape=(rows, columns)))
-    nf4 = Nf4Layout(weight.name, (rows, columns), TORCH_NAMES[weight.tensor.dtype], options)
-    merge = _on(_in_fp32(dense), updates, turned=turned)
-    adds = updates is not None and all(planned.update.additive for planned in updates.updates)
-    return Conversion(weight, dense, turned, nf4, merge, into_image and adds)
+    new = making.parameter(weight.name, (rows, columns), weight.dtype)
+    merge = _on(_unwritten(weight, DTYPES["F32"], (rows, columns)), updates, turned=turned)
+    replaces = updates is not None and any(planned.update.replaces for planned in updates.updates)
+    return Conversion(weight, dense, turned, new, merge, into_image and updates is not None and not replaces)
 
 
-def to_dense(weight: FourBitWeight, *, turned: bool, updates: Target | None = None) -> Conversion:
-    """The conversion of a 4-bit matrix to the dtype that it decodes to; `updates` are added to what is decoded."""
-    dtype = SAFETENSORS_NAMES[weight.state.dtype]
-    dense = DenseWeight(TensorInfo(weight.name, dtype, weight.shape, weight.codes.file, 0, nbytes(dtype, weight.shape)))
-    return Conversion(weight, dense, turned, merge=_on(dense, updates, turned=False))
+def to_dense(weight: StoredWeight, *, turned: bool, updates: Target | None = None) -> Conversion:
+    """The conversion of a quantized matrix to the dtype that it decodes to; `updates` are added to what is decoded.
+
+    `turned`: the dense matrix is (in_features, out_features) where the quantized one is (out_features, in_features).
+    """
+    dense = _unwritten(weight, weight.dtype, (weight.rows, weight.columns))
+    return Conversion(weight, dense, turned != weight.turned, merge=_on(dense, updates, turned=weight.turned))
 
 
 def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
@@ -146,14 +161,13 @@ def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
     return Conversion(weight, weight, merge=updates)
 
 
-def _in_fp32(dense: DenseWeight) -> DenseWeight:
-    """The same matrix, as if it were stored in fp32."""
-    info = dense.tensor
-    return DenseWeight(TensorInfo(info.name, "F32", info.shape, info.file, 0, nbytes("F32", info.shape)))
+def _unwritten(weight: StoredWeight, dtype: Dtype, shape: tuple[int, int]) -> DenseWeight:
+    """A dense matrix that stands for a parameter and lies in no file."""
+    return DenseWeight(TensorInfo(weight.name, dtype.name, shape, weight.tensors[0].file, 0, nbytes(dtype.name, shape)))
 
 
 def _on(dense: DenseWeight, target: Target | None, *, turned: bool) -> Target | None:
-    """The target with its updates on the dense matrix, whose rows are outputs where it was `turned`."""
+    """The target with its updates on the dense matrix, which is the transpose of its own where it was `turned`."""
     return None if target is None else replace(target, weight=dense, transposed=target.transposed != turned)
 
 
@@ -163,14 +177,14 @@ class ConversionPlan:
 
     Attributes:
         base: the checkpoint that it starts from.
-        storage: how its matrices are stored in the end.
+        change: how its matrices are stored in the end.
         conversions: the matrices whose storage changes, or that are merged into, by name.
         config: the new content of ``config.json``; None where the base has none.
         merge: what is merged on the way; None where nothing is.
     """
 
     base: Checkpoint
-    storage: Storage
+    change: StorageChange
     conversions: tuple[Conversion, ...]
     config: Mapping[str, Any] | None
     merge: MergePlan | None = None

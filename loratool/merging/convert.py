@@ -1,8 +1,8 @@
-"""Streaming matrices into another storage: dense to NF4, or 4 bits to dense, with updates on the way or without.
+"""Streaming matrices into another storage: dense to quantized, or quantized to dense, with updates on the way or without.
 
-Between the two a matrix is dense, in the dtype that it has or decodes to, and its rows are outputs. So what is merged on
-the way has the bytes of a merge into the dense model, and what is quantized those of the dense model quantized. Only what is
-merged *and* quantized is not rounded in between: the sums are quantized as they are in fp32 (`_Stream._store_merged_nf4`).
+Between the two a matrix is dense, in the dtype that it has or decodes to. So what is merged on the way has the bytes of a merge
+into the dense model, and what is quantized those of the dense model quantized. Only what is merged *and* quantized is not rounded
+in between: the sums are quantized as they are in fp32 (`_Stream._store_merged_quantized`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from loratool.merging.arithmetic import Merge, choose_device, overflow
 from loratool.merging.between import Reader, elements, turned
 from loratool.merging.conversion import CONFIG_NAME, Conversion, ConversionPlan
 from loratool.merging.outlet import Outlet
+from loratool.merging.plan import Target
 from loratool.merging.rewrite import Progress, opened
 from loratool.merging.survival import SurvivalCount
 from loratool.merging.workers import Job, cpu_workers, work_through
-from loratool.weights.nf4 import Nf4Layout, Nf4Quantizer
+from loratool.weights.making import Quantizer
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class Converted:
 
     Attributes:
         before, after: BLAKE3 digests, by name: of the base's tensors, and of those of the new model.
-        survival: of each matrix that is merged into and stored in 4 bits, by name.
+        survival: of each matrix that is merged into and quantized, by name.
         unchanged: the matrices that are merged into and have the bytes that they would have without the merge.
     """
 
@@ -156,15 +157,17 @@ class _Stream:
 
     def store(self) -> None:
         """Read, convert and write the whole matrix."""
-        nf4 = self._conversion.nf4
-        if nf4 is None:
+        conversion = self._conversion
+        if conversion.new is None:
             self._store_dense()
-        elif self._conversion.into_image:
-            self._store_merged_image(nf4)
-        elif self._conversion.merge is not None:
-            self._store_merged_nf4(nf4)
+            return
+        quantizer = conversion.new.quantizer()
+        if conversion.merge is None:
+            self._store_quantized(quantizer)
+        elif conversion.into_image:
+            self._store_merged_image(quantizer, conversion.merge)
         else:
-            self._store_nf4(nf4)
+            self._store_merged_quantized(quantizer)
 
     def _store_dense(self) -> None:
         conversion = self._conversion
@@ -178,95 +181,85 @@ class _Stream:
             else:
                 self._outlet.append(conversion.name, block.dense)
 
-    def _store_nf4(self, nf4: Nf4Layout) -> None:
+    def _store_quantized(self, quantizer: Quantizer) -> None:
         """Quantize the matrix as it comes."""
         import torch
 
-        quantizer = Nf4Quantizer(nf4.options.blocksize)
         scales: list[torch.Tensor] = []
-        for stretch in self._stretches(self._unmerged(digest=True), nf4.options.blocksize):
-            absmax = self._scales(quantizer, stretch.numbers)
-            self._outlet.append(self._conversion.name, quantizer.codes(stretch.numbers, absmax))
-            scales.append(absmax)
-        self._write_scales(nf4, torch.cat(scales))
+        for stretch in self._stretches(self._unmerged(digest=True), quantizer.unit):
+            scales.append(self._measured(quantizer, stretch))
+            self._outlet.append(self._codes, quantizer.codes(stretch.numbers, scales[-1]))
+        self._write_parts(quantizer, torch.cat(scales))
 
-    def _store_merged_nf4(self, nf4: Nf4Layout) -> None:
+    def _store_merged_quantized(self, quantizer: Quantizer) -> None:
         """Merge, then quantize to the codes that are nearest under the scales as they will be read.
 
-        bitsandbytes chooses codes before it quantizes the scales. What the scales lose by that is little beside a weight and
+        A quantizer may choose codes before it quantizes the scales. What the scales lose by that is little beside a weight and
         much beside an update, so that codes that make up for it keep more of the update. It needs the matrix twice.
         """
         import torch
 
-        quantizer, size = Nf4Quantizer(nf4.options.blocksize), nf4.options.blocksize
-        first = self._stretches(self._merged(digest=True), size)
-        absmax = torch.cat([self._scales(quantizer, stretch.numbers) for stretch in first])
-        scales = nf4.image(self._write_scales(nf4, absmax), self._outlet.info(self._conversion.name)).absmax
-        self.survival, done = SurvivalCount(), 0
-        for stretch in self._stretches(self._merged(digest=False), size):
-            here = scales[done : done + -(-len(stretch.numbers) // size)]
+        first = self._stretches(self._merged(digest=True), quantizer.unit)
+        measured = [self._measured(quantizer, stretch) for stretch in first]
+        scales = quantizer.scales(self._write_parts(quantizer, torch.cat(measured)))
+        self.survival = SurvivalCount()
+        second = self._stretches(self._merged(digest=False), quantizer.unit)
+        for stretch, here in zip(second, torch.split(scales, [len(each) for each in measured]), strict=True):
             codes = quantizer.codes(stretch.numbers, here)
-            self._outlet.append(self._conversion.name, codes)
-            self._measure(self.survival, quantizer, stretch, codes, here)
-            done += len(here)
+            self._outlet.append(self._codes, codes)
+            self._count(self.survival, quantizer, stretch, codes, here)
 
-    def _measure(self, survival: SurvivalCount, quantizer: Nf4Quantizer, stretch: _Stretch, codes: torch.Tensor,
-                 scales: torch.Tensor) -> None:  # fmt: skip
+    def _count(self, survival: SurvivalCount, quantizer: Quantizer, stretch: _Stretch, codes: torch.Tensor,
+               scales: torch.Tensor) -> None:  # fmt: skip
         """Count what the codes of a stretch carry beside those that it would have had before the merge, under these scales."""
         count = len(stretch.originals)
-        before = quantizer.codes(stretch.originals, scales)
-        image = quantizer.decode(before, scales, count)
+        image = quantizer.decode(quantizer.codes(stretch.originals, scales), scales, count)
         wanted = stretch.numbers.sub(stretch.originals).add_(image)
-        apart = before ^ codes
-        changed = int((apart & 15).count_nonzero() + (apart >> 4).count_nonzero())
-        survival.add(image[None], wanted[None], quantizer.decode(codes, scales, count)[None], changed)
+        survival.add(image[None], wanted[None], quantizer.decode(codes, scales, count)[None])
 
-    def _store_merged_image(self, nf4: Nf4Layout) -> None:
+    def _store_merged_image(self, quantizer: Quantizer, target: Target) -> None:
         """Quantize the matrix, then move its codes, as a merge into the quantized model would.
 
         The scales depend on the whole matrix, so that it is read twice.
         """
         import torch
 
-        quantizer = Nf4Quantizer(nf4.options.blocksize)
-        target, name = self._conversion.merge, self._conversion.name
-        assert target is not None
-        first = self._stretches(self._unmerged(digest=True), nf4.options.blocksize)
-        absmax = torch.cat([self._scales(quantizer, stretch.numbers) for stretch in first])
-        image = nf4.image(self._write_scales(nf4, absmax), self._outlet.info(name))
+        first = self._stretches(self._unmerged(digest=True), quantizer.unit)
+        measured = [self._measured(quantizer, stretch) for stretch in first]
+        image = quantizer.image(self._write_parts(quantizer, torch.cat(measured)), self._outlet.info(self._codes))
         merge = Merge(replace(target, weight=image, transposed=False), choose_device(self._device))
-        codes = self._image_codes(quantizer, nf4, absmax)
+        second = self._stretches(self._unmerged(digest=False), quantizer.unit)
+        codes = (quantizer.codes(stretch.numbers, here) for stretch, here in zip(second, measured, strict=True))
         blocks = list(merge.blocks())
-        sizes = [-(-rows.stop * nf4.shape[1] // 2) - rows.start * nf4.shape[1] // 2 for rows in blocks]
+        sizes = [stop - start for rows in blocks for _, start, stop in image.extents(rows)]
         for rows, part in zip(blocks, _recut(codes, sizes), strict=True):
             merge.change(rows, (part,))
-            self._outlet.append(name, part)
+            self._outlet.append(self._codes, part)
         self.survival = merge.survival
 
-    def _image_codes(self, quantizer: Nf4Quantizer, nf4: Nf4Layout, absmax: torch.Tensor) -> Iterator[torch.Tensor]:
-        done = 0
-        for stretch in self._stretches(self._unmerged(digest=False), nf4.options.blocksize):
-            count = -(-len(stretch.numbers) // nf4.options.blocksize)
-            yield quantizer.codes(stretch.numbers, absmax[done : done + count])
-            done += count
+    @property
+    def _codes(self) -> str:
+        """The name of the tensor that codes go to."""
+        return self._conversion.outcome[0].name
 
-    def _write_scales(self, nf4: Nf4Layout, absmax: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    def _write_parts(self, quantizer: Quantizer, measured: torch.Tensor) -> Mapping[str, torch.Tensor]:
         """Write every tensor but the codes; what was written."""
         import torch
 
-        parts = nf4.scales(absmax)
+        parts = quantizer.parts(measured)
         for name, part in parts.items():
             self._outlet.append(name, part.contiguous().view(-1).view(torch.uint8))
         return parts
 
-    def _scales(self, quantizer: Nf4Quantizer, numbers: torch.Tensor) -> torch.Tensor:
-        absmax = quantizer.absmax(numbers)
-        if not absmax.isfinite().all():
+    def _measured(self, quantizer: Quantizer, stretch: _Stretch) -> torch.Tensor:
+        """The scales that a stretch asks for, fp32."""
+        scales = quantizer.measure(stretch.numbers)
+        if not scales.isfinite().all():
             raise CheckpointError(
                 f"{quoted(self._conversion.name)} in {quoted(self._conversion.source.tensors[0].file)} holds NaN or "
                 "infinity, which cannot be quantized; download the model again"
             )
-        return absmax
+        return scales
 
     def _merged_blocks(self) -> Iterator[_Block]:
         """The matrix in between block by block, merged into where there are updates."""

@@ -24,7 +24,7 @@ from loratool.formats.replacements import lacking
 from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
 from loratool.updates.replacement import Replacement
-from loratool.weights.storages import refuse_other_storage, stored_weight
+from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight
 from loratool.weights.stored import StoredWeight
 
 HALVES: Final = {"weight": "bias", "bias": "weight"}
@@ -174,7 +174,7 @@ def plan_replacements(adapters: Sequence[WeightedAdapter], landings: Sequence[La
             if weight is not None and not weight.is_replaceable:
                 raise UnsupportedError(
                     f"{quoted(adapter.name)} replaces {quoted(own)}, which the base stores {weight.words}; merge into the "
-                    "dense base instead, with --quantize nf4 for a 4-bit model"
+                    f"dense base instead{quantize_hint(weight)}"
                 )
             _refuse_replacement(name, own, tensor, adapter, {*taken, *targets}, base)
             if weight is None or tensor.dtype not in DENSE:

@@ -1,8 +1,4 @@
-"""Planning to quantize a dense model to NF4, or to store a 4-bit model densely, with a merge on the way or without.
-
-An NF4 model is what transformers saves of one that it loaded with a ``BitsAndBytesConfig``: bitsandbytes' tensors for
-every linear module, and a ``quantization_config`` in ``config.json`` by which it is loaded as it is stored.
-"""
+"""Planning to quantize a dense model, or to store a quantized model densely, with a merge on the way or without."""
 
 from __future__ import annotations
 
@@ -12,25 +8,26 @@ from typing import Any
 
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, UnsupportedError, quoted
+from loratool.formats.names import SUFFIX
 from loratool.merging.conversion import (
-    TORCH_NAMES,
     Conversion,
     ConversionPlan,
-    Storage,
+    StorageChange,
     merged_only,
     to_dense,
-    to_nf4,
+    to_quantized,
 )
 from loratool.merging.linear import is_conv1d, linear_weights, skipped_modules
 from loratool.merging.plan import MergePlan, Target
-from loratool.weights import dense, four_bit
+from loratool.weights import dense
 from loratool.weights.dense import DenseWeight
-from loratool.weights.four_bit import FourBitWeight
-from loratool.weights.storages import quantized_names, refuse_other_storage
+from loratool.weights.making import Making
+from loratool.weights.storages import is_dense, quantized_names, refuse_other_storage, stored_weight
+from loratool.weights.stored import StoredWeight
 
 
-def plan_conversion(base: Checkpoint, storage: Storage, merge: MergePlan | None = None) -> ConversionPlan:
-    """Find the matrices of `base` that are stored otherwise in the end, and what they become; `merge` is done on the way.
+def plan_conversion(base: Checkpoint, change: StorageChange, merge: MergePlan | None = None) -> ConversionPlan:
+    """Find the matrices of `base` that are stored differently in the end, and what they become; `merge` is done on the way.
 
     Raises:
         CheckpointError: `base` has no configuration that could say that it is quantized, or is damaged.
@@ -38,22 +35,22 @@ def plan_conversion(base: Checkpoint, storage: Storage, merge: MergePlan | None 
     """
     refuse_other_storage(base, base.path)
     targets = {} if merge is None else {target.name: target for target in merge.targets}
-    if storage.way == "dequantize":
+    if change.making is None:
         found, config = _dequantization(base, targets)
     else:
-        found, config = _quantization(base, storage, targets)
+        found, config = _quantization(base, change, change.making, targets)
     named = {conversion.name for conversion in found}
     alone = [name for name in targets if name not in named and base.tensors[name].nbytes]
     conversions = [
         *found,
         *(merged_only(_dense(name, base), targets[name]) for name in alone),
     ]
-    return ConversionPlan(base, storage, tuple(sorted(conversions, key=lambda each: each.name)), config, merge)
+    return ConversionPlan(base, change, tuple(sorted(conversions, key=lambda each: each.name)), config, merge)
 
 
-def _quantization(base: Checkpoint, storage: Storage,
+def _quantization(base: Checkpoint, change: StorageChange, making: Making,
                   targets: Mapping[str, Target]) -> tuple[list[Conversion], Mapping[str, Any]]:  # fmt: skip
-    """The matrices that become NF4, and the new configuration."""
+    """The matrices that are quantized, and the new configuration."""
     if not base.config:
         raise CheckpointError(
             f"{quoted(base.path)} has no config.json, which must say that a model is quantized; give a model's whole folder"
@@ -63,33 +60,45 @@ def _quantization(base: Checkpoint, storage: Storage,
             f"{quoted(base.path)} is quantized already; merge into it as it is, or give the dense model that it was made from"
         )
     conversions = [
-        to_nf4(
+        to_quantized(
             _dense(name, base),
-            storage.nf4,
+            making,
             turned=is_conv1d(name, base.config),
             updates=targets.get(name),
-            into_image=storage.way == "base_as",
+            into_image=change.way == "base_as",
         )
         for name in linear_weights(base.tensors, base.config)
     ]
     if not conversions:
         raise UnsupportedError(f"{quoted(base.path)} has no linear modules with a weight; there is nothing to quantize")
-    dtypes = Counter(TORCH_NAMES[each.dense.tensor.dtype] for each in conversions)
-    compute_dtype = storage.compute_dtype or dtypes.most_common(1)[0][0]
-    return conversions, {**base.config, "quantization_config": _quantization_config(storage, compute_dtype, base)}
+    dtypes = Counter(each.dense.dtype.torch_name for each in conversions)
+    compute_dtype = change.compute_dtype or dtypes.most_common(1)[0][0]
+    quantization = making.quantization_config(compute_dtype, skipped_modules(base.tensors.keys()))
+    return conversions, {**base.config, "quantization_config": quantization}
 
 
 def _dequantization(base: Checkpoint,
                     targets: Mapping[str, Target]) -> tuple[list[Conversion], Mapping[str, Any] | None]:  # fmt: skip
     """The matrices that become dense, and the new configuration."""
     conversions = [
-        to_dense(_four_bit(name, base), turned=is_conv1d(name, base.config), updates=targets.get(name))
+        to_dense(_quantized(name, base), turned=is_conv1d(name, base.config), updates=targets.get(name))
         for name in quantized_names(base)
     ]
     if not conversions:
-        raise UnsupportedError(f"{quoted(base.path)} has no 4-bit matrices; it is merged into without dequantizing")
+        raise UnsupportedError(f"{quoted(base.path)} has no quantized matrices; it is merged into without dequantizing")
+    _refuse_unknown(base)
     config = {key: value for key, value in base.config.items() if key != "quantization_config"}
     return conversions, config if base.config else None
+
+
+def _refuse_unknown(base: Checkpoint) -> None:
+    """Raise UnsupportedError for a matrix that is not dense and cannot be decoded: the new model would not say what it is."""
+    for name, info in base.tensors.items():
+        if name.endswith(SUFFIX) and len(info.shape) == 2 and stored_weight(base, name) is None:
+            raise UnsupportedError(
+                f"{quoted(name)} in {quoted(info.file)} is stored as {info.dtype}, which loratool cannot dequantize; merge "
+                "without --dequantize"
+            )
 
 
 def _dense(name: str, base: Checkpoint) -> DenseWeight:
@@ -102,30 +111,11 @@ def _dense(name: str, base: Checkpoint) -> DenseWeight:
     return weight
 
 
-def _four_bit(name: str, base: Checkpoint) -> FourBitWeight:
-    weight = four_bit.claim(base, name)
-    if weight is None:
+def _quantized(name: str, base: Checkpoint) -> StoredWeight:
+    weight = stored_weight(base, name)
+    if weight is None or is_dense(weight):
         raise CheckpointError(
-            f"{quoted(base.path)} says how {quoted(name)} is stored in 4 bits, but one of its tensors is missing; "
+            f"{quoted(base.path)} says how {quoted(name)} is quantized, but one of its tensors is missing; "
             "download the model again"
         )
     return weight
-
-
-def _quantization_config(storage: Storage, compute_dtype: str, base: Checkpoint) -> dict[str, Any]:
-    """What transformers 5 writes for a ``BitsAndBytesConfig``."""
-    return {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": storage.nf4.double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skipped_modules(base.tensors.keys()),
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "quant_method": "bitsandbytes",
-    }

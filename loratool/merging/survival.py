@@ -54,12 +54,9 @@ class SurvivalCount:
         self._carried = self._delta = self._noise = self._weight = 0.0
         self._changed = self._elements = 0
 
-    def add(self, before: torch.Tensor, wanted: torch.Tensor, after: torch.Tensor, changed: int | None = None) -> None:
-        """Count a block: W as it was decoded, W + delta, and W' as it decodes now; the last two are overwritten.
-
-        `changed` is how many codes are other ones, where scales are, too; else other numbers are other codes.
-        """
-        self._changed += int((after != before).sum()) if changed is None else changed
+    def add(self, before: torch.Tensor, wanted: torch.Tensor, after: torch.Tensor) -> None:
+        """Count a block: W as it was decoded, W + delta, and W' as it decodes now; the last two are overwritten."""
+        self._changed += int((after != before).sum())
         self._elements += before.numel()
         self._weight += _dot(before, before)
         delta, change = wanted.sub_(before), after.sub_(before)

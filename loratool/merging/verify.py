@@ -10,10 +10,10 @@ from pathlib import Path
 from loratool.checkpoint.file_role import FileRole, may_be_loaded, role_of
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint, can_be_file, has_file
-from loratool.errors import VerificationError, quoted
+from loratool.errors import LoratoolError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.merging.arithmetic import Merge, choose_device
-from loratool.merging.conversion import Storage
+from loratool.merging.conversion import StorageChange
 from loratool.merging.convert import compute_converted
 from loratool.merging.manifest import Manifest
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
@@ -110,7 +110,7 @@ def _computed_again(base: Checkpoint, manifest: Manifest, plan: MergePlan | None
     """Digests of what comes out now, by name, and those that the manifest has."""
     device = manifest.options.get("device", "cpu")
     if manifest.converted:
-        conversion = plan_conversion(base, _storage(manifest), plan)
+        conversion = plan_conversion(base, _storage_change(manifest), plan)
         return compute_converted(conversion, device=device, progress=progress).after, manifest.tensors
     digests = rewrite(
         plan.targets if plan else (),
@@ -122,14 +122,14 @@ def _computed_again(base: Checkpoint, manifest: Manifest, plan: MergePlan | None
     return after, {name: pair.after for name, pair in manifest.changed.items()}
 
 
-def _storage(manifest: Manifest) -> Storage:
+def _storage_change(manifest: Manifest) -> StorageChange:
     try:
-        storage = Storage.from_options(manifest.options)
-    except (KeyError, ValueError):
-        storage = None
-    if storage is None:
+        change = StorageChange.from_options(manifest.options)
+    except (KeyError, ValueError, LoratoolError):
+        change = None
+    if change is None:
         raise VerificationError("the manifest does not say how the model is stored; it was changed")
-    return storage
+    return change
 
 
 def replay_undo(manifest: Manifest, way: Restoration, progress: Progress = lambda count: None) -> None:

@@ -37,6 +37,10 @@ class Update(Protocol):
         """Whether it adds the same to W whatever W is."""
 
     @property
+    def replaces(self) -> bool:
+        """Whether W' is the same whatever W is."""
+
+    @property
     def scaling(self) -> float:
         """What multiplies the product of its factors."""
 

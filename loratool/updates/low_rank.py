@@ -47,6 +47,10 @@ class LowRank:
         return True
 
     @property
+    def replaces(self) -> bool:
+        return False
+
+    @property
     def kind(self) -> str:
         return f"lora r={self.rank}"
 

@@ -30,6 +30,10 @@ class Replacement:
         return False
 
     @property
+    def replaces(self) -> bool:
+        return True
+
+    @property
     def kind(self) -> str:
         return "replacement"
 

@@ -41,6 +41,10 @@ class SingularValue:
         return True
 
     @property
+    def replaces(self) -> bool:
+        return False
+
+    @property
     def kind(self) -> str:
         return f"adalora r={self.rank}"
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from loratool.checkpoint.dtypes import Dtype, of_torch
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.json_text import parse_json
 from loratool.checkpoint.layout import NewTensor
-from loratool.errors import CheckpointError, quoted
+from loratool.errors import CheckpointError, LoratoolError, quoted
 from loratool.weights.coarse.machine import LoadedCoarse
-from loratool.weights.four_bit import NF4, STATE, FourBitWeight, nested_scales, parse_state
+from loratool.weights.four_bit import NF4, STATE, FourBitWeight, QuantState, nested_scales, parse_state
+from loratool.weights.making import Option
 
 if TYPE_CHECKING:
     import torch
@@ -52,10 +54,52 @@ PLACES: Final = 65535
 
 @dataclass(frozen=True, slots=True)
 class Nf4Options:
-    """How a matrix is quantized: elements that share a scale, and whether the scales are quantized themselves."""
+    """How matrices are quantized: elements that share a scale, and whether the scales are quantized themselves."""
 
     blocksize: int = 64
     double_quant: bool = True
+
+    @classmethod
+    def of(cls, options: Mapping[str, Option]) -> Nf4Options:
+        """The options of these names; LoratoolError for a block size that bitsandbytes does not have."""
+        made = cls(**{"blocksize": 64, "double_quant": True} | dict(options))  # type: ignore[arg-type]
+        if made.blocksize not in BLOCKSIZES:
+            sizes = ", ".join(map(str, BLOCKSIZES))
+            raise LoratoolError(f"the block size is {quoted(made.blocksize)} and must be one of {sizes}")
+        return made
+
+    @property
+    def storage(self) -> str:
+        return "nf4"
+
+    @property
+    def title(self) -> str:
+        return "NF4"
+
+    @property
+    def options(self) -> Mapping[str, Option]:
+        return {"blocksize": self.blocksize, "double_quant": self.double_quant}
+
+    def parameter(self, name: str, shape: tuple[int, int], dtype: Dtype) -> Nf4Layout:
+        return Nf4Layout(name, shape, dtype.torch_name, self)
+
+    def quantization_config(self, compute_dtype: str, dense: Collection[str] | None) -> dict[str, Any]:
+        """What transformers 5 writes for a ``BitsAndBytesConfig``."""
+        return {
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_compute_dtype": compute_dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": self.storage,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": None if dense is None else sorted(dense),
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "quant_method": "bitsandbytes",
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +110,10 @@ class Nf4Layout:
     shape: tuple[int, int]
     dtype: str
     options: Nf4Options
+
+    @property
+    def storage(self) -> str:
+        return self.options.storage
 
     @property
     def tensors(self) -> tuple[NewTensor, ...]:
@@ -82,6 +130,9 @@ class Nf4Layout:
             parts.append(NewTensor(f"{self.name}.nested_absmax", "F32", (-(-blocks // NESTED_BLOCKSIZE),)))
             parts.append(NewTensor(f"{self.name}.nested_quant_map", "F32", (256,)))
         return tuple(parts)
+
+    def quantizer(self) -> Nf4Quantizer:
+        return Nf4Quantizer(self)
 
     @property
     def state_name(self) -> str:
@@ -101,45 +152,6 @@ class Nf4Layout:
         padding = OFFSET_CHARACTERS - len(json.dumps(offset))
         return (json.dumps(value) + " " * padding).encode()
 
-    def scales(self, absmax: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Every tensor but the codes, for the scales `absmax`, fp32, one for each block; called on one torch thread.
-
-        How a mean is rounded depends on the number of torch's threads.
-
-        Raises:
-            CheckpointError: the scales, quantized, stand for numbers beyond the dtype that the matrix decodes to.
-        """
-        import torch
-
-        parts = {f"{self.name}.quant_map": torch.tensor(NF4)}
-        offset = 0.0
-        if self.options.double_quant:
-            mean = absmax.mean()
-            offset = mean.item()
-            codes, outer = _quantize_scales(absmax - mean)
-            again = nested_scales(codes, dynamic_map(), outer, NESTED_BLOCKSIZE, offset)
-            if not again.to(getattr(torch, self.dtype)).isfinite().all():
-                raise CheckpointError(
-                    f"the numbers of {quoted(self.name)} are so large that their scales in 8 bits are beyond {self.dtype}; "
-                    "`loratool quantize --no-double-quant` stores them in fp32"
-                )
-            parts[f"{self.name}.absmax"] = codes
-            parts[f"{self.name}.nested_absmax"] = outer
-            parts[f"{self.name}.nested_quant_map"] = dynamic_map()
-        else:
-            parts[f"{self.name}.absmax"] = absmax
-        parts[self.state_name] = torch.frombuffer(bytearray(self.state(offset)), dtype=torch.uint8)
-        return parts
-
-    def image(self, parts: Mapping[str, torch.Tensor], codes: TensorInfo) -> Nf4Image:
-        """The matrix as it is quantized: `parts` are those of `scales`, `codes` is where its codes will be."""
-        state = parse_state(parse_json(bytes(parts[self.state_name].tolist())), "nf4")
-        scales = parts[f"{self.name}.absmax"]
-        if state.nested_blocksize is not None:
-            values, outer = (parts[f"{self.name}.{part}"] for part in ("nested_quant_map", "nested_absmax"))
-            scales = nested_scales(scales, values, outer, state.nested_blocksize, state.nested_offset)
-        return Nf4Image(self.name, state, codes, {}, scales)
-
 
 @dataclass(frozen=True, slots=True)
 class Nf4Image(FourBitWeight):
@@ -154,10 +166,10 @@ class Nf4Image(FourBitWeight):
 class Nf4Quantizer:
     """Quantizes stretches of a matrix to the nearest codes; may be shared by threads."""
 
-    def __init__(self, blocksize: int) -> None:
+    def __init__(self, layout: Nf4Layout) -> None:
         import torch
 
-        self._blocksize = blocksize
+        self._layout, self._blocksize = layout, layout.options.blocksize
         values = torch.tensor(NF4)
         # Two fp32 numbers, looked up as one integer of 64 bits.
         self._pairs = torch.cartesian_prod(values, values).view(torch.int64).view(256)
@@ -167,45 +179,81 @@ class Nf4Quantizer:
         self._below = torch.searchsorted(bounds.double(), edges).to(torch.uint8)
         self._next = torch.cat([bounds, torch.tensor([torch.inf])])[self._below.long()]
 
-    def absmax(self, flat: torch.Tensor) -> torch.Tensor:
-        """The scale of each block of `flat`, fp32; NaN or infinity where the block holds one.
+    @property
+    def unit(self) -> int:
+        return self._blocksize
 
-        `flat`, fp32, begins with a block, and unless it ends the matrix it ends with one.
-        """
+    def measure(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The largest magnitude of each block."""
         import torch
 
-        whole = len(flat) // self._blocksize * self._blocksize
-        absmax = flat[:whole].view(-1, self._blocksize).abs().amax(1)
-        if whole == len(flat):
+        whole = len(numbers) // self._blocksize * self._blocksize
+        absmax = numbers[:whole].view(-1, self._blocksize).abs().amax(1)
+        if whole == len(numbers):
             return absmax
-        return torch.cat([absmax, flat[whole:].abs().amax().clamp(min=LEAST_SCALE)[None]])
+        return torch.cat([absmax, numbers[whole:].abs().amax().clamp(min=LEAST_SCALE)[None]])
 
-    def codes(self, flat: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-        """The codes of the finite numbers of `flat` under their scales, packed in ``ceil(n / 2)`` bytes.
-
-        Where a scale is below zero, as double quantization may leave that of a block of next to nothing, they are zero.
-        """
+    def codes(self, numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """Where a scale is below zero, as double quantization may leave that of next to nothing, they are zero."""
         import torch
 
-        whole = len(flat) // self._blocksize * self._blocksize
-        blocks = flat[:whole].view(-1, self._blocksize)
-        absmax = torch.where(absmax < 0, math.inf, absmax)
-        reciprocals = 1.0 / absmax[: len(blocks)].clamp(min=LEAST_SCALE)
-        scaled = torch.empty_like(flat)
+        whole = len(numbers) // self._blocksize * self._blocksize
+        blocks = numbers[:whole].view(-1, self._blocksize)
+        scales = torch.where(scales < 0, math.inf, scales)
+        reciprocals = 1.0 / scales[: len(blocks)].clamp(min=LEAST_SCALE)
+        scaled = torch.empty_like(numbers)
         torch.mul(blocks, reciprocals[:, None], out=scaled[:whole].view(blocks.shape))
-        if whole < len(flat):
-            torch.div(flat[whole:], absmax[-1].clamp(min=LEAST_SCALE), out=scaled[whole:])
+        if whole < len(numbers):
+            torch.div(numbers[whole:], scales[-1].clamp(min=LEAST_SCALE), out=scaled[whole:])
         return _packed(self._nearest(scaled.clamp_(-1, 1)))
 
-    def decode(self, codes: torch.Tensor, absmax: torch.Tensor, count: int) -> torch.Tensor:
-        """The `count` numbers, fp32, that packed `codes` stand for under these scales."""
+    def decode(self, codes: torch.Tensor, scales: torch.Tensor, count: int) -> torch.Tensor:
         import torch
 
         numbers = self._pairs.index_select(0, codes.int()).view(torch.float32)[:count]
         whole = count // self._blocksize * self._blocksize
-        numbers[:whole].view(-1, self._blocksize).mul_(absmax[: whole // self._blocksize, None])
-        numbers[whole:].mul_(absmax[-1])
+        numbers[:whole].view(-1, self._blocksize).mul_(scales[: whole // self._blocksize, None])
+        numbers[whole:].mul_(scales[-1])
         return numbers
+
+    def parts(self, measured: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """How a mean is rounded depends on the number of torch's threads."""
+        import torch
+
+        layout, name = self._layout, self._layout.name
+        parts = {f"{name}.quant_map": torch.tensor(NF4)}
+        offset = 0.0
+        if layout.options.double_quant:
+            mean = measured.mean()
+            offset = mean.item()
+            codes, outer = _quantize_scales(measured - mean)
+            again = nested_scales(codes, dynamic_map(), outer, NESTED_BLOCKSIZE, offset)
+            if not again.to(of_torch(layout.dtype).as_torch()).isfinite().all():
+                raise CheckpointError(
+                    f"the numbers of {quoted(name)} are so large that their scales in 8 bits are beyond {layout.dtype}; "
+                    "`loratool quantize --no-double-quant` stores them in fp32"
+                )
+            parts[f"{name}.absmax"] = codes
+            parts[f"{name}.nested_absmax"] = outer
+            parts[f"{name}.nested_quant_map"] = dynamic_map()
+        else:
+            parts[f"{name}.absmax"] = measured
+        parts[layout.state_name] = torch.frombuffer(bytearray(layout.state(offset)), dtype=torch.uint8)
+        return parts
+
+    def scales(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        state, name = self._state(parts), self._layout.name
+        scales = parts[f"{name}.absmax"]
+        if state.nested_blocksize is None:
+            return scales
+        values, outer = (parts[f"{name}.{part}"] for part in ("nested_quant_map", "nested_absmax"))
+        return nested_scales(scales, values, outer, state.nested_blocksize, state.nested_offset)
+
+    def image(self, parts: Mapping[str, torch.Tensor], codes: TensorInfo) -> Nf4Image:
+        return Nf4Image(self._layout.name, self._state(parts), codes, {}, self.scales(parts))
+
+    def _state(self, parts: Mapping[str, torch.Tensor]) -> QuantState:
+        return parse_state(parse_json(bytes(parts[self._layout.state_name].tolist())), "nf4")
 
     def _nearest(self, scaled: torch.Tensor) -> torch.Tensor:
         """The code of the value nearest to each number from -1 to 1: how many of the bounds between codes are below it."""

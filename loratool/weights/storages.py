@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from loratool.errors import UnsupportedError, quoted
 from loratool.weights import dense, four_bit
+from loratool.weights.making import MakingOf
+from loratool.weights.nf4 import Nf4Options
 from loratool.weights.storage import Model, OtherStorage, Storage
 from loratool.weights.stored import StoredWeight
 
@@ -14,6 +17,9 @@ QUANTIZED: Final = (four_bit.STORAGE,)
 
 STORAGES: Final[tuple[Storage, ...]] = (*QUANTIZED, dense.STORAGE)
 """All storages, in the order in which they are asked whether a parameter is theirs."""
+
+MAKINGS: Final[Mapping[str, MakingOf]] = {"nf4": Nf4Options.of}
+"""Storages that dense parameters can be quantized to, by the names that options give them; the first one is the usual one."""
 
 OTHERS: Final = (
     OtherStorage("bitsandbytes 8-bit (LLM.int8)", (".SCB",), four_bit.is_8_bit),
@@ -40,6 +46,11 @@ def stored_weight(model: Model, name: str) -> StoredWeight | None:
 def is_dense(weight: StoredWeight) -> bool:
     """Whether a parameter is stored in full precision."""
     return weight.storage in dense.STORAGE.names
+
+
+def quantize_hint(weight: StoredWeight) -> str:
+    """The end of an advice to merge into a dense model, where that can be stored as `weight` is afterwards."""
+    return f", with --quantize {weight.storage} for a model like this" if weight.storage in MAKINGS else ""
 
 
 def quantized_names(model: Model) -> tuple[str, ...]:
