@@ -26,9 +26,11 @@ def family_of(model_type: str, folder: Path = FOLDER) -> Family:
     Raises:
         LoratoolError: a file cannot be read, or two files are about the same model.
     """
+    if model_type in _names(folder) and model_type in family_named(model_type, folder).models:
+        return family_named(model_type, folder)
     quoted_type = f'"{model_type}"'
     # Parsing all files would take ten times as long as looking for those that have the name in them.
-    candidates = [name for name, text in _texts(folder).items() if quoted_type in text]
+    candidates = [name for name in _names(folder) if quoted_type in _text(name, folder)]
     families = [family for family in (family_named(name, folder) for name in candidates) if model_type in family.models]
     if len(families) > 1:
         names = " and ".join(quoted(f"{family.name}.json") for family in families)
@@ -38,7 +40,7 @@ def family_of(model_type: str, folder: Path = FOLDER) -> Family:
 
 def models_with_layers(folder: Path = FOLDER) -> tuple[str, ...]:
     """Return the model types whose layers are known, sorted."""
-    families = (family_named(name, folder) for name in _texts(folder))
+    families = (family_named(name, folder) for name in _names(folder))
     return tuple(sorted(model for family in families if family.layers is not None for model in family.models))
 
 
@@ -60,7 +62,7 @@ def family_named(name: str, folder: Path = FOLDER) -> Family:
 @cache
 def _read(name: str, folder: Path, before: tuple[str, ...]) -> Family:
     file = folder / f"{name}.json"
-    text = _texts(folder)[name]
+    text = _text(name, folder)
     try:
         content = json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
@@ -69,7 +71,7 @@ def _read(name: str, folder: Path, before: tuple[str, ...]) -> Family:
         raise LoratoolError(f"{quoted(file)} is JSON and not an object; fix it")
     family = parse_family(content, name, str(file))
     for other in family.like:
-        if other in (name, *before) or other not in _texts(folder):
+        if other in (name, *before) or other not in _names(folder):
             reason = "is like itself" if other in (name, *before) else "does not exist"
             raise LoratoolError(f"'like' in {quoted(file)} names {quoted(other)}, which {reason}; fix it")
         family = family.followed_by(_read(other, folder, (name, *before)))
@@ -84,13 +86,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @cache
-def _texts(folder: Path) -> dict[str, str]:
-    """The text of each file, by its name without the suffix, sorted."""
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))
-    return {name.removesuffix(".json"): _text(folder / name) for name in names}
+def _names(folder: Path) -> tuple[str, ...]:
+    """The names of the files without their suffix, sorted."""
+    return tuple(sorted(name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")))
 
 
-def _text(file: Path) -> str:
+@cache
+def _text(name: str, folder: Path) -> str:
+    file = folder / f"{name}.json"
     try:
         with open(file, "rb") as stream:
             content = stream.read(LARGEST + 1)
