@@ -230,7 +230,7 @@ class Architecture:
         """The parameter in memory that holds a matrix of the tensor `stored`, and where."""
         name = tuple(matrix.name.split("."))
         shape = self._shape_of(matrix.view, stored)
-        for scope, _ in (*self.scope.around(name), (Scope(generic(), self.config, ()), name)):
+        for scope, _ in self._tables(name):
             for packing in scope.family.packed:
                 held = packing.holder(name, shape, scope.config, spelling)
                 if held is not None:
@@ -263,6 +263,11 @@ class Architecture:
     def _roles(self) -> dict[tuple[str, int | None], Role]:
         return {}
 
+    def _tables(self, name: tuple[str, ...]) -> Iterator[tuple[Scope, tuple[str, ...]]]:
+        """What is said of each model that a parameter belongs to, the innermost first, then of any; and its name there."""
+        yield from self.scope.around(name)
+        yield Scope(generic(), self.config, ()), name
+
     def _around(self, parameter: str) -> Iterator[tuple[Scope, tuple[str, ...]]]:
         return self.scope.around(tuple(template(self.canonical(parameter), self.scope.literals).split(".")))
 
@@ -280,7 +285,7 @@ class Architecture:
 
     def _packings(self, name: tuple[str, ...]) -> Iterator[tuple[Packing, tuple[str, ...], Mapping[str, Any]]]:
         """The packings that a parameter may be, what stands before it, and the configuration with its sizes."""
-        for scope, _ in (*self.scope.around(name), (Scope(generic(), self.config, ()), name)):
+        for scope, _ in self._tables(name):
             for packing in scope.family.packed:
                 before = packing.prefix(name)
                 if before is not None:
@@ -288,7 +293,7 @@ class Architecture:
 
     def _partners(self, canonical: str) -> Iterator[str]:
         name = tuple(canonical.split("."))
-        for scope, inside in (*self.scope.around(name), (Scope(generic(), self.config, ()), name)):
+        for scope, inside in self._tables(name):
             before = name[: len(name) - len(inside)]
             for tie in scope.family.tied:
                 group = [".".join((*before, *other)) for other in tie.group(inside)]
