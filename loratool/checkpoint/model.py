@@ -176,6 +176,10 @@ def _walk(folder: Path) -> Iterator[Path]:
             raise CheckpointError(f"{quoted(entry.path)} is neither a file nor a folder; remove it from the model")
 
 
+def _may_be_weights(name: str) -> bool:
+    return name.endswith((".safetensors", INDEX_SUFFIX)) or Path(name).suffix in PICKLE_SUFFIXES
+
+
 def choose_weights(names: Collection[str], folder: Path | str) -> str:
     """Which of a folder's files says where its weights are, as transformers chooses: one file first, then an index.
 
@@ -185,8 +189,9 @@ def choose_weights(names: Collection[str], folder: Path | str) -> str:
     for preferred in (WEIGHTS_NAME, "model" + INDEX_SUFFIX):
         if preferred in names:
             return preferred
-    # What is an adapter's is no model's, unless there is nothing else: then whoever opens it says so.
-    names = [name for name in names if role_of(name) is not FileRole.ADAPTER] or names
+    # What is an adapter's is no model's, unless there are no other weights: then whoever opens it says so.
+    others = [name for name in names if role_of(name) is not FileRole.ADAPTER]
+    names = others if any(map(_may_be_weights, others)) else names
     indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIX))
     files = sorted(name for name in names if name.endswith(".safetensors"))
     if len(indexes) == 1:
