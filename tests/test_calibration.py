@@ -253,7 +253,7 @@ def test_what_cannot_be_calibrated_is_refused_and_nothing_is_written(
 ) -> None:
     adapter, out = tiny_adapters.folder("llama"), tmp_path / "out"
     dense = with_tokenizer(tiny_models.folder("llama", "bf16"), tmp_path / "dense", tiny_tokenizer(template=CHATML))
-    with pytest.raises(UnsupportedError, match="no 4-bit weights"):
+    with pytest.raises(UnsupportedError, match="no quantized weights"):
         loratool.merge(adapter, dense, out=out, calibrate=text)
     with pytest.raises(LoratoolError, match="leave out --quantize"):
         loratool.merge(adapter, dense, out=out, calibrate=text, quantize="nf4")

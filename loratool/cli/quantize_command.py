@@ -112,7 +112,7 @@ def _print_result(result: QuantizeResult) -> None:
     print_facts(
         [
             ("written to", shown_path(result.out)),
-            ("in NF4", counted(len(result.plan.conversions), "tensor")),
+            (f"in {result.title}", counted(len(result.plan.conversions), "tensor")),
             ("size", _sizes(result)),
             ("time", duration(result.seconds)),
             ("catalogued", result.name or ""),

@@ -94,7 +94,7 @@ def percent(share: float, digits: int = 3) -> str:
 
 
 def survived(share: float, noise: float, changed: float) -> str:
-    """What of an update the 4-bit weights carry: ``98.3% of the update; noise 6.4% of the weights; 7.1% of codes moved``."""
+    """What of an update the quantized weights carry: ``98.3% of the update; noise 6.4% of the weights; 7.1% of codes moved``."""
     return f"{share:.1%} of the update; noise {noise:.1%} of the weights; {changed:.1%} of codes moved"
 
 

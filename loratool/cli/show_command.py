@@ -156,7 +156,7 @@ def _training(recipe: Mapping[str, Any]) -> str:
 
 
 def _merge(merge: MergeRecord) -> str:
-    """Where a merge lies and what became of it; into 4 bits, how much of the update is there."""
+    """Where a merge lies and what became of it; if quantized, how much of the update is there."""
     from loratool.library.adapters import survival_of
 
     survival = survival_of(merge)

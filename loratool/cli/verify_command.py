@@ -62,7 +62,7 @@ def command(registry: str | None, merged: str, as_json: bool) -> None:
 
 
 def _least(result: VerifyResult) -> str:
-    """The 4-bit matrix that carries the least of its update."""
+    """The quantized matrix that carries the least of its update."""
     if not result.survivals:
         return ""
     name, survival = min(result.survivals.items(), key=lambda item: item[1].share)

@@ -33,7 +33,7 @@ class ModelCard:
         base, base_url, base_fingerprint: the model that it was made of.
         fingerprint: of its own content.
         ingredients: the adapters, in the order in which they were added.
-        storage: how it is stored, where that is otherwise than the base.
+        storage: how it is stored, if differently than the base; and `storage_tags`, what the Hub calls such models.
         options: what else decided the bytes.
         architecture: the class of transformers that it is.
         task: PEFT's word for what it does, where known.
@@ -49,6 +49,7 @@ class ModelCard:
     fingerprint: str
     ingredients: Sequence[Ingredient] = ()
     storage: str | None = None
+    storage_tags: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     architecture: str | None = None
     task: str | None = None
@@ -67,7 +68,7 @@ class ModelCard:
         words = [
             "loratool",
             *(["merge"] if self.ingredients else []),
-            *(["4-bit", "bitsandbytes"] if self.storage else []),
+            *self.storage_tags,
         ]
         return FrontMatter(managed, {"pipeline_tag": pipeline}, words)
 

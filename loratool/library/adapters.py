@@ -109,7 +109,7 @@ def _merge_json(merge: MergeRecord) -> dict[str, Any]:
 
 
 def survival_of(merge: MergeRecord) -> Survival | None:
-    """What survived of the update, where the merge was into 4-bit weights and the catalogue knows it."""
+    """What survived of the update, where the merge was into quantized weights and the catalogue knows it."""
     from loratool.merging.survival import Survival
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: b
         return None
     if otherwise_stored:
         raise LoratoolError(
-            "--calibrate is for merges into NF4 and FP4 weights as they are stored; leave out --quantize, --base-as and "
+            "--calibrate is for merges into quantized weights as they are stored; leave out --quantize, --base-as and "
             "--dequantize, or leave out --calibrate"
         )
     from loratool.training.data import read_data
@@ -45,10 +46,10 @@ def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: b
 
 @contextmanager
 def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progress) -> Iterator[MergePlan]:
-    """The plan with the inputs of its 4-bit matrices on `text`, while they are kept; as it is where there is no text.
+    """The plan with the inputs of its quantized matrices on `text`, while they are kept; as it is where there is no text.
 
     Raises:
-        UnsupportedError: nothing lands on 4-bit weights.
+        UnsupportedError: nothing lands on quantized weights.
         LoratoolError: transformers cannot run the model, or the text does not fit it.
     """
     if text is None:
@@ -57,7 +58,7 @@ def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progres
     modules = [target.name.removesuffix(SUFFIX) for target in plan.targets if target.weight.is_calibrated]
     if not modules:
         raise UnsupportedError(
-            f"{quoted(plan.base.path)} has no 4-bit weights where the adapter lands, and dense weights need no calibration; "
+            f"{quoted(plan.base.path)} has no quantized weights where the adapter lands, and dense weights need no calibration; "
             "leave out --calibrate"
         )
     from loratool.training.calibration import MOST_TOKENS, calibration_samples, record_inputs
@@ -79,6 +80,7 @@ def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progres
                 device=place,
                 progress=watcher.advance,
             )
+        gc.collect()  # the model is part of cycles, and holds its files open
         targets = tuple(_with_inputs(target, files) for target in plan.targets)
         yield replace(plan, targets=targets, calibration=file_digest(text.file))
 

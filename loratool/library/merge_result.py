@@ -27,7 +27,7 @@ class MergeResult:
         output_fingerprint: of the merged model.
         undo_file: what takes the merge out again, where it was kept.
         plan: the matrices that change.
-        survival: of a merge into 4-bit matrices, what of the update the stored codes carry, in all.
+        survival: of a merge into quantized matrices, what of the update the stored codes carry, in all.
         survivals: the same of each matrix, by name.
         unchanged: names of planned tensors that kept the base's bytes: their update is zero or was lost by rounding.
         seconds: the time taken, or expected.
@@ -149,6 +149,6 @@ def _survival_notes(survival: Survival | None) -> tuple[str, ...]:
     if survival is None or survival.share >= LEAST_SHARE:
         return ()
     return (
-        f"only {survival.share:.0%} of the update is left in the 4-bit weights; merge into the full-precision base with "
+        f"only {survival.share:.0%} of the update is left in the quantized weights; merge into the full-precision base with "
         "--out instead, or keep the adapter beside the model",
     )

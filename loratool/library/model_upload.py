@@ -20,6 +20,7 @@ from loratool.library.progress import Progress
 from loratool.library.resolve import digest_cache, resolve_merged
 from loratool.library.upload import Upload, Wishes, hub_base
 from loratool.merging.manifest import KINDS, MANIFEST_NAME, Manifest, read_manifest
+from loratool.weights.storages import described
 from registry import Registry
 
 
@@ -70,6 +71,7 @@ def prepare_model(model: MergedModel, catalogue: Registry, remote: Remote, wishe
     config = model.checkpoint.config
     architectures = config.get("architectures")
     architecture = str(architectures[0]) if isinstance(architectures, list) and architectures else None
+    storage, storage_tags = described(config) or (None, ())
     card = ModelCard(
         name=remote.repository.rpartition("/")[2],
         repository=remote.repository,
@@ -82,7 +84,8 @@ def prepare_model(model: MergedModel, catalogue: Registry, remote: Remote, wishe
             Ingredient(a.name, a.kind, a.rank, a.weight, a.sha256, _public_url(a.sha256, catalogue, wishes))
             for a in manifest.adapters
         ],
-        storage="NF4" if "quantization_config" in config else None,
+        storage=storage,
+        storage_tags=storage_tags,
         options={key: value for key, value in manifest.options.items() if key == "seed"},
         architecture=architecture,
         task=task_of({}, architecture),

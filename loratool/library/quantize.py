@@ -53,6 +53,11 @@ class QuantizeResult:
     seconds: float
     dry_run: bool
 
+    @property
+    def title(self) -> str:
+        """What people call the storage."""
+        return self.plan.change.making.title if self.plan.change.making else ""
+
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
         return {

@@ -85,7 +85,7 @@ class ResolvedBase:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Say where a plan needs more of a base than its headers, which are all that is here (a 4-bit matrix's facts).
+        """Say where a plan needs more of a base than its headers, which are all that is here (a quantized matrix's facts).
 
         Raises:
             CheckpointError: it does, or the plan itself finds the base damaged.

@@ -74,7 +74,7 @@ def _belongs(wanted: str, checkpoint: Checkpoint, actual: str, catalogue: Regist
 
 
 def _originals(checkpoint: Checkpoint, actual: str) -> Iterator[str]:
-    """The fingerprint of a model, and that of the dense model that loratool made it of where it is an NF4 image."""
+    """The fingerprint of a model, and that of the dense model that loratool made it of where it is a quantized image."""
     yield actual
     try:
         manifest = read_manifest(checkpoint.path, ("quantization",))

@@ -73,7 +73,7 @@ class VerifyResult:
 
     `files` beside the weights are as the manifest records them. `edited` are those that a user may change, such as a card or
     a chat template, and did; `added` were put into the folder since. `survival` and, by matrix, `survivals` are what the
-    merge into 4-bit matrices measured.
+    merge into quantized matrices measured.
     """
 
     path: Path

@@ -214,7 +214,7 @@ class _SurvivalFields(TypedDict):
 
 
 def _survival(counts: Mapping[str, SurvivalCount]) -> _SurvivalFields:
-    """What a manifest says of what survived, in each matrix of 4 bits and in all."""
+    """What a manifest says of what survived, in each quantized matrix and in all."""
     return {
         "survival": {name: count.survival() for name, count in sorted(counts.items())},
         "survival_of_all": SurvivalCount.of_all(counts.values()).survival() if counts else None,

@@ -105,7 +105,7 @@ class Manifest:
         previous: content of the manifest that the base had, where the base was itself merged. It is stored as
             base64 of Zstandard, because manifests within manifests would double in size with every merge.
         in_place: whether the base's own files were changed.
-        survival: what of the update each matrix of 4 bits carries.
+        survival: what of the update each quantized matrix carries.
         survival_of_all: the same of all of them together; None where there is none.
         kind: ``merge``, or ``quantization``, which has no adapters.
     """

@@ -24,7 +24,7 @@ from loratool.formats.replacements import lacking
 from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
 from loratool.updates.replacement import Replacement
-from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight
+from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
 
 HALVES: Final = {"weight": "bias", "bias": "weight"}
@@ -261,7 +261,7 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
     if weight is None or len(weight.shape) != 2:
         raise UnsupportedError(
             f"{quoted(updates[0].module)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
-            f"{info.dtype} {list(info.shape)}; loratool changes fp32, fp16, bf16, NF4 and FP4 matrices"
+            f"{info.dtype} {list(info.shape)}; loratool changes {titles()} matrices"
         )
     if orientation.architecture.is_embedding(name):
         raise UnsupportedError(

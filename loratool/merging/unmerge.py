@@ -26,7 +26,8 @@ from loratool.merging.plan import Target, WeightedAdapter, plan_merge
 from loratool.merging.rewrite import Change, Digests, Progress, bytes_of, opened, rewrite
 from loratool.merging.undo import UNDO_NAME, UndoFile, adapter_file
 from loratool.merging.workers import cpu_workers
-from loratool.weights.storages import stored_weight
+from loratool.weights.storages import parameter_name, stored_weight
+from loratool.weights.stored import StoredWeight
 
 if TYPE_CHECKING:
     import torch
@@ -95,18 +96,21 @@ def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) 
         RestoreError: `base` does not have the changed tensors.
     """
     targets = []
-    for name in manifest.changed:
-        info, original = merged.tensors.get(name), base.tensors.get(name)
+    for name in dict.fromkeys(map(parameter_name, manifest.changed)):
         weight = stored_weight(merged, name)
-        if (
-            info is None
-            or original is None
-            or weight is None
-            or (info.dtype, info.shape) != (original.dtype, original.shape)
-        ):
+        if weight is None or stored_weight(base, name) is None or not _are_alike(weight, base):
             raise RestoreError(f"{quoted(name)} is not alike in {quoted(merged.path)} and {quoted(base.path)}")
         targets.append(Target(weight, (), transposed=False))
     return Restoration("base", tuple(targets), lambda target: _CopyFrom(base, target))
+
+
+def _are_alike(weight: StoredWeight, base: Checkpoint) -> bool:
+    """Whether the base has tensors of the same dtypes and shapes for a parameter."""
+    originals = [base.tensors.get(info.name) for info in weight.tensors]
+    return all(
+        original is not None and (info.dtype, info.shape) == (original.dtype, original.shape)
+        for info, original in zip(weight.tensors, originals, strict=True)
+    )
 
 
 def restore_approximately(merged: Checkpoint, manifest: Manifest, adapters: list[Adapter],

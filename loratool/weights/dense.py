@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from loratool.checkpoint.blocks import BLOCK_BYTES
 from loratool.checkpoint.dtypes import DENSE, DTYPES, Dtype
@@ -150,14 +149,10 @@ def claim(model: Model, name: str) -> DenseWeight | None:
     return None if info is None or info.dtype not in DENSE else DenseWeight(info)
 
 
-def _is_dense(config: Mapping[str, Any]) -> bool:
-    return not config
-
-
 STORAGE: Final = Storage(
     names=tuple(DTYPES[name].title for name in DENSE),
     title="fp32, fp16 and bf16",
     claim=claim,
     parameter_of=lambda tensor: tensor,
-    describes=_is_dense,
+    describes=lambda config: None,
 )

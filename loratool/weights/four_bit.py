@@ -11,14 +11,12 @@ decodes to. Layout: bitsandbytes, ``QuantState.as_dict(packed=True)``; arithmeti
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from loratool.checkpoint.blocks import read_exactly
 from loratool.checkpoint.dtypes import DENSE, DTYPES, Dtype, of_torch
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.json_text import parse_json_object
@@ -31,6 +29,7 @@ from loratool.weights.coarse.packing import Bytes
 from loratool.weights.coarse.short_steps import ShortRule
 from loratool.weights.coarse.stored import CoarseWeight
 from loratool.weights.coarse.tiles import Area, FlatTiles, Scaling
+from loratool.weights.reading import read_bytes, read_tensor, refuse_not_finite
 from loratool.weights.storage import Model, Storage
 
 if TYPE_CHECKING:
@@ -176,9 +175,10 @@ def parameter_of(tensor: str) -> str | None:
     return next((tensor.removesuffix(end) for end in ends if tensor.endswith(end)), None)
 
 
-def describes(config: Mapping[str, Any]) -> bool:
-    """Whether a ``quantization_config`` is that of a model in 4 bits."""
-    return _is_bitsandbytes(config) and not is_8_bit(config)
+def describes(config: Mapping[str, Any]) -> str | None:
+    """What people call the storage, where a ``quantization_config`` is that of a model in 4 bits."""
+    is_it = _is_bitsandbytes(config) and not is_8_bit(config)
+    return str(config.get("bnb_4bit_quant_type", "fp4")).upper() if is_it else None
 
 
 def is_8_bit(config: Mapping[str, Any]) -> bool:
@@ -191,7 +191,12 @@ def _is_bitsandbytes(config: Mapping[str, Any]) -> bool:
 
 
 STORAGE: Final = Storage(
-    names=KINDS, title="bitsandbytes NF4 and FP4", claim=claim, parameter_of=parameter_of, describes=describes
+    names=KINDS,
+    title="bitsandbytes NF4 and FP4",
+    claim=claim,
+    parameter_of=parameter_of,
+    describes=describes,
+    tags=("4-bit", "bitsandbytes"),
 )
 
 
@@ -200,7 +205,7 @@ def json_of(info: TensorInfo) -> dict[str, Any]:
     if info.dtype != "U8" or info.nbytes > LARGEST_STATE:
         raise CheckpointError(f"{quoted(info.name)} in {quoted(info.file)} is no quant_state; download the model again")
     try:
-        return parse_json_object(_read(info), info.file)
+        return parse_json_object(bytes(read_bytes(info)), info.file)
     except CheckpointError:
         raise CheckpointError(
             f"{quoted(info.name)} in {quoted(info.file)} is not valid JSON; download the model again"
@@ -266,23 +271,19 @@ def _read_scales(weight: FourBitWeight) -> torch.Tensor:
     import torch
 
     if "quant_map" in weight.parts:
-        values = _floats(weight.parts["quant_map"])
+        values = read_tensor(weight.parts["quant_map"])
         if not torch.equal(values, torch.tensor(LEVELS[weight.state.kind].values)):
             raise CheckpointError(
                 f"{quoted(weight.name)}.quant_map in {quoted(weight.codes.file)} does not hold the values of "
                 f"{weight.state.kind}; such models are not supported"
             )
     if weight.state.nested_blocksize is None:
-        scales = _floats(weight.parts["absmax"])
+        scales = read_tensor(weight.parts["absmax"])
     else:
-        indices = torch.frombuffer(bytearray(_read(weight.parts["absmax"])), dtype=torch.uint8)
-        values, outer = (_floats(weight.parts[part]) for part in ("nested_quant_map", "nested_absmax"))
+        indices = read_tensor(weight.parts["absmax"])
+        values, outer = (read_tensor(weight.parts[part]) for part in ("nested_quant_map", "nested_absmax"))
         scales = nested_scales(indices, values, outer, weight.state.nested_blocksize, weight.state.nested_offset)
-    if not torch.isfinite(scales).all():
-        raise CheckpointError(
-            f"the scales of {quoted(weight.name)} in {quoted(weight.codes.file)} hold NaN or infinity; "
-            "download the model again"
-        )
+    refuse_not_finite(scales, weight.name, weight.codes)
     return scales
 
 
@@ -294,23 +295,3 @@ def nested_scales(indices: torch.Tensor, values: torch.Tensor, outer: torch.Tens
     """
     scales = values[indices.int()]
     return scales.mul_(outer.repeat_interleave(blocksize)[: len(scales)]).add_(offset)
-
-
-def _floats(info: TensorInfo) -> torch.Tensor:
-    import torch
-
-    return torch.frombuffer(bytearray(_read(info)), dtype=torch.float32)
-
-
-def _read(info: TensorInfo) -> bytes:
-    """The bytes of a small tensor."""
-    buffer = bytearray(info.nbytes)
-    try:
-        fd = os.open(info.file, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quoted(info.file)}: {error.strerror}") from None
-    try:
-        read_exactly(fd, memoryview(buffer), info.start)
-    finally:
-        os.close(fd)
-    return bytes(buffer)

@@ -31,14 +31,16 @@ class Storage:
             Raises CheckpointError where the tensors of such a parameter are missing, damaged, or contradict one another.
         parameter_of: the parameter that a tensor belongs to, judged by its name alone; None where no tensor of this storage
             is called so. A dense tensor's is its own.
-        describes: whether a ``quantization_config`` is that of a model with such parameters.
+        describes: what people call the storage of a model that has this ``quantization_config``; None where it is another.
+        tags: what the Hub calls models with such parameters.
     """
 
     names: tuple[str, ...]
     title: str
     claim: Callable[[Model, str], StoredWeight | None]
     parameter_of: Callable[[str], str | None]
-    describes: Callable[[Mapping[str, Any]], bool]
+    describes: Callable[[Mapping[str, Any]], str | None]
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

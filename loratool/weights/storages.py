@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 from loratool.errors import UnsupportedError, quoted
 from loratool.weights import dense, four_bit
@@ -62,20 +62,39 @@ def quantized_names(model: Model) -> tuple[str, ...]:
     return tuple(sorted(name for name in found if name is not None))
 
 
+def parameter_name(tensor: str) -> str:
+    """The parameter that a tensor of this name belongs to."""
+    return next(name for storage in STORAGES if (name := storage.parameter_of(tensor)) is not None)
+
+
+def described(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
+    """What people call the storage that a ``config.json`` speaks of, and the tags of the Hub; None where it speaks of none."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return None
+    found = ((storage.describes(quantization), storage.tags) for storage in QUANTIZED)
+    return next(((title, tags) for title, tags in found if title is not None), None)
+
+
+def titles() -> str:
+    """What people call the storages that loratool changes."""
+    *others, last = (storage.title for storage in (*reversed(QUANTIZED), dense.STORAGE))
+    return f"{last}, {' and '.join(others)}"
+
+
 def refuse_other_storage(model: Model, path: object) -> None:
     """Raise UnsupportedError if the model at `path` is quantized in a way that is not in the table.
 
     Its configuration says so (``quantization_config``), or the names of its tensors do.
     """
     config, found = model.config.get("quantization_config"), None
-    if isinstance(config, dict) and not any(storage.describes(config) for storage in QUANTIZED):
+    if isinstance(config, dict) and described(model.config) is None:
         known = (other.title for other in OTHERS if other.describes(config))
         found = next(known, str(config.get("quant_method")))
     for name in model.tensors:
         found = found or next((other.title for other in OTHERS if name.endswith(other.ends)), None)
     if found:
-        titles = ", ".join(storage.title for storage in STORAGES)
         raise UnsupportedError(
-            f"{quoted(path)} stores its weights as {quoted(found)}; loratool merges into weights stored as {titles}: use the "
-            "model that it was quantized from"
+            f"{quoted(path)} stores its weights as {quoted(found)}; loratool merges into {titles()} weights: use the model "
+            "that it was quantized from"
         )
