@@ -226,9 +226,11 @@ def _received(number: int, frame: FrameType | None) -> None:
     which = signal.Signals(number)
     if which == signal.SIGHUP:
         _leave_dead_terminal()
-    if _state.number is not None or (_deferrals and _deferrals[-1].ask(which)):
+    if _state.number is not None:
         return
     if not _state.installed:
+        if _deferrals and _deferrals[-1].ask(which):
+            return
         raise Interrupted(which)
     _state.number = which
     _raise_where_it_does_no_harm(which, frame)
@@ -254,6 +256,9 @@ def _raise_where_it_does_no_harm(number: signal.Signals, frame: FrameType | None
     handled = sys.exc_info()[1]
     if handled is not None and behind(handled) is not None:
         _look_in(SECONDS_TO_UNWIND)  # it is on its way out
+        return
+    if _deferrals and _deferrals[-1].ask(number):
+        _state.number = None  # it raises it at its end
         return
     if _would_tear(frame):
         _look_in(_state.pause)

@@ -201,6 +201,7 @@ FindingKind = Literal[
     "undo-file-missing",
     "store-orphan",
     "store-damaged",
+    "leftover",
 ]
 
 

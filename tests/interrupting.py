@@ -362,6 +362,10 @@ class Server:
         lines = [line for line in said.splitlines() if line.strip() and not NOISE.match(line)]
         if strike.status == 128 + number and sum(bool(ENDED.match(line)) for line in lines) != 1:
             wrong.append(f"said {lines}")
+        import loratool
+
+        if "train" not in strike.case:  # a command that comes after, and enters what this one did not come to enter
+            wrong += [f"doctor says {finding.message}" for finding in loratool.doctor().findings]
         left = leftovers(self.work)
         if left:
             wrong.append(f"left {left[:5]}")

@@ -11,13 +11,34 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interrupting import CASES, Strike, strike_all
 
 from loratool import interrupts
 from loratool.checkpoint.threads import in_threads
 from loratool.interrupts import Deferral, Interrupted
+
+QUICK = [name for name in CASES if not name.startswith("train")]
+
+
+def expect_clean(strikes: Iterator[Strike]) -> None:
+    found = list(strikes)
+    wrong = [strike for strike in found if strike.wrong]
+    assert not wrong, wrong[0]
+    assert sum(strike.status != 0 for strike in found) > len(found) / 2, "hardly a strike met a command"
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_command_that_writes_ends_cleanly_at_any_moment(half: int, tmp_path: Path) -> None:
+    expect_clean(strike_all(tmp_path, QUICK[half::2], tries=4, seed=half))
+
+
+def test_a_training_that_is_interrupted_at_any_moment_keeps_its_state_or_leaves_nothing(tmp_path: Path) -> None:
+    expect_clean(strike_all(tmp_path, ["train", "train resume"], tries=4, seed=1))
+
 
 # The mechanism, in a process of its own, since it changes what signals do.
 
@@ -71,6 +92,25 @@ if len(sys.argv) == 1:
     assert done.stdout.splitlines() == ["taken", "given back", "ended by SIGINT"], done
     done = run_program(program.replace("len(sys.argv) == 1", "False") + "makes()\ntime.sleep(9)")
     assert done.stdout.splitlines() == ["made", "ended by SIGTERM"], done
+
+
+def test_an_interrupt_that_waits_is_raised_at_the_end_of_a_deferral_that_has_begun_meanwhile() -> None:
+    program = """
+class Begins:
+    def __enter__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        interrupts.Deferral.__enter__(deferral)
+    def __exit__(self, *error):
+        deferral.__exit__(*error)
+deferral = interrupts.Deferral()
+with Begins():
+    until = time.monotonic() + 10 * interrupts.LONGEST_SECONDS_BETWEEN_LOOKS
+    while time.monotonic() < until:
+        pass
+    print('whole')
+"""
+    done = run_program(program)
+    assert done.stdout.splitlines() == ["whole", "ended by SIGINT"], done
 
 
 def test_an_interrupt_is_not_raised_again_while_it_is_on_its_way_out() -> None:

@@ -381,7 +381,7 @@ def test_the_removal_of_one_undo_of_two_lasts_before_its_commit_is_forgotten(
     base: Path, adapter: Path, tiny_adapters: TinyAdapters, durable: set[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for weight in (0.5, 1.0):
-        loratool.merge([(adapter, weight)], into=base, in_place=True)
+        loratool.merge([(adapter, weight)], into=base, in_place=True, again=True)
     assert len(list((base / "loratool-undo").iterdir())) == 2
     durable.update((base / "loratool-undo").iterdir())
     loratool.unmerge(base, in_place=True)

@@ -220,6 +220,36 @@ def unreadable(file: str, error: OSError) -> CheckpointError:
     return CheckpointError(f"cannot read {quoted(file)}: {error.strerror or error}; mend that and run again")
 
 
+def partials_of(out: Path) -> list[Path]:
+    """What a run that was killed left of `out`, under temporary names beside it."""
+    return [path for path in (_beside(out, "partial"), _beside(out, "replaced")) if os.path.lexists(path)]
+
+
+def clear_partials(out: Path) -> int:
+    """Remove what a run that was killed left of `out`, unless another run has taken it over; how many bytes that were.
+
+    Where the run was killed in the middle of a replacement, what it replaced is put back.
+    """
+    freed, stage = 0, _beside(out, "partial")
+    with suppress(OSError, OutputError):
+        size = size_of(stage)
+        with _locked(stage, out, os.O_RDONLY):
+            shutil.rmtree(stage) if stage.is_dir() else stage.unlink()
+            freed += size
+    with suppress(OSError):
+        size = size_of(_beside(out, "replaced"))
+        if not _put_back_replaced(out):
+            freed += size
+    return freed
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; 0 where nothing is there."""
+    if not path.is_dir() or path.is_symlink():
+        return path.lstat().st_size if os.path.lexists(path) else 0
+    return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+
+
 def sync_tree(folder: Path) -> None:
     """Make every file and folder under `folder` durable."""
     for root, _, files in os.walk(folder):

@@ -68,6 +68,11 @@ class Note:
         self._close()
 
     @whole
+    def leave(self) -> None:
+        """Leave the note where it is, for whoever takes over what it speaks of."""
+        self._close()
+
+    @whole
     def say(self, facts: Mapping[str, Any]) -> None:
         """Have the note say this instead; where it cannot be written, it says what it said."""
         self.facts = dict(facts)

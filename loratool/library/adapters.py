@@ -6,13 +6,14 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint.dtypes import title as dtype_title
+from loratool.interrupts import Deferral
 from registry import (
     AdapterFacts,
     AdapterRecord,
@@ -203,12 +204,19 @@ def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None 
     """
     named = None if place is None else place.base_model
     with staged_entry(adapter, catalogue, base=base, any_base=any_base, base_model=named) as entry:
-        if place is None:
-            return entry.add(name, tags)
-        with catalogue.writing():
-            added = entry.add(name, tags, [place.location])
-            _record_lineage(added.record, adapter, catalogue)
-            return added
+        with at_once(catalogue):
+            added = entry.add(name, tags, () if place is None else [place.location])
+            if place is not None:
+                _record_lineage(added.record, adapter, catalogue)
+        return added
+
+
+@contextmanager
+def at_once(catalogue: Registry) -> Iterator[None]:
+    """One transaction, from which Ctrl-C is kept once it has begun: what is renamed in it is named by its rows, or not there."""
+    with ExitStack() as after_commit, catalogue.writing():
+        after_commit.enter_context(Deferral())
+        yield
 
 
 @contextmanager

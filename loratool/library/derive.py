@@ -13,7 +13,7 @@ from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.write import staged_adapter
-from loratool.library.adapters import AddResult, facts_of, name_from, staged_entry
+from loratool.library.adapters import AddResult, at_once, facts_of, name_from, staged_entry
 from loratool.library.resolve import ResolvedAdapter, exists, user_path
 from registry import AdapterRecord, Registry, RegistryUnwritableError, uncatalogued
 
@@ -84,7 +84,7 @@ def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, ori
         try:
             with catalogue.for_writing() as writable, ExitStack() as stages:
                 entries = [stages.enter_context(staged_entry(adapter, writable, base=base)) for adapter in written]
-                with writable.writing():
+                with at_once(writable):
                     added = [entry.add(child.name) for entry, child in zip(entries, children, strict=True)]
                     for result, child in zip(added, children, strict=True):
                         _record_lineage(result.record, origins, writable, operation, child.details)

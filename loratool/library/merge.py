@@ -31,6 +31,7 @@ from loratool.library.merge_result import MergeResult, Outcome
 from loratool.library.no_change import refuse_no_change, refuse_unchanged
 from loratool.library.owner import owner_of_all
 from loratool.library.progress import Progress, Silent
+from loratool.library.promised import Promised, PromisedMerge
 from loratool.library.resolve import (
     ResolvedAdapter,
     ResolvedBase,
@@ -103,7 +104,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     allowed = Allowed(force=force, any_base=any_base, again=again, no_op=allow_no_op)
-    with open_registry(registry, read_only=True) as catalogue:
+    with open_registry(registry, read_only=True, settled=not in_place) as catalogue:
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         base = resolve_base(
             owner_of_all(resolved, catalogue) if into is None else into,
@@ -140,6 +141,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
                 return outcome.expected(known, _expected_seconds(plan, catalogue, in_place=in_place), notes)
             identity = BaseIdentity(base.name, digests)
             with (
+                Promised(PromisedMerge.of(target, merged, in_place=in_place), catalogue) as promised,
                 calibrated(plan, text, device, watcher) as plan,
                 remembered(checkpoint, unless=in_place or bool(digests)) as remember,
             ):
@@ -147,7 +149,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
                 report = _apply(plan, conversion, target, identity, in_place=in_place, undo=undo or text is not None,
                                 device=device, force=force, check=check, watcher=watcher)  # fmt: skip
                 remember(report.base_digests)
-        return _recorded(outcome.of(report.manifest, time.monotonic() - started, notes), catalogue)
+                result = outcome.of(report.manifest, time.monotonic() - started, notes)
+                return _recorded(result, catalogue, promised)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,13 +327,15 @@ def _merged(found: ResolvedAdapter, weight: float) -> MergedAdapter:
     return MergedAdapter(adapter=found.reference, sha256=found.adapter.sha256, weight=weight)
 
 
-def _recorded(result: MergeResult, catalogue: Registry) -> MergeResult:
+def _recorded(result: MergeResult, catalogue: Registry, promised: Promised | None = None) -> MergeResult:
     """The result, once the catalogue knows of it. The model is written by now: a catalogue that is busy, full or somebody
     else's is a note."""
     try:
         with catalogue.for_writing() as writable:
             _record(result, writable)
     except RegistryError as error:
+        if promised is not None:
+            promised.postpone(error)
         return replace(
             result, notes=(*result.notes, f"the merge is done but the catalogue does not know of it: {error}")
         )

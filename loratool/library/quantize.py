@@ -16,6 +16,7 @@ from loratool.errors import LoratoolError, quoted
 from loratool.library.bases import add_variant
 from loratool.library.merge import beside_base, hold, refuse_or_note_existing, refuse_overlap, remembered
 from loratool.library.progress import Progress, Silent
+from loratool.library.promised import Promised, PromisedVariant
 from loratool.library.resolve import ResolvedBase, open_registry, resolve_base, user_path
 from loratool.library.right_base import check_base, refuse_changed
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
@@ -133,7 +134,8 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
                 return QuantizeResult(target, name, source.name, None, None, plan, notes, seconds, dry_run=True)
             watcher.begin("quantizing", plan.read_bytes)
             checked = list(inherited_files(checkpoint).notes)
-            with remembered(checkpoint, unless=bool(digests)) as remember:
+            promise = _promise(name, source, target)
+            with Promised(promise, catalogue) as promised, remembered(checkpoint, unless=bool(digests)) as remember:
                 report = apply_conversion(
                     plan,
                     target,
@@ -143,7 +145,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
                     progress=watcher.advance,
                 )
                 remember(report.base_digests)
-        catalogued, notes = _catalogued(name, source, target, report, plan, catalogue)
+                catalogued, notes = _catalogued(name, source, target, report, plan, catalogue, promised)
     return QuantizeResult(
         out=target,
         name=catalogued,
@@ -172,8 +174,15 @@ def _refuse_taken(name: str | None, target: Path, catalogue: Registry) -> None:
         raise LoratoolError(f"the base {quoted(name)} is in the catalogue already; choose another --name")
 
 
+def _promise(name: str | None, source: ResolvedBase, out: Path) -> PromisedVariant:
+    """What is to be catalogued when the model is written: as `_catalogued` does."""
+    record = source.record
+    default, base = f"{source.name}-nf4", record.name if record else source.name
+    return PromisedVariant.of(out, name, default, base, record.fingerprint if record else None)
+
+
 def _catalogued(name: str | None, source: ResolvedBase, out: Path, report: MergeReport, plan: ConversionPlan,
-                catalogue: Registry) -> tuple[str | None, tuple[str, ...]]:  # fmt: skip
+                catalogue: Registry, promised: Promised) -> tuple[str | None, tuple[str, ...]]:  # fmt: skip
     """The name that the result has in the catalogue now, and notes. The model is written: what fails now is a note."""
     record = source.record
     is_known = record is not None and record.fingerprint == report.manifest.base_fingerprint
@@ -188,10 +197,11 @@ def _catalogued(name: str | None, source: ResolvedBase, out: Path, report: Merge
                 out,
                 plan.base,
                 fingerprint=report.manifest.fingerprint,
-                variant_of=source.name if is_known else None,
+                variant_of=record.name if record is not None and is_known else None,
                 size_bytes=plan.layout.nbytes,
                 dtype=QUANTIZED_TO,
             )
     except RegistryError as error:
+        promised.postpone(error)
         return None, (f"the model is written but not catalogued: {error}",)
     return added.name, ()

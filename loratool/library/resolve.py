@@ -16,7 +16,7 @@ from typing import Final
 
 from loratool.checkpoint.fingerprint import DigestCache
 from loratool.checkpoint.model import Checkpoint
-from loratool.checkpoint.unfinished import noting_in
+from loratool.checkpoint.unfinished import are_in, noting_in
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
@@ -102,9 +102,17 @@ class ResolvedBase:
 
 
 @contextmanager
-def open_registry(url: str | None = None, *, read_only: bool = False) -> Iterator[Registry]:
-    """The catalogue: at `url`, at LORATOOL_REGISTRY, or in the home folder, where what is written meanwhile is noted."""
-    with Registry.open(home(), url or registry_url(), read_only=read_only) as catalogue, noting_in(home() / RUNNING):
+def open_registry(url: str | None = None, *, read_only: bool = False, settled: bool = True) -> Iterator[Registry]:
+    """The catalogue: at `url`, at LORATOOL_REGISTRY, or in the home folder, where what is written meanwhile is noted.
+
+    What runs that were killed did not come to tell it is entered first, with `settled`.
+    """
+    notes = home() / RUNNING
+    with Registry.open(home(), url or registry_url(), read_only=read_only) as catalogue, noting_in(notes):
+        if settled and are_in(notes):
+            from loratool.library.promised import settle
+
+            settle(catalogue, notes)
         yield catalogue
 
 

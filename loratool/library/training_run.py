@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from loratool.checkpoint.json_text import read_json_object
 from loratool.checkpoint.output_kind import OutputKind
-from loratool.checkpoint.staging import staged_file
+from loratool.checkpoint.staging import size_of, staged_file
 from loratool.errors import CheckpointError, LoratoolError, OutputError, quoted
 from loratool.interrupts import note, whole
 from loratool.training.checkpoints import TrainingState, load_state, read_recipe, save_state
@@ -143,6 +143,41 @@ def _can_keep(path: Path, other: Path) -> bool:
     free = shutil.disk_usage(nearest).free
     has_room = free >= LEAST_FREE_BYTES or free >= shutil.disk_usage(beside).free
     return has_room and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def abandoned_runs() -> list[Path]:
+    """The folders in the home of runs that were killed before they kept a state, so that nothing can go on from there."""
+    return [run for run in sorted((home() / RUNS).glob("*")) if run.is_dir() and _is_abandoned(run)]
+
+
+def clear_run(path: Path) -> int:
+    """Remove the folder of a run that was killed; how many bytes that were. One that another process holds stays."""
+    size = size_of(path)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+    return size
+
+
+def _is_abandoned(path: Path) -> bool:
+    if RunFolder(path.name, path).state.exists():
+        return False
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False  # somebody holds it, or there are no locks to tell
+    finally:
+        os.close(fd)
+    return True
 
 
 class Held:

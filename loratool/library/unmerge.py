@@ -19,6 +19,7 @@ from loratool.formats.read import read_adapter
 from loratool.library.hub_bases import is_away, obtain
 from loratool.library.merge import hold, refuse_overlap
 from loratool.library.progress import Progress, Silent
+from loratool.library.promised import Promised, PromisedUnmerge
 from loratool.library.resolve import digest_cache, exists, is_here, open_registry, resolve_merged, user_path
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.manifest import KINDS, Manifest, MergedAdapter, read_manifest
@@ -152,14 +153,17 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
                 return unmerge_to(checkpoint, manifest, way, target, force=force, progress=watcher.advance)
 
             ways = _ways(checkpoint, manifest, catalogue, device, watcher, approximate=approximate)
-            report, notes = _by_the_first_that_works(ways, take_out, checkpoint, manifest)
-        if in_place:
-            notes += _record_unmerged(path, manifest, catalogue)
+            if not in_place:
+                report, notes = _by_the_first_that_works(ways, take_out, checkpoint, manifest)
+            else:
+                with Promised(PromisedUnmerge.of(path, manifest.fingerprint), catalogue) as promised:
+                    report, notes = _by_the_first_that_works(ways, take_out, checkpoint, manifest)
+                    notes += _record_unmerged(path, manifest, catalogue, promised)
     restored = None if report.inexact else manifest.base_fingerprint
     return UnmergeResult(target, report.method, restored, report.inexact, (*notes, *report.notes))
 
 
-def _record_unmerged(path: Path, manifest: Manifest, catalogue: Registry) -> list[str]:
+def _record_unmerged(path: Path, manifest: Manifest, catalogue: Registry, promised: Promised) -> list[str]:
     """Record that a merge was taken out in place. It is out by now, so a catalogue that cannot be written is a note."""
     try:
         with catalogue.for_writing() as writable:
@@ -167,6 +171,7 @@ def _record_unmerged(path: Path, manifest: Manifest, catalogue: Registry) -> lis
                 if record.output_fingerprint == manifest.fingerprint and record.state in ("merged", "gone"):
                     writable.merges.set_state(record.id, "unmerged")
     except RegistryError as error:
+        promised.postpone(error)
         return [f"the merge is taken out, and the catalogue does not know of it: {error}"]
     return []
 

@@ -177,8 +177,8 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
             (stage / MANIFEST_NAME).write_bytes(manifest.previous)
-    report = _report(way, inexact, merged, manifest)
-    return replace(report, notes=(*report.notes, *inherited.notes))
+        report = _report(way, inexact, merged, manifest)
+        return replace(report, notes=(*report.notes, *inherited.notes))
 
 
 def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool = False,
@@ -216,8 +216,9 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
         inexact = check_restored(digests, manifest, way)
         if manifest.previous is not None:
             (journal.new / MANIFEST_NAME).write_bytes(manifest.previous)
+        report = _report(way, inexact, merged, manifest)
         journal.commit(remove=_own_files(merged, manifest))
-    return _report(way, inexact, merged, manifest)
+    return report
 
 
 def check_restored(digests: Mapping[str, Digests], manifest: Manifest, way: Restoration) -> tuple[str, ...]:
