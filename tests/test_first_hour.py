@@ -204,6 +204,14 @@ def test_errors_and_notes_are_wrapped_between_words_and_what_is_quoted_stays_who
         main()
     lines = ESCAPES.sub("", capsys.readouterr().err).splitlines()
     assert lines == ["Error: no adapter 'nobody' is in the catalogue;", "see what is there with 'loratool list'"]
+    monkeypatch.setattr(sys, "argv", ["loratool", "rename"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = ESCAPES.sub("", capsys.readouterr().err).splitlines()
+    assert lines[-3:] == [
+        "Error: there is no command 'rename';", "'loratool add PATH --name NEW' catalogues an",
+        "adapter under a second name",
+    ]  # fmt: skip
 
 
 def test_facts_are_wrapped_between_words_and_a_command_is_not(

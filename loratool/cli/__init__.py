@@ -18,6 +18,7 @@ import click
 
 from loratool import interrupts
 from loratool.cli.options import ExampleGroup
+from loratool.cli.sentences import on_stderr
 from loratool.interrupts import Interrupted
 
 GROUPS: Final = {
@@ -145,7 +146,7 @@ def main() -> None:
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)
-        click.echo(_printable(usage.getvalue()), err=True, nl=False)
+        click.echo(on_stderr(_printable(usage.getvalue())), err=True, nl=False)
         sys.exit(error.exit_code)
     except (_Stopped, KeyboardInterrupt, Exception) as error:
         interrupts.finish()
@@ -154,8 +155,6 @@ def main() -> None:
             sys.exit(_end_interrupted(stopped or KeyboardInterrupt(), "nothing half done is left"))
         if "--debug" in _own_options_first(sys.argv[1:])[:3]:
             raise
-        from loratool.cli.sentences import on_stderr
-
         said = on_stderr(f"Error: {_explained(error)}").removeprefix("Error:")
         click.echo(click.style("Error:", fg="red") + said, err=True)
         sys.exit(1)
