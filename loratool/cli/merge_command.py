@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 @click.option(
     "--dequantize",
     is_flag=True,
-    help="NF4 base to dense model. Choose it for exactly what QLoRA trained, where 16 bits a weight fit.",
+    help="Quantized base to dense model. Choose it for exactly what QLoRA trained, where 16 bits a weight fit.",
 )
 @click.option(
     "--calibrate",

@@ -78,7 +78,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         in_place: change the base's own files instead; an undo file is always kept.
         quantize: ``nf4``: merge into a dense base, then store its linear modules in NF4; the most exact NF4 model.
         base_as: ``nf4``: take a dense base as its NF4 image and merge into that, as if it had been quantized before.
-        dequantize: decode an NF4 base and merge densely: W' = dequantized W + the update, rounded once to its own dtype.
+        dequantize: decode a quantized base and merge densely: W' = decoded W + the update, rounded once to its own dtype.
         calibrate: a file of samples, as of `loratool.eval`: round 4-bit weights so that the outputs of their layers on such
             text are off by less (`loratool.weights.coarse.feedback`). Runs the model. An undo file is always kept.
         dry_run: plan and check only; write nothing.
