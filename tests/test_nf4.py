@@ -577,7 +577,7 @@ def test_a_damaged_matrix_is_refused_and_nothing_is_written(tmp_path: Path, dama
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, {}, "8-bit"),
         ({}, {"m.SCB": torch.ones(64)}, "8-bit"),
         ({}, {"m.qweight": torch.ones(64, 16, dtype=torch.int32)}, "GPTQ or AWQ"),
-        ({}, {"m.weight_scale_inv": torch.ones(1, 1)}, "FP8"),
+        ({}, {"m.weight_packed": torch.ones(64, 16, dtype=torch.int32)}, "compressed-tensors"),
     ],
 )
 def test_another_storage_is_refused_by_its_name(

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from loratool.errors import UnsupportedError, quoted
-from loratool.weights import dense, four_bit
+from loratool.weights import dense, four_bit, fp8
 from loratool.weights.making import MakingOf
 from loratool.weights.nf4 import Nf4Options
 from loratool.weights.storage import Model, OtherStorage, Storage
 from loratool.weights.stored import StoredWeight
 
-QUANTIZED: Final = (four_bit.STORAGE,)
+QUANTIZED: Final = (four_bit.STORAGE, fp8.STORAGE)
 """Storages whose parameters are several tensors each, of which ``config.json`` speaks in its ``quantization_config``."""
 
 STORAGES: Final[tuple[Storage, ...]] = (*QUANTIZED, dense.STORAGE)
@@ -24,7 +24,6 @@ MAKINGS: Final[Mapping[str, MakingOf]] = {"nf4": Nf4Options.of}
 OTHERS: Final = (
     OtherStorage("bitsandbytes 8-bit (LLM.int8)", (".SCB",), four_bit.is_8_bit),
     OtherStorage("GPTQ or AWQ", (".qzeros", ".qweight")),
-    OtherStorage("FP8", (".weight_scale_inv",)),
     OtherStorage("compressed-tensors", (".weight_packed",)),
 )
 """Storages that are refused by their names."""
