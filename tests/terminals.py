@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from rich.cells import cell_len
 
 REPOSITORY = Path(__file__).parents[1]
+END = b"\x04end\x04"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 
@@ -32,16 +34,24 @@ def terminal(*words: str | Path, columns: int = 80, environment: Mapping[str, st
         cwd=REPOSITORY,
         env={**variables, "TERM": "xterm-256color", **(environment or {})},
     )
-    os.close(its)
-    printed = b""
-    try:
-        while chunk := os.read(mine, 65536):
-            printed += chunk
-    except OSError:  # how Linux says that the other side is closed
-        pass
+    printed = printed_until_the_end(mine, its, child)
     os.close(mine)
+    os.close(its)
     assert child.wait() == 0, printed.decode()
     return printed.decode().replace("\r\n", "\n")
+
+
+def printed_until_the_end(mine: int, its: int, child: subprocess.Popen[bytes]) -> bytes:
+    """All that the child prints. The terminal stays open after it, and a mark is written there last: a terminal that is closed
+    may lose what was not read yet."""
+    printed, marked = b"", False
+    while not printed.endswith(END):
+        if not marked and child.poll() is not None:
+            os.write(its, END)
+            marked = True
+        if select.select([mine], [], [], 0.02)[0]:
+            printed += os.read(mine, 65536)
+    return printed.removesuffix(END)
 
 
 def assert_fits(printed: str, columns: int = 80) -> list[str]:

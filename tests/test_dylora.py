@@ -113,6 +113,15 @@ def test_two_ranks_of_one_dylora_go_into_one_model_with_their_weights(
     assert loratool.verify(tmp_path / "out").replayed == "base"
 
 
+@pytest.mark.parametrize("words", [["{}@rank=2", "{}@rank=2"], ["{}", "{}@rank=2"]])
+def test_one_rank_of_a_dylora_goes_into_a_model_once(
+    words: list[str], dylora: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    named = [word.format(dylora) for word in words]
+    with pytest.raises(LoratoolError, match="twice"):
+        loratool.merge(named, into=tiny_models.folder("llama", "fp32"), out=tmp_path / "out")
+
+
 def test_the_catalogue_says_its_ranks_and_merges_it_at_each(
     dylora: Path, tiny_models: TinyModels, tmp_path: Path
 ) -> None:

@@ -178,6 +178,8 @@ def test_the_table_of_a_search_fits_a_terminal(filled: HubStandIn, monkeypatch: 
         patched.setattr(sys, "stdout", terminal)
         cli.main(["hub", "search", "--base", BASE], standalone_mode=False)
     lines = [re.sub(r"\x1b\[\d*m", "", line) for line in terminal.getvalue().splitlines()]
+    (longest,) = (each.repo for each in loratool.hub_search(base=BASE) if len(each.repo) > 80)
+    assert lines.pop(2) == longest, "a name is never cut, and one too long for the terminal stands on a line of its own"
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["REPO", "DOWNLOADS", "LIKES", "UPDATED", "LICENSE"]
     assert lines[2].endswith("apache-2.0 (gated)")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hub_stand_in import Cut, Failure, HubStandIn
+from terminals import printed_until_the_end
 from tiny_adapters import TinyAdapters
 from tiny_models import TinyModels
 
@@ -108,15 +109,10 @@ def test_on_a_terminal_it_asks_before_a_public_repository_is_made(hub: HubStandI
             stderr=its,
             env=os.environ | hub.environment(tmp_path / "hf"),
         )
-        os.close(its)
         os.write(mine, text)
-        printed = b""
-        try:
-            while chunk := os.read(mine, 65536):
-                printed += chunk
-        except OSError:  # how Linux says that the other side is closed
-            pass
+        printed = printed_until_the_end(mine, its, child)
         os.close(mine)
+        os.close(its)
         return child.wait(), printed.decode()
 
     status, printed = answer(b"n\n")

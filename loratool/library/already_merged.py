@@ -56,9 +56,9 @@ def refuse_again(adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, ca
     if again or (manifest is None and len(adapters) == 1):
         return []
     kin = [_kin_of(found, catalogue) for found in adapters]
-    for one, other in combinations(kin, 2):
+    for (here, one), (there, other) in combinations(zip(adapters, kin, strict=True), 2):
         shared = one.relation(other)
-        if shared is not None:
+        if shared is not None and not _by_rank(here, there):
             raise AlreadyMergedError(
                 f"{shared} is merged by the same command, so that its update would be added twice; name one of them, or "
                 f"give {AGAIN}"
@@ -79,6 +79,11 @@ def refuse_again(adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, ca
         f"{shared} is in {quoted(checkpoint.folder)} already, with weight {weight:g}; take it out with 'loratool unmerge "
         f"{where}', or give {AGAIN} to add its update once more"
     )
+
+
+def _by_rank(one: ResolvedAdapter, other: ResolvedAdapter) -> bool:
+    """Whether two of one command's adapters are two ranks of one DyLoRA, each chosen by the user."""
+    return None not in (one.rank, other.rank) and one.rank != other.rank
 
 
 def _first_in(kin: Sequence[_Kin], manifest: Manifest, catalogue: Registry) -> tuple[str, float] | None:

@@ -186,7 +186,11 @@ class Promised:
 
     def _is_due(self) -> bool:
         out = Path(self._promise.out)
-        return (out / JOURNAL).exists() or _state_of(out) != self._promise.before
+        try:
+            begun = (out / JOURNAL).exists()
+        except OSError:  # a name that no folder can have
+            return False
+        return begun or _state_of(out) != self._promise.before
 
 
 def settle(catalogue: Registry, folder: Path) -> None:
