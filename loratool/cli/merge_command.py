@@ -160,7 +160,8 @@ def command(
 
 def parse_spec(word: str) -> tuple[str, float]:
     """``name``, ``name=0.5``, ``name@rank=4`` or a path; a file whose own name has an equals sign is taken as it is."""
-    from loratool.library.resolve import RANK_SIGN, exists
+    from loratool.library.resolve import RANK_SIGN
+    from loratool.library.user_path import exists
 
     guess = re.fullmatch(r"([^=:*]+)[:*]([0-9]*\.?[0-9]+)", word)
     if guess and not exists(Path(word)):

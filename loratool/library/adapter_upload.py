@@ -20,8 +20,9 @@ from loratool.formats.write import write_peft
 from loratool.hub.card import AdapterCard, task_of
 from loratool.hub.push import Content, Remote
 from loratool.hub.readme import README, is_template, renewed
-from loratool.library.resolve import ResolvedAdapter, exists
+from loratool.library.resolve import ResolvedAdapter
 from loratool.library.upload import Upload, Wishes, hub_base, is_path, without_paths
+from loratool.library.user_path import exists
 from registry import AdapterRecord, BaseRecord, Registry
 
 PICTURE: Final = "training.png"

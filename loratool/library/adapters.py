@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.interrupts import Deferral
+from loratool.library.adapter_name import name_from
 from registry import (
     AdapterFacts,
     AdapterRecord,
@@ -143,8 +143,9 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
     from loratool.errors import AdapterError, NotFoundError, quoted
     from loratool.formats.finite import refuse_not_finite
     from loratool.formats.read import read_adapter
+    from loratool.library.opening import open_registry
     from loratool.library.owner import name_owner
-    from loratool.library.resolve import HUB_ID, exists, open_registry, user_path
+    from loratool.library.user_path import HUB_ID, exists, user_path
 
     source = user_path(path)
     if not os.fspath(path) or not exists(source):
@@ -307,7 +308,7 @@ def list_adapters(*, base: str | os.PathLike[str] | None = None, kind: str | Non
 def _base_name(base: str, registry: str | None) -> str:
     """The name of the catalogued base that is meant by a folder or a Hub id."""
     from loratool.library.base_entry import base_entry
-    from loratool.library.resolve import open_registry
+    from loratool.library.opening import open_registry
 
     with open_registry(registry, read_only=True) as catalogue:
         return base_entry(base, catalogue).name
@@ -324,7 +325,8 @@ def show(adapter: str | os.PathLike[str], *, alpha: float | None = None, registr
     Raises:
         LoratoolError, registry.RegistryError: there is no such adapter; the nearest names are listed.
     """
-    from loratool.library.resolve import open_registry, resolve_adapter
+    from loratool.library.opening import open_registry
+    from loratool.library.resolve import resolve_adapter
 
     with open_registry(registry, read_only=True) as catalogue:
         record = _find_entry(os.fspath(adapter), catalogue)
@@ -388,7 +390,7 @@ def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = 
     Raises:
         registry.RegistryError: there is no such adapter, a tag is not a name, or it has no such tag to take off.
     """
-    from loratool.library.resolve import open_registry
+    from loratool.library.opening import open_registry
 
     with open_registry(registry) as catalogue:
         change = catalogue.adapters.untag if remove else catalogue.adapters.tag
@@ -407,7 +409,7 @@ def remove(adapter: str | os.PathLike[str], *, all_versions: bool = False,
     Raises:
         registry.RegistryError: there is no such adapter, or it has several versions and none was chosen.
     """
-    from loratool.library.resolve import open_registry
+    from loratool.library.opening import open_registry
 
     with open_registry(registry) as catalogue:
         named = os.fspath(adapter)
@@ -434,7 +436,9 @@ def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alph
     from loratool.errors import OutputError
     from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
     from loratool.formats.write import write_peft, write_single_file
-    from loratool.library.resolve import open_registry, resolve_adapter, user_path
+    from loratool.library.opening import open_registry
+    from loratool.library.resolve import resolve_adapter
+    from loratool.library.user_path import user_path
 
     if not os.fspath(out):
         raise OutputError("the output's path is empty; give --out a folder or file")
@@ -466,7 +470,8 @@ def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
     """
     from loratool.errors import NotFoundError, quoted
     from loratool.formats.adapter import sha256_of
-    from loratool.library.resolve import HUB_ID, exists, no_such_adapter, user_path
+    from loratool.library.resolve import no_such_adapter
+    from loratool.library.user_path import HUB_ID, exists, user_path
 
     found = _find_entry(adapter, catalogue)
     if found is not None:
@@ -490,7 +495,8 @@ def _find_entry(adapter: str, catalogue: Registry) -> AdapterRecord | None:
     """The entry that a name, a path or a Hub id means; None where the catalogue has none."""
     from loratool.formats.adapter import sha256_of
     from loratool.hub.address import HubAddress
-    from loratool.library.resolve import HUB_ID, entry_at, exists, pulled_from, user_path
+    from loratool.library.resolve import entry_at, pulled_from
+    from loratool.library.user_path import HUB_ID, exists, user_path
 
     path = user_path(adapter)
     if is_reference(adapter) and catalogue.adapters.versions(adapter.partition("@")[0]):
@@ -506,7 +512,7 @@ def _weights_file(adapter: str) -> Path | None:
     """The file of an adapter's weights at a path; None where there is no such file."""
     from loratool.checkpoint.model import has_file
     from loratool.formats.adapter_names import WEIGHTS_NAME
-    from loratool.library.resolve import exists, user_path
+    from loratool.library.user_path import exists, user_path
 
     path = user_path(adapter)
     file = path / WEIGHTS_NAME if exists(path) and path.is_dir() else path
@@ -560,18 +566,6 @@ def _record_lineage(record: AdapterRecord, adapter: Adapter, catalogue: Registry
             catalogue.lineage.record(
                 record, known[0] if known else parent.name, operation, parent_sha256=parent.sha256, details=details
             )
-
-
-def name_from(stem: str, source: Path) -> str:
-    """A name for the catalogue made from a file's or folder's name."""
-    from loratool.errors import AdapterError, quoted
-
-    if stem == "adapter_model":
-        stem = source.resolve().parent.name
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:96]
-    if not is_name(name):
-        raise AdapterError(f"no name can be made from {quoted(stem)}; give one with --name")
-    return name
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:

@@ -13,8 +13,9 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import AlreadyMergedError, quoted
 from loratool.formats.content import content_of
 from loratool.formats.facts import parents_of
+from loratool.library.home_folder import digest_cache
 from loratool.library.progress import Progress
-from loratool.library.resolve import ResolvedAdapter, digest_cache
+from loratool.library.resolve import ResolvedAdapter
 from loratool.merging.contents import contents_of, manifest_of
 from loratool.merging.manifest import HeldAdapter, Manifest
 from registry import Registry

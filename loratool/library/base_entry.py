@@ -9,8 +9,10 @@ from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import NotFoundError, quoted
 from loratool.hub.address import HubAddress
+from loratool.library.home_folder import digest_cache
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import HUB_ID, base_at, digest_cache, exists, is_plainly_a_path, no_such_base, user_path
+from loratool.library.resolve import base_at, no_such_base
+from loratool.library.user_path import HUB_ID, exists, is_plainly_a_path, user_path
 from registry import BaseRecord, Registry, check_name, is_name
 
 

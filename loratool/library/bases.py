@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, NotFoundError, VerificationError, WrongBaseError, quoted
 from loratool.hub.address import HubAddress, repository_id
 from loratool.library.base_entry import base_entry
+from loratool.library.holding import hold
+from loratool.library.home_folder import digest_cache
 from loratool.library.hub_bases import HubBase, find_hub_base, is_away
-from loratool.library.merge import hold
+from loratool.library.model_entry import facts_of_model
+from loratool.library.opening import open_registry
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import HUB_ID, digest_cache, exists, open_registry, user_path
+from loratool.library.user_path import HUB_ID, exists, user_path
 from registry import AdapterSummary, BaseRecord, MergeRecord, Registry, check_name
 
 
@@ -104,7 +105,7 @@ class NewBase:
             fingerprint=self.fingerprint,
             variant_of=variant_of,
             **self.on_hub,
-            **_facts(self.checkpoint),
+            **facts_of_model(self.checkpoint),
         )
 
 
@@ -162,48 +163,6 @@ def _find_on_hub(name: str, hub_id: str, catalogue: Registry) -> HubBase:
 def _place_on_hub(base: HubBase) -> dict[str, Any]:
     files = base.weights.to_json() if base.can_wait else None
     return {"revision": base.snapshot.commit, "files": files}
-
-
-def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "parameter_count": sum(_elements(info) for info in checkpoint.tensors.values()),
-        "size_bytes": checkpoint.nbytes,
-        "dtype": _main_dtype(checkpoint),
-        **_kind_of_model(checkpoint.config),
-    }
-
-
-def add_variant(catalogue: Registry, name: str, path: Path, original: Checkpoint, *, fingerprint: str,
-                variant_of: str | None, size_bytes: int, dtype: str) -> BaseRecord:  # fmt: skip
-    """Catalogue the model at `path`, just made of `original` and stored otherwise; of the same family where it has one.
-
-    An entry of that name of what was at `path` before is changed.
-
-    Raises:
-        registry.RegistryError: the name is taken by another model, or the catalogue cannot be written.
-    """
-    before = catalogue.bases.get(name)
-    if before is not None and before.path == path.absolute():
-        catalogue.bases.update(name, fingerprint=fingerprint)
-    return catalogue.bases.add(
-        name,
-        str(path.absolute()),
-        path=path.absolute(),
-        fingerprint=fingerprint,
-        variant_of=variant_of,
-        parameter_count=sum(_elements(info) for info in original.tensors.values()),
-        size_bytes=size_bytes,
-        dtype=dtype,
-        **_kind_of_model(original.config),
-    )
-
-
-def _kind_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
-    architectures = config.get("architectures")
-    return {
-        "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else None,
-        "model_type": str(config["model_type"]) if "model_type" in config else None,
-    }
 
 
 def base_list(*, registry: str | None = None) -> tuple[BaseRecord, ...]:
@@ -353,18 +312,3 @@ def _plain_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     """The tensors that are weights themselves, not parts of a quantized one."""
     names = checkpoint.tensors
     return {name: info for name, info in names.items() if name.rpartition(".weight.")[0] + ".weight" not in names}
-
-
-def _elements(info: TensorInfo) -> int:
-    count = 1
-    for side in info.shape:
-        count *= side
-    return count
-
-
-def _main_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype that most bytes of the model have."""
-    sizes: Counter[str] = Counter()
-    for info in checkpoint.tensors.values():
-        sizes[info.dtype] += info.nbytes
-    return dtype_title(sizes.most_common(1)[0][0]) if sizes else None

@@ -15,7 +15,7 @@ from loratool.checkpoint.fingerprint import file_digest
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, LoratoolError, UnsupportedError, quoted
 from loratool.library.progress import Progress
-from loratool.library.resolve import user_path
+from loratool.library.user_path import user_path
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.plan import MergePlan, Target
 

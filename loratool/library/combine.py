@@ -12,6 +12,7 @@ from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, WrongBaseError, quoted
 from loratool.formats.draft import Draft
 from loratool.formats.write import adapter_output
+from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
 from loratool.library.adapters import adapter_json
 from loratool.library.derive import (
     Child,
@@ -23,10 +24,12 @@ from loratool.library.derive import (
     reference_of,
     scratch_folder,
 )
-from loratool.library.merge import AdapterSpec, PathLike, refuse_overlap, with_weight
+from loratool.library.opening import open_registry
+from loratool.library.output_place import refuse_overlap
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, open_registry, resolve_at_rank, user_path
+from loratool.library.resolve import ResolvedAdapter, resolve_at_rank
 from loratool.library.right_base import ANY_BASE
+from loratool.library.user_path import user_path
 from loratool.ranks.combine import Combination, Share, combine_into, plan_combine
 from loratool.ranks.methods import Method, Recipe
 from loratool.ranks.unit_scaling import common_targeting, unit_config

@@ -13,8 +13,10 @@ from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.write import staged_adapter
-from loratool.library.adapters import AddResult, at_once, facts_of, name_from, staged_entry
-from loratool.library.resolve import ResolvedAdapter, exists, user_path
+from loratool.library.adapter_name import name_from
+from loratool.library.adapters import AddResult, at_once, facts_of, staged_entry
+from loratool.library.resolve import ResolvedAdapter
+from loratool.library.user_path import exists, user_path
 from registry import AdapterRecord, Registry, RegistryUnwritableError, uncatalogued
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loratool.library.leftovers import clear_leftovers, find_leftovers
-from loratool.library.resolve import open_registry
+from loratool.library.opening import open_registry
 from registry import Counts, Finding, Freed, Registry
 
 

@@ -15,7 +15,9 @@ from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.errors import CheckpointError, LoratoolError, NotFoundError, nearest, quoted
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX
-from loratool.library.resolve import HUB_ID, exists, open_registry, resolve_base, user_path
+from loratool.library.opening import open_registry
+from loratool.library.resolve import resolve_base
+from loratool.library.user_path import HUB_ID, exists, user_path
 from loratool.merging.linear import is_conv1d, linear_weights
 from loratool.training.known_shapes import KNOWN
 from loratool.training.memory_estimate import (

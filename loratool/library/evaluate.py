@@ -16,18 +16,13 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import scaling_law
-from loratool.library.merge import hold
+from loratool.library.holding import hold
+from loratool.library.opening import open_registry
 from loratool.library.picture import drawn, refuse_picture
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import (
-    ResolvedAdapter,
-    ResolvedBase,
-    open_registry,
-    resolve_adapter,
-    resolve_base,
-    user_path,
-)
+from loratool.library.resolve import ResolvedAdapter, ResolvedBase, resolve_adapter, resolve_base
 from loratool.library.resolve_data import resolve_data
+from loratool.library.user_path import user_path
 from loratool.merging.arithmetic import choose_device
 from loratool.ranks.truncate import Cut, truncate_by_svd, truncate_leading
 from loratool.training.data import Data, TokenizedSample, tokenize_data

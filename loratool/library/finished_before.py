@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
+from loratool.library.home_folder import digest_cache
 from loratool.library.progress import Progress
-from loratool.library.resolve import digest_cache
 from loratool.merging.contents import manifest_of
 from loratool.merging.manifest import Manifest, MergedAdapter
 from loratool.merging.plan import WeightedAdapter

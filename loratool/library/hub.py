@@ -6,7 +6,8 @@ from loratool.errors import LoratoolError, NotFoundError, quoted
 from loratool.hub.address import HubAddress, is_hub_id
 from loratool.hub.search import SORTS, FoundAdapter, HubSort, search_adapters
 from loratool.library.base_entry import base_entry, find_base
-from loratool.library.resolve import exists, open_registry, user_path
+from loratool.library.opening import open_registry
+from loratool.library.user_path import exists, user_path
 from registry import is_name
 
 MOST: int = 1000

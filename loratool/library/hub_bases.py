@@ -20,8 +20,9 @@ from loratool.hub.bases import (
     recorded_weights,
 )
 from loratool.hub.repository import Snapshot, look, remember
+from loratool.library.home_folder import digest_cache
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import digest_cache, exists
+from loratool.library.user_path import exists
 from registry import BaseRecord, Registry, RegistryUnwritableError, home
 
 

@@ -13,7 +13,7 @@ from loratool.checkpoint.journal import locked
 from loratool.checkpoint.staging import clear_partials, partials_of, size_of
 from loratool.checkpoint.unfinished import DRAFT_SUFFIX, taken_over
 from loratool.errors import LoratoolError, quoted
-from loratool.library.resolve import RUNNING
+from loratool.library.home_folder import RUNNING
 from loratool.library.training_run import abandoned_runs, clear_run
 from registry import Finding, home
 

@@ -2,57 +2,48 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.file_role import FileRole, role_of
-from loratool.checkpoint.fingerprint import file_identity, fingerprint
+from loratool.checkpoint.fingerprint import fingerprint
 from loratool.checkpoint.inheritance import inherited_files
-from loratool.checkpoint.journal import locked, refuse_links
+from loratool.checkpoint.journal import refuse_links
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.output_kind import OutputKind
-from loratool.checkpoint.staging import refuse_existing, refuse_impossible, refuse_no_text
+from loratool.checkpoint.staging import refuse_no_text
 from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.finite import refuse_not_finite
+from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
 from loratool.library.already_merged import refuse_again
 from loratool.library.calibration import calibrated, calibration_text
 from loratool.library.finished_before import finished_before
+from loratool.library.holding import hold
+from loratool.library.home_folder import remembered
 from loratool.library.merge_result import MergeResult, Outcome
 from loratool.library.no_change import refuse_no_change, refuse_unchanged
+from loratool.library.opening import open_registry
+from loratool.library.output_place import beside_base, refuse_or_note_existing, refuse_overlap
 from loratool.library.owner import owner_of_all
 from loratool.library.progress import Progress, Silent
 from loratool.library.promised import Promised, PromisedMerge
-from loratool.library.resolve import (
-    ResolvedAdapter,
-    ResolvedBase,
-    digest_cache,
-    open_registry,
-    resolve_at_rank,
-    resolve_base,
-    user_path,
-)
+from loratool.library.resolve import ResolvedAdapter, ResolvedBase, resolve_at_rank, resolve_base
 from loratool.library.right_base import check_base
+from loratool.library.user_path import user_path
 from loratool.merging.apply import BaseIdentity, Check, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
-from loratool.merging.conversion import CONFIG_NAME, ConversionPlan, StorageChange
+from loratool.merging.conversion import ConversionPlan, StorageChange
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.plan_conversion import plan_conversion
 from loratool.weights.storages import MAKINGS
 from registry import MergedAdapter, Registry, RegistryError
-
-PathLike = str | os.PathLike[str]
-AdapterSpec = PathLike | tuple[PathLike, float]
-"""An adapter's name or path, alone or with its weight."""
 
 START_SECONDS: Final = 2.0
 USUAL_BYTES_PER_SECOND: Final = 5e8
@@ -229,16 +220,6 @@ def _refuse_beside_change(change: StorageChange | None, *, in_place: bool, undo:
     )
 
 
-def with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
-    """An adapter's name or path, and its weight, 1 by default; LoratoolError where they are none."""
-    name, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
-    if not isinstance(name, str | os.PathLike):
-        raise LoratoolError(f"{quoted(spec)} is no adapter; give a name or a path, or (name, weight)")
-    if not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise LoratoolError(f"the weight of {quoted(name)} is {quoted(weight)} and must be a number")
-    return name, float(weight)
-
-
 def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter],
             change: StorageChange | None) -> Path:  # fmt: skip
     """`out`, or ``<base>-<adapter>-...`` beside the base (in the working folder for a base in the Hub's cache)."""
@@ -249,40 +230,6 @@ def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Se
         return path
     ending = [] if change is None else ["dense" if change.making is None else change.making.storage]
     return beside_base(base, "-".join([base.name, *(found.label for found in adapters), *ending]))
-
-
-def beside_base(base: ResolvedBase, name: str) -> Path:
-    """A folder of that name beside the base, or in the working folder for a base in the Hub's cache.
-
-    Beside a file that lies in a model's folder it would become a part of that model.
-    """
-    path = base.path.resolve()
-    within = path.is_file() and (path.parent / CONFIG_NAME).is_file()
-    parent = Path.cwd() if "snapshots" in path.parts else path.parent.parent if within else path.parent
-    return parent / re.sub(r"[^\w.+-]+", "-", name)
-
-
-def refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
-    """Raise OutputError if the output is one of the `sources` that it is made from, holds it, or lies in it."""
-    refuse_impossible(out)
-    real = Path(os.path.realpath(out))
-    for path in sources:
-        source = Path(os.path.realpath(path))
-        if real == source or source in real.parents or real in source.parents:
-            raise OutputError(
-                f"the output {quoted(out)} and its input {quoted(path)} lie in one another; choose another --out"
-            )
-
-
-def refuse_or_note_existing(out: Path, kind: OutputKind, *, force: bool, dry_run: bool) -> list[str]:
-    """Raise OutputError if an output of this kind must not be written to `out`; in a dry run, return that as a note."""
-    try:
-        refuse_existing(out, kind, force=force)
-    except OutputError as error:
-        if not dry_run:
-            raise
-        return [str(error)]
-    return []
 
 
 def _refuse_away(base: ResolvedBase) -> None:
@@ -303,24 +250,6 @@ def _refuse_in_place(checkpoint: Checkpoint) -> None:
             f"{quoted(checkpoint.path)} holds {quoted(adapter)} too, an adapter that transformers would put on top of what is "
             "merged; move it to a folder of its own, or merge with --out"
         )
-
-
-def hold(path: Path, *, exclusive: bool) -> AbstractContextManager[None]:
-    """Hold a model folder against other processes (see `checkpoint.journal.locked`); a single file is not held."""
-    return locked(path, exclusive=exclusive) if path.is_dir() else nullcontext()
-
-
-@contextmanager
-def remembered(checkpoint: Checkpoint, *, unless: bool) -> Iterator[Callable[[Mapping[str, str]], None]]:
-    """Give a function that caches the base's digests under what its files were before they were read."""
-    cache = digest_cache()
-    before = [] if unless else [(header, file_identity(header.file)) for header in checkpoint.headers]
-
-    def remember(digests: Mapping[str, str]) -> None:
-        for header, identity in before:
-            cache.put(header, {name: digests[name] for name in header.tensors}, identity)
-
-    yield remember
 
 
 def _merged(found: ResolvedAdapter, weight: float) -> MergedAdapter:

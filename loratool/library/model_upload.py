@@ -14,10 +14,11 @@ from loratool.hub.card import task_of
 from loratool.hub.model_card import Ingredient, ModelCard
 from loratool.hub.push import Content, Remote, is_public
 from loratool.hub.readme import README, renewed
-from loratool.library.merge import hold
+from loratool.library.holding import hold
+from loratool.library.home_folder import digest_cache
 from loratool.library.model_files import choose_files
 from loratool.library.progress import Progress
-from loratool.library.resolve import digest_cache, resolve_merged
+from loratool.library.resolve import resolve_merged
 from loratool.library.upload import Upload, Wishes, hub_base
 from loratool.merging.manifest import KINDS, MANIFEST_NAME, Manifest, read_manifest
 from loratool.weights.storages import described

@@ -11,11 +11,12 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, WrongBaseError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.hub.address import is_hub_id
-from loratool.library.adapters import name_from
+from loratool.library.adapter_name import name_from
 from loratool.library.base_entry import find_base
 from loratool.library.hub_bases import is_away, known_headers
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, exists, is_entry_of, no_such_base, resolve_base, user_path
+from loratool.library.resolve import ResolvedAdapter, is_entry_of, no_such_base, resolve_base
+from loratool.library.user_path import exists, user_path
 from loratool.merging.plan import WeightedAdapter, plan_merge
 from registry import AdapterRecord, BaseRecord, Registry, check_name, is_name
 

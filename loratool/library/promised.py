@@ -131,7 +131,7 @@ class PromisedVariant(Promise):
 
     def enter(self, catalogue: Registry) -> None:
         from loratool.checkpoint.model import Checkpoint
-        from loratool.library.bases import add_variant
+        from loratool.library.model_entry import add_variant
         from loratool.merging.manifest import read_manifest
 
         out = Path(self.out)

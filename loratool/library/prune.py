@@ -25,8 +25,10 @@ from loratool.library.derive import (
     reference_of,
     scratch_folder,
 )
-from loratool.library.merge import refuse_overlap
-from loratool.library.resolve import open_registry, resolve_adapter, user_path
+from loratool.library.opening import open_registry
+from loratool.library.output_place import refuse_overlap
+from loratool.library.resolve import resolve_adapter
+from loratool.library.user_path import user_path
 from loratool.ranks.prune import Criterion, Limit, plan_prune, prune_to_lora
 from loratool.ranks.prune import prune as prune_triplets
 from registry import AdapterRecord, check_name

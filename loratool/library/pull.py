@@ -12,10 +12,13 @@ from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress
 from loratool.hub.pull import pull_adapter
 from loratool.hub.repository import Snapshot, look
-from loratool.library.adapters import HubPlace, adapter_json, enter, name_from
+from loratool.library.adapter_name import name_from
+from loratool.library.adapters import HubPlace, adapter_json, enter
+from loratool.library.opening import open_registry
 from loratool.library.owner import name_owner
 from loratool.library.progress import Progress
-from loratool.library.resolve import exists, is_here, open_registry, pulled_from, user_path
+from loratool.library.resolve import is_here, pulled_from
+from loratool.library.user_path import exists, user_path
 from registry import AdapterRecord, Location, Registry, check_name
 
 

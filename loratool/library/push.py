@@ -28,9 +28,11 @@ from loratool.hub.push import (
 )
 from loratool.library.adapter_upload import prepare_adapter
 from loratool.library.model_upload import open_model, prepare_model
+from loratool.library.opening import open_registry
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import RANK_SIGN, exists, open_registry, resolve_adapter, user_path
+from loratool.library.resolve import RANK_SIGN, resolve_adapter
 from loratool.library.upload import Upload, Wishes, refuse_mixed
+from loratool.library.user_path import exists, user_path
 from registry import AdapterRecord, Location, RegistryError
 
 if TYPE_CHECKING:

@@ -13,12 +13,16 @@ from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_no_text
 from loratool.errors import LoratoolError, quoted
-from loratool.library.bases import add_variant
-from loratool.library.merge import beside_base, hold, refuse_or_note_existing, refuse_overlap, remembered
+from loratool.library.holding import hold
+from loratool.library.home_folder import remembered
+from loratool.library.model_entry import add_variant
+from loratool.library.opening import open_registry
+from loratool.library.output_place import beside_base, refuse_or_note_existing, refuse_overlap
 from loratool.library.progress import Progress, Silent
 from loratool.library.promised import Promised, PromisedVariant
-from loratool.library.resolve import ResolvedBase, open_registry, resolve_base, user_path
+from loratool.library.resolve import ResolvedBase, resolve_base
 from loratool.library.right_base import check_base, refuse_changed
+from loratool.library.user_path import user_path
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
 from loratool.merging.conversion import ConversionPlan, StorageChange
 from loratool.merging.plan_conversion import plan_conversion

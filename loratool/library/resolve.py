@@ -7,31 +7,24 @@ Anything that begins like a path (``./``, ``/``, ``~``) or ends in ``.safetensor
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.checkpoint.fingerprint import DigestCache
 from loratool.checkpoint.model import Checkpoint
-from loratool.checkpoint.unfinished import are_in, noting_in
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.dylora import at_rank
 from loratool.formats.lora_config import MOST_DIGITS
 from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress
 from loratool.library.progress import Progress, Silent
-from registry import AdapterRecord, BaseRecord, Registry, RegistryError, home, is_name, is_reference, registry_url
-
-RUNNING: Final = "running"
-"""Folder, in the home folder, of notes of what runs are writing (`loratool.checkpoint.unfinished`)."""
+from loratool.library.user_path import HUB_ID, exists, is_plainly_a_path, user_path
+from registry import AdapterRecord, BaseRecord, Registry, RegistryError, is_name, is_reference
 
 RANK_SIGN: Final = "@rank="
-HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,26 +92,6 @@ class ResolvedBase:
             raise CheckpointError(
                 f"a plan for base {quoted(self.name)} needs its weights, which are not downloaded; get them with {how} ({error})"
             ) from None
-
-
-@contextmanager
-def open_registry(url: str | None = None, *, read_only: bool = False, settled: bool = True) -> Iterator[Registry]:
-    """The catalogue: at `url`, at LORATOOL_REGISTRY, or in the home folder, where what is written meanwhile is noted.
-
-    What runs that were killed did not come to tell it is entered first, with `settled`.
-    """
-    notes = home() / RUNNING
-    with Registry.open(home(), url or registry_url(), read_only=read_only) as catalogue, noting_in(notes):
-        if settled and are_in(notes):
-            from loratool.library.promised import settle
-
-            settle(catalogue, notes)
-        yield catalogue
-
-
-def digest_cache() -> DigestCache:
-    """The cache of tensors' digests, in the home folder."""
-    return DigestCache(home() / "digests")
 
 
 def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: float | None = None) -> ResolvedAdapter:
@@ -279,22 +252,6 @@ def is_here(record: AdapterRecord, registry: Registry) -> bool:
     return True
 
 
-def user_path(text: str | os.PathLike[str]) -> Path:
-    """The path that a user means, with a leading ``~`` or ``~name`` replaced where there is such a home."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)
-
-
-def exists(path: Path) -> bool:
-    """Whether something is at `path`; a name that no file can have (too long, a zero byte) has nothing."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
 def _catalogued(record: BaseRecord, registry: Registry, progress: Progress | None, *, download: bool) -> ResolvedBase:
     from loratool.library.hub_bases import hub_base, is_away, known_headers, obtain
 
@@ -381,8 +338,3 @@ def base_at(path: Path, registry: Registry) -> BaseRecord | None:
     """The catalogued base whose files are at `path`."""
     real = path.resolve()
     return next((base for base in registry.bases.list() if base.path is not None and base.path.resolve() == real), None)
-
-
-def is_plainly_a_path(text: str) -> bool:
-    """Whether a name can be nothing but a path, by how it begins or ends."""
-    return text.startswith((".", "/", "~")) or Path(text).suffix in SINGLE_FILE_SUFFIXES

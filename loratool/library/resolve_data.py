@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from loratool.library.resolve import exists, is_plainly_a_path, user_path
+from loratool.library.user_path import exists, is_plainly_a_path, user_path
 from loratool.training.data import KEYS, SUFFIXES, Data, read_data, read_rows
 
 DATA_SET: Final = re.compile(

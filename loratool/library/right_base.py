@@ -8,8 +8,9 @@ from typing import Final
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, WrongBaseError, quoted
+from loratool.library.home_folder import digest_cache
 from loratool.library.progress import Progress
-from loratool.library.resolve import ResolvedAdapter, ResolvedBase, digest_cache
+from loratool.library.resolve import ResolvedAdapter, ResolvedBase
 from loratool.merging.manifest import read_manifest
 from registry import Registry
 

@@ -13,9 +13,11 @@ from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, DataError, LoratoolError, UnsupportedError, WrongBaseError, quoted
 from loratool.library.evaluate import checked_max_length, tokenized_for
+from loratool.library.home_folder import digest_cache
 from loratool.library.progress import Progress
-from loratool.library.resolve import HUB_ID, ResolvedBase, digest_cache, resolve_base
+from loratool.library.resolve import ResolvedBase, resolve_base
 from loratool.library.resolve_data import resolve_data
+from loratool.library.user_path import HUB_ID
 from loratool.merging.arithmetic import choose_device
 from loratool.training.batches import packs_cleanly, plan_epoch, split_validation
 from loratool.training.data import TokenizedSample

@@ -29,9 +29,11 @@ from loratool.library.derive import (
     reference_of,
     scratch_folder,
 )
-from loratool.library.merge import refuse_overlap
+from loratool.library.opening import open_registry
+from loratool.library.output_place import refuse_overlap
 from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, open_registry, resolve_adapter, user_path
+from loratool.library.resolve import ResolvedAdapter, resolve_adapter
+from loratool.library.user_path import user_path
 from loratool.ranks.truncate import Cut, Truncation, truncate_by_svd, truncate_leading
 from registry import AdapterRecord, check_name
 

@@ -16,11 +16,15 @@ from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, NotFoundError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
+from loratool.library.holding import hold
+from loratool.library.home_folder import digest_cache
 from loratool.library.hub_bases import is_away, obtain
-from loratool.library.merge import hold, refuse_overlap
+from loratool.library.opening import open_registry
+from loratool.library.output_place import refuse_overlap
 from loratool.library.progress import Progress, Silent
 from loratool.library.promised import Promised, PromisedUnmerge
-from loratool.library.resolve import digest_cache, exists, is_here, open_registry, resolve_merged, user_path
+from loratool.library.resolve import is_here, resolve_merged
+from loratool.library.user_path import exists, user_path
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.manifest import KINDS, Manifest, MergedAdapter, read_manifest
 from loratool.merging.survival import Survival

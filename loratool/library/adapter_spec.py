@@ -1,0 +1,22 @@
+"""An adapter as an argument: its name or path, alone or with the weight that multiplies its update."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from loratool.errors import LoratoolError, quoted
+
+PathLike = str | os.PathLike[str]
+AdapterSpec = PathLike | tuple[PathLike, float]
+"""An adapter's name or path, alone or with its weight."""
+
+
+def with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
+    """An adapter's name or path, and its weight, 1 by default; LoratoolError where they are none."""
+    name, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
+    if not isinstance(name, str | os.PathLike):
+        raise LoratoolError(f"{quoted(spec)} is no adapter; give a name or a path, or (name, weight)")
+    if not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise LoratoolError(f"the weight of {quoted(name)} is {quoted(weight)} and must be a number")
+    return name, float(weight)

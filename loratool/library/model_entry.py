@@ -1,0 +1,70 @@
+"""What the catalogue keeps of a model, and the entry of one that was just made of another."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loratool.checkpoint.dtypes import title as dtype_title
+from loratool.checkpoint.header import TensorInfo
+from loratool.checkpoint.model import Checkpoint
+from registry import BaseRecord, Registry
+
+
+def facts_of_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "parameter_count": sum(_elements(info) for info in checkpoint.tensors.values()),
+        "size_bytes": checkpoint.nbytes,
+        "dtype": _main_dtype(checkpoint),
+        **_kind_of_model(checkpoint.config),
+    }
+
+
+def add_variant(catalogue: Registry, name: str, path: Path, original: Checkpoint, *, fingerprint: str,
+                variant_of: str | None, size_bytes: int, dtype: str) -> BaseRecord:  # fmt: skip
+    """Catalogue the model at `path`, just made of `original` and stored otherwise; of the same family where it has one.
+
+    An entry of that name of what was at `path` before is changed.
+
+    Raises:
+        registry.RegistryError: the name is taken by another model, or the catalogue cannot be written.
+    """
+    before = catalogue.bases.get(name)
+    if before is not None and before.path == path.absolute():
+        catalogue.bases.update(name, fingerprint=fingerprint)
+    return catalogue.bases.add(
+        name,
+        str(path.absolute()),
+        path=path.absolute(),
+        fingerprint=fingerprint,
+        variant_of=variant_of,
+        parameter_count=sum(_elements(info) for info in original.tensors.values()),
+        size_bytes=size_bytes,
+        dtype=dtype,
+        **_kind_of_model(original.config),
+    )
+
+
+def _kind_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
+    architectures = config.get("architectures")
+    return {
+        "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        "model_type": str(config["model_type"]) if "model_type" in config else None,
+    }
+
+
+def _elements(info: TensorInfo) -> int:
+    count = 1
+    for side in info.shape:
+        count *= side
+    return count
+
+
+def _main_dtype(checkpoint: Checkpoint) -> str | None:
+    """The dtype that most bytes of the model have."""
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        sizes[info.dtype] += info.nbytes
+    return dtype_title(sizes.most_common(1)[0][0]) if sizes else None

@@ -1,0 +1,48 @@
+"""Where an output goes: not onto what it is made from, not over what must stay, and by default beside its base."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from loratool.checkpoint.output_kind import OutputKind
+from loratool.checkpoint.staging import refuse_existing, refuse_impossible
+from loratool.errors import OutputError, quoted
+from loratool.library.resolve import ResolvedBase
+from loratool.merging.conversion import CONFIG_NAME
+
+
+def beside_base(base: ResolvedBase, name: str) -> Path:
+    """A folder of that name beside the base, or in the working folder for a base in the Hub's cache.
+
+    Beside a file that lies in a model's folder it would become a part of that model.
+    """
+    path = base.path.resolve()
+    within = path.is_file() and (path.parent / CONFIG_NAME).is_file()
+    parent = Path.cwd() if "snapshots" in path.parts else path.parent.parent if within else path.parent
+    return parent / re.sub(r"[^\w.+-]+", "-", name)
+
+
+def refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
+    """Raise OutputError if the output is one of the `sources` that it is made from, holds it, or lies in it."""
+    refuse_impossible(out)
+    real = Path(os.path.realpath(out))
+    for path in sources:
+        source = Path(os.path.realpath(path))
+        if real == source or source in real.parents or real in source.parents:
+            raise OutputError(
+                f"the output {quoted(out)} and its input {quoted(path)} lie in one another; choose another --out"
+            )
+
+
+def refuse_or_note_existing(out: Path, kind: OutputKind, *, force: bool, dry_run: bool) -> list[str]:
+    """Raise OutputError if an output of this kind must not be written to `out`; in a dry run, return that as a note."""
+    try:
+        refuse_existing(out, kind, force=force)
+    except OutputError as error:
+        if not dry_run:
+            raise
+        return [str(error)]
+    return []
