@@ -954,7 +954,7 @@ def test_an_adapter_with_a_hostile_module_name_is_shown_without_its_control_char
     run: Run, base: Path, tmp_path: Path
 ) -> None:
     folder = save_plain_adapter(tmp_path / "adapter", {"model.layers.0.\x1b[31mred\x07\u202e_proj": (24, 16)})
-    assert run("add", folder).status == 0
+    assert run("add", folder, "--name", "adapter").status == 0
     for words in (["list"], ["show", "adapter"], ["merge", "adapter", "--into", base]):
         done = run(*words)
         assert "red" in done.out + done.err

@@ -66,7 +66,7 @@ def test_a_base_that_is_not_catalogued_is_catalogued_by_its_folders_name(llama: 
     assert (added.record.base, added.record.base_fingerprint) == ("llama", base.fingerprint)
     assert any("catalogued" in note and str(llama) in note and "'llama'" in note for note in added.notes)
     again = loratool.add(pirate, name="again", base=llama)
-    assert (again.record.base, again.notes) == ("llama", ())
+    assert (again.record.base, again.notes) == ("llama", ("it has the same weights as pirate@1",))
     assert loratool.base_list() == (base,)
 
 

@@ -136,7 +136,7 @@ def test_an_adapter_that_does_not_fit_its_parents_base_leaves_nothing(tmp_path: 
     )
     save_file({"layers.0.first.weight": weight}, base)
     loratool.base_add("base", base)
-    loratool.add(tmp_path / "adapter", base="base")
+    loratool.add(tmp_path / "adapter", name="adapter", base="base")
     save_file({"layers.0.first.weight": weight.T.contiguous()[:5]}, base)
     with pytest.raises(LoratoolError):
         loratool.truncate("adapter", rank=RANKS, scaling="paper", out=tmp_path / "cut.st")

@@ -10,7 +10,11 @@ from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_n
 
 @click.command("add", **example("loratool add pirate.safetensors --base smollm2 --tag speech"))
 @click.argument("path", type=PathType())
-@click.option("--name", metavar="N", help="Its name in the catalogue; by default the folder's or file's name.")
+@click.option(
+    "--name",
+    metavar="N",
+    help="Its name in the catalogue; by default that of its folder or file, or of the folder above where that says nothing.",
+)
 @click.option(
     "--base",
     metavar="BASE",
@@ -33,7 +37,8 @@ def command(
 ) -> None:
     """Catalogue an adapter that exists: a PEFT folder or a single safetensors file.
 
-    Its files are copied into the content store. The same name with other content becomes its next version.
+    Its files are copied into the content store. Another adapter of the same name, base and targets becomes its next version; one
+    of another base or other targets needs a name of its own, with --name.
     """
     from loratool.library.adapters import adapter_json, add
 

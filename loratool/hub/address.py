@@ -63,10 +63,15 @@ class HubAddress:
 
     @property
     def name(self) -> str:
-        """The last word of it: what an adapter from there is called where nothing else is said."""
-        steps = [*self.repo.split("/"), *(self.path or "").split("/")]
+        """The last word of it: the repository's name, or that of what is inside."""
+        return (self.repo.rpartition("/")[2], *self.steps)[-1]
+
+    @property
+    def steps(self) -> list[str]:
+        """The names on the way to what is inside the repository, without the endings of safetensors files."""
+        steps = (self.path or "").split("/")
         steps = [step for step in steps if step and not step.startswith(("adapter_model.", "adapter_config."))]
-        return steps[-1].removesuffix(".safetensors").removesuffix(".st")
+        return [step.removesuffix(".safetensors").removesuffix(".st") for step in steps]
 
 
 def is_repository(name: str) -> bool:

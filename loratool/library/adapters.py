@@ -24,6 +24,7 @@ from registry import (
     MergeRecord,
     RegistryError,
     SortKey,
+    check_name,
     home,
     is_name,
     is_reference,
@@ -126,8 +127,9 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
 
     Args:
         path: a PEFT folder or a single safetensors file.
-        name: letters, digits, ``.``, ``_`` and ``-``; by default the folder's or file's name. The same name with other
-            content becomes its next version.
+        name: letters, digits, ``.``, ``_`` and ``-``; with one that is catalogued it becomes the next version of that one. By
+            default the folder's or file's name, or where that says nothing (``checkpoint-500``, ``final``) the name of the
+            folder above, of the repository in the Hub's cache, or of its base.
         base: the base that it belongs to: a catalogued name, a folder or a Hub id. One that is not catalogued yet is
             catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
             catalogued from the Hub id that it records.
@@ -138,7 +140,8 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
         progress: told how many bytes of a new base are fingerprinted.
 
     Raises:
-        LoratoolError, registry.RegistryError: it cannot be read, does not fit `base`, or the name is taken wrongly.
+        LoratoolError, registry.RegistryError: it cannot be read or does not fit `base`; or no name is given, and the one that
+            it would have says nothing, or is that of an adapter with another base or other targets.
     """
     from loratool.errors import AdapterError, NotFoundError, quoted
     from loratool.formats.finite import refuse_not_finite
@@ -158,11 +161,31 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
         _refuse_base(source)
         raise
     refuse_not_finite(adapter)
-    chosen = name_from(adapter.name, source) if name is None else name
+    if name is not None:
+        check_name(name)
     with open_registry(registry) as catalogue:
         owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress, any_base=any_base)
-        added = enter(adapter, catalogue, name=chosen, base=owner, any_base=any_base, tags=tags)
+        with staged_entry(adapter, catalogue, base=owner, any_base=any_base) as entry:
+            chosen = _own_name(adapter, source, entry) if name is None else name
+            with at_once(catalogue):
+                added = entry.add(chosen, tags)
         return replace(added, notes=(*notes, *added.notes))
+
+
+def _own_name(adapter: Adapter, source: Path, entry: StagedEntry) -> str:
+    """The name of an adapter for which none is given, by where it lies or else by its base.
+
+    Raises:
+        AdapterError: there is nothing to make one of, or it is the name of an adapter that this one is no version of.
+    """
+    from loratool.library.adapter_name import name_by_base, telling_name
+    from loratool.library.next_version import refuse_stranger
+
+    told = telling_name(adapter.name, source)
+    base = entry.owner.name if entry.owner else entry.facts.base_model
+    name = name_from(told or name_by_base(adapter.name, base, adapter.kind))
+    refuse_stranger(name, adapter, entry.facts, entry.catalogue, by_base=told is None)
+    return name
 
 
 def _refuse_base(source: Path) -> None:
@@ -185,7 +208,7 @@ def _refuse_base(source: Path) -> None:
     except CheckpointError:
         return
     try:
-        name = name_from(folder.resolve().name, folder)
+        name = name_from(folder.resolve().name)
     except AdapterError:
         name = "NAME"
     raise AdapterError(
@@ -274,13 +297,16 @@ class StagedEntry:
         Raises:
             registry.RegistryError: the name is taken wrongly, or the catalogue cannot be written.
         """
+        from loratool.library.next_version import same_weights_notes
+
         owner = self.owner.name if self.owner else None
         record, new = self.catalogue.adapters.add(
             name, self.facts, base=owner, tags=tags, locations=locations, staged=self.staged
         )
         # One that was tied before stays so, whatever this file and this call say.
         tied_before = self.owner is None and record.base is not None
-        return AddResult(record, new, self.notes if tied_before else (*self.notes, *self.base_notes))
+        notes = (*self.notes, *same_weights_notes(record, self.catalogue))
+        return AddResult(record, new, notes if tied_before else (*notes, *self.base_notes))
 
 
 def list_adapters(*, base: str | os.PathLike[str] | None = None, kind: str | None = None, tag: str | None = None,

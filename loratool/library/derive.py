@@ -13,7 +13,7 @@ from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.write import staged_adapter
-from loratool.library.adapter_name import name_from
+from loratool.library.adapter_name import name_from, telling_name
 from loratool.library.adapters import AddResult, at_once, facts_of, staged_entry
 from loratool.library.resolve import ResolvedAdapter
 from loratool.library.user_path import exists, user_path
@@ -137,5 +137,6 @@ def child_facts(
 
 
 def default_name(out: Path) -> str:
-    """The name in the catalogue of an adapter written to `out`: the file's or folder's own."""
-    return name_from(out.stem if out.suffix in SINGLE_FILE_SUFFIXES else out.name, out)
+    """The name in the catalogue of an adapter written to `out`: the file's or folder's own, or that of a folder above."""
+    stem = out.stem if out.suffix in SINGLE_FILE_SUFFIXES else out.name
+    return name_from(telling_name(stem, out) or stem)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from itertools import chain, count
-from pathlib import Path
 
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, WrongBaseError, quoted
@@ -92,7 +91,7 @@ def name_owner(base: str | os.PathLike[str], adapter: Adapter, catalogue: Regist
 
 def _free_name(stem: str, catalogue: Registry) -> str:
     """A name for a new base, made from its folder's or repository's: ``smollm2``, or ``smollm2-2`` where that is taken."""
-    name = name_from(stem, Path(stem))
+    name = name_from(stem)
     numbered = (f"{name[:90]}-{number}" for number in count(2))
     return next(each for each in chain([name], numbered) if catalogue.bases.get(each) is None)
 

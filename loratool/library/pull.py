@@ -12,7 +12,7 @@ from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress
 from loratool.hub.pull import pull_adapter
 from loratool.hub.repository import Snapshot, look
-from loratool.library.adapter_name import name_from
+from loratool.library.adapter_name import name_from, name_on_hub
 from loratool.library.adapters import HubPlace, adapter_json, enter
 from loratool.library.opening import open_registry
 from loratool.library.owner import name_owner
@@ -65,7 +65,7 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
 
     Args:
         repo: ``owner/name``, ``owner/name@revision``, or either with a path inside: ``owner/name/folder@revision``.
-        name: in the catalogue; by default the repository's, or the last word of the path inside.
+        name: in the catalogue; by default the last word of the path inside that says something, or the repository's.
         path: the folder or file inside the repository.
         base: the base that it belongs to: a catalogued name, a folder or a Hub id. One that is not catalogued yet is
             catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
@@ -153,9 +153,9 @@ def _is_at(place: Location, address: HubAddress) -> bool:
 
 
 def _name(address: HubAddress, catalogue: Registry) -> str:
-    """What was pulled from there before keeps its name; else the last word of the address."""
+    """What was pulled from there before keeps its name; else the last word of the address that says something."""
     known = catalogue.adapters.find_by_repo(address.repo, address.path)
-    return known[0].name if known else name_from(address.name, user_path(address.name))
+    return known[0].name if known else name_from(name_on_hub(address.repo, address.steps))
 
 
 def _refuse_taken(name: str, address: HubAddress, sha256: str, catalogue: Registry) -> None:

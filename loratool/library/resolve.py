@@ -311,8 +311,12 @@ def is_entry_of(record: AdapterRecord, adapter: Adapter) -> bool:
 
     The same file acts otherwise under another configuration (alpha, rsLoRA, alpha_pattern).
     """
-    numbers = (adapter.kind, adapter.ranks, adapter.alpha, adapter.scaling)
-    return (record.kind, record.ranks, record.alpha, record.scaling) == numbers
+    return numbers_of(record) == numbers_of(adapter)
+
+
+def numbers_of(adapter: Adapter | AdapterRecord) -> tuple[object, ...]:
+    """What decides how an adapter's weights act."""
+    return adapter.kind, adapter.ranks, adapter.alpha, adapter.scaling
 
 
 def _on_hub(hub_id: str, progress: Progress | None, *, download: bool) -> ResolvedBase:
