@@ -25,7 +25,7 @@ REPO = "org/llama"
 
 @pytest.fixture(autouse=True)
 def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.hub.patience.time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr("loratool.hub.retry.time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 @pytest.fixture

@@ -191,7 +191,7 @@ def test_the_table_of_a_search_fits_a_terminal(filled: HubStandIn, monkeypatch: 
 
 
 def test_a_search_needs_the_network_and_a_sensible_answer(filled: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loratool.hub.patience.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("loratool.hub.retry.time.sleep", lambda seconds: None)
     for fault in (Failure("GET", "/api/models", 2, 503), Cut("GET", "/api/models", 1), Cut("GET", "/api/models", 2)):
         filled.faults.append(fault)
         assert loratool.hub_search("pirate"), fault

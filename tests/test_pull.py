@@ -49,7 +49,7 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nobody_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that loratool would have waited between its own attempts."""
     waits: list[float] = []
-    monkeypatch.setattr("loratool.hub.patience.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("loratool.hub.retry.time", SimpleNamespace(sleep=waits.append))
     return waits
 
 

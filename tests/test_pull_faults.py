@@ -45,7 +45,7 @@ def pirate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that loratool would have waited between its own attempts."""
     waited: list[float] = []
-    monkeypatch.setattr("loratool.hub.patience.time", SimpleNamespace(sleep=waited.append))
+    monkeypatch.setattr("loratool.hub.retry.time", SimpleNamespace(sleep=waited.append))
     return waited
 
 

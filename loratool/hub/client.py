@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 from loratool.hub.logs import keep_logs_clean
-from loratool.hub.patience import may_pass
+from loratool.hub.retry import is_transient
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -34,5 +34,5 @@ def ask_once() -> None:
     try:
         get_session().get(f"{constants.ENDPOINT}/api/models", params={"limit": 1}, timeout=ANSWER_SECONDS)
     except Exception as error:
-        if not may_pass(error):
+        if not is_transient(error):
             raise

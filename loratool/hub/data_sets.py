@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from loratool.errors import DataError, LoratoolError, NotFoundError, quoted
 from loratool.hub.client import ask_once
-from loratool.hub.patience import is_unreachable
+from loratool.hub.retry import is_unreachable
 
 TABLES: Final = frozenset({"arrow", "csv", "json", "parquet", "text"})
 """The formats that are read; a data set in any other could hold pickles, pictures or sound."""

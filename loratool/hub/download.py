@@ -17,8 +17,8 @@ from loratool.checkpoint.threads import in_threads
 from loratool.errors import HubError, NotFoundError, quoted
 from loratool.hub.errors import hub_errors
 from loratool.hub.logs import Retries, counted_retries, keep_logs_clean
-from loratool.hub.patience import is_unreachable, patiently
 from loratool.hub.repository import HubFile, Snapshot
+from loratool.hub.retry import is_unreachable, with_retries
 
 DOWNLOADS_AT_ONCE: Final = 4
 READ_BYTES: Final = 1 << 20
@@ -122,7 +122,7 @@ def _download(snapshot: Snapshot, file: HubFile, command: str, advance: Callable
 
     before, ours = retries.of_this_thread(), 0
 
-    def again(error: Exception) -> bool:
+    def may_retry(error: Exception) -> bool:
         nonlocal ours
         if is_unreachable(error) and retries.of_this_thread() - before > ours:
             return False  # huggingface_hub has tried often enough
@@ -136,11 +136,11 @@ def _download(snapshot: Snapshot, file: HubFile, command: str, advance: Callable
     with hub_errors(command, snapshot.repo, snapshot.commit):
         try:
             return Path(
-                patiently(
+                with_retries(
                     lambda: hf_hub_download(
                         snapshot.repo, file.path, revision=snapshot.commit, force_download=force, **watching
                     ),
-                    again=again,
+                    may_retry=may_retry,
                 )
             )
         except Exception as error:

@@ -18,7 +18,7 @@ from loratool.errors import HubError, NotFoundError, quoted
 from loratool.hub.address import HubAddress, leaves_its_folder
 from loratool.hub.client import client
 from loratool.hub.errors import LOG_IN, hub_errors
-from loratool.hub.patience import is_unreachable, patiently
+from loratool.hub.retry import is_unreachable, with_retries
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo, RepoSibling
@@ -89,7 +89,7 @@ def look(address: HubAddress, command: str, *, fresh: bool = False) -> Snapshot:
         return look_in_cache(address, command)
     with hub_errors(command, address.repo, address.revision), sensible_answers(address.repo):
         try:
-            info = patiently(
+            info = with_retries(
                 lambda: client().model_info(
                     address.repo, revision=address.revision, files_metadata=True, timeout=TIMEOUT
                 )

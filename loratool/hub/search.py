@@ -10,8 +10,8 @@ from loratool.errors import HubError, quoted
 from loratool.hub.address import is_safe
 from loratool.hub.client import ask_once, client
 from loratool.hub.errors import hub_errors, refuse_offline
-from loratool.hub.patience import patiently
 from loratool.hub.repository import sensible_answers
+from loratool.hub.retry import with_retries
 
 COMMAND: Final = "loratool hub search"
 ADAPTERS: Final = "peft"
@@ -63,7 +63,7 @@ def search_adapters(text: str | None, base: str | None, limit: int, sort: HubSor
     subject = base or text or ADAPTERS
     with hub_errors(COMMAND, subject), sensible_answers(subject):
         ask_once()
-        listed = patiently(
+        listed = with_retries(
             lambda: list(
                 client().list_models(
                     search=text,

@@ -13,7 +13,6 @@ from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
 from loratool.hub.address import is_repository, repository_id
 from loratool.hub.client import ask_once
 from loratool.hub.errors import refuse_anonymous, refuse_offline
-from loratool.hub.patience import is_unreachable
 from loratool.hub.push import (
     COMMAND,
     MAIN,
@@ -26,6 +25,7 @@ from loratool.hub.push import (
     send,
     user_name,
 )
+from loratool.hub.retry import is_unreachable
 from loratool.library.adapter_upload import prepare_adapter
 from loratool.library.model_upload import open_model, prepare_model
 from loratool.library.opening import open_registry
