@@ -15,7 +15,7 @@ from loratool.formats.dylora import ScalingLaw, module_alphas
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.ranks.factored_svd import balanced, factored_svd
 from loratool.ranks.factors import load_factors
-from loratool.ranks.side_by_side import side_by_side
+from loratool.ranks.parallel import in_parallel
 from loratool.ranks.unit_scaling import TARGETING, unit_config
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cu
         progress(sum(info.nbytes for info in update.factors.values()))
         return s * abs(factors.scaling), ranks
 
-    found = dict(zip(present, side_by_side(cut_module, present), strict=True))
+    found = dict(zip(present, in_parallel(cut_module, present), strict=True))
     return [
         _truncation(draft, adapter, {module: (values, ranks[place]) for module, (values, ranks) in found.items()})
         for place, draft in enumerate(drafts)
