@@ -158,8 +158,8 @@ def dense(adapter: Path) -> dict[str, np.ndarray]:
     read = read_adapter(adapter)
     tensors = {name: tensor.double().numpy() for name, tensor in load_file(read.file).items()}
     return {
-        module: tensors[update.factors["B"].name] @ tensors[update.factors["A"].name] * update.scaling
-        for module, update in read.updates.items()
+        module: tensors[update.tensors["B"].name] @ tensors[update.tensors["A"].name] * update.scaling
+        for module, update in read.ranked.items()
     }
 
 
@@ -168,8 +168,8 @@ def dense_triplets(adapter: Path) -> dict[str, list[torch.Tensor]]:
     read = read_adapter(adapter)
     tensors = {name: tensor.double() for name, tensor in load_file(read.file).items()}
     found = {}
-    for module, update in read.updates.items():
-        a, e, b = (tensors[update.factors[letter].name] for letter in "AEB")
+    for module, update in read.ranked.items():
+        a, e, b = (tensors[update.tensors[letter].name] for letter in "AEB")
         found[module] = [torch.outer(b[:, i], a[i] * e[i]) * update.scaling for i in range(len(a))]
     return found
 
@@ -178,7 +178,7 @@ def kept_triplets(adapter: Path, budget: int) -> dict[str, list[int]]:
     """The places of the largest |E| of all modules together."""
     read = read_adapter(adapter)
     tensors = load_file(read.file)
-    scores = {module: tensors[update.factors["E"].name].abs().flatten() for module, update in read.updates.items()}
+    scores = {module: tensors[update.tensors["E"].name].abs().flatten() for module, update in read.ranked.items()}
     least = torch.cat(list(scores.values())).sort(descending=True).values[budget - 1]
     return {module: (each >= least).nonzero().flatten().tolist() for module, each in scores.items()}
 

@@ -138,7 +138,7 @@ def test_a_weight_multiplies_the_whole_update(pruned: Path, tiny_models: TinyMod
 def test_kind_ranks_and_scaling_are_what_the_configuration_says(pruned: Path) -> None:
     adapter = read_adapter(pruned)
     assert (adapter.kind, adapter.rank, adapter.ranks, adapter.alpha) == ("adalora", 4, RANKS, 7)
-    assert {update.scaling for update in adapter.updates.values()} == {7 / (4 + 1e-5)}
+    assert {update.scaling for update in adapter.ranked.values()} == {7 / (4 + 1e-5)}
 
 
 @pytest.mark.parametrize("form", ["folder", "single.safetensors", "single.st"])

@@ -249,7 +249,7 @@ def test_an_adapter_is_added_listed_shown_tagged_and_removed(llama: Path, pirate
     assert record.sha256 == before[WEIGHTS]
     assert record.size_bytes == (pirate / WEIGHTS).stat().st_size
     assert record.parameter_count == sum(tensor.numel() for tensor in load_file(pirate / WEIGHTS).values())
-    assert record.ranks == dict.fromkeys(read_adapter(pirate).updates, 4)
+    assert record.ranks == dict.fromkeys(read_adapter(pirate).ranked, 4)
     assert [(found.name, found.version) for found in loratool.list()] == [("pirate", 1)]
     assert [found.name for found in loratool.list(base="llama", kind="lora", tag="speech", sort="rank")] == ["pirate"]
     assert loratool.list(tag="other") == loratool.list(kind="dora") == ()

@@ -24,7 +24,7 @@ class Adds:
 
     b: torch.Tensor
     a: torch.Tensor
-    additive = True
+    needs_weight = False
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedLowRank:
         return LoadedLowRank(self.a, self.b, weight, transposed)
@@ -37,7 +37,7 @@ class Scales:
     b: torch.Tensor
     a: torch.Tensor
     m: torch.Tensor
-    additive = False
+    needs_weight = True
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedScales:
         return LoadedScales(LoadedLowRank(self.a, self.b, weight, transposed), self.m, transposed)
@@ -73,7 +73,7 @@ def update(*, adds: bool, strength: float) -> Any:
 def wanted(update: Any, before: torch.Tensor) -> torch.Tensor:
     """W', (outputs, inputs)."""
     after = before + update.b @ update.a
-    return after if update.additive else update.m[:, None] * after
+    return update.m[:, None] * after if update.needs_weight else after
 
 
 STORAGES = {

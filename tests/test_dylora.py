@@ -187,7 +187,7 @@ def test_a_kohya_lora_is_no_dylora_and_scales_by_alpha_over_r(kohya: Path, tmp_p
     plain = save_file_with(kohya, tmp_path / "plain.safetensors", {"ss_network_module": "networks.lora"})
     adapter = read_adapter(plain)
     assert adapter.kind == "lora"
-    assert {update.scaling for update in adapter.updates.values()} == {ALPHA / R}
+    assert {update.scaling for update in adapter.ranked.values()} == {ALPHA / R}
     with pytest.raises(AdapterError, match="not a DyLoRA"):
         at_rank(adapter, 2)
 
@@ -211,7 +211,7 @@ def test_an_alpha_that_is_missing_or_zero_is_the_rank_as_in_kohya(
 
     silent = save_file_with(kohya, tmp_path / "x.safetensors", {"ss_network_alpha": "None"}, change=change)
     adapter = read_adapter(silent)
-    assert {update.scaling for update in adapter.updates.values()} == {1.0}
+    assert {update.scaling for update in adapter.ranked.values()} == {1.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -78,7 +78,7 @@ def saved_by_peft(folder: Path, **lora: Any) -> dict[str, tuple[int, float]]:
 
 def read_by_loratool(path: Path, alpha: float | None = None) -> dict[str, tuple[int, float]]:
     """The rank and scaling of each module as loratool reads them."""
-    return {name: (update.rank, update.scaling) for name, update in read_adapter(path, alpha).updates.items()}
+    return {name: (update.rank, update.scaling) for name, update in read_adapter(path, alpha).ranked.items()}
 
 
 # Numbers, against PEFT
@@ -152,7 +152,7 @@ def test_a_real_models_adapter_is_read_as_peft_holds_it(architecture: str, tiny_
     adapter = read_adapter(folder)
     tensors = load_file(folder / WEIGHTS)
     assert adapter.parameter_count == sum(tensor.numel() for tensor in tensors.values())
-    assert {f"{PREFIX}{module}.lora_A.weight" for module in adapter.updates} == {k for k in tensors if ".lora_A." in k}
+    assert {f"{PREFIX}{module}.lora_A.weight" for module in adapter.ranked} == {k for k in tensors if ".lora_A." in k}
     assert (adapter.kind, adapter.rank, adapter.alpha, adapter.dtype) == ("lora", 4, 8.0, "F32")
     assert adapter.notes == ()
 
@@ -208,7 +208,7 @@ def test_a_bare_file_needs_alpha_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="--alpha"):
         read_adapter(file)
     adapter = read_adapter(file, 6.0)
-    assert {update.scaling for update in adapter.updates.values()} == {6.0 / 4}
+    assert {update.scaling for update in adapter.ranked.values()} == {6.0 / 4}
     assert len(adapter.notes) == 1
     assert "alpha 6" in adapter.notes[0]
 
@@ -454,7 +454,7 @@ def content(adapter: Adapter) -> dict[str, Any]:
         "facts": dict(adapter.facts),
         "updates": {
             module: (update.scaling, tensors[update.a.name], tensors[update.b.name])
-            for module, update in adapter.updates.items()
+            for module, update in adapter.ranked.items()
         },
     }
 

@@ -221,7 +221,7 @@ def test_what_another_program_saved_is_told(path: str) -> None:
 
 def test_diffusers_own_file_is_read_with_the_alphas_of_its_metadata() -> None:
     adapter = read_adapter(DATA / "diffusers" / "unet")
-    scalings = {module.rpartition("attn1.")[2]: update.scaling for module, update in adapter.updates.items()}
+    scalings = {module.rpartition("attn1.")[2]: update.scaling for module, update in adapter.ranked.items()}
     assert scalings == {"to_q": 4 / 2, "to_out.0": 6 / 2}
     assert identify(DATA / "diffusers" / "unet").format == "diffusers"
 
@@ -229,7 +229,7 @@ def test_diffusers_own_file_is_read_with_the_alphas_of_its_metadata() -> None:
 def test_a_pipelines_file_of_diffusers_has_the_alphas_of_each_component() -> None:
     adapter = read_adapter(DATA / "diffusers" / "pipeline" / "pytorch_lora_weights.safetensors")
     scalings = {
-        module.partition(".")[0]: update.scaling for module, update in adapter.updates.items() if "to_out" not in module
+        module.partition(".")[0]: update.scaling for module, update in adapter.ranked.items() if "to_out" not in module
     }
     assert scalings == {"unet": 4 / 2, "text_encoder": 3 / 1}
 

@@ -347,7 +347,7 @@ def test_an_update_that_depends_on_w_is_merged_into_the_image_too(
 ) -> None:
     """The dense matrix, which `quantize` merges into, is another W."""
     base, adapter = tiny_models.folder("llama", "bf16"), tiny_adapters.folder("llama")
-    monkeypatch.setattr(LowRank, "additive", property(lambda update: False))
+    monkeypatch.setattr(LowRank, "needs_weight", property(lambda update: True))
     at_once = loratool.merge(adapter, base, out=tmp_path / "at-once", base_as=NF4)
     in_turn = loratool.merge(adapter, loratool.quantize(base, out=tmp_path / "image").out, out=tmp_path / "in-turn")
     assert stored_tensors(at_once.out) == stored_tensors(in_turn.out)

@@ -154,9 +154,9 @@ def test_the_lora_gives_every_module_one_scaling_and_leaves_out_what_was_pruned_
     loratool.prune(adalora, budget=9, as_="lora", out=tmp_path / "pruned")
     config = json.loads((tmp_path / "pruned" / "adapter_config.json").read_text())
     read = read_adapter(tmp_path / "pruned")
-    assert Q1 not in read.updates
+    assert Q1 not in read.ranked
     assert config["peft_type"] == "LORA" and config["rank_pattern"].keys() == config["alpha_pattern"].keys()
-    assert {update.scaling for update in read.updates.values()} == {config["lora_alpha"] / config["r"]}
+    assert {update.scaling for update in read.ranked.values()} == {config["lora_alpha"] / config["r"]}
 
 
 @pytest.mark.parametrize(("average", "budget"), [(1, 4), (2.25, 9), (0.3, 1), (6, 24)])

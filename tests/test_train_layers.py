@@ -280,5 +280,5 @@ def test_what_is_written_loratool_reads_as_what_it_is(
     assert adapter.kind == options.method
     assert adapter.rank == adaptation.ranks[-1]
     assert adapter.alpha == options.lora_alpha
-    assert set(adapter.updates) == {name.rsplit(".", 1)[0] for name in adaptation.parameters()}
+    assert set(adapter.ranked) == {name.rsplit(".", 1)[0] for name in adaptation.parameters()}
     loratool.merge([folder], into=tiny_models.folder(architecture), out=tmp_path / "merged")

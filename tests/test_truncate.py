@@ -52,10 +52,10 @@ def deltas_by_hand(adapter: Path) -> dict[str, Array]:
     read = read_adapter(adapter)
     tensors = load_file(read.file)
     dense = {}
-    for module, update in read.updates.items():
-        a, b = (tensors[update.factors[letter].name].double() for letter in "AB")
-        if "E" in update.factors:
-            a = a * tensors[update.factors["E"].name].double()
+    for module, update in read.ranked.items():
+        a, b = (tensors[update.tensors[letter].name].double() for letter in "AB")
+        if "E" in update.tensors:
+            a = a * tensors[update.tensors["E"].name].double()
         dense[module] = (b @ a * update.scaling).numpy()
     return dense
 
@@ -160,8 +160,8 @@ def test_a_cut_of_a_cut_is_the_cut_itself(law: str, tiny_adapters: TinyAdapters,
     loratool.truncate(source, rank=2, out=tmp_path / "once.st")
     once, twice = read_adapter(tmp_path / "once.st"), read_adapter(tmp_path / "twice.st")
     assert once.kind == twice.kind == "dylora"
-    for module, update in once.updates.items():
-        assert twice.updates[module].scaling == pytest.approx(update.scaling, rel=1e-12)
+    for module, update in once.ranked.items():
+        assert twice.ranked[module].scaling == pytest.approx(update.scaling, rel=1e-12)
     assert [t.sum() for t in load_file(once.file).values()] == [t.sum() for t in load_file(twice.file).values()]
 
 
@@ -258,7 +258,7 @@ def test_modules_of_several_ranks_are_written_as_patterns_that_ignoring_does_not
     loratool.truncate(source, energy=0.8, out=tmp_path / "cut")
     config = json.loads((tmp_path / "cut" / "adapter_config.json").read_text())
     assert config["rank_pattern"].keys() == config["alpha_pattern"].keys()
-    assert {update.scaling for update in read_adapter(tmp_path / "cut").updates.values()} == {
+    assert {update.scaling for update in read_adapter(tmp_path / "cut").ranked.values()} == {
         config["lora_alpha"] / config["r"]
     }
 

@@ -10,70 +10,90 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.architecture import module_of
 from loratool.checkpoint.header import TensorInfo
-from loratool.updates import Update
+from loratool.updates import Ranked, Update
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One adapter: an update for each module that it changes, and what is recorded about it.
+    """One adapter: an update for each parameter that it changes, and what is recorded about it.
 
     Attributes:
         name: what to call it where nothing better is known: its folder's or file's name.
         file: the safetensors file with its tensors.
         sha256: of that file; the adapter's fingerprint.
         kind: ``lora``, ``dylora`` or ``adalora``.
-        updates: module name, as the adapter spells it, to what happens to that module's weight.
+        changes: parameter, as the adapter spells it (``...q_proj.weight``), to what happens to it.
         config: its PEFT configuration, as JSON.
         facts: what loratool recorded beside it (kind, base fingerprint, lineage, recipe); may be empty.
         fan_in_fan_out: the configuration says that weights are stored as (in_features, out_features).
         notes: what a user should know about how it was read.
         kohya: of a file in kohya's layout, its metadata; None for PEFT's layout.
-        replacements: tensors that take the place of the base's own, by its names for them (``modules_to_save``).
+        whole: the modules that its configuration says it holds whole (``modules_to_save``).
     """
 
     name: str
     file: Path
     sha256: str
     kind: str
-    updates: Mapping[str, Update]
+    changes: Mapping[str, Update]
     config: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     notes: tuple[str, ...] = ()
     kohya: Mapping[str, str] | None = None
-    replacements: Mapping[str, TensorInfo] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
 
     @property
-    def rank(self) -> int:
-        """The largest rank of any module."""
-        return max(update.rank for update in self.updates.values())
+    def ranked(self) -> dict[str, Ranked]:
+        """The updates that have a rank, by the modules that they change."""
+        return {module_of(name): each for name, each in self.changes.items() if isinstance(each, Ranked)}
+
+    @property
+    def replacements(self) -> dict[str, Update]:
+        """The updates that leave nothing of what was there (``modules_to_save``)."""
+        return {name: update for name, update in self.changes.items() if update.replaces}
+
+    @property
+    def rank(self) -> int | None:
+        """The largest rank of any module; None where none has one."""
+        return max((update.rank for update in self.ranked.values()), default=None)
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each module."""
-        return {module: update.rank for module, update in sorted(self.updates.items())}
+        """The rank of each module that has one."""
+        return {module: update.rank for module, update in sorted(self.ranked.items())}
 
     @property
-    def alpha(self) -> float:
-        """``lora_alpha`` of the configuration."""
-        return float(self.config["lora_alpha"])
+    def alpha(self) -> float | None:
+        """``lora_alpha`` of the configuration; None where it has none."""
+        stated = self.config.get("lora_alpha")
+        return None if stated is None else float(stated)
 
     @property
-    def scaling(self) -> float | dict[str, float]:
+    def scaling(self) -> float | dict[str, float] | None:
         """What multiplies the products of its factors: one number, or that of each module where they differ."""
-        scalings = {module: update.scaling for module, update in sorted(self.updates.items())}
+        scalings = {module: update.scaling for module, update in sorted(self.ranked.items())}
+        if not scalings:
+            return None
         return next(iter(scalings.values())) if len(set(scalings.values())) == 1 else scalings
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that it changes and does not replace, in the order of `changes`."""
+        return tuple(module_of(name) for name, update in self.changes.items() if not update.replaces)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
         """The target that each module is (`target_of`), once each, sorted: ``("q_proj", "v_proj")``."""
-        return tuple(sorted({target_of(module) for module in self.updates}))
+        return tuple(sorted({target_of(module) for module in self.modules}))
 
     @property
     def dtype(self) -> str:
         """The dtype of its factors as safetensors spells it, or ``mixed``."""
-        dtypes = {info.dtype for update in self.updates.values() for info in update.factors.values()}
+        updates = [update for update in self.changes.values() if not update.replaces]
+        dtypes = {info.dtype for update in updates for info in update.tensors.values()}
         return dtypes.pop() if len(dtypes) == 1 else "mixed"
 
     @property
@@ -83,9 +103,8 @@ class Adapter:
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Where its factors and replacements lie."""
-        factors = (info for update in self.updates.values() for info in update.factors.values())
-        return (*factors, *self.replacements.values())
+        """Where its tensors lie."""
+        return tuple(info for update in self.changes.values() for info in update.tensors.values())
 
     @property
     def base_model(self) -> str | None:
@@ -98,6 +117,11 @@ class Adapter:
         """The fingerprint of the base that it was trained on, where it is recorded."""
         recorded = self.facts.get("base_fingerprint")
         return recorded if isinstance(recorded, str) and recorded else None
+
+
+def of_weights(updates: Mapping[str, Update]) -> dict[str, Update]:
+    """Updates of the weights of modules, by the modules' names, as changes of parameters."""
+    return {f"{module}.weight": update for module, update in updates.items()}
 
 
 def path_of(module: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loratool.architecture import module_of
 from loratool.checkpoint.fingerprint import fingerprint, hash_tensor
 from loratool.formats.adapter import Adapter
 
@@ -13,8 +14,8 @@ def content_of(adapter: Adapter) -> str:
     enter.
     """
     tensors = {
-        f"{module}.{letter}": info
-        for module, update in adapter.updates.items()
-        for letter, info in update.factors.items()
-    } | dict(adapter.replacements)
+        parameter if update.replaces else f"{module_of(parameter)}.{letter}": info
+        for parameter, update in adapter.changes.items()
+        for letter, info in update.tensors.items()
+    }
     return fingerprint(tensors, {name: hash_tensor(info) for name, info in tensors.items()})

@@ -15,7 +15,7 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.errors import OutputError, quoted
 from loratool.formats.adalora import PEFT_TYPE as ADALORA
 from loratool.formats.adalora import AdaLoraConfig
-from loratool.formats.adapter import Adapter
+from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.lora_config import LoraConfig
 from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
@@ -91,7 +91,7 @@ class Draft:
                 alpha = adalora.alpha_of(module)
                 updates[module] = SingularValue(found["A"], found["E"], found["B"], alpha, adalora.init_r)
         kind = "lora" if adalora is None else "adalora"
-        return Adapter(name, self._path, "", kind, updates, config, facts, targets.fan_in_fan_out)
+        return Adapter(name, self._path, "", kind, of_weights(updates), config, facts, targets.fan_in_fan_out)
 
     @property
     def _path(self) -> Path:

@@ -18,8 +18,9 @@ from dataclasses import replace
 from typing import Any, Final, Literal
 
 from loratool.errors import AdapterError, quoted
-from loratool.formats.adapter import Adapter
+from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.lora_config import LoraConfig
+from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
 
 KIND: Final = "dylora"
@@ -51,7 +52,7 @@ def module_alphas(adapter: Adapter, rank: int, law: ScalingLaw) -> dict[str, tup
     Raises:
         AdapterError: `rank` is not among the ranks 1..r.
     """
-    if not 1 <= rank <= adapter.rank:
+    if not 1 <= rank <= (adapter.rank or 0):
         raise AdapterError(f"{quoted(adapter.name)} has the ranks 1 to {adapter.rank}; {rank} is none of them")
     lora = LoraConfig.parse(adapter.config, str(adapter.file))
     return {
@@ -59,7 +60,7 @@ def module_alphas(adapter: Adapter, rank: int, law: ScalingLaw) -> dict[str, tup
             min(rank, update.rank),
             alpha_at(lora.alpha_of(module), min(rank, update.rank), update.rank, law, use_rslora=lora.use_rslora),
         )
-        for module, update in adapter.updates.items()
+        for module, update in adapter.ranked.items()
     }
 
 
@@ -76,9 +77,9 @@ def at_rank(adapter: Adapter, rank: int) -> Adapter:
         )
     lora = LoraConfig.parse(adapter.config, str(adapter.file))
     cut = module_alphas(adapter, rank, scaling_law(adapter.facts, adapter.name))
-    updates = {}
-    for module, update in adapter.updates.items():
+    updates: dict[str, Update] = {}
+    for module, update in adapter.ranked.items():
         least, alpha = cut[module]
         divisor = math.sqrt(least) if lora.use_rslora else least
-        updates[module] = LowRank(update.factors["A"], update.factors["B"], alpha / divisor, leading=least)
-    return replace(adapter, updates=updates)
+        updates[module] = LowRank(update.tensors["A"], update.tensors["B"], alpha / divisor, leading=least)
+    return replace(adapter, changes={**of_weights(updates), **adapter.replacements})

@@ -160,7 +160,7 @@ def _read(files: AdapterFiles, found: AdapterFormat, said: Description, adapter:
         ranks=adapter.ranks,
         alpha=adapter.alpha,
         scaling=adapter.scaling,
-        modules=tuple(adapter.updates),
+        modules=adapter.modules,
         config=adapter.config,
         facts=adapter.facts,
         base_model=adapter.base_model or said.base_model,

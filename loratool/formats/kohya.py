@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, UnsupportedError, quoted
-from loratool.formats.adapter import Adapter
+from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha, Statement, agree, metadata_statements, settled
@@ -95,7 +95,7 @@ def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
         files.file,
         files.sha256(),
         KIND if facts.get("kind") == KIND else LORA,
-        {module: LowRank(down, up, alphas[module] / ranks[module]) for module, (down, up) in pairs.items()},
+        of_weights({module: LowRank(down, up, alphas[module] / ranks[module]) for module, (down, up) in pairs.items()}),
         config,
         facts,
         notes=(*kohya_notes(files.metadata), *notes),
@@ -146,10 +146,10 @@ def kohya_tensors(adapter: Adapter) -> dict[str, TensorInfo | bytes]:
     """The tensors of an adapter under kohya's names; alpha as the bytes of one fp32 number."""
     tensors: dict[str, TensorInfo | bytes] = {}
     lora = LoraConfig.parse(adapter.config, str(adapter.file))
-    for module, update in sorted(adapter.updates.items()):
+    for module, update in sorted(adapter.ranked.items()):
         tensors[f"{module}.alpha"] = struct.pack("<f", lora.alpha_of(module))
-        tensors[f"{module}.lora_down.weight"] = update.factors["A"]
-        tensors[f"{module}.lora_up.weight"] = update.factors["B"]
+        tensors[f"{module}.lora_down.weight"] = update.tensors["A"]
+        tensors[f"{module}.lora_up.weight"] = update.tensors["B"]
     return tensors
 
 

@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint each module of an adapter lands on.
+"""Which tensor of a checkpoint each parameter that an adapter changes lands on.
 
 The rules, in order:
 
-1. A module lands on ``<module>.weight`` where the checkpoint has that tensor. A name of kohya's, the whole path with ``_``
+1. A parameter lands on the tensor of its name where the checkpoint has that. A name of kohya's, the whole path with ``_``
    for its dots behind ``lora_te_`` or the like, lands on the one tensor whose path reads so.
 2. Modules that do not are named by a program that saw the model under another prefix (``transformer.h.0`` for the
    Hub's GPT-2, whose tensors begin with ``h.0``; ``encoder.layer.0`` for a BERT with its head, ``bert.encoder.layer.0``;
@@ -31,13 +31,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
 
-from loratool.architecture import Role, any_model, same_part
+from loratool.architecture import Role, any_model, module_of, same_part
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import PlacementError, nearest, quoted
 
 SUFFIX: Final = ".weight"
 KOHYA_PREFIX: Final = re.compile(r"lora_[a-z]+\d*_(?=[^.]+$)")
 SHOWN: Final = 5
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +49,18 @@ class Exchange:
     old: str
     new: str
 
-    def apply(self, module: str) -> str | None:
-        """The name of the tensor that `module` lands on, or None where it does not begin with `old`."""
-        return self.rename(module + SUFFIX)
-
     def rename(self, name: str) -> str | None:
         """The name that the checkpoint gives to the tensor `name`, or None where that does not begin with `old`."""
         return self.new + name[len(self.old) :] if name.startswith(self.old) else None
 
     def reverse(self, tensor: str) -> str | None:
-        """The module that would land on `tensor`, or None where there is none."""
-        if not (tensor.startswith(self.new) and tensor.endswith(SUFFIX)):
-            return None
-        return self.old + tensor[len(self.new) : -len(SUFFIX)]
+        """The parameter that would land on `tensor`, or None where there is none."""
+        return self.old + tensor[len(self.new) :] if tensor.startswith(self.new) else None
 
 
 @dataclass(frozen=True)
 class Landing:
-    """Where every module lands: module to tensor name, and the exchanges of prefixes that did it; none where names are equal."""
+    """Where every parameter lands, by its name, and the exchanges of prefixes that did it; none where names are equal."""
 
     tensors: Mapping[str, str]
     exchanges: tuple[Exchange, ...]
@@ -81,66 +77,65 @@ class Landing:
     @cached_property
     def _homes(self) -> dict[str, str]:
         """The stack in which each stack of the adapter lands."""
-        return {_stack(module): _stack(tensor) for module, tensor in self.tensors.items()}
+        return {_stack(parameter): _stack(tensor) for parameter, tensor in self.tensors.items()}
 
     @cached_property
     def _inhabited(self) -> frozenset[str]:
         return frozenset(self._homes.values())
 
-    def module(self, tensor: str) -> str | None:
-        """The module that would land on `tensor`, or None where there is none."""
+    def parameter(self, tensor: str) -> str | None:
+        """The parameter that would land on `tensor`, or None where there is none."""
         longest_first = sorted(self.exchanges, key=lambda exchange: -len(exchange.new))
         return next(filter(None, (each.reverse(tensor) for each in (*longest_first, Exchange("", "")))), None)
 
 
-def land(modules: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo], source: str) -> Landing:
-    """Find the tensor for each of `modules` (name to (out_features, in_features)) by the rules above.
+def land(parameters: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], source: str) -> Landing:
+    """Find the tensor for each of `parameters` (name to the shape that its update fits) by the rules above.
 
     Raises:
-        PlacementError: a module lands on no tensor, on one of several, or on the same tensor as another; a stack of layers
+        PlacementError: one lands on no tensor, on one of several, or on the same tensor as another; a stack of layers
             lands in two, or with another in one.
     """
-    landed = {module: module + SUFFIX for module in modules if module + SUFFIX in tensors}
-    landed |= _land_flat(modules, tensors)
-    rest = {module: shape for module, shape in modules.items() if module not in landed}
+    landed = {name: name for name in parameters if name in tensors}
+    landed |= _land_flat(parameters, tensors)
+    rest = {name: shape for name, shape in parameters.items() if name not in landed}
     exchanges = _find_exchanges(rest, tensors, source) if rest else {}
-    for module, exchange in exchanges.items():
-        landed[module] = exchange.apply(module) or module
+    for name, exchange in exchanges.items():
+        landed[name] = exchange.rename(name) or name
     _refuse_collisions(landed, source)
     return Landing(landed, tuple(dict.fromkeys(exchanges.values())))
 
 
-def _land_flat(modules: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Where those of `modules` that have kohya's names land; one that fits no tensor, or several, is left out."""
-    paths = {module: KOHYA_PREFIX.sub("", module) for module in modules if KOHYA_PREFIX.match(module)}
+def _land_flat(parameters: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Where those of `parameters` that have kohya's names land; one that fits no tensor, or several, is left out."""
+    paths = {name: KOHYA_PREFIX.sub("", module_of(name)) for name in parameters if KOHYA_PREFIX.match(module_of(name))}
     found: dict[str, list[str]] = {}
     for name in tensors if paths else ():
         if name.endswith(SUFFIX):
             found.setdefault(name.removesuffix(SUFFIX).replace(".", "_"), []).append(name)
-    return {module: found[path][0] for module, path in paths.items() if len(found.get(path, ())) == 1}
+    return {name: found[path][0] for name, path in paths.items() if len(found.get(path, ())) == 1}
 
 
-def _find_exchanges(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo],
-                    source: str) -> dict[str, Exchange]:  # fmt: skip
-    """The exchange for each module: one for all, else one for each stack."""
+def _find_exchanges(rest: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], source: str) -> dict[str, Exchange]:
+    """The exchange for each parameter: one for all, else one for each stack."""
     try:
         return dict.fromkeys(rest, _find_exchange(rest, tensors, source))
     except _NotAllLandError as error:
         whole = error
-    stacks: dict[str, dict[str, tuple[int, int]]] = {}
-    for module, shape in rest.items():
-        stacks.setdefault(_stack(module), {})[module] = shape
+    stacks: dict[str, dict[str, Shape]] = {}
+    for name, shape in rest.items():
+        stacks.setdefault(_stack(name), {})[name] = shape
     loose = stacks.pop("", {})
     try:
-        found = {stack: _find_exchange(modules, tensors, source) for stack, modules in stacks.items()}
+        found = {stack: _find_exchange(parameters, tensors, source) for stack, parameters in stacks.items()}
     except _NotAllLandError:
         raise whole from None
-    exchanges = {module: found[stack] for stack, modules in stacks.items() for module in modules}
-    for module in loose:
-        place = _loose_place(module + SUFFIX, tuple(found.values()), tensors)
+    exchanges = {name: found[stack] for stack, parameters in stacks.items() for name in parameters}
+    for name in loose:
+        place = _loose_place(name, tuple(found.values()), tensors)
         if place is None:
             raise whole
-        exchanges[module] = _between(module, place.removesuffix(SUFFIX))
+        exchanges[name] = _between(name, place)
     return exchanges
 
 
@@ -171,32 +166,32 @@ def _last_cut(parts: Sequence[str]) -> int:
     return max(0, (of_module if number is None else number) - 2)
 
 
-def _between(module: str, place: str) -> Exchange:
+def _between(name: str, place: str) -> Exchange:
     """The exchange of as little as can be that turns one name into another."""
-    parts, others = module.split("."), place.split(".")
+    parts, others = name.split("."), place.split(".")
     same = next((n for n, (a, b) in enumerate(zip(reversed(parts), reversed(others), strict=False)) if a != b), None)
     same = min(len(parts), len(others)) if same is None else same
     old, new = parts[: len(parts) - same], others[: len(others) - same]
     return Exchange("".join(f"{part}." for part in old), "".join(f"{part}." for part in new))
 
 
-def _stack(module: str) -> str:
+def _stack(name: str) -> str:
     """The name up to the first number; empty where it has none."""
-    parts = module.split(".")
+    parts = name.split(".")
     first = _first_number(parts)
     return "" if first is None else ".".join(parts[:first]) + "."
 
 
 class _NotAllLandError(PlacementError):
-    """No one exchange lands all modules."""
+    """No one exchange lands all parameters."""
 
 
-def _find_exchange(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, TensorInfo], source: str) -> Exchange:
+def _find_exchange(rest: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], source: str) -> Exchange:
     best: tuple[int, Exchange | None] = (0, None)
-    example = next((module for module in rest if _has_number(module)), next(iter(rest)))
+    example = next((name for name in rest if _has_number(name)), next(iter(rest)))
     for old in _prefixes(list(rest)):
         candidates = sorted(_exchanges(old, example, tensors), key=lambda exchange: exchange.new)
-        counted = [(sum(exchange.apply(module) in tensors for module in rest), exchange) for exchange in candidates]
+        counted = [(sum(exchange.rename(name) in tensors for name in rest), exchange) for exchange in candidates]
         complete = [exchange for count, exchange in counted if count == len(rest)]
         if complete:
             return _only_one(complete, rest, tensors, source)
@@ -204,13 +199,13 @@ def _find_exchange(rest: Mapping[str, tuple[int, int]], tensors: Mapping[str, Te
     raise _not_landed(rest, best[1] or Exchange("", ""), tensors, source)
 
 
-def _prefixes(modules: list[str]) -> Iterator[str]:
-    """The leading prefixes that all `modules` share and that may be exchanged, shortest first."""
+def _prefixes(parameters: list[str]) -> Iterator[str]:
+    """The leading prefixes that all `parameters` share and that may be exchanged, shortest first; a module keeps its own name."""
     yield ""
-    components = modules[0].split(".")
+    components = module_of(parameters[0]).split(".")
     for count in range(1, len(components)):
         prefix = ".".join(components[:count]) + "."
-        if not all(module.startswith(prefix) and not _has_number(_up_to(module, count + 1)) for module in modules):
+        if not all(name.startswith(prefix) and not _has_number(_up_to(name, count + 1)) for name in parameters):
             return
         yield prefix
 
@@ -219,9 +214,9 @@ def _up_to(name: str, count: int) -> str:
     return ".".join(name.split(".")[:count])
 
 
-def _exchanges(old: str, module: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Exchange]:
-    """Every exchange of `old` under which `module` lands on some tensor."""
-    tail = module[len(old) :] + SUFFIX
+def _exchanges(old: str, parameter: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Exchange]:
+    """Every exchange of `old` under which `parameter` lands on some tensor."""
+    tail = parameter[len(old) :]
     for name in tensors:
         new = name[: -len(tail)] if name.endswith(tail) else None
         if new is not None and (not new or new.endswith(".")) and not _has_number(new) and not _replaces(old, new):
@@ -243,34 +238,36 @@ def _first_number(parts: Sequence[str]) -> int | None:
     return next((place for place, part in enumerate(parts) if part.isdigit()), None)
 
 
-def _only_one(complete: list[Exchange], rest: Mapping[str, tuple[int, int]],
+def _only_one(complete: list[Exchange], rest: Mapping[str, Shape],
               tensors: Mapping[str, TensorInfo], source: str) -> Exchange:  # fmt: skip
     fitting = [
         exchange
         for exchange in complete
-        if all(sorted(tensors[str(exchange.apply(module))].shape) == sorted(shape) for module, shape in rest.items())
+        if all(sorted(tensors[str(exchange.rename(name))].shape) == sorted(shape) for name, shape in rest.items())
     ]
     if len(complete) == 1:
         return complete[0]
     if len(fitting) == 1:
         return fitting[0]
-    module = next(iter(rest))
-    places = " or ".join(quoted(exchange.apply(module)) for exchange in complete[:SHOWN])
+    name = next(iter(rest))
+    places = " or ".join(quoted(exchange.rename(name)) for exchange in complete[:SHOWN])
     raise PlacementError(
-        f"{quoted(module)} of {quoted(source)} could land on {places}; rename its modules to the base's own names"
+        f"{quoted(module_of(name))} of {quoted(source)} could land on {places}; rename its modules to the base's own names"
     )
 
 
-def _not_landed(rest: Mapping[str, tuple[int, int]], exchange: Exchange,
+def _not_landed(rest: Mapping[str, Shape], exchange: Exchange,
                 tensors: Mapping[str, TensorInfo], source: str) -> _NotAllLandError:  # fmt: skip
-    missing = [module for module in rest if exchange.apply(module) not in tensors]
+    missing = [name for name in rest if exchange.rename(name) not in tensors]
     lines = []
-    for module in missing[:SHOWN]:
-        near = nearest(exchange.apply(module) or module, tensors)
-        lines.append(f"  {quoted(module)}" + (f"  nearest: {', '.join(quoted(name) for name in near)}" if near else ""))
+    for name in missing[:SHOWN]:
+        near = nearest(exchange.rename(name) or module_of(name), tensors)
+        lines.append(
+            f"  {quoted(module_of(name))}" + (f"  nearest: {', '.join(quoted(each) for each in near)}" if near else "")
+        )
     if len(missing) > SHOWN:
         lines.append(f"  and {len(missing) - SHOWN} more")
-    tied = all(is_tied_head(module, tensors) for module in missing)
+    tied = all(is_tied_head(name, tensors) for name in missing)
     advice = "the base seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
     return _NotAllLandError(
         f"{len(missing)} of the modules of {quoted(source)} land on no tensor of the base, so nothing was merged; "
@@ -278,9 +275,9 @@ def _not_landed(rest: Mapping[str, tuple[int, int]], exchange: Exchange,
     )
 
 
-def is_tied_head(module: str, tensors: Iterable[str]) -> bool:
-    """Return whether a module that a checkpoint lacks is an output head, and it has none: it ties it, then."""
-    return _is_head(module + SUFFIX) and not any(map(_is_head, tensors))
+def is_tied_head(parameter: str, tensors: Iterable[str]) -> bool:
+    """Return whether a parameter that a checkpoint lacks is an output head's, and it has none: it ties it, then."""
+    return _is_head(module_of(parameter) + SUFFIX) and not any(map(_is_head, tensors))
 
 
 def _is_head(name: str) -> bool:
@@ -289,25 +286,26 @@ def _is_head(name: str) -> bool:
 
 def _refuse_collisions(landed: Mapping[str, str], source: str) -> None:
     seen: dict[str, str] = {}
-    for module, tensor in landed.items():
+    for name, tensor in landed.items():
         if tensor in seen:
+            one, other = quoted(module_of(name)), quoted(module_of(seen[tensor]))
             raise PlacementError(
-                f"{quoted(module)} and {quoted(seen[tensor])} of {quoted(source)} both land on {quoted(tensor)}; "
-                "keep one of them"
+                f"{one} and {other} of {quoted(source)} both land on {quoted(tensor)}; keep one of them"
             )
-        seen[tensor] = module
+        seen[tensor] = name
     inhabitants: dict[str, str] = {}
     homes: dict[str, str] = {}
-    for module, tensor in landed.items():
-        first = inhabitants.setdefault(_stack(tensor), module)
-        if _stack(tensor) and _stack(first) != _stack(module):
+    for name, tensor in landed.items():
+        first = inhabitants.setdefault(_stack(tensor), name)
+        if _stack(tensor) and _stack(first) != _stack(name):
+            one, other = quoted(module_of(first)), quoted(module_of(name))
             raise PlacementError(
-                f"{quoted(first)} and {quoted(module)} of {quoted(source)} are of different stacks of layers, and the base "
-                f"has one for both, {quoted(_stack(tensor) + '…')}; is it the right base?"
+                f"{one} and {other} of {quoted(source)} are of different stacks of layers, and the base has one for both, "
+                f"{quoted(_stack(tensor) + '…')}; is it the right base?"
             )
-        first = homes.setdefault(_stack(module), tensor)
-        if _stack(module) and _stack(first) != _stack(tensor):
+        first = homes.setdefault(_stack(name), tensor)
+        if _stack(name) and _stack(first) != _stack(tensor):
             raise PlacementError(
-                f"{quoted(_stack(module) + '…')} of {quoted(source)} is one stack of layers, and would land on {quoted(first)} "
+                f"{quoted(_stack(name) + '…')} of {quoted(source)} is one stack of layers, and would land on {quoted(first)} "
                 f"and on {quoted(tensor)} of two; is it the right base?"
             )

@@ -10,10 +10,10 @@ def why_no_change(adapter: Adapter) -> str | None:
 
     Its numbers are read up to the first module that changes.
     """
-    updates = adapter.updates.values()
-    if adapter.replacements or not updates:
+    updates, ranked = adapter.changes.values(), adapter.ranked.values()
+    if not updates or any(update.replaces for update in updates):
         return None
-    if all(update.scaling == 0 for update in updates):
+    if len(ranked) == len(updates) and all(update.scaling == 0 for update in ranked):
         return "its alpha is 0"
     if all(update.vanishes() for update in updates):
         return "in every module one of its factors is all zeros, as before training"

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adalora import PEFT_TYPE, AdaLoraConfig, adalora_updates, bare_adalora_config
-from loratool.formats.adapter import Adapter
+from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha, Statement, metadata_statements, settled
@@ -72,16 +72,21 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
     if peft_type not in ("LORA", PEFT_TYPE):
         raise other_type(peft_type, source)
     config = {**files.config, "peft_type": peft_type} if files.config else {}
-    factors, replacements = split_replacements(files.tensors, config, source)
+    factors, replaced = split_replacements(files.tensors, config, source)
     own = replace(files, tensors=factors, config=config)
     notes: tuple[str, ...] = ()
-    if replacements:
+    if replaced:
         notes = (
-            f"it holds {len(replacements)} tensors whole ({quoted(next(iter(replacements)))}, ...; modules_to_save), which "
+            f"it holds {len(replaced)} tensors whole ({quoted(next(iter(replaced)))}, ...; modules_to_save), which "
             "take the place of the base's own",
         )
     adapter = _read_adalora(own, given) if peft_type == PEFT_TYPE else _read_lora(own, given)
-    return replace(adapter, replacements=replacements, notes=(*notes, *adapter.notes))
+    return replace(
+        adapter,
+        changes={**adapter.changes, **replaced},
+        whole=tuple(config.get("modules_to_save") or ()),
+        notes=(*notes, *adapter.notes),
+    )
 
 
 def read_pairs(files: AdapterFiles, given: Alpha | None, *, absent_is_rank: bool = False) -> Adapter:
@@ -156,7 +161,15 @@ def _adapter(files: AdapterFiles, kind: str, config: Mapping[str, Any], targets:
         listed = ", ".join(quoted(key, 40) for key in targets.unknown[:5])
         notes += (f"its configuration has keys that PEFT's has not, which were ignored: {listed}",)
     return Adapter(
-        files.name, files.file, files.sha256(), kind, updates, config, files.facts, targets.fan_in_fan_out, notes
+        files.name,
+        files.file,
+        files.sha256(),
+        kind,
+        of_weights(updates),
+        config,
+        files.facts,
+        targets.fan_in_fan_out,
+        notes,
     )
 
 

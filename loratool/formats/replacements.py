@@ -11,7 +11,11 @@ from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
+from loratool.formats.adapter import Adapter
 from loratool.formats.tensor_keys import PREFIX
+from loratool.updates.replacement import Replacement
+
+HALVES: Final = {"weight": "bias", "bias": "weight"}
 
 CLASSIFIERS: Final = frozenset({"classifier", "score"})
 """What PEFT lists by itself for a model that classifies (``PeftModelForSequenceClassification``), whether it has them or not."""
@@ -19,8 +23,8 @@ CLASSIFIERS: Final = frozenset({"classifier", "score"})
 
 def split_replacements(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], source: str
-) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """The tensors of factors, by their keys; and those of whole modules, by the names that the base gives them.
+) -> tuple[dict[str, TensorInfo], dict[str, Replacement]]:
+    """The tensors of factors, by their keys; and what replaces those of whole modules, by the names that the base gives them.
 
     Raises:
         AdapterError: ``modules_to_save`` is no list of names, or none of what it lists is there, and it is not what PEFT
@@ -36,14 +40,33 @@ def split_replacements(
             "the file is incomplete"
         )
     rest = {key: info for key, info in tensors.items() if key.removeprefix(PREFIX) not in found}
-    return rest, dict(sorted(found.items()))
+    return rest, {name: Replacement(info) for name, info in sorted(found.items())}
 
 
-def lacking(config: Mapping[str, Any], held: Collection[str], names: Collection[str]) -> list[str]:
-    """Of the tensors `names` of a base those in modules that ``modules_to_save`` lists and no tensor `held` is of."""
-    saved = config.get("modules_to_save") or ()
-    lost = tuple(each for each in saved if not any(_is_whole(name, (each,)) for name in held))
-    return [name for name in names if _is_whole(name, lost)]
+def refuse_incomplete(adapter: Adapter, landed: Mapping[str, str], base: Collection[str]) -> None:
+    """Raise AdapterError where an adapter holds part of a module that it is to hold whole.
+
+    Args:
+        adapter: as it was read.
+        landed: the tensor of the base that each parameter of the adapter lands on.
+        base: the names of the base's tensors.
+    """
+    held = adapter.replacements
+    lost = tuple(each for each in adapter.whole if not any(_is_whole(name, (each,)) for name in held))
+    missing = next((name for name in base if _is_whole(name, lost)), None) if lost else None
+    if missing is not None:
+        raise AdapterError(
+            f"{quoted(adapter.name)} lists modules_to_save of which it holds no tensors, and the base has "
+            f"{quoted(missing)}; the file is incomplete"
+        )
+    places = {landed[name] for name in held}
+    for name in places:
+        module, _, leaf = name.rpartition(".")
+        other = f"{module}.{HALVES.get(leaf)}"
+        if other in base and other not in places:
+            raise AdapterError(
+                f"{quoted(adapter.name)} replaces {quoted(name)} and holds no {quoted(other)}; the file is incomplete"
+            )
 
 
 def _is_whole(key: str, saved: tuple[str, ...]) -> bool:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loratool.architecture import module_of
 from loratool.checkpoint.copying import copy_range
 from loratool.checkpoint.header import TensorInfo, header_bytes
 from loratool.checkpoint.output_kind import OutputKind
@@ -105,10 +106,15 @@ def _fill_file(file: Path, adapter: Adapter) -> None:
 
 
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
-    pairs = sorted(adapter.updates.items())
     key = singular_key if adapter.kind == "adalora" else peft_key
-    factors = {key(module, factor): info for module, update in pairs for factor, info in update.factors.items()}
-    return factors | {f"{PREFIX}{name}": info for name, info in adapter.replacements.items()}
+    factors, whole = {}, {}
+    for name, update in sorted(adapter.changes.items()):
+        for letter, info in update.tensors.items():
+            if update.replaces:
+                whole[f"{PREFIX}{name}"] = info
+            else:
+                factors[key(module_of(name), letter)] = info
+    return factors | whole
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, TensorInfo | bytes], metadata: Mapping[str, str]) -> None:

@@ -80,7 +80,7 @@ class AdapterCard:
     repository: str
     kind: str
     ranks: Mapping[str, int]
-    alpha: float
+    alpha: float | None
     scalings: Sequence[float]
     target_modules: Sequence[str]
     replaced: int
@@ -102,6 +102,8 @@ class AdapterCard:
     @property
     def rank(self) -> str:
         """``8``, or ``4 to 16`` where modules differ; a DyLoRA has every rank up to its own."""
+        if not self.ranks:
+            return ""
         least, most = min(self.ranks.values()), max(self.ranks.values())
         if self.kind == "dylora":
             return f"1 to {most}" if most > 1 else "1"
@@ -150,13 +152,14 @@ class AdapterCard:
         return text
 
     def _facts(self) -> list[tuple[str, str]]:
-        scaling = " to ".join(f"{value:g}" for value in dict.fromkeys((min(self.scalings), max(self.scalings))))
+        extremes = dict.fromkeys(extreme(self.scalings) for extreme in (min, max) if self.scalings)
+        scaling = " to ".join(f"{value:g}" for value in extremes)
         names = [code(name) for name in self.target_modules[:MOST_TARGETS]]
         more = f" and {len(self.target_modules) - MOST_TARGETS} more" if len(self.target_modules) > MOST_TARGETS else ""
         whole = f"{self.replaced} tensors of the base's own are replaced whole" if self.replaced else ""
         return [
             ("rank", self.rank),
-            ("alpha", f"{self.alpha:g} (scaling {scaling})"),
+            ("alpha", "" if self.alpha is None else f"{self.alpha:g} (scaling {scaling})"),
             ("target modules", f"{', '.join(names)}{more} ({len(self.ranks)} modules)"),
             ("modules to save", whole),
             ("parameters", f"{self.parameters:,}, {self.dtype}, {_size(self.size_bytes)}"),

@@ -17,7 +17,7 @@ class Ingredient:
 
     name: str
     kind: str
-    rank: int
+    rank: int | None
     weight: float
     sha256: str
     url: str | None = None
@@ -104,7 +104,8 @@ class ModelCard:
         rows = []
         for each in self.ingredients:
             name = f"[{plain(each.name)}]({each.url})" if each.url else code(each.name)
-            rows.append((name, f"weight {each.weight:g}, {each.kind} of rank {each.rank}, sha256 {code(each.sha256)}"))
+            rank = "" if each.rank is None else f" of rank {each.rank}"
+            rows.append((name, f"weight {each.weight:g}, {each.kind}{rank}, sha256 {code(each.sha256)}"))
         return table(rows, ("adapter", ""))
 
     def _use(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.architecture import module_of
 from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.checkpoint.json_text import parse_json
 from loratool.checkpoint.model import Checkpoint
@@ -14,7 +15,7 @@ from loratool.errors import HubError, PlacementError, quoted
 from loratool.formats.adapter import Adapter, sha256_of
 from loratool.formats.adapter_names import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
 from loratool.formats.lora_config import LoraConfig, lora_config
-from loratool.formats.names import SUFFIX, land
+from loratool.formats.names import land
 from loratool.formats.read import read_adapter
 from loratool.formats.write import write_peft
 from loratool.hub.card import AdapterCard, task_of
@@ -80,18 +81,18 @@ def with_whole_names(adapter: Adapter, owner: BaseRecord | None) -> Adapter:
         raise HubError(
             f"{problem}; catalogue its base from files that are here, and the adapter with 'loratool add ... --base NAME'"
         )
-    shapes = {module: update.shape for module, update in adapter.updates.items()}
+    shapes = {name: update.shape for name, update in adapter.changes.items()}
     try:
         landed = land(shapes, Checkpoint.open(owner.path).tensors, str(adapter.file)).tensors
     except PlacementError as error:
         line = str(error).split("\n")[0]
         raise HubError(f"{problem}, and they do not land on {quoted(owner.name)}: {line}") from None
-    names = {module: tensor.removesuffix(SUFFIX) for module, tensor in landed.items()}
+    names = {module_of(name): module_of(tensor) for name, tensor in landed.items()}
     lora = LoraConfig.parse(adapter.config, str(adapter.file))
-    modules = {names[module]: (update.rank, lora.alpha_of(module)) for module, update in adapter.updates.items()}
+    modules = {names[module]: (update.rank, lora.alpha_of(module)) for module, update in adapter.ranked.items()}
     return replace(
         adapter,
-        updates={names[module]: update for module, update in adapter.updates.items()},
+        changes={landed[name]: update for name, update in adapter.changes.items()},
         config=lora_config(modules, {"target_modules": sorted(modules)}),
         kohya=None,
     )
@@ -108,7 +109,7 @@ def _card(found: ResolvedAdapter, written: Adapter, owner: BaseRecord | None, ba
         kind=written.kind,
         ranks=written.ranks,
         alpha=written.alpha,
-        scalings=[update.scaling for _, update in sorted(written.updates.items())],
+        scalings=[update.scaling for _, update in sorted(written.ranked.items())],
         target_modules=written.target_modules,
         replaced=len(written.replacements),
         parameters=written.parameter_count,

@@ -162,7 +162,7 @@ def _base_problem(left: ResolvedAdapter, right: ResolvedAdapter, catalogue: Regi
 def _config(plan: Combination) -> dict[str, Any]:
     configs = [share.adapter.config for share in plan.shares]
     whole = all(len(places) == len(plan.shares) for places in plan.holders.values())
-    same = whole and all(plan.holders.keys() == share.adapter.updates.keys() for share in plan.shares)
+    same = whole and all(plan.holders.keys() == share.adapter.ranked.keys() for share in plan.shares)
     targeting = common_targeting(configs, plan.ranks) if same else {"target_modules": sorted(plan.ranks)}
     return unit_config(plan.ranks, targeting, configs[0])
 

@@ -229,7 +229,7 @@ def _checked_ranks(asked: Sequence[int] | None, found: ResolvedAdapter | None) -
         return ()
     if found is None:
         raise LoratoolError("--ranks cuts an adapter to ranks; give the --adapter")
-    most = found.adapter.rank
+    most = found.adapter.rank or 0
     unfit = next((rank for rank in asked if not 1 <= rank <= most), None)
     if unfit is not None or not asked:
         problem = "no rank is given" if unfit is None else f"rank {unfit} is none of its ranks"

@@ -120,7 +120,7 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
                 "lineage": {"operation": "extract", "tuned": models[0].name, **figures},
             }
             adapter = draft.adapter(chosen, _config(plan, found, models[1]), facts)
-            child = Child(replace(adapter, replacements=found.kept), target, chosen, figures)
+            child = Child(replace(adapter, changes={**adapter.changes, **found.kept}), target, chosen, figures)
             owner = models[1].record.name if models[1].record and not changed[1] else None
             (added,) = bring_up([child], catalogue, "extract", [Origin(models[0].name)], base=owner, force=force)
     notes = (*changed[0], *changed[1], *_left_out_notes(found), *added.notes)

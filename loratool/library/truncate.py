@@ -181,11 +181,12 @@ def _name(name: str | None, out: Path, suffix: str, *, several: bool) -> str:
 def _truncated(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cut], law: ScalingLaw | None,
                watcher: Progress) -> list[Truncation]:  # fmt: skip
     if law is None:
-        watcher.begin("decomposing", sum(i.nbytes for u in adapter.updates.values() for i in u.factors.values()))
+        watcher.begin("decomposing", sum(i.nbytes for u in adapter.ranked.values() for i in u.tensors.values()))
         return truncate_by_svd(drafts, adapter, cuts, watcher.advance)
     refuse_not_finite(adapter)
     return [
-        truncate_leading(draft, adapter, cut.rank or adapter.rank, law) for draft, cut in zip(drafts, cuts, strict=True)
+        truncate_leading(draft, adapter, cut.rank or adapter.rank or 0, law)
+        for draft, cut in zip(drafts, cuts, strict=True)
     ]
 
 
@@ -197,5 +198,7 @@ def _child(
     figures = {"method": "svd", "lost": truncation.error} if law is None else {"method": "leading", **own}
     details = cut.figures | figures
     facts = child_facts(truncation.adapter.kind, "truncate", [source], details) | own
-    adapter = replace(truncation.adapter, facts=facts, replacements=source.adapter.replacements)
+    adapter = replace(
+        truncation.adapter, facts=facts, changes={**truncation.adapter.changes, **source.adapter.replacements}
+    )
     return Child(adapter, out, name, details)

@@ -250,7 +250,7 @@ def _undo_adapters(plan: MergePlan, folder: Path, undo_folder: str | None) -> tu
 def _undo_id(plan: MergePlan, previous: bytes | None) -> str:
     """Twelve hexadecimal digits that tell this merge from every other one stacked on the same base."""
     merged = [
-        [each.adapter.sha256, each.weight, [update.scaling for update in each.adapter.updates.values()]]
+        [each.adapter.sha256, each.weight, [update.scaling for update in each.adapter.ranked.values()]]
         for each in plan.adapters
     ]
     return str(blake3(json.dumps([merged, previous and previous.decode()]).encode()).hexdigest()[:12])

@@ -83,7 +83,7 @@ class BlockArithmetic:
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         block_bytes = CUDA_BLOCK_BYTES if self._cuda else self.weight.block_bytes
         self._blocks = list(row_blocks(self.weight.rows, self.weight.columns * 4, block_bytes))
-        self._adds = all(planned.update.additive for planned in target.updates)
+        self._adds = all(not planned.update.needs_weight for planned in target.updates)
         with self._on_stream():
             self.codec = target.weight.load(device)
             transposed = target.transposed != self.weight.turned

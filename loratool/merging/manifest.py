@@ -59,8 +59,8 @@ class MergedAdapter:
     sha256: str
     weight: float
     kind: str
-    rank: int
-    alpha: float
+    rank: int | None
+    alpha: float | None
     file: str
     scaling: float | Mapping[str, float] | None = None
     content: str = ""
@@ -73,7 +73,9 @@ class MergedAdapter:
 
     def restored(self, adapter: Adapter) -> Adapter:
         """`adapter`, which is this one as it was read again, at the rank at which it was merged."""
-        return at_rank(adapter, self.rank) if adapter.kind == KIND and adapter.rank != self.rank else adapter
+        if adapter.kind != KIND or self.rank is None or adapter.rank == self.rank:
+            return adapter
+        return at_rank(adapter, self.rank)
 
     def is_it(self, adapter: Adapter) -> bool:
         """Whether `adapter`, read again, is the one that was merged, at whatever rank."""
@@ -244,8 +246,8 @@ def _adapter(entry: Mapping[str, Any]) -> MergedAdapter:
         sha256=_digest(entry["sha256"]),
         weight=float(entry["weight"]),
         kind=_text(entry["kind"]),
-        rank=int(entry["rank"]),
-        alpha=float(entry["alpha"]),
+        rank=None if entry["rank"] is None else int(entry["rank"]),
+        alpha=None if entry["alpha"] is None else float(entry["alpha"]),
         file=_text(entry["file"]),
         scaling=_scaling(entry.get("scaling")),
         content=_digest(entry["content"]) if entry.get("content") else "",

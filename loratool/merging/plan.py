@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Final
 
 from blake3 import blake3
 
-from loratool.architecture import Architecture, Orientation, architecture_of
+from loratool.architecture import Architecture, Orientation, architecture_of, module_of
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.file_role import holds_weights
-from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import AdapterError, LoratoolError, PlacementError, UnsupportedError, quoted
+from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
-from loratool.formats.names import Landing, is_tied_head, land
-from loratool.formats.replacements import lacking
+from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
+from loratool.formats.replacements import refuse_incomplete
 from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.updates import Update
-from loratool.updates.replacement import Replacement
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
-
-HALVES: Final = {"weight": "bias", "bias": "weight"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +35,10 @@ class WeightedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class PlannedUpdate:
-    """One update on its way to a matrix: the `adapter` it comes from (its place in the plan), and the module."""
+    """One update on its way to a tensor: the `adapter` it comes from (its place in the plan), and its name for that."""
 
     adapter: int
-    module: str
+    parameter: str
     update: Update
     weight: float
 
@@ -115,28 +110,25 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     """
     _refuse_repeats(adapters)
     refuse_other_storage(base, base.path)
-    landings = [
-        land(
-            {module: update.shape for module, update in weighted.adapter.updates.items()},
-            base.tensors,
-            weighted.adapter.name,
-        )
-        for weighted in adapters
-    ]
+    landings = [_landing(weighted.adapter, base) for weighted in adapters]
     arriving: dict[str, list[PlannedUpdate]] = {}
     for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
-        for module, update in weighted.adapter.updates.items():
-            planned = PlannedUpdate(index, module, update, weighted.weight)
-            arriving.setdefault(landing.tensors[module], []).append(planned)
-    outputs = {name: {planned.update.shape[0] for planned in updates} for name, updates in arriving.items()}
+        for parameter, update in weighted.adapter.changes.items():
+            planned = PlannedUpdate(index, parameter, update, weighted.weight)
+            arriving.setdefault(landing.tensors[parameter], []).append(planned)
+    outputs = {
+        name: {planned.update.shape[0] for planned in updates}
+        for name, updates in arriving.items()
+        if not any(planned.update.replaces for planned in updates)
+    }
     orientation = Orientation(architecture_of(base.config, base.tensors), outputs)
-    targets = tuple(
-        _target(name, tuple(updates), adapters, base, orientation)
-        for name, updates in sorted(arriving.items(), key=lambda item: _natural(item[0]))
-    )
     seed = seed or _seed(adapters)
-    targets = tuple(replace(target, seed=_seed_of(seed, target.name)) for target in targets)
-    targets += plan_replacements(adapters, landings, arriving, base)
+    targets = tuple(
+        replace(_target(name, tuple(updates), adapters, base, orientation), seed=_seed_of(seed, name))
+        for name, updates in sorted(arriving.items(), key=_in_order)
+    )
+    for weighted, landing in zip(adapters, landings, strict=True):
+        refuse_incomplete(weighted.adapter, landing.tensors, base.tensors)
     refuse_tied([target.name for target in targets], base, orientation.architecture)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
@@ -144,79 +136,12 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
 
 
-def plan_replacements(adapters: Sequence[WeightedAdapter], landings: Sequence[Landing],
-                      taken: Collection[str], base: Checkpoint) -> tuple[Target, ...]:  # fmt: skip
-    """The tensors that adapters replace whole; `taken` are the names of those that others change.
-
-    Raises:
-        PlacementError: one lands nowhere, on a tensor of another shape or one that is changed twice, or on a tied embedding.
-        AdapterError: an adapter lacks those that its configuration lists and the base has.
-        LoratoolError: the adapter has a weight, which a replacement cannot have.
-        UnsupportedError: it lands on a tensor whose storage loratool does not replace.
-    """
-    targets: dict[str, Target] = {}
-    for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
-        adapter = weighted.adapter
-        missing = lacking(adapter.config, adapter.replacements, base.tensors)
-        if missing:
-            raise AdapterError(
-                f"{quoted(adapter.name)} lists modules_to_save of which it holds no tensors, and the base has "
-                f"{quoted(missing[0])}; the file is incomplete"
-            )
-        if adapter.replacements and weighted.weight != 1:
-            raise LoratoolError(
-                f"{quoted(adapter.name)} replaces tensors whole (modules_to_save), which no weight but 1 can do; leave "
-                f"the weight {weighted.weight:g} out"
-            )
-        for own, tensor in adapter.replacements.items():
-            name = landing.place(own, base.tensors) or own
-            weight = stored_weight(base, name)
-            if weight is not None and not weight.is_replaceable:
-                raise UnsupportedError(
-                    f"{quoted(adapter.name)} replaces {quoted(own)}, which the base stores {weight.words}; merge into the "
-                    f"dense base instead{quantize_hint(weight)}"
-                )
-            _refuse_replacement(name, own, tensor, adapter, {*taken, *targets}, base)
-            if weight is None or tensor.dtype not in DENSE:
-                raise UnsupportedError(
-                    f"{quoted(own)} of {quoted(adapter.name)} is {tensor.dtype} and replaces {quoted(name)}, stored as "
-                    f"{base.tensors[name].dtype}; loratool replaces fp32, fp16 and bf16 tensors by such"
-                )
-            targets[name] = Target(weight, (PlannedUpdate(index, own, Replacement(tensor), 1.0),), transposed=False)
-        _refuse_halves([name for name, target in targets.items() if target.updates[0].adapter == index], adapter, base)
-    return tuple(targets.values())
-
-
-def _refuse_halves(replaced: Collection[str], adapter: Adapter, base: Checkpoint) -> None:
-    """Raise AdapterError for a module of which the adapter replaces the weight or the bias, and the base has both."""
-    for name in replaced:
-        module, _, leaf = name.rpartition(".")
-        other = f"{module}.{HALVES.get(leaf)}"
-        if other in base.tensors and other not in replaced:
-            raise AdapterError(
-                f"{quoted(adapter.name)} replaces {quoted(name)} and holds no {quoted(other)}; the file is incomplete"
-            )
-
-
-def _refuse_replacement(name: str, own: str, tensor: TensorInfo, adapter: Adapter, taken: Collection[str],
-                        base: Checkpoint) -> None:  # fmt: skip
-    found = base.tensors.get(name)
-    if found is None or found.shape != tensor.shape:
-        there = f"which has {list(found.shape)} there" if found else "which the base lacks"
-        tied = found is None and is_tied_head(own.rpartition(".")[0], base.tensors)
-        advice = "it seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
-        raise PlacementError(
-            f"{quoted(adapter.name)} replaces {quoted(own)} by a tensor of shape {list(tensor.shape)}, {there}; {advice}"
-        )
-    if name in taken:
-        raise PlacementError(
-            f"{quoted(adapter.name)} replaces {quoted(name)}, which another update changes as well; merge one of them"
-        )
-    if is_tied_embedding(name, base):
-        raise PlacementError(
-            f"{quoted(adapter.name)} replaces the embedding {quoted(name)}, which the base ties to its output head; "
-            "untie them (tie_word_embeddings: false) before merging into it"
-        )
+def _landing(adapter: Adapter, base: Checkpoint) -> Landing:
+    """Where every parameter of an adapter lands; one that it replaces is named by the base's own name, and follows the others."""
+    shapes = {name: update.shape for name, update in adapter.changes.items() if not update.replaces}
+    landing = land(shapes, base.tensors, adapter.name)
+    rest = (name for name in adapter.changes if name not in shapes)
+    return replace(landing, tensors={**landing.tensors, **{n: landing.place(n, base.tensors) or n for n in rest}})
 
 
 def _seed(adapters: Sequence[WeightedAdapter]) -> str:
@@ -245,7 +170,7 @@ def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
         raise LoratoolError("there is nothing to merge; name at least one adapter")
     seen: set[tuple[str, tuple[float, ...]]] = set()
     for weighted in adapters:
-        scalings = tuple(update.scaling for update in weighted.adapter.updates.values())
+        scalings = tuple(update.scaling for update in weighted.adapter.ranked.values())
         if (weighted.adapter.sha256, scalings) in seen:
             raise LoratoolError(
                 f"{quoted(weighted.adapter.name)} is given twice; give it once, with the sum of the weights"
@@ -255,17 +180,24 @@ def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
 
 def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[WeightedAdapter],
             base: Checkpoint, orientation: Orientation) -> Target:  # fmt: skip
+    """The stored tensor `name` with the updates that land on it, once all is checked."""
+    for planned in updates:
+        _refuse_weight(planned, adapters[planned.adapter].adapter)
+    replacing = next((planned for planned in updates if planned.update.replaces), None)
+    if replacing is not None:
+        return _replaced(name, replacing, updates, adapters, base)
     weight = stored_weight(base, name)
     source = adapters[updates[0].adapter].adapter
     info = base.tensors[name]
+    own = module_of(updates[0].parameter)
     if weight is None or len(weight.shape) != 2:
         raise UnsupportedError(
-            f"{quoted(updates[0].module)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
+            f"{quoted(own)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
             f"{info.dtype} {list(info.shape)}; loratool changes {titles()} matrices"
         )
     if orientation.architecture.is_embedding(name):
         raise UnsupportedError(
-            f"{quoted(updates[0].module)} of {quoted(source.name)} lands on the embedding {quoted(name)}; "
+            f"{quoted(own)} of {quoted(source.name)} lands on the embedding {quoted(name)}; "
             "LoRA on embeddings is not supported yet"
         )
     stored = False if weight.is_oriented else orientation.transposed(name)
@@ -274,10 +206,63 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
     for planned in updates:
         if planned.update.shape != fitting:
             raise PlacementError(
-                f"{quoted(planned.module)} of {quoted(adapters[planned.adapter].adapter.name)} fits a matrix of shape "
-                f"{list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; is it the right base?"
+                f"{quoted(module_of(planned.parameter))} of {quoted(adapters[planned.adapter].adapter.name)} fits a matrix of "
+                f"shape {list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; is it the right base?"
             )
     return Target(weight, updates, transposed)
+
+
+def _refuse_weight(planned: PlannedUpdate, adapter: Adapter) -> None:
+    """Raise LoratoolError for a weight that an update cannot have."""
+    if planned.update.scalable or planned.weight == 1:
+        return
+    what = (
+        "replaces tensors whole (modules_to_save), which no weight but 1 can do"
+        if planned.update.replaces
+        else f"changes {quoted(planned.parameter)} by {planned.update.kind}, which has no weight but 1"
+    )
+    raise LoratoolError(f"{quoted(adapter.name)} {what}; leave the weight {planned.weight:g} out")
+
+
+def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpdate],
+              adapters: Sequence[WeightedAdapter], base: Checkpoint) -> Target:  # fmt: skip
+    """The stored tensor `name` that an update replaces whole, as it is stored, whatever its shape."""
+    adapter, own, found = adapters[replacing.adapter].adapter, replacing.parameter, base.tensors.get(name)
+    shape, (tensor,) = replacing.update.shape, replacing.update.tensors.values()
+    weight = stored_weight(base, name)
+    if weight is not None and not weight.is_replaceable:
+        raise UnsupportedError(
+            f"{quoted(adapter.name)} replaces {quoted(own)}, which the base stores {weight.words}; merge into the "
+            f"dense base instead{quantize_hint(weight)}"
+        )
+    if found is None or found.shape != shape:
+        there = f"which has {list(found.shape)} there" if found else "which the base lacks"
+        tied = found is None and is_tied_head(own, base.tensors)
+        advice = "it seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
+        raise PlacementError(
+            f"{quoted(adapter.name)} replaces {quoted(own)} by a tensor of shape {list(shape)}, {there}; {advice}"
+        )
+    if len(updates) > 1:
+        raise PlacementError(
+            f"{quoted(adapter.name)} replaces {quoted(name)}, which another update changes as well; merge one of them"
+        )
+    if is_tied_embedding(name, base):
+        raise PlacementError(
+            f"{quoted(adapter.name)} replaces the embedding {quoted(name)}, which the base ties to its output head; "
+            "untie them (tie_word_embeddings: false) before merging into it"
+        )
+    if weight is None or tensor.dtype not in DENSE:
+        raise UnsupportedError(
+            f"{quoted(own)} of {quoted(adapter.name)} is {tensor.dtype} and replaces {quoted(name)}, stored as "
+            f"{found.dtype}; loratool replaces fp32, fp16 and bf16 tensors by such"
+        )
+    return Target(weight, (replacing,), transposed=False)
+
+
+def _in_order(arriving: tuple[str, Sequence[PlannedUpdate]]) -> tuple[bool, tuple[tuple[int, str], ...]]:
+    """Sort what is replaced behind what is changed, and each by its name."""
+    name, updates = arriving
+    return any(planned.update.replaces for planned in updates), _natural(name)
 
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
@@ -294,14 +279,18 @@ def _landing_notes(adapter: Adapter, landing: Landing, architecture: Architectur
     config = LoraConfig.targeting(adapter.config, str(adapter.file))
     if config.target_modules not in (None, ALL_LINEAR):
         landed = set(landing.tensors.values())
-        matrices = (name for name, info in architecture.tensors.items() if len(info.shape) == 2 and name not in landed)
-        modules = {landing.module(name): name for name in matrices}
+        matrices = (
+            name
+            for name, info in architecture.tensors.items()
+            if len(info.shape) == 2 and name.endswith(SUFFIX) and name not in landed
+        )
+        parameters = {landing.parameter(name): name for name in matrices}
         without = sorted(
-            module
-            for module, name in modules.items()
-            if module is not None
-            and module not in adapter.updates
-            and config.targets(module)
+            module_of(parameter)
+            for parameter, name in parameters.items()
+            if parameter is not None
+            and parameter not in adapter.changes
+            and config.targets(module_of(parameter))
             and not architecture.is_embedding(name)
         )
         if without:

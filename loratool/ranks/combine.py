@@ -9,12 +9,13 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Final
 
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError, WrongBaseError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
-from loratool.ranks.factors import load_factors
+from loratool.ranks.factors import factored, load_factors
 from loratool.ranks.methods import (
     DRAWING,
     ELECTING,
@@ -29,18 +30,23 @@ from loratool.ranks.methods import (
     digest64,
     mixed,
 )
-from loratool.updates import Update
+from loratool.updates import Factored, Update
 from loratool.updates.low_rank import LARGEST_SCALING
 
 MOST_SEED: Final = 2**64 - 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Share:
     """An adapter, and the number that multiplies its update in a combination."""
 
     adapter: Adapter
     weight: float
+
+    @cached_property
+    def updates(self) -> dict[str, Factored]:
+        """The adapter's updates, by module; see `factored`."""
+        return factored(self.adapter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ class Combination:
     @property
     def nbytes(self) -> int:
         """Bytes of all factors that are read."""
-        return sum(_nbytes(update) for share in self.shares for update in share.adapter.updates.values())
+        return sum(_nbytes(update) for share in self.shares for update in share.updates.values())
 
 
 def plan_combine(shares: Sequence[Share], recipe: Recipe) -> Combination:
@@ -82,13 +88,12 @@ def plan_combine(shares: Sequence[Share], recipe: Recipe) -> Combination:
     _refuse_other_layouts(shares)
     if recipe.density is not None:
         _refuse_empty(shares, recipe.density)
-    modules = sorted({module for share in shares for module in share.adapter.updates})
+    modules = sorted({module for share in shares for module in share.updates})
     holders = {
-        module: tuple(place for place, share in enumerate(shares) if module in share.adapter.updates)
-        for module in modules
+        module: tuple(place for place, share in enumerate(shares) if module in share.updates) for module in modules
     }
     for module, places in holders.items():
-        _refuse_other_shapes(module, [shares[place].adapter for place in places])
+        _refuse_other_shapes(module, [shares[place] for place in places])
     if recipe.method == "svd":
         recipe = replace(recipe, rank=_svd_rank(recipe.rank, shares, holders))
     if recipe.method in DRAWING and recipe.seed is None:
@@ -118,9 +123,9 @@ def combine_into(draft: Draft, plan: Combination, progress: Callable[[int], None
     """
     lost = total = 0.0
     for module, places in plan.holders.items():
-        updates = [plan.shares[place].adapter.updates[module] for place in places]
+        updates = [plan.shares[place].updates[module] for place in places]
         terms = [
-            Term(place, load_factors(update, module), plan.shares[place].weight)
+            Term(place, load_factors(update), plan.shares[place].weight)
             for place, update in zip(places, updates, strict=True)
         ]
         rank = plan.ranks[module]
@@ -174,7 +179,7 @@ def _check_shares(shares: Sequence[Share]) -> None:
         raise LoratoolError("every weight is 0, so nothing would be left; give one adapter another weight")
     seen: set[tuple[str, tuple[float, ...]]] = set()
     for share in shares:
-        name, scalings = share.adapter.name, tuple(update.scaling for update in share.adapter.updates.values())
+        name, scalings = share.adapter.name, tuple(update.scaling for update in share.updates.values())
         if not math.isfinite(share.weight):
             raise LoratoolError(f"the weight of {quoted(name)} is {share.weight} and must be a number")
         largest_scaling = max(abs(scaling * share.weight) for scaling in scalings)
@@ -206,8 +211,8 @@ def _refuse_other_layouts(shares: Sequence[Share]) -> None:
 def _refuse_empty(shares: Sequence[Share], density: float) -> None:
     """Raise LoratoolError where a density leaves nothing of a factor."""
     for share in shares:
-        for module, update in share.adapter.updates.items():
-            for letter, info in update.factors.items():
+        for module, update in share.updates.items():
+            for letter, info in update.tensors.items():
                 numbers = math.prod(info.shape)
                 if numbers and density * numbers < 1:
                     raise LoratoolError(
@@ -216,21 +221,22 @@ def _refuse_empty(shares: Sequence[Share], density: float) -> None:
                     )
 
 
-def _refuse_other_shapes(module: str, adapters: Sequence[Adapter]) -> None:
-    first = adapters[0]
-    for other in adapters[1:]:
+def _refuse_other_shapes(module: str, shares: Sequence[Share]) -> None:
+    first = shares[0]
+    for other in shares[1:]:
         shapes = first.updates[module].shape, other.updates[module].shape
         if shapes[0] != shapes[1]:
             raise WrongBaseError(
-                f"{quoted(module)} fits a matrix of shape {list(shapes[0])} in {quoted(first.name)} and {list(shapes[1])} "
-                f"in {quoted(other.name)}, so they are for different bases; combine adapters of one base"
+                f"{quoted(module)} fits a matrix of shape {list(shapes[0])} in {quoted(first.adapter.name)} and "
+                f"{list(shapes[1])} in {quoted(other.adapter.name)}, so they are for different bases; combine adapters of one "
+                "base"
             )
 
 
 def _svd_rank(rank: int | None, shares: Sequence[Share], holders: Mapping[str, tuple[int, ...]]) -> int:
     """The rank that is asked for, or the largest of the adapters'; LoratoolError where no module can have it."""
     if rank is None:
-        return max(share.adapter.rank for share in shares)
+        return max(update.rank for share in shares for update in share.updates.values())
     most = max(_most_rank(module, places, shares) for module, places in holders.items())
     if rank > most:
         raise LoratoolError(
@@ -241,7 +247,7 @@ def _svd_rank(rank: int | None, shares: Sequence[Share], holders: Mapping[str, t
 
 def _rank(module: str, places: Sequence[int], shares: Sequence[Share], recipe: Recipe) -> int:
     """The rank of one module of the result."""
-    ranks = [shares[place].adapter.updates[module].rank for place in places]
+    ranks = [shares[place].updates[module].rank for place in places]
     if recipe.method in ON_FACTORS:
         if len(set(ranks)) > 1:
             named = zip(ranks, (shares[place].adapter.name for place in places), strict=True)
@@ -258,7 +264,7 @@ def _rank(module: str, places: Sequence[int], shares: Sequence[Share], recipe: R
 
 def _most_rank(module: str, places: Sequence[int], shares: Sequence[Share]) -> int:
     """No weighted sum of the factors of `module` has a larger rank."""
-    updates = [shares[place].adapter.updates[module] for place in places]
+    updates = [shares[place].updates[module] for place in places]
     return min(sum(update.rank for update in updates), *updates[0].shape)
 
 
@@ -282,4 +288,4 @@ def _content_seed(shares: Sequence[Share], recipe: Recipe) -> int:
 
 
 def _nbytes(update: Update) -> int:
-    return sum(info.nbytes for info in update.factors.values())
+    return sum(info.nbytes for info in update.tensors.values())

@@ -25,6 +25,7 @@ from loratool.merging.rewrite import opened
 from loratool.merging.ties import is_tied_embedding, tied
 from loratool.ranks.difference import Difference
 from loratool.ranks.low_rank_fit import Wanted, fit
+from loratool.updates.replacement import Replacement
 from loratool.weights.storages import is_dense, refuse_other_storage, stored_weight
 
 BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".position_ids")
@@ -70,7 +71,7 @@ class Extraction:
         randomized: the modules whose factors were found by the randomized method.
         unchanged: how many linear layers are equal in both models, and are no part of the adapter.
         left_out: names of other tensors that changed, which no LoRA can hold.
-        kept: tensors that the adapter holds whole, by their names in the tuned model.
+        kept: what the adapter holds whole, by their names in the tuned model.
     """
 
     ranks: Mapping[str, int]
@@ -79,7 +80,7 @@ class Extraction:
     randomized: tuple[str, ...]
     unchanged: int
     left_out: tuple[str, ...]
-    kept: Mapping[str, TensorInfo]
+    kept: Mapping[str, Replacement]
 
     @property
     def kept_modules(self) -> tuple[str, ...]:
@@ -200,7 +201,7 @@ def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing | None:
     """The exchanges of prefixes that turn the tuned model's names into the base's; None where there are none."""
     heads = architecture_of(tuned.config, tuned.tensors).weights(Role.HEAD)
     matrices = {
-        name.removesuffix(SUFFIX): (info.shape[0], info.shape[1])
+        name: info.shape
         for name, info in tuned.tensors.items()
         if name.endswith(SUFFIX) and len(info.shape) == 2 and name not in heads
     }
@@ -253,7 +254,7 @@ def _changed(pair: Pair) -> bool:
     return Difference(pair.tuned, pair.base).energy() > 0
 
 
-def _whole_modules(changed: Iterable[str], plan: ExtractPlan) -> dict[str, TensorInfo]:
+def _whole_modules(changed: Iterable[str], plan: ExtractPlan) -> dict[str, Replacement]:
     """All tensors of the modules that the `changed` ones belong to, as PEFT's ``modules_to_save`` holds them.
 
     Raises:
@@ -277,7 +278,7 @@ def _whole_modules(changed: Iterable[str], plan: ExtractPlan) -> dict[str, Tenso
                 f"{quoted(name)} changed and cannot be kept in modules_to_save: it {reason}; leave --keep-full out"
             )
         kept |= whole
-    return dict(sorted(kept.items()))
+    return {name: Replacement(info) for name, info in sorted(kept.items())}
 
 
 def _same_bytes(left: TensorInfo, right: TensorInfo) -> bool:

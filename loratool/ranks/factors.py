@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from loratool.architecture import module_of
 from loratool.errors import UnsupportedError, quoted
-from loratool.updates import Update
-from loratool.updates.low_rank import read_factor
+from loratool.formats.adapter import Adapter
+from loratool.updates import Factored
 
 if TYPE_CHECKING:
     import torch
@@ -22,19 +23,29 @@ class Factors:
     scaling: float
 
 
-def load_factors(update: Update, module: str) -> Factors:
-    """Read the factors of `module`; AdaLoRA's E is multiplied into A (Zhang et al. 2023, arXiv:2303.10512, eq. 3).
+def load_factors(update: Factored) -> Factors:
+    """Read the factors of an update.
 
     Raises:
-        UnsupportedError: the update is no product of factors.
         AdapterError: a number is NaN or infinite.
     """
-    infos = update.factors
-    if not {"A", "B"} <= set(infos) <= {"A", "B", "E"}:
-        raise UnsupportedError(
-            f"{quoted(module)} is changed by {quoted(update.kind)}, which is no product of factors and has no ranks"
-        )
-    a, b = read_factor(infos["A"])[: update.rank], read_factor(infos["B"])[:, : update.rank]
-    if "E" in infos:
-        a = a * read_factor(infos["E"])
+    a, b = update.read_factors()
     return Factors(a, b, update.scaling)
+
+
+def factored(adapter: Adapter) -> dict[str, Factored]:
+    """The updates of an adapter that are products of factors, by their modules; what it replaces whole is left out.
+
+    Raises:
+        UnsupportedError: an update is no product of factors.
+    """
+    found: dict[str, Factored] = {}
+    for parameter, update in adapter.changes.items():
+        if isinstance(update, Factored):
+            found[module_of(parameter)] = update
+        elif not update.replaces:
+            raise UnsupportedError(
+                f"{quoted(module_of(parameter))} of {quoted(adapter.name)} is changed by {quoted(update.kind)}, which is no "
+                "product of factors and has no ranks"
+            )
+    return found

@@ -11,7 +11,7 @@ from loratool.errors import AdapterError, LoratoolError, quoted
 from loratool.formats.adalora import IMPORTANCE, AdaLoraConfig, pattern_key
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
-from loratool.ranks.factors import load_factors
+from loratool.ranks.factors import factored, load_factors
 from loratool.ranks.truncate import targeting
 from loratool.ranks.unit_scaling import unit_config
 from loratool.updates.low_rank import read_factor
@@ -125,13 +125,14 @@ def prune(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
     Raises:
         AdapterError: its alpha is not positive, so that PEFT would scale it by the rank that pruning changes.
     """
-    if adapter.alpha <= 0:
+    if adapter.alpha is not None and adapter.alpha <= 0:
         raise AdapterError(
             f"the alpha of {quoted(adapter.name)} is {adapter.alpha:g}, for which PEFT takes the rank, and pruning changes "
             "that; give --as lora"
         )
+    updates = factored(adapter)
     for module, places in pruning.kept.items():
-        draft.put_components(module, adapter.updates[module].factors, places)
+        draft.put_components(module, updates[module].tensors, places)
     return draft.adapter(adapter.name, _pruned_config(adapter, pruning), {})
 
 
@@ -142,8 +143,9 @@ def prune_to_lora(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
         AdapterError: a product is beyond fp32.
     """
     ranks = {module: len(places) for module, places in pruning.kept.items() if places}
+    updates = factored(adapter)
     for module in ranks:
-        factors = load_factors(adapter.updates[module], module)
+        factors = load_factors(updates[module])
         places = list(pruning.kept[module])
         a = (factors.a[places].double() * factors.scaling).float()
         if not a.isfinite().all():
@@ -160,15 +162,15 @@ def _whole_budget(average_rank: float, modules: int) -> int:
 
 def _singular_values(adapter: Adapter) -> dict[str, list[float]]:
     return {
-        module: read_factor(update.factors["E"]).abs().flatten().tolist()
-        for module, update in sorted(adapter.updates.items())
+        module: read_factor(update.tensors["E"]).abs().flatten().tolist()
+        for module, update in sorted(factored(adapter).items())
     }
 
 
 def _importance(recorded: object, adapter: Adapter) -> dict[str, list[float]]:
     """The importance scores of each module, checked: they come from a file."""
     scores = {}
-    for module, update in sorted(adapter.updates.items()):
+    for module, update in sorted(factored(adapter).items()):
         found = recorded.get(module) if isinstance(recorded, Mapping) else None
         if (
             not isinstance(found, list)

@@ -9,7 +9,7 @@ from typing import Final
 
 from loratool.formats.adapter import Adapter, path_of
 from loratool.ranks.factored_svd import factored_svd
-from loratool.ranks.factors import load_factors
+from loratool.ranks.factors import factored, load_factors
 
 ORDER: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """How data flow through a block of a Llama; other modules come after these, by their names."""
@@ -40,8 +40,8 @@ def singular_values(adapter: Adapter) -> dict[str, tuple[float, ...]]:
         AdapterError: a factor holds NaN or infinity.
     """
     values = {}
-    for module, update in sorted(adapter.updates.items()):
-        factors = load_factors(update, module)
+    for module, update in sorted(factored(adapter).items()):
+        factors = load_factors(update)
         found = factored_svd(factors.b, factors.a)[1] * abs(factors.scaling) if update.rank else ()
         values[module] = tuple(float(value) for value in found)
     return values

@@ -14,7 +14,7 @@ from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import ScalingLaw, module_alphas
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.ranks.factored_svd import balanced, factored_svd
-from loratool.ranks.factors import load_factors
+from loratool.ranks.factors import factored, load_factors
 from loratool.ranks.parallel import in_parallel
 from loratool.ranks.unit_scaling import TARGETING, unit_config
 
@@ -98,9 +98,9 @@ def truncate_leading(draft: Draft, adapter: Adapter, rank: int, law: ScalingLaw)
             "'loratool prune'"
         )
     lora = LoraConfig.parse(adapter.config, str(adapter.file))
-    modules = module_alphas(adapter, rank, law)
+    modules, updates = module_alphas(adapter, rank, law), factored(adapter)
     for module, (kept, _) in modules.items():
-        draft.put_components(module, adapter.updates[module].factors, range(kept))
+        draft.put_components(module, updates[module].tensors, range(kept))
     config = lora_config(modules, adapter.config, use_rslora=lora.use_rslora)
     cut = draft.adapter(adapter.name, config, {})
     return Truncation(replace(cut, kind=DYLORA, kohya=adapter.kohya), {}, None)
@@ -117,20 +117,20 @@ def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cu
         AdapterError: a rank is above the adapter's, a number is NaN or infinite, or nothing is left to cut.
     """
     for cut in cuts:
-        if cut.rank is not None and cut.rank > adapter.rank:
+        if cut.rank is not None and cut.rank > (adapter.rank or 0):
             raise AdapterError(f"{quoted(adapter.name)} has rank {adapter.rank}, so it cannot be cut to {cut.rank}")
-    present = {module: update for module, update in adapter.updates.items() if update.rank}
+    present = {module: update for module, update in factored(adapter).items() if update.rank}
     if not present:
         raise AdapterError(f"every module of {quoted(adapter.name)} has rank 0, so there is nothing to cut")
 
     def cut_module(module: str) -> tuple[torch.Tensor, list[int]]:
         update = present[module]
-        factors = load_factors(update, module)
+        factors = load_factors(update)
         u, s, v = factored_svd(factors.b, factors.a)
         ranks = [cut.rank_of(s) for cut in cuts]
         for draft, rank in zip(drafts, ranks, strict=True):
             draft.put(module, *_scaled(module, factors.scaling, u[:, :rank], s[:rank], v[:rank]))
-        progress(sum(info.nbytes for info in update.factors.values()))
+        progress(sum(info.nbytes for info in update.tensors.values()))
         return s * abs(factors.scaling), ranks
 
     found = dict(zip(present, in_parallel(cut_module, present), strict=True))
@@ -174,6 +174,6 @@ def targeting(source: Adapter, modules: Mapping[str, object]) -> dict[str, Any]:
     The keys are those of `source`, or the full names of `modules` where some of its own are gone.
     """
     whole = {"modules_to_save": source.config["modules_to_save"]} if source.replacements else {}
-    if source.updates.keys() != modules.keys():
+    if set(source.modules) != modules.keys():
         return {"target_modules": sorted(modules)} | whole
     return {key: source.config[key] for key in TARGETING if source.config.get(key) is not None} | whole

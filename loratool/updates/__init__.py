@@ -9,7 +9,7 @@ A new kind of adapter is one new module here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from loratool.checkpoint.header import TensorInfo
 
@@ -25,28 +25,24 @@ class Update(Protocol):
         """The field's word for it, with its size: ``lora r=8``."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out_features, in_features) of the matrix that it fits."""
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter that it fits: (out_features, in_features), or any where it `replaces` the parameter."""
 
     @property
-    def rank(self) -> int:
-        """How many components it has now; 0 changes nothing."""
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Its tensors by the letter that the field calls them by: ``A``, ``B``, ..."""
 
     @property
-    def additive(self) -> bool:
-        """Whether it adds the same to W whatever W is."""
+    def needs_weight(self) -> bool:
+        """Whether what it does depends on W: W' - W is not the same whatever W is."""
 
     @property
     def replaces(self) -> bool:
         """Whether W' is the same whatever W is."""
 
     @property
-    def scaling(self) -> float:
-        """What multiplies the product of its factors."""
-
-    @property
-    def factors(self) -> Mapping[str, TensorInfo]:
-        """Its tensors by the letter that the field calls them by: ``A``, ``B``, ..."""
+    def scalable(self) -> bool:
+        """Whether it may have a weight other than 1."""
 
     def vanishes(self) -> bool:
         """Whether it is zero whatever W is. Reads numbers, without torch."""
@@ -56,6 +52,31 @@ class Update(Protocol):
 
         With `transposed`, W is stored as (in_features, out_features), as GPT-2's Conv1D does, and the blocks are of
         rows of that. `weight` multiplies the whole update.
+
+        Raises:
+            AdapterError: a number is NaN or infinite.
+        """
+
+
+@runtime_checkable
+class Ranked(Update, Protocol):
+    """An update that has a rank, whatever else it has."""
+
+    @property
+    def rank(self) -> int:
+        """How many components it has now; 0 changes nothing."""
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies the product of its factors."""
+
+
+@runtime_checkable
+class Factored(Ranked, Protocol):
+    """An update that is ``scaling * B A`` and nothing else: what `loratool.ranks` works on."""
+
+    def read_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read A (r, in_features) and B (out_features, r), fp32, on the CPU.
 
         Raises:
             AdapterError: a number is NaN or infinite.

@@ -43,12 +43,16 @@ class LowRank:
         return self.a.shape[0] if self.leading is None else self.leading
 
     @property
-    def additive(self) -> bool:
-        return True
+    def needs_weight(self) -> bool:
+        return False
 
     @property
     def replaces(self) -> bool:
         return False
+
+    @property
+    def scalable(self) -> bool:
+        return True
 
     @property
     def kind(self) -> str:
@@ -59,7 +63,7 @@ class LowRank:
         return self.b.shape[0], self.a.shape[1]
 
     @property
-    def factors(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         return {"A": self.a, "B": self.b}
 
     def vanishes(self) -> bool:
@@ -80,8 +84,12 @@ class LowRank:
                 f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {scaling:g}, which no fp32 number "
                 "is; mend its alpha or its weight"
             )
-        a, b = read_factor(self.a)[: self.leading], read_factor(self.b)[:, : self.leading].contiguous()
+        a, b = self.read_factors()
         return LoadedLowRank(a.to(device), b.to(device), scaling, transposed)
+
+    def read_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the components that count of A and B, fp32."""
+        return read_factor(self.a)[: self.leading], read_factor(self.b)[:, : self.leading].contiguous()
 
 
 @dataclass(frozen=True)

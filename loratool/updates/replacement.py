@@ -22,31 +22,27 @@ class Replacement:
     tensor: TensorInfo
 
     @property
-    def rank(self) -> int:
-        return 0
-
-    @property
-    def additive(self) -> bool:
-        return False
+    def needs_weight(self) -> bool:
+        return True
 
     @property
     def replaces(self) -> bool:
         return True
 
     @property
+    def scalable(self) -> bool:
+        return False
+
+    @property
     def kind(self) -> str:
         return "replacement"
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.tensor.matrix
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
 
     @property
-    def scaling(self) -> float:
-        return 1.0
-
-    @property
-    def factors(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         return {"R": self.tensor}
 
     def vanishes(self) -> bool:

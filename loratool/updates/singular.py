@@ -37,12 +37,16 @@ class SingularValue:
         return self.a.shape[0]
 
     @property
-    def additive(self) -> bool:
-        return True
+    def needs_weight(self) -> bool:
+        return False
 
     @property
     def replaces(self) -> bool:
         return False
+
+    @property
+    def scalable(self) -> bool:
+        return True
 
     @property
     def kind(self) -> str:
@@ -57,7 +61,7 @@ class SingularValue:
         return self.alpha / (self.ranknum + RANK_EPSILON)
 
     @property
-    def factors(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         return {"A": self.a, "E": self.e, "B": self.b}
 
     def vanishes(self) -> bool:
@@ -81,6 +85,11 @@ class SingularValue:
         product = LoadedLowRank(a * e, b, self.scaling * weight, transposed)
         divisor = torch.full((1,), float(self.ranknum), device=device) + RANK_EPSILON
         return LoadedSingularValue(product, self.alpha * weight, divisor)
+
+    def read_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read ``A * E`` and B, fp32."""
+        a, e, b = (read_factor(info) for info in (self.a, self.e, self.b))
+        return a * e, b
 
 
 @dataclass(frozen=True)
