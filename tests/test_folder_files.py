@@ -45,7 +45,11 @@ def logits(folder: Path) -> torch.Tensor:
 ROLES = {
     FileRole.OWN: ("loratool.json", "loratool-undo/0123456789ab/undo.st"),
     FileRole.ADAPTER: ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
-    FileRole.HEAD: ("head_config.json",),
+    FileRole.TRAINED_BESIDE: (
+        "head_config.json", "non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin",
+        "new_embeddings.safetensors", "mm_projector.bin", "pytorch_model_head.bin", "value_head.safetensors",
+        "2_Dense/model.safetensors", "learned_embeds.safetensors", "style_emb.safetensors", "vit.safetensors",
+    ),
     FileRole.TRAINING_STATE: (
         "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin", "trainer_state.json",
         "global_step10/mp_rank_00_model_states.pt", "checkpoint-10/optimizer.pt", "zero_to_fp32.py", "scaler.pt",
@@ -55,7 +59,7 @@ ROLES = {
         "unet/diffusion_pytorch_model.safetensors", "consolidated.00.pth", "model.fp16.safetensors",
     ),
     FileRole.CONVERTED: ("model-Q4_K_M.gguf", "onnx/model.onnx", "pytorch_lora_weights.safetensors"),
-    FileRole.OTHER_WEIGHTS: ("non_lora_trainables.bin", "new_embeddings.safetensors", "mm_projector.bin", "Voice.PT"),
+    FileRole.OTHER_WEIGHTS: ("extra.bin", "Voice.PT"),
     FileRole.CONFIGURATION: (
         "config.json", "model_index.json", "preprocessor_config.json", "unet/config.json", "scheduler/scheduler_config.json",
         "1_Pooling/config.json",

@@ -25,7 +25,8 @@ class FileRole(Enum):
     """The manifest, and what the undo folder holds."""
     ADAPTER = "an adapter"
     """PEFT's files: transformers puts the adapter on top of whatever model lies beside them."""
-    HEAD = "the configuration of a trained head"
+    TRAINED_BESIDE = "weights that were trained with an adapter"
+    """Projectors, heads, embeddings and whatever else a program trains with an adapter and saves beside it."""
     TRAINING_STATE = "the state of a training"
     """Optimizers, schedulers, random states: read when a training goes on, and nearly always pickles."""
     MODEL_WEIGHTS = "a model's weights"
@@ -57,12 +58,18 @@ _EDITABLE: Final = {FileRole.EDITABLE, FileRole.CHAT_TEMPLATE, FileRole.TRAINING
 NAMES: Final[tuple[tuple[FileRole, str], ...]] = (
     (FileRole.OWN, f"{OWN_FILE} {UNDO_FOLDER}/*"),
     (FileRole.ADAPTER, "adapter_config.json adapter_model.* adapter_model-*"),
-    (FileRole.HEAD, "head_config.json"),
     (
         FileRole.TRAINING_STATE,
         "optimizer* scheduler.* rng_state* random_states* training_args.bin trainer_state.json scaler* zero_to_fp32.py "
         "*_optim_states.pt *_model_states.pt *.distcp pytorch_model_fsdp* sampler* dataloader* custom_checkpoint_* "
         "global_step*/* latest checkpoint-*/*",
+    ),
+    (
+        FileRole.TRAINED_BESIDE,
+        "head_config.json pytorch_model_head.bin non_lora_trainables.* non_lora_state_dict.* trainable_params.* "
+        "*projector.bin *projector.pt *projector.pth *projector.safetensors *_head.bin *_head.pt *_head.pth "
+        "*_head.safetensors *embeddings.bin *embeddings.pt *embeddings.safetensors *_emb.safetensors *_embeds.bin "
+        "*_embeds.safetensors *_Dense/*.bin *_Dense/*.safetensors vit.safetensors",
     ),
     (
         FileRole.MODEL_WEIGHTS,
@@ -90,7 +97,7 @@ NAMES: Final[tuple[tuple[FileRole, str], ...]] = (
 )
 """For each role, patterns of names below the folder; the first that fits decides. ``*`` stands for slashes as well."""
 
-_OF_WEIGHTS: Final = {FileRole.MODEL_WEIGHTS, FileRole.OTHER_WEIGHTS, FileRole.CONVERTED}
+_OF_WEIGHTS: Final = {FileRole.MODEL_WEIGHTS, FileRole.OTHER_WEIGHTS, FileRole.CONVERTED, FileRole.TRAINED_BESIDE}
 
 EDITABLE_CONFIGURATION: Final = frozenset({"generation_config.json"})
 

@@ -84,6 +84,11 @@ if TYPE_CHECKING:
 @any_base_option
 @click.option("--again", is_flag=True, help="Add once more what is in the base already.")
 @click.option("--allow-no-op", is_flag=True, help="Go on where an adapter or the whole merge changes nothing.")
+@click.option(
+    "--without-extras",
+    is_flag=True,
+    help="Leave out what was trained with an adapter in files of its own (heads, projectors).",
+)
 @device_option
 @alpha_option
 @json_option
@@ -105,6 +110,7 @@ def command(
     any_base: bool,
     again: bool,
     allow_no_op: bool,
+    without_extras: bool,
     device: str,
     alpha: float | None,
     as_json: bool,
@@ -141,6 +147,7 @@ def command(
             any_base=any_base,
             again=again,
             allow_no_op=allow_no_op,
+            without_extras=without_extras,
             device=device,
             alpha=alpha,
             registry=registry,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
@@ -100,6 +100,7 @@ def _print_card(result: ShowResult) -> None:
         ("alpha", "" if record.alpha is None else f"{record.alpha:g}"),
         ("scaling", _scaling(record.scaling)),
         ("effect", f"changes nothing: {result.changes_nothing}" if result.changes_nothing else ""),
+        ("beside it", _beside(result.trained_beside)),
         ("targets", f"{targets(record.target_modules)}  ({counted(len(record.ranks or {}), 'module')})"),
         ("parameters", f"{count(record.parameter_count)}, {record.dtype}, {size(record.size_bytes)}"),
         ("loss", _loss(record.metrics or {})),
@@ -117,6 +118,11 @@ def _print_card(result: ShowResult) -> None:
         if value:
             card.add_row(key, Text("\n".join(map(shown, value.split("\n")))))
     console().print(Panel(card, title=Text(shown(title), style="bold"), title_align="left", expand=False))
+
+
+def _beside(names: Sequence[str]) -> str:
+    """Files with weights that were trained with the adapter."""
+    return f"{listed(names, 3)}\ntrained with it, and in no merge" if names else ""
 
 
 def hub_places(record: AdapterRecord) -> list[str]:

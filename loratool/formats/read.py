@@ -10,6 +10,7 @@ from loratool.formats.adapter_files import AdapterFiles, open_adapter
 from loratool.formats.alpha import Alpha
 from loratool.formats.kinds import kind_named
 from loratool.formats.table import format_of
+from loratool.formats.trained_beside import with_trained_beside
 
 
 def read_adapter(path: Path, alpha: Alpha | None = None) -> Adapter:
@@ -36,4 +37,4 @@ def read_files(files: AdapterFiles, alpha: Alpha | None = None) -> Adapter:
         raise UnsupportedError(
             f"{quoted(files.source)} is {kind.title} in the {found.title} format: {described.why_not or found.why_not}"
         )
-    return found.read(files, alpha)
+    return with_trained_beside(found.read(files, alpha))

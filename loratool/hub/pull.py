@@ -17,6 +17,7 @@ from loratool.formats.adapter_names import CONFIG_NAME, FACTS_NAME, SINGLE_FILE_
 from loratool.formats.facts import check_facts
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import read_adapter
+from loratool.formats.trained_beside import with_trained_beside
 from loratool.hub.address import HubAddress, is_hub_id, is_safe
 from loratool.hub.download import Watcher, fetch
 from loratool.hub.repository import Snapshot, look, remember
@@ -71,6 +72,8 @@ def pull_adapter(address: HubAddress, command: str, *, alpha: float | None = Non
         read = read_adapter(folder / paths[0] if single else (folder / paths[0]).parent, alpha)
         adapter = replace(read, name=address.name)
         refuse_not_finite(adapter)
+    if not single:
+        adapter = with_trained_beside(adapter, snapshot.names_below(posixpath.dirname(paths[0])))
     listed = snapshot.files[paths[0] if single else paths[1]].sha256
     if listed not in (None, adapter.sha256):
         raise HubError(

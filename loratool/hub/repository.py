@@ -68,9 +68,12 @@ class Snapshot:
 
     def names_in(self, folder: str) -> list[str]:
         """The names of the files directly in a folder (``""`` is the top), sorted."""
+        return [name for name in self.names_below(folder) if "/" not in name]
+
+    def names_below(self, folder: str) -> list[str]:
+        """The names, relative to a folder (``""`` is the top), of all files in it and in the folders inside it, sorted."""
         prefix = f"{folder}/" if folder else ""
-        inside = (path.removeprefix(prefix) for path in self.files if path.startswith(prefix))
-        return sorted(name for name in inside if "/" not in name)
+        return sorted(path.removeprefix(prefix) for path in self.files if path.startswith(prefix))
 
 
 def look(address: HubAddress, command: str, *, fresh: bool = False) -> Snapshot:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.interrupts import Deferral
@@ -65,7 +65,8 @@ class ShowResult:
     """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies.
 
     An adapter that is not catalogued has a `place` instead, its file or its Hub id; its record has no version (0).
-    `changes_nothing` says why it changes nothing in any base, if that is so and its files are here.
+    `changes_nothing` says why it changes nothing in any base, if that is so and its files are here. `trained_beside` are the
+    files with weights that were trained with it and that it does not hold.
     """
 
     record: AdapterRecord
@@ -76,6 +77,7 @@ class ShowResult:
     merges: tuple[MergeRecord, ...]
     place: str | None = None
     changes_nothing: str | None = None
+    trained_beside: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of ``--json``."""
@@ -85,6 +87,7 @@ class ShowResult:
             **({} if self.place is None else {"version": None, "created_at": None}),
             "catalogued": self.place is None,
             "changes_nothing": self.changes_nothing,
+            "trained_beside": list(self.trained_beside),
             "parent": parent.parent if parent else None,
             "parent_sha256": parent.parent_sha256 if parent else None,
             "versions": [record.version for record in self.versions],
@@ -365,25 +368,43 @@ def show(adapter: str | os.PathLike[str], *, alpha: float | None = None, registr
             ancestors=catalogue.lineage.ancestors(record),
             descendants=catalogue.lineage.descendants(record),
             merges=catalogue.merges.of_adapter(record),
-            changes_nothing=_why_no_change(record, catalogue),
+            **_of_files(_read_again(record, catalogue)),
         )
 
 
-def _why_no_change(record: AdapterRecord, catalogue: Registry) -> str | None:
-    """Why a catalogued adapter changes nothing; None where it changes something, or its files cannot be read."""
+def _read_again(record: AdapterRecord, catalogue: Registry) -> Adapter | None:
+    """A catalogued adapter as its files say; None where they cannot be read."""
     from loratool.errors import LoratoolError
-    from loratool.formats.no_change import why_no_change
     from loratool.formats.read import read_adapter
 
     try:
-        return why_no_change(read_adapter(catalogue.adapters.files(record)))
+        return read_adapter(catalogue.adapters.files(record))
     except (LoratoolError, RegistryError, OSError):
         return None
 
 
+class _OfFiles(TypedDict):
+    changes_nothing: str | None
+    trained_beside: tuple[str, ...]
+
+
+def _of_files(adapter: Adapter | None) -> _OfFiles:
+    """What `show` says that only the files of an adapter tell."""
+    from loratool.errors import LoratoolError
+    from loratool.formats.no_change import why_no_change
+    from loratool.formats.trained_beside import trained_beside
+
+    if adapter is None:
+        return {"changes_nothing": None, "trained_beside": ()}
+    try:
+        reason = why_no_change(adapter)
+    except (LoratoolError, OSError):
+        reason = None
+    return {"changes_nothing": reason, "trained_beside": trained_beside(adapter)}
+
+
 def _uncatalogued(found: ResolvedAdapter, catalogue: Registry) -> ShowResult:
     """What the files of an adapter that is not catalogued say."""
-    from loratool.formats.no_change import why_no_change
     from loratool.library.owner import recorded_owner
 
     adapter = found.adapter
@@ -400,7 +421,7 @@ def _uncatalogued(found: ResolvedAdapter, catalogue: Registry) -> ShowResult:
         **{field.name: getattr(facts, field.name) for field in fields(facts)},
     )
     place = found.hub_id or str(adapter.file)
-    return ShowResult(record, owner, (), (), (), (), place=place, changes_nothing=why_no_change(adapter))
+    return ShowResult(record, owner, (), (), (), (), place=place, **_of_files(adapter))
 
 
 def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = False,

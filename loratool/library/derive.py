@@ -12,6 +12,7 @@ from typing import Any
 from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
+from loratool.formats.trained_beside import KEY, trained_beside
 from loratool.formats.write import staged_adapter
 from loratool.library.adapter_name import name_from, telling_name
 from loratool.library.adapters import AddResult, at_once, facts_of, staged_entry
@@ -132,8 +133,9 @@ def child_facts(
     """What loratool records in the file of a new adapter: its kind, its base, and what it was made from and how."""
     base = next((parent.base_fingerprint for parent in parents if parent.base_fingerprint), None)
     named = [{"name": parent.adapter.name, "sha256": parent.adapter.sha256} for parent in parents]
+    beside = sorted({name for parent in parents for name in trained_beside(parent.adapter)})
     facts = {"schema": 1, "kind": kind, "lineage": {"operation": operation, "parents": named, **details}}
-    return facts | ({"base_fingerprint": base} if base else {})
+    return facts | ({"base_fingerprint": base} if base else {}) | ({KEY: beside} if beside else {})
 
 
 def default_name(out: Path) -> str:

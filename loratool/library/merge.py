@@ -36,6 +36,7 @@ from loratool.library.progress import Progress, Silent
 from loratool.library.promised import Promised, PromisedMerge
 from loratool.library.resolve import ResolvedAdapter, ResolvedBase, resolve_at_rank, resolve_base
 from loratool.library.right_base import check_base
+from loratool.library.trained_beside import refuse_trained_beside
 from loratool.library.user_path import user_path
 from loratool.merging.apply import BaseIdentity, Check, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
@@ -56,7 +57,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
           in_place: bool = False, quantize: str | None = None, base_as: str | None = None, dequantize: bool = False,
           calibrate: PathLike | None = None,
           dry_run: bool = False, undo: bool = False, force: bool = False, any_base: bool = False,
-          again: bool = False, allow_no_op: bool = False, device: str = "auto",
+          again: bool = False, allow_no_op: bool = False, without_extras: bool = False, device: str = "auto",
           alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
@@ -78,6 +79,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         any_base: merge into another base than an adapter records, or one that is not what was catalogued.
         again: add the update of an adapter that is in the base's weights already once more.
         allow_no_op: go on where an adapter, or the whole merge, changes nothing.
+        without_extras: leave out weights that were trained with an adapter and lie beside it in files of their own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -94,7 +96,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
     started = time.monotonic()
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
-    allowed = Allowed(force=force, any_base=any_base, again=again, no_op=allow_no_op)
+    allowed = Allowed(force=force, any_base=any_base, again=again, no_op=allow_no_op,
+                      without_extras=without_extras)  # fmt: skip
     with open_registry(registry, read_only=True, settled=not in_place) as catalogue:
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         base = resolve_base(
@@ -146,12 +149,14 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What a user said to go past: an earlier output, the base's fingerprint, a merge made before, one that does nothing."""
+    """What a user said to go past: an earlier output, the base's fingerprint, a merge made before, one that does nothing,
+    weights that lie beside an adapter."""
 
     force: bool
     any_base: bool
     again: bool
     no_op: bool
+    without_extras: bool
 
 
 def _check(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], plan: MergePlan, catalogue: Registry,
@@ -164,6 +169,7 @@ def _check(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], plan: MergeP
     Raises:
         LoratoolError: says what is wrong.
     """
+    refuse_trained_beside([found.adapter for found in adapters], without=allowed.without_extras)
     repeats = refuse_again(adapters, plan.base, catalogue, watcher, again=allowed.again)
     for found in adapters if dry_run else ():  # a merge looks when it reads them
         refuse_not_finite(found.adapter)

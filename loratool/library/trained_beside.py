@@ -1,0 +1,28 @@
+"""Weights that lie beside an adapter in files of their own: a merge, which cannot take them along, is not made in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from loratool.errors import AdapterError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.trained_beside import trained_beside
+
+WITHOUT_EXTRAS: Final = "--without-extras"
+
+
+def refuse_trained_beside(adapters: Sequence[Adapter], *, without: bool) -> None:
+    """Check that no adapter was trained with weights that a merge would leave out, unless that is meant.
+
+    Raises:
+        AdapterError: one was, and `without` is off.
+    """
+    for adapter in () if without else adapters:
+        names = trained_beside(adapter)
+        if names:
+            listed = ", ".join(quoted(name, 60) for name in names[:4]) + (", ..." if names[4:] else "")
+            raise AdapterError(
+                f"{quoted(adapter.name)} was trained with weights that lie beside it ({listed}), and a merge would leave them "
+                f"out, so that the model were not the one that was trained; give {WITHOUT_EXTRAS} to merge the adapter alone"
+            )
