@@ -333,13 +333,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a rank above the most": ({"method": "svd", "rank": 13}, "at most 12"),
     "a negative seed": ({"method": "dare-linear", "density": 0.5, "seed": -1}, "seed is -1"),
     "a seed beyond 64 bits": ({"method": "dare-linear", "density": 0.5, "seed": 2**64}, "seed is"),
-    "a method that is none": ({"method": "slerp"}, "no method"),
+    "a method that is none": ({"method": "slerp"}, "is not a method"),
     "a name that is none": ({"method": "cat", "name": "a/b"}, "a/b"),
     "a weight that is no number": ({"method": "cat", "weight": float("nan")}, "must be a number"),
     "an infinite weight": ({"method": "cat", "weight": float("inf")}, "must be a number"),
     "nothing but weights of 0": ({"method": "cat", "weight": 0.0}, "every weight is 0"),
-    "a weight beyond fp32": ({"method": "cat", "weight": 1e300}, "no fp32 number"),
-    "a weight whose result is beyond fp32": ({"method": "cat", "weight": 1.5e38}, "beyond fp32|no fp32 number"),
+    "a weight beyond fp32": ({"method": "cat", "weight": 1e300}, "overflows fp32"),
+    "a weight whose result is beyond fp32": ({"method": "cat", "weight": 1.5e38}, "overflows fp32"),
     "an output without a path": ({"method": "cat", "out": ""}, "empty"),
 }
 

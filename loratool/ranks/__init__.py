@@ -1,1 +1,1 @@
-"""Adapters into adapters of other ranks: on their factors, one module at a time, never on the dense update."""
+"""Adapters made from adapters or models. All work is on factors, one module at a time; no dense update is formed."""

@@ -1,4 +1,4 @@
-"""Several adapters into one: what comes out is planned from headers alone, then computed one module after the other.
+"""Several adapters combined into one: planned from headers alone, then computed one module at a time.
 
 The methods and their formulas are in `loratool.ranks.methods`.
 """
@@ -38,7 +38,7 @@ MOST_SEED: Final = 2**64 - 1
 
 @dataclass(frozen=True)
 class Share:
-    """An adapter, and the number that multiplies its update in a combination."""
+    """An adapter and the weight of its update in a combination."""
 
     adapter: Adapter
     weight: float
@@ -54,11 +54,11 @@ class Combination:
     """A plan, made from headers alone.
 
     Attributes:
-        shares: what is combined, in order.
-        recipe: how, with the rank and the seed filled in where its method has them.
-        holders: for each module of the result which of the `shares` have it.
+        shares: the adapters to combine, in order.
+        recipe: the method, with its rank and seed filled in if it has them.
+        holders: for each module of the result, the places of the `shares` that have it.
         ranks: the rank of each module of the result.
-        notes: what a user should know.
+        notes: remarks for the user.
     """
 
     shares: tuple[Share, ...]
@@ -69,19 +69,18 @@ class Combination:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all factors that are read."""
+        """Bytes of all factors to read."""
         return sum(_nbytes(update) for share in self.shares for update in share.updates.values())
 
 
 def plan_combine(shares: Sequence[Share], recipe: Recipe) -> Combination:
-    """Check that adapters can be combined by a recipe, and say what comes out.
+    """Check that adapters can be combined by a recipe, and plan the result.
 
     Raises:
-        LoratoolError: a number of the recipe is impossible or does not belong to its method, a weight is not finite, an
-            adapter is given twice, or there are too few.
-        AdapterError: the method needs equal ranks and they differ, or the modules of one are named in kohya's way and those
-            of another are not.
-        WrongBaseError: a module has another shape in one adapter than in another.
+        LoratoolError: a number of the recipe is out of range or does not belong to its method, a weight is not finite, an
+            adapter is given twice, or there are too few adapters.
+        AdapterError: the method needs equal ranks and they differ, or only some of the adapters have kohya's module names.
+        WrongBaseError: a module has different shapes in two adapters.
     """
     _check_recipe(recipe, len(shares))
     _check_shares(shares)
@@ -99,7 +98,7 @@ def plan_combine(shares: Sequence[Share], recipe: Recipe) -> Combination:
     if recipe.method in DRAWING and recipe.seed is None:
         recipe = replace(recipe, seed=_content_seed(shares, recipe))
     ranks = {module: _rank(module, places, shares, recipe) for module, places in holders.items()}
-    # A module that every adapter has pruned away stays unchanged.
+    # A module that all adapters have pruned to rank 0 stays unchanged.
     kept = {module: rank for module, rank in ranks.items() if rank}
     if not kept:
         raise AdapterError("every module of these adapters has rank 0, so there is nothing to combine")
@@ -113,13 +112,13 @@ def plan_combine(shares: Sequence[Share], recipe: Recipe) -> Combination:
 
 
 def combine_into(draft: Draft, plan: Combination, progress: Callable[[int], None] = lambda count: None) -> float | None:
-    """Compute every module and put it into `draft`, fp32, to be used with a scaling of 1.
+    """Compute every module and put its factors into `draft`, in fp32, for a scaling of 1.
 
-    Returns what ``svd`` lost, the Frobenius norm of the difference to the exact sum over that of the sum, all modules
-    together; None for other methods. `progress` is called with the bytes of factors done.
+    Return the error of ``svd``: the Frobenius norm of the difference from the exact sum, relative to that of the sum, over
+    all modules. Return None for other methods. `progress` is called with the number of bytes of factors processed.
 
     Raises:
-        AdapterError: a factor holds NaN or infinity, or a result is beyond fp32.
+        AdapterError: a factor holds NaN or infinity, or a result overflows fp32.
     """
     lost = total = 0.0
     for module, places in plan.holders.items():
@@ -138,7 +137,7 @@ def combine_into(draft: Draft, plan: Combination, progress: Callable[[int], None
         else:
             a, b = (mixed(terms, letter, plan.recipe, module) for letter in ("A", "B"))
         if not (a.isfinite().all() and b.isfinite().all()):
-            raise AdapterError(f"{quoted(module)} of the result is beyond fp32; give the adapters smaller weights")
+            raise AdapterError(f"{quoted(module)} of the result overflows fp32; give the adapters smaller weights")
         draft.put(module, a, b)
         progress(sum(map(_nbytes, updates)))
     if plan.recipe.method != "svd":
@@ -149,18 +148,18 @@ def combine_into(draft: Draft, plan: Combination, progress: Callable[[int], None
 def _check_recipe(recipe: Recipe, adapters: int) -> None:
     method = recipe.method
     if method not in METHODS:
-        raise LoratoolError(f"{quoted(method)} is no method; use one of {', '.join(METHODS)}")
+        raise LoratoolError(f"{quoted(method)} is not a method; use one of {', '.join(METHODS)}")
     if adapters == 0:
         raise LoratoolError("there is nothing to combine; name two adapters or more")
     if method in ELECTING and adapters < 2:
         raise LoratoolError(
-            f"{method} lets adapters elect the sign of each number, and only one is given; name two or more"
+            f"{method} lets adapters elect the sign of each number, but only one is given; name two or more"
         )
     _check_belongs("--density", recipe.density, method, PRUNING)
     _check_belongs("--rank", recipe.rank, method, {"svd"})
     _check_belongs("--seed", recipe.seed, method, DRAWING)
     if method in PRUNING and recipe.density is None:
-        raise LoratoolError(f"{method} keeps a share of each factor's numbers; say which with --density, such as 0.5")
+        raise LoratoolError(f"{method} keeps a share of each factor's numbers; give it with --density, such as 0.5")
     if recipe.density is not None and not 0 < recipe.density <= 1:
         raise LoratoolError(f"the density is {recipe.density:g}; give one above 0 and at most 1")
     if recipe.rank is not None and recipe.rank < 1:
@@ -185,31 +184,31 @@ def _check_shares(shares: Sequence[Share]) -> None:
         largest_scaling = max(abs(scaling * share.weight) for scaling in scalings)
         if largest_scaling > LARGEST_SCALING:
             raise AdapterError(
-                f"{quoted(name)} would be multiplied by {largest_scaling:g}, which no fp32 number is; mend its weight"
+                f"{quoted(name)} would be multiplied by {largest_scaling:g}, which overflows fp32; give it a smaller weight"
             )
         if (share.adapter.sha256, scalings) in seen:
             raise LoratoolError(f"{quoted(name)} is given twice; give it once, with the sum of the weights")
         seen.add((share.adapter.sha256, scalings))
         for tensor in share.adapter.replacements:
             raise UnsupportedError(
-                f"{quoted(name)} replaces {quoted(tensor)} whole (modules_to_save), which has no weighted sum with others; "
-                "combine adapters without such modules"
+                f"{quoted(name)} replaces {quoted(tensor)} whole (modules_to_save), so there is no weighted sum with other "
+                "adapters; combine adapters without such modules"
             )
 
 
 def _refuse_other_layouts(shares: Sequence[Share]) -> None:
-    """Raise AdapterError where names would not tell which modules are the same."""
+    """Raise AdapterError if the adapters' layouts spell module names differently."""
     flat = [share.adapter.name for share in shares if share.adapter.kohya is not None]
     dotted = [share.adapter.name for share in shares if share.adapter.kohya is None]
     if flat and dotted:
         raise AdapterError(
-            f"{quoted(flat[0])} is in kohya's layout, which names modules otherwise than {quoted(dotted[0])}, so no module "
-            "of one is found in the other; combine adapters of one layout"
+            f"{quoted(flat[0])} is in kohya's layout, which names modules differently than {quoted(dotted[0])}, so their "
+            "modules cannot be matched; combine adapters of one layout"
         )
 
 
 def _refuse_empty(shares: Sequence[Share], density: float) -> None:
-    """Raise LoratoolError where a density leaves nothing of a factor."""
+    """Raise LoratoolError if a density keeps no number of some factor."""
     for share in shares:
         for module, update in share.updates.items():
             for letter, info in update.tensors.items():
@@ -234,13 +233,13 @@ def _refuse_other_shapes(module: str, shares: Sequence[Share]) -> None:
 
 
 def _svd_rank(rank: int | None, shares: Sequence[Share], holders: Mapping[str, tuple[int, ...]]) -> int:
-    """The rank that is asked for, or the largest of the adapters'; LoratoolError where no module can have it."""
+    """Return the requested rank, or by default the adapters' largest; raise LoratoolError if no module can have it."""
     if rank is None:
         return max(update.rank for share in shares for update in share.updates.values())
     most = max(_most_rank(module, places, shares) for module, places in holders.items())
     if rank > most:
         raise LoratoolError(
-            f"the rank is {rank} and the sum of these adapters has at most {most}; give a smaller --rank"
+            f"the rank is {rank}, but the sum of these adapters has at most {most}; give a smaller --rank"
         )
     return rank
 
@@ -253,8 +252,8 @@ def _rank(module: str, places: Sequence[int], shares: Sequence[Share], recipe: R
             named = zip(ranks, (shares[place].adapter.name for place in places), strict=True)
             listed = ", ".join(f"{rank} in {quoted(name)}" for rank, name in named)
             raise AdapterError(
-                f"{recipe.method} adds factors of equal rank, and that of {quoted(module)} is {listed}; use --method cat, "
-                "the exact weighted sum, or svd, its best approximation of one rank"
+                f"{recipe.method} adds factors of equal rank, but {quoted(module)} has {listed}; use --method cat for "
+                "the exact weighted sum, or svd for its best approximation of one rank"
             )
         return ranks[0]
     if recipe.rank is None:
@@ -263,13 +262,13 @@ def _rank(module: str, places: Sequence[int], shares: Sequence[Share], recipe: R
 
 
 def _most_rank(module: str, places: Sequence[int], shares: Sequence[Share]) -> int:
-    """No weighted sum of the factors of `module` has a larger rank."""
+    """The largest rank that a weighted sum of the updates of `module` can have."""
     updates = [shares[place].updates[module] for place in places]
     return min(sum(update.rank for update in updates), *updates[0].shape)
 
 
 def _partial_notes(shares: Sequence[Share], holders: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
-    """What to say where some modules are not in every adapter."""
+    """A note about the modules that only some adapters have."""
     partial = [(module, places) for module, places in holders.items() if len(places) < len(shares)]
     if not partial:
         return ()
@@ -277,12 +276,12 @@ def _partial_notes(shares: Sequence[Share], holders: Mapping[str, tuple[int, ...
     without = next(share.adapter.name for place, share in enumerate(shares) if place not in places)
     return (
         f"{len(partial)} of {len(holders)} modules are not in every adapter ({quoted(module)} is not in {quoted(without)}"
-        f"{', ...' if partial[1:] else ''}): there only those that have them are combined",
+        f"{', ...' if partial[1:] else ''}): these are combined from the adapters that have them",
     )
 
 
 def _content_seed(shares: Sequence[Share], recipe: Recipe) -> int:
-    """A seed below 2**64 made from what is combined: equal combinations draw alike."""
+    """A seed below 2**64, derived from the adapters and the recipe: equal combinations draw equal numbers."""
     content = [[share.adapter.sha256, float(share.weight).hex()] for share in shares]
     return digest64(json.dumps([content, recipe.method, float(recipe.density or 0).hex()]))
 

@@ -1,4 +1,4 @@
-"""The difference of two stored matrices, streamed: a few blocks of rows are in memory, whatever the matrix's size."""
+"""The difference of two stored matrices, streamed: only a few blocks of rows are in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK_BYTES: Final = 1 << 25
-"""About how many bytes of fp32 a block holds: enough for a BLAS to be quick with a thin factor."""
+"""Approximate bytes of fp32 in a block: enough for BLAS to multiply it by a thin factor efficiently."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """``tuned - base``, (rows, columns), of two dense matrices of one shape; each product is one pass over both files."""
+    """``D = tuned - base``, (rows, columns), for two dense matrices of one shape; each product reads both files once."""
 
     tuned: TensorInfo
     base: TensorInfo
@@ -32,10 +32,12 @@ class Difference:
         return self.tuned.matrix
 
     def blocks(self) -> Iterator[tuple[range, torch.Tensor]]:
-        """Blocks of rows in order, each with its numbers, fp32, (rows, columns), which hold until the next.
+        """Yield blocks of rows in order, each with its values in fp32, (rows, columns).
+
+        The values are valid until the next block is read.
 
         Raises:
-            CheckpointError: a number is NaN or infinite, or a file cannot be read.
+            CheckpointError: a value is NaN or infinite, or a file cannot be read.
         """
         import torch
 
@@ -53,7 +55,7 @@ class Difference:
                 yield block, difference
 
     def energy(self) -> float:
-        """The square of its Frobenius norm, summed in fp64; 0 where nothing changed."""
+        """The square of D's Frobenius norm, summed in fp64; 0 if the matrices are equal."""
         return sum(_energy(block) for _, block in self.blocks())
 
     def times(self, right: torch.Tensor) -> torch.Tensor:
@@ -96,7 +98,7 @@ def _energy(block: torch.Tensor) -> float:
 
 
 class _Reader:
-    """Reads blocks of rows of one stored matrix as fp32; its file is open as long as `stack`."""
+    """A reader of one stored matrix, in blocks of rows, as fp32. Its file closes with `stack`."""
 
     def __init__(self, info: TensorInfo, stack: ExitStack) -> None:
         try:

@@ -1,7 +1,7 @@
-"""A fine-tuned model and its base into an adapter: the difference of each matrix, approximated by a product of factors.
+"""An adapter from a fine-tuned model and its base: the difference of each matrix, approximated by a product of factors.
 
-It is plan, then apply: the plan pairs the tensors of the two checkpoints by their headers alone. Then one pair after the
-other is streamed, so that memory holds factors and a few blocks of rows, whatever the size of the models.
+The plan pairs the tensors of the two checkpoints by their headers alone. Then the pairs are streamed one at a time, so that
+memory holds the factors and a few blocks of rows, whatever the size of the models.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from loratool.updates.replacement import Replacement
 from loratool.weights.storages import is_dense, refuse_other_storage, stored_weight
 
 BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".position_ids")
-"""How the names of tensors end that old checkpoints hold and no model needs: they follow from the configuration."""
+"""Suffixes of buffers in old checkpoints. No model needs them, since they follow from the configuration."""
 
 COMPARED_BYTES: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One tensor in both checkpoints. `transposed`: a matrix that is stored as (in_features, out_features)."""
+    """One tensor in both checkpoints. `transposed`: it is stored as (in_features, out_features)."""
 
     tuned: TensorInfo
     base: TensorInfo
@@ -45,9 +45,9 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class ExtractPlan:
-    """What is compared: the matrices of linear layers by module, and the `others` by name, as the tuned model spells them.
+    """The pairs to compare: matrices of linear layers by module, and `others` by name, as the tuned model spells them.
 
-    `tied` are those of them that are an embedding and an output head at once.
+    `tied` holds the names of `others` that are embedding and output head at once.
     """
 
     linear: Mapping[str, Pair]
@@ -56,22 +56,22 @@ class ExtractPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tuned model's tensors that are compared."""
+        """Bytes of the tuned model's tensors to compare."""
         return sum(pair.tuned.nbytes for pairs in (self.linear, self.others) for pair in pairs.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """What was found.
+    """The result of an extraction.
 
     Attributes:
-        ranks: of each module of the adapter.
-        errors: for each of them the Frobenius norm of what its factors miss, relative to that of the difference.
-        error: the same of all together.
-        randomized: the modules whose factors were found by the randomized method.
-        unchanged: how many linear layers are equal in both models, and are no part of the adapter.
+        ranks: the rank of each module of the adapter.
+        errors: for each of these modules, the Frobenius norm of its residual, relative to that of the difference.
+        error: the same over all these modules.
+        randomized: the modules whose factors the randomized method found.
+        unchanged: the number of linear layers that are equal in both models. The adapter leaves them out.
         left_out: names of other tensors that changed, which no LoRA can hold.
-        kept: what the adapter holds whole, by their names in the tuned model.
+        kept: the tensors that the adapter holds whole, by their names in the tuned model.
     """
 
     ranks: Mapping[str, int]
@@ -84,17 +84,17 @@ class Extraction:
 
     @property
     def kept_modules(self) -> tuple[str, ...]:
-        """The modules of the tensors that are held whole, sorted: ``modules_to_save``."""
+        """The sorted names of the modules that the adapter holds whole, for ``modules_to_save``."""
         return tuple(sorted({name.rpartition(".")[0] for name in self.kept}))
 
 
 def plan_extract(tuned: Checkpoint, base: Checkpoint, wanted: Wanted) -> ExtractPlan:
-    """Pair the tensors of two checkpoints and check what is asked for.
+    """Pair the tensors of two checkpoints, and check the requested rank or energy.
 
     Raises:
-        LoratoolError: the rank or energy is impossible.
-        PlacementError: one has tensors that the other lacks, or of another shape.
-        UnsupportedError: a matrix is stored otherwise than as fp32, fp16 or bf16.
+        LoratoolError: the rank or energy is out of range.
+        PlacementError: one checkpoint lacks tensors of the other, or a tensor has different shapes in them.
+        UnsupportedError: a matrix is stored neither as fp32, fp16 nor bf16.
     """
     _check_wanted(wanted)
     for checkpoint in (tuned, base):
@@ -109,7 +109,7 @@ def plan_extract(tuned: Checkpoint, base: Checkpoint, wanted: Wanted) -> Extract
     }
     most = max((min(pair.tuned.shape) for pair in matrices.values()), default=0)
     if wanted.rank is not None and wanted.rank > most:
-        raise LoratoolError(f"the rank is {wanted.rank} and no matrix has more than {most}; give a smaller --rank")
+        raise LoratoolError(f"the rank is {wanted.rank}, but no matrix has more than {most}; give a smaller --rank")
     others = {name: pair for name, pair in sorted(paired.items()) if name not in linear}
     heads = architecture_of(tuned.config, tuned.tensors).weights(Role.HEAD)
     tied_ones = {name for name in others if name in heads or is_tied_embedding(name, tuned)}
@@ -118,14 +118,14 @@ def plan_extract(tuned: Checkpoint, base: Checkpoint, wanted: Wanted) -> Extract
 
 def extract_into(draft: Draft, plan: ExtractPlan, wanted: Wanted, *, keep_full: bool = False,
                  progress: Callable[[int], None] = lambda count: None) -> Extraction:  # fmt: skip
-    """Put the factors of every linear layer that changed into `draft`, fp32, to be used with a scaling of 1.
+    """Put the factors of every changed linear layer into `draft`, in fp32, for a scaling of 1.
 
-    With `keep_full`, modules of which another tensor changed (a norm, an embedding, a bias) are kept whole instead.
-    `progress` is called with the bytes of the tuned model that were compared.
+    With `keep_full`, a module is kept whole if one of its other tensors changed (a norm, an embedding, a bias).
+    `progress` is called with the number of bytes of the tuned model compared.
 
     Raises:
         CheckpointError: a file is damaged, or holds NaN or infinity.
-        UnsupportedError: a tensor that is to be kept cannot be, in PEFT's layout.
+        UnsupportedError: PEFT's layout cannot hold a tensor that `keep_full` asks for.
         LoratoolError: no linear layer changed.
     """
     changed = []
@@ -165,7 +165,7 @@ def extract_into(draft: Draft, plan: ExtractPlan, wanted: Wanted, *, keep_full: 
 
 def _check_wanted(wanted: Wanted) -> None:
     if (wanted.rank is None) == (wanted.share is None):
-        raise LoratoolError("the size of the adapter is decided by --rank or by --energy; give one of them")
+        raise LoratoolError("--rank or --energy decides the size of the adapter; give one of them")
     if wanted.rank is not None and wanted.rank < 1:
         raise LoratoolError(f"the rank is {wanted.rank}; give one of at least 1")
     if wanted.share is not None and not 0 < wanted.share <= 1:
@@ -173,7 +173,7 @@ def _check_wanted(wanted: Wanted) -> None:
 
 
 def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
-    """Each tensor of the tuned model with that of the base; names may differ as an adapter's may."""
+    """Pair each tensor of the tuned model with one of the base. Prefixes of names may differ, as in adapters."""
     landing = _landing(tuned, base)
     places = dict.fromkeys(tuned.tensors, None) | {name: name for name in tuned.tensors if name in base.tensors}
     if landing is not None:
@@ -182,7 +182,7 @@ def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
     reached = set(places.values())
     if len(reached - {None}) < sum(place is not None for place in places.values()):
         raise PlacementError(
-            f"two tensors of {quoted(tuned.path)} are one of the base's; give both under the same names"
+            f"two tensors of {quoted(tuned.path)} match one tensor of the base; give both models the same tensor names"
         )
     _refuse_missing([name for name in base.tensors if name not in reached], base, tuned)
     pairs = {
@@ -198,7 +198,7 @@ def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
 
 
 def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing | None:
-    """The exchanges of prefixes that turn the tuned model's names into the base's; None where there are none."""
+    """The replacements of prefixes that turn the tuned model's names into the base's; None if there are none."""
     heads = architecture_of(tuned.config, tuned.tensors).weights(Role.HEAD)
     matrices = {
         name: info.shape
@@ -208,11 +208,11 @@ def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing | None:
     try:
         return land(matrices, base.tensors, str(tuned.path))
     except PlacementError:
-        return None  # what is missing is said tensor by tensor
+        return None  # `_refuse_missing` names the tensors
 
 
 def _refuse_missing(names: list[str], here: Checkpoint, there: Checkpoint) -> None:
-    """Raise PlacementError for tensors that only one model has, unless they follow from its others."""
+    """Raise PlacementError for tensors that only one model has, except tied heads and buffers."""
     heads = tied(set(architecture_of(here.config, here.tensors).weights(Role.HEAD)).intersection(names), here)
     missing = [name for name in names if name not in heads and not name.endswith(BUFFERS)]
     if missing:
@@ -224,7 +224,7 @@ def _refuse_missing(names: list[str], here: Checkpoint, there: Checkpoint) -> No
 
 
 def _linear(paired: Mapping[str, Pair], tuned: Checkpoint) -> set[str]:
-    """The tensors that a LoRA can change: matrices of linear layers that are not an embedding's as well."""
+    """The tensors that a LoRA can change: matrices of linear layers that are not tied to an embedding."""
     architecture = architecture_of(tuned.config, tuned.tensors)
     matrices = {
         name
@@ -235,7 +235,7 @@ def _linear(paired: Mapping[str, Pair], tuned: Checkpoint) -> set[str]:
 
 
 def _refuse_storage(checkpoint: Checkpoint) -> None:
-    """Raise UnsupportedError if a weight is stored otherwise than as fp32, fp16 or bf16."""
+    """Raise UnsupportedError if a weight is stored neither as fp32, fp16 nor bf16."""
     for name, info in checkpoint.tensors.items():
         weight = stored_weight(checkpoint, name) if name.endswith(SUFFIX) else None
         if name.endswith(SUFFIX) and (weight is None or not is_dense(weight)):
@@ -246,7 +246,7 @@ def _refuse_storage(checkpoint: Checkpoint) -> None:
 
 
 def _changed(pair: Pair) -> bool:
-    """Whether any number of a tensor differs, whatever type it is stored as."""
+    """Whether any value of a tensor differs, even if the two models store it in different dtypes."""
     if pair.tuned.dtype == pair.base.dtype:
         return not _same_bytes(pair.tuned, pair.base)
     if not {pair.tuned.dtype, pair.base.dtype} <= set(DENSE):
@@ -255,10 +255,10 @@ def _changed(pair: Pair) -> bool:
 
 
 def _whole_modules(changed: Iterable[str], plan: ExtractPlan) -> dict[str, Replacement]:
-    """All tensors of the modules that the `changed` ones belong to, as PEFT's ``modules_to_save`` holds them.
+    """Return all tensors of the modules that hold a `changed` tensor, as PEFT's ``modules_to_save`` keeps them.
 
     Raises:
-        UnsupportedError: PEFT cannot hold one of them so.
+        UnsupportedError: PEFT cannot keep one of these modules whole.
     """
     everything = {name: pair.tuned for name, pair in plan.others.items()}
     everything |= {f"{module}{SUFFIX}": pair.tuned for module, pair in plan.linear.items()}
@@ -268,9 +268,9 @@ def _whole_modules(changed: Iterable[str], plan: ExtractPlan) -> dict[str, Repla
         whole = {own: info for own, info in everything.items() if own.startswith(f"{module}.")}
         reason = None
         if name in plan.tied:
-            reason = "is tied to the output head, and a module that is kept whole would come apart from it"
+            reason = "is tied to the output head, and keeping it whole would break the tie"
         elif not module or any("." in own[len(module) + 1 :] for own in whole):
-            reason = "belongs to no module that could be kept alone"
+            reason = "belongs to no module that can be kept by itself"
         elif any(info.dtype not in DENSE for info in whole.values()):
             reason = "or its module is stored neither as fp32, fp16 nor bf16"
         if reason:
@@ -294,5 +294,5 @@ def _same_bytes(left: TensorInfo, right: TensorInfo) -> bool:
 
 
 def _seed(module: str) -> int:
-    """The seed of chance for one module: the same model gives the same bytes."""
+    """A random seed derived from the module's name, so that the same models give the same bytes."""
     return int.from_bytes(blake3(module.encode()).digest(8), "little") >> 1

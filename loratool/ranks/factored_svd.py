@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 def factored_svd(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U (out, k), s (k,) and V (k, in), fp64, with ``B A = U diag(s) V``, for B (out, r) and A (r, in).
+    """Return U (out, k), s (k,) and V (k, in) with ``B A = U diag(s) V``, for B (out, r) and A (r, in).
 
-    The columns of U and the rows of V are orthonormal; s falls and is not negative; k is r, or the smaller side of the
-    matrix where that is less. With ``B = Q_B R_B`` and ``A^T = Q_A R_A`` only the core ``R_B R_A^T``, no larger than
-    (r, r), is decomposed (Golub and Van Loan, Matrix Computations, 5.2 and 8.6). The leading components are the best
-    approximation of each rank in the Frobenius norm (Eckart and Young 1936). Everything is fp64, on the factors' device.
+    The columns of U and the rows of V are orthonormal. The singular values s are not negative, largest first.
+    ``k = min(out, in, r)``. With ``B = Q_B R_B`` and ``A^T = Q_A R_A``, only the core ``R_B R_A^T`` of at most (r, r) is
+    decomposed (Golub and Van Loan, Matrix Computations, 5.2 and 8.6). The leading components are the best approximation
+    of each rank in the Frobenius norm (Eckart and Young 1936). All results are fp64, on the factors' device.
     """
     import torch
 
@@ -25,6 +25,6 @@ def factored_svd(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def balanced(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (k, in) and B (out, k), fp32, with ``B A = U diag(s) V``: the root of each singular value in either."""
+    """Return A (k, in) and B (out, k), fp32, with ``B A = U diag(s) V``. Each takes the square roots of s."""
     root = s.sqrt()
     return (root[:, None] * v).float(), (u * root).float()

@@ -1,4 +1,4 @@
-"""The factors of an update as numbers: what every operation on adapters begins with."""
+"""The factors of an update, loaded into memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """``scaling * B A`` with A (r, in_features) and B (out_features, r), fp32, on the CPU."""
+    """The factors of ``scaling * B A``: A (r, in_features) and B (out_features, r), fp32, on the CPU."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -27,17 +27,17 @@ def load_factors(update: Factored) -> Factors:
     """Read the factors of an update.
 
     Raises:
-        AdapterError: a number is NaN or infinite.
+        AdapterError: a value is NaN or infinite.
     """
     a, b = update.read_factors()
     return Factors(a, b, update.scaling)
 
 
 def factored(adapter: Adapter) -> dict[str, Factored]:
-    """The updates of an adapter that are products of factors, by their modules; what it replaces whole is left out.
+    """Return the updates of an adapter that are products of factors, by module. Replacements are left out.
 
     Raises:
-        UnsupportedError: an update is no product of factors.
+        UnsupportedError: another update is not a product of factors.
     """
     found: dict[str, Factored] = {}
     for parameter, update in adapter.changes.items():
@@ -45,7 +45,7 @@ def factored(adapter: Adapter) -> dict[str, Factored]:
             found[module_of(parameter)] = update
         elif not update.replaces:
             raise UnsupportedError(
-                f"{quoted(module_of(parameter))} of {quoted(adapter.name)} is changed by {quoted(update.kind)}, which is no "
-                "product of factors and has no ranks"
+                f"the update of {quoted(module_of(parameter))} in {quoted(adapter.name)} is {quoted(update.kind)}, which is "
+                "not a product of factors and has no ranks"
             )
     return found

@@ -1,9 +1,8 @@
-"""The best low-rank approximation of a difference: exactly, or by a randomized method whose error is measured.
+"""The best low-rank approximation of a difference: exact, or by a randomized method.
 
-The exact way decomposes the Gram matrix of the smaller side, in fp64. The other finds the leading subspace by subspace
-iteration from a random start (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithm 4.4), until another round finds
-hardly more. Whichever it was, the error that is stated is that of the factors themselves: ``D - B A``, measured by one
-more pass.
+The exact method decomposes the Gram matrix of the smaller side, in fp64. The randomized method finds the leading subspace by
+subspace iteration from a random start, until a round gains hardly any energy (Halko, Martinsson and Tropp 2011,
+arXiv:0909.4061, algorithm 4.4). After either method, one more pass measures the error of the factors, ``D - B A``.
 """
 
 from __future__ import annotations
@@ -19,28 +18,27 @@ if TYPE_CHECKING:
     import torch
 
 EXACT_SIDE: Final = 512
-"""A matrix whose smaller side is no larger than this is decomposed exactly: that takes a moment."""
+"""The largest smaller side for which the exact method is always used, since it is fast there."""
 
 OVERSAMPLING: Final = 16
-"""So many directions more than asked for are followed, so that the leading ones converge."""
+"""Number of extra directions to iterate on, so that the leading ones converge."""
 
 LEAST_SAVING: Final = 8
-"""The randomized method pays where the smaller side is so many times its width."""
+"""The randomized method is used while the smaller side is at least this many times its width."""
 
 CONVERGED: Final = 1e-4
-"""A round that finds less than this share more of the energy is the last."""
+"""Iteration stops at a round that gains less than this share of the energy."""
 
 MOST_ROUNDS: Final = 8
 FIRST_WIDTH: Final = 64
-"""How many directions are followed first where the energy decides the rank."""
+"""Initial number of directions if the energy decides the rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """``B A`` in the place of a difference: A (r, columns), B (rows, r), fp32.
+    """``B A`` as an approximation of a difference D: A (r, columns), B (rows, r), fp32.
 
-    `energy` is the square of the difference's Frobenius norm, `lost` that of ``D - B A``; `randomized` says how it was
-    found.
+    `energy` is the square of D's Frobenius norm, `lost` that of ``D - B A``. `randomized` names the method.
     """
 
     a: torch.Tensor
@@ -52,13 +50,13 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A `rank`, or the share of the `energy` that the smallest rank must keep, above 0 and at most 1."""
+    """The requested `rank`, or the `share` of the energy to keep, above 0 and at most 1, with the smallest rank."""
 
     rank: int | None = None
     share: float | None = None
 
     def rank_of(self, values: torch.Tensor, energy: float) -> int | None:
-        """The rank that is wanted of a difference with these leading singular values; None where they do not suffice."""
+        """Return the rank to use for these leading singular values; None if they do not reach the share of `energy`."""
         if self.rank is not None:
             return self.rank
         kept = values.square().cumsum(0) >= float(self.share or 0) * energy
@@ -66,7 +64,7 @@ class Wanted:
 
 
 def fit(difference: Difference, wanted: Wanted, seed: int) -> Fit | None:
-    """The best factors of the rank that is wanted, or None where there is no difference. `seed` is that of chance."""
+    """Return the best factors of the requested rank, or None if the difference is zero. `seed` starts the iteration."""
     energy = difference.energy()
     if energy == 0:
         return None
@@ -100,7 +98,7 @@ def _exact(
 
 
 def _leading_subspace(difference: Difference, width: int, energy: float, wanted: Wanted, seed: int) -> Decomposition:
-    """The leading `width` singular triplets, fp64, by rounds of two passes each."""
+    """Return about the leading `width` singular triplets, fp64. Each round reads the difference twice."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +116,7 @@ def _leading_subspace(difference: Difference, width: int, energy: float, wanted:
 
 
 def _measured(difference: Difference, found: Decomposition, rank: int, energy: float, *, randomized: bool) -> Fit:
-    """The factors of the leading `rank` triplets, and what they miss."""
+    """Return the factors of the leading `rank` triplets, with their measured error."""
     u, s, v = found
     a, b = balanced(u[:, :rank], s[:rank], v[:rank])
     return Fit(a, b, energy, difference.residual_energy(b, a), randomized)

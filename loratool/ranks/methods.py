@@ -1,14 +1,16 @@
-"""The methods of PEFT's ``add_weighted_adapter``, with its numbers: from the factors of several adapters those of one.
+"""The methods of PEFT's ``add_weighted_adapter``, which combine the factors of several adapters into those of one.
 
-With weights w and the updates ``scaling * B A`` of n adapters:
+The results equal PEFT's. With weights w and the updates ``scaling * B A`` of n adapters:
 
-- ``cat``: ``A = [w_i scaling_i A_i]`` below one another, ``B = [B_i]`` side by side: the weighted sum, exactly.
-- ``svd``: the best approximation of that sum of a given rank, from the factors of ``cat``.
-- ``linear``: ``A = sum of sqrt(w_i scaling_i) A_i``, and B alike: it is on the factors, so terms ``B_i A_j`` come in.
-- ``magnitude-prune``: linear, of factors of which the largest numbers were kept.
-- ``ties``: of those, only the numbers whose sign is that of their sum, averaged (Yadav et al. 2023, arXiv:2306.01708).
-- ``dare-linear``, ``dare-ties``: the numbers that are kept are drawn by chance, and the kept ones made larger for those
-  that were dropped (Yu et al. 2023, arXiv:2311.03099).
+- ``cat``: stacks the rows ``w_i scaling_i A_i`` into A and the columns ``B_i`` into B. This is the exact weighted sum.
+- ``svd``: approximates that sum with a given rank, from the factors of ``cat``.
+- ``linear``: ``A = sum of sqrt(w_i scaling_i) A_i``, and the same for B. It adds factors, so ``B A`` has cross terms
+  ``B_i A_j``.
+- ``magnitude-prune``: linear, after only the largest numbers of each factor are kept.
+- ``ties``: magnitude-prune, but averages only the numbers whose sign agrees with that of their sum (Yadav et al. 2023,
+  arXiv:2306.01708).
+- ``dare-linear``, ``dare-ties``: keep numbers at random instead, and divide them by the density (Yu et al. 2023,
+  arXiv:2311.03099).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 Method = Literal["linear", "cat", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune"]
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
 PRUNING: Final = frozenset({"ties", "dare-linear", "dare-ties", "magnitude-prune"})
-"""Methods that keep a share of each factor's numbers, the density."""
+"""Methods that keep only a share of each factor's numbers, the density."""
 
 ON_FACTORS: Final = PRUNING | {"linear"}
 """Methods that add A to A and B to B, number by number."""
@@ -44,9 +46,9 @@ class Recipe:
 
     Attributes:
         method: one of METHODS.
-        density: the share of each factor's numbers that is kept, above 0 and at most 1; for PRUNING methods.
-        rank: of the result of ``svd``; by default the largest rank of the adapters.
-        seed: of DRAWING methods; by default it is made from what is combined.
+        density: the share of each factor's numbers to keep, above 0 and at most 1; for PRUNING methods.
+        rank: the rank of the result of ``svd``; by default the adapters' largest.
+        seed: the random seed of DRAWING methods; by default derived from the adapters and the recipe.
     """
 
     method: Method
@@ -57,7 +59,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """What one adapter, by its `place` among those combined, adds to a module."""
+    """The contribution of one adapter to a module. `place` is its position among the adapters."""
 
     place: int
     factors: Factors
@@ -65,12 +67,12 @@ class Term:
 
     @property
     def coefficient(self) -> float:
-        """What multiplies ``B A``."""
+        """The factor on ``B A``: weight times scaling."""
         return self.weight * self.factors.scaling
 
 
 def concatenated(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (sum of r, in_features) and B (out_features, sum of r), fp32, whose product is the weighted sum."""
+    """Return A (sum of r, in_features) and B (out_features, sum of r), fp32, whose product is the weighted sum."""
     import torch
 
     a = torch.cat([term.factors.a * term.weight * term.factors.scaling for term in terms])
@@ -78,9 +80,9 @@ def concatenated(terms: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decomposed(terms: Sequence[Term], rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A (rank, in_features) and B (out_features, rank), fp32, nearest to the weighted sum, and its singular values.
+    """Return A (rank, in_features) and B (out_features, rank), fp32, and the singular values of the weighted sum.
 
-    The root of each singular value goes into either factor.
+    ``B A`` is the best approximation of the sum. Each factor takes the square roots of the singular values.
     """
     import torch
 
@@ -90,9 +92,9 @@ def decomposed(terms: Sequence[Term], rank: int) -> tuple[torch.Tensor, torch.Te
 
 
 def mixed(terms: Sequence[Term], letter: str, recipe: Recipe, module: str) -> torch.Tensor:
-    """Factor ``A`` or ``B`` of an ON_FACTORS method: the weighted sum, or elected mean, of the sparse factors.
+    """Return factor ``A`` or ``B`` of an ON_FACTORS method: the weighted sum or the elected mean of the adapters' factors.
 
-    Each factor is multiplied by the root of its coefficient; a negative sign goes with A.
+    Each factor is multiplied by the square root of its coefficient's magnitude. A takes the sign.
     """
     import torch
 
@@ -115,7 +117,7 @@ def mixed(terms: Sequence[Term], letter: str, recipe: Recipe, module: str) -> to
 
 
 def largest(factor: torch.Tensor, density: float) -> torch.Tensor:
-    """`factor` with the share `density` of its numbers that are largest in magnitude, and zeros."""
+    """Return `factor` with only its largest numbers in magnitude, a share `density` of them; the others are 0."""
     import torch
 
     kept = torch.topk(factor.abs().flatten(), int(density * factor.numel())).indices
@@ -125,9 +127,10 @@ def largest(factor: torch.Tensor, density: float) -> torch.Tensor:
 
 
 def drawn(factor: torch.Tensor, density: float, seed: int) -> torch.Tensor:
-    """`factor` with each number kept by the chance `density`, and divided by it, else 0; same seed, same numbers.
+    """Return `factor` with each number kept with probability `density` and divided by it; the others are 0.
 
-    Chance is the upper 53 bits of the words of Philox4x64 (Salmon et al. 2011) with `seed`, below 2**64, as its key.
+    The random numbers are the upper 53 bits of the words of Philox4x64 (Salmon et al. 2011), with `seed`, below 2**64, as its
+    key. Equal seeds give equal results.
     """
     import numpy as np
     import torch
@@ -142,7 +145,7 @@ def _draw_seed(recipe: Recipe, module: str, letter: str, place: int) -> int:
 
 
 def digest64(text: str) -> int:
-    """A seed below 2**64 made from a text: the same everywhere."""
+    """Return a seed below 2**64 derived from `text`, the same on every machine."""
     return int.from_bytes(blake3(text.encode()).digest(8), "little")
 
 

@@ -1,4 +1,4 @@
-"""Pruning an AdaLoRA: its triplets (a row of A, a number of E, a column of B), ranked over all modules together."""
+"""Pruning an AdaLoRA. A triplet is a row of A, a number of E and a column of B; all modules' are ranked together."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ Criterion = Literal["importance", "singular values"]
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How much of an AdaLoRA stays: a `budget` of triplets in all, or so many a module on average, or all above a `threshold`."""
+    """How much of an AdaLoRA to keep.
+
+    Attributes:
+        budget: the number of triplets in all modules together.
+        average_rank: the number of triplets per module, on average.
+        threshold: the score above which a triplet is kept.
+    """
 
     budget: int | None = None
     average_rank: float | None = None
@@ -30,24 +36,24 @@ class Limit:
     def __post_init__(self) -> None:
         given = [value for value in (self.budget, self.average_rank, self.threshold) if value is not None]
         if len(given) != 1:
-            raise LoratoolError("pruning is to a --budget, an --average-rank or a --threshold; give one of them")
+            raise LoratoolError("--budget, --average-rank or --threshold decides what to keep; give one of them")
         if self.budget is not None and type(self.budget) is not int:
-            raise LoratoolError(f"a budget of {quoted(self.budget, 40)} is no whole number; give one of at least 1")
+            raise LoratoolError(f"the budget is {quoted(self.budget, 40)}; give a whole number of at least 1")
         if not 0 <= given[0] < math.inf:
-            raise LoratoolError(f"{given[0]} is nothing to prune to; give a number of at least 0")
+            raise LoratoolError(f"the limit is {given[0]}; give a finite number of at least 0")
 
     @property
     def suffix(self) -> str:
-        """What names the result: ``b64``, ``r2.5`` or ``t0.01``."""
+        """The suffix of the result's name: ``b64``, ``r2.5`` or ``t0.01``."""
         if self.budget is not None:
             return f"b{self.budget}"
         return f"t{self.threshold:g}" if self.average_rank is None else f"r{self.average_rank:g}"
 
     def budget_of(self, scores: Sequence[float], modules: int, name: str) -> int:
-        """How many of the triplets with these `scores` stay.
+        """Return how many of the triplets with these `scores` to keep.
 
         Raises:
-            LoratoolError: none would, or more than there are.
+            LoratoolError: that is none of them, or more than there are.
         """
         if self.threshold is not None:
             above = sum(score > self.threshold for score in scores)
@@ -62,7 +68,7 @@ class Limit:
             budget, asked = self.budget or 0, f"a budget of {self.budget}"
         if not 1 <= budget <= len(scores):
             raise LoratoolError(
-                f"{asked} cannot be kept of {quoted(name)}, which has {len(scores)} triplets in {modules} modules; "
+                f"{asked} does not fit {quoted(name)}, which has {len(scores)} triplets in {modules} modules; "
                 f"give a --budget of 1 to {len(scores)}, or an --average-rank of up to {len(scores) / modules:g}"
             )
         return budget
@@ -70,13 +76,13 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """Which triplets stay.
+    """The triplets to keep.
 
     Attributes:
-        kept: of each module, the places of its triplets that stay, rising; none for rank 0.
-        before: how many triplets there were.
-        criterion: what they were ranked by.
-        scores: of each module, those of the triplets that stay.
+        kept: for each module, the ascending places of the triplets to keep; empty for rank 0.
+        before: the number of triplets before pruning.
+        criterion: the score that ranked them.
+        scores: for each module, the scores of the triplets to keep.
     """
 
     kept: Mapping[str, tuple[int, ...]]
@@ -86,18 +92,18 @@ class Pruning:
 
     @property
     def total(self) -> int:
-        """How many triplets stay."""
+        """The number of triplets to keep."""
         return sum(map(len, self.kept.values()))
 
 
 def plan_prune(adapter: Adapter, limit: Limit) -> Pruning:
-    """Rank the triplets by their importance in training, or else by ``|E|``, and choose the first of them.
+    """Rank the triplets by their importance in training, or by ``|E|`` if none is recorded, and choose the best.
 
-    Equal scores stay in the order of the modules' names and of their components.
+    Triplets of equal score rank by the name of their module, then by their place in it.
 
     Raises:
-        AdapterError: it is no AdaLoRA, a number is NaN or infinite, or its importance scores do not fit it.
-        LoratoolError: the limit leaves nothing, or more than there is.
+        AdapterError: the adapter is not an AdaLoRA, a value is NaN or infinite, or the importance scores do not fit it.
+        LoratoolError: the limit keeps no triplet, or more than there are.
     """
     if adapter.kind != "adalora":
         raise AdapterError(
@@ -120,15 +126,15 @@ def plan_prune(adapter: Adapter, limit: Limit) -> Pruning:
 
 
 def prune(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
-    """The AdaLoRA of the triplets that stay, bit for bit, in a draft.
+    """Write the AdaLoRA with only the kept triplets, bit for bit, into a draft.
 
     Raises:
-        AdapterError: its alpha is not positive, so that PEFT would scale it by the rank that pruning changes.
+        AdapterError: alpha is not positive. PEFT then scales by the rank, which pruning changes.
     """
     if adapter.alpha is not None and adapter.alpha <= 0:
         raise AdapterError(
-            f"the alpha of {quoted(adapter.name)} is {adapter.alpha:g}, for which PEFT takes the rank, and pruning changes "
-            "that; give --as lora"
+            f"the alpha of {quoted(adapter.name)} is {adapter.alpha:g}; PEFT then scales by the rank, which pruning "
+            "changes: give --as lora"
         )
     updates = factored(adapter)
     for module, places in pruning.kept.items():
@@ -137,10 +143,10 @@ def prune(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
 
 
 def prune_to_lora(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
-    """The LoRA of the triplets that stay, in a draft: E and the scaling are in A, fp32; modules of rank 0 are gone.
+    """Write the kept triplets as a LoRA into a draft. A takes E and the scaling, in fp32; modules of rank 0 are left out.
 
     Raises:
-        AdapterError: a product is beyond fp32.
+        AdapterError: a product overflows fp32.
     """
     ranks = {module: len(places) for module, places in pruning.kept.items() if places}
     updates = factored(adapter)
@@ -149,13 +155,13 @@ def prune_to_lora(draft: Draft, adapter: Adapter, pruning: Pruning) -> Adapter:
         places = list(pruning.kept[module])
         a = (factors.a[places].double() * factors.scaling).float()
         if not a.isfinite().all():
-            raise AdapterError(f"{quoted(module)} is beyond fp32 once its scaling is in its factors; mend its alpha")
+            raise AdapterError(f"the factors of {quoted(module)} times its scaling overflow fp32; correct its alpha")
         draft.put(module, a, factors.b[:, places])
     return draft.adapter(adapter.name, unit_config(ranks, targeting(adapter, ranks), adapter.config), {})
 
 
 def _whole_budget(average_rank: float, modules: int) -> int:
-    """The whole triplets in so many a module: 0.29 of 100 is 29, although 0.29 * 100 is 28.999999999999996."""
+    """The number of whole triplets for an average rank: 29 for 0.29 and 100 modules, though 0.29 * 100 < 29 in fp64."""
     wanted = average_rank * modules
     return math.floor(round(wanted, 9)) if math.isfinite(wanted) else 0
 
@@ -168,7 +174,7 @@ def _singular_values(adapter: Adapter) -> dict[str, list[float]]:
 
 
 def _importance(recorded: object, adapter: Adapter) -> dict[str, list[float]]:
-    """The importance scores of each module, checked: they come from a file."""
+    """Return the importance scores of each module, and check them, since they come from a file."""
     scores = {}
     for module, update in sorted(factored(adapter).items()):
         found = recorded.get(module) if isinstance(recorded, Mapping) else None
@@ -179,14 +185,14 @@ def _importance(recorded: object, adapter: Adapter) -> dict[str, list[float]]:
         ):
             raise AdapterError(
                 f"the importance scores of {quoted(module)} in {quoted(adapter.name)} are not {update.rank} numbers, one "
-                "for each triplet; save the adapter again, or take 'importance' out of its facts"
+                "for each triplet; save the adapter again, or remove 'importance' from its facts"
             )
         scores[module] = [float(score) for score in found]
     return scores
 
 
 def _pruned_config(adapter: Adapter, pruning: Pruning) -> dict[str, Any]:
-    """The configuration with a mask over the components that training began with, for every module."""
+    """The adapter's configuration with new masks, one for each module, over the components that training began with."""
     adalora = AdaLoraConfig.parse(adapter.config, str(adapter.file))
     pattern = {}
     for module, places in sorted(pruning.kept.items()):

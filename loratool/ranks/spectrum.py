@@ -12,18 +12,18 @@ from loratool.ranks.factored_svd import factored_svd
 from loratool.ranks.factors import factored, load_factors
 
 ORDER: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""How data flow through a block of a Llama; other modules come after these, by their names."""
+"""The order in which data flow through a block of a Llama. Other modules follow, sorted by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The modules of one name, one in each layer: ``q_proj``.
+    """The modules of one name, such as ``q_proj``, from all layers.
 
     Attributes:
         name: the last component of the modules' names.
-        modules: how many there are.
-        values: the root mean square of their first singular values, of their second, and so on.
-        energy: for each rank from 1 the share of the squares of all their singular values that it keeps, up to 1.
+        modules: the number of modules.
+        values: the root mean square over the modules of the first singular value, the second, and so on.
+        energy: for each rank from 1, the share of the sum of all squared singular values that it keeps, up to 1.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Group:
 
 
 def singular_values(adapter: Adapter) -> dict[str, tuple[float, ...]]:
-    """The singular values of ``scaling * B A`` of each module, largest first, from QR of the factors, in fp64.
+    """Return the singular values of each module's ``scaling * B A``, largest first, computed from its factors in fp64.
 
     Raises:
-        UnsupportedError: an update is no product of factors.
+        UnsupportedError: an update is not a product of factors.
         AdapterError: a factor holds NaN or infinity.
     """
     values = {}
@@ -48,7 +48,7 @@ def singular_values(adapter: Adapter) -> dict[str, tuple[float, ...]]:
 
 
 def groups(values: Mapping[str, tuple[float, ...]]) -> tuple[Group, ...]:
-    """The modules of an adapter, by the last component of their names, in the order in which data flow through them."""
+    """Group an adapter's modules by the last component of their names, in the order of `flow`."""
     members: dict[str, list[tuple[float, ...]]] = {}
     for module, found in values.items():
         members.setdefault(path_of(module)[-1], []).append(found)
@@ -56,7 +56,7 @@ def groups(values: Mapping[str, tuple[float, ...]]) -> tuple[Group, ...]:
 
 
 def group_of(name: str, spectra: Iterable[tuple[float, ...]]) -> Group:
-    """The group of modules with these singular values; a rank beyond a module's own adds nothing to it."""
+    """Return the group of modules with these singular values. A module's values beyond its own rank count as 0."""
     members = list(spectra)
     squares = [
         sum(found[place] ** 2 for found in members if place < len(found)) for place in range(max(map(len, members)))
@@ -67,5 +67,5 @@ def group_of(name: str, spectra: Iterable[tuple[float, ...]]) -> Group:
 
 
 def flow(name: str) -> tuple[int, str]:
-    """A key that sorts the last components of modules' names by ORDER."""
+    """The sort key of a module name's last component, by ORDER."""
     return (ORDER.index(name) if name in ORDER else len(ORDER), name)

@@ -1,4 +1,4 @@
-"""An adapter of lower rank: a DyLoRA by its leading components, any other by the best approximation of each rank."""
+"""An adapter cut to a lower rank: a DyLoRA to its leading components, any other to its best approximation."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     import torch
 
 NO_ENERGY: Final = 1e-24
-"""A share of the energy that is rounding of fp64: components that have less are none."""
+"""The share of the energy below which components are rounding errors of fp64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How far an adapter is cut: to a `rank`, or to the smallest rank of each module that keeps an `energy` or `error`.
+    """How far to cut an adapter: to a `rank`, or to the smallest rank of each module that satisfies `energy` or `error`.
 
-    The energy of a module is the sum of the squares of its singular values, of which a share is kept; its error is the
-    Frobenius norm of what is lost over that of the update.
+    Attributes:
+        rank: the rank to cut to.
+        energy: the least share to keep of the sum of a module's squared singular values.
+        error: the largest Frobenius norm of what is lost, relative to that of the update.
     """
 
     rank: int | None = None
@@ -40,7 +42,7 @@ class Cut:
     def __post_init__(self) -> None:
         given = [value for value in (self.rank, self.energy, self.error) if value is not None]
         if len(given) != 1:
-            raise LoratoolError("a cut is by --rank, by --energy or by --error; give one of them")
+            raise LoratoolError("--rank, --energy or --error decides where to cut; give one of them")
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise LoratoolError(f"the rank is {quoted(self.rank, 40)}; give a whole number of at least 1")
         if self.energy is not None and not 0 < self.energy <= 1:
@@ -50,19 +52,19 @@ class Cut:
 
     @property
     def suffix(self) -> str:
-        """What names the result: ``r4``, ``energy0.95`` or ``error0.01``."""
+        """The suffix of the result's name: ``r4``, ``energy0.95`` or ``error0.01``."""
         if self.rank is not None:
             return f"r{self.rank}"
         return f"error{self.error:g}" if self.energy is None else f"energy{self.energy:g}"
 
     @property
     def figures(self) -> dict[str, float]:
-        """What was asked for, in the words of the command line."""
+        """The value given, under its name on the command line."""
         asked = {"rank": self.rank, "energy": self.energy, "error": self.error}
         return {key: value for key, value in asked.items() if value is not None}
 
     def rank_of(self, values: torch.Tensor) -> int:
-        """The rank to which a module with these singular values, largest first, is cut; at least 1."""
+        """Return the rank to cut a module with these singular values to, largest first; at least 1."""
         if self.rank is not None:
             return min(self.rank, len(values))
         lost = values.square().flip(0).cumsum(0).flip(0)
@@ -75,10 +77,10 @@ class Truncation:
     """An adapter of lower rank, in a draft.
 
     Attributes:
-        adapter: to be written while the draft is open.
-        errors: of a cut by SVD, each module's error.
-        error: of all modules together, the Frobenius norm of what is lost over that of the update; None for a DyLoRA,
-            whose lower ranks are no approximations of its highest.
+        adapter: the result. Write it while the draft is open.
+        errors: each module's error after a cut by SVD.
+        error: the Frobenius norm of what is lost, relative to that of the update, over all modules. None for a DyLoRA,
+            whose lower ranks do not approximate its highest.
     """
 
     adapter: Adapter
@@ -87,10 +89,10 @@ class Truncation:
 
 
 def truncate_leading(draft: Draft, adapter: Adapter, rank: int, law: ScalingLaw) -> Truncation:
-    """Cut a DyLoRA to `rank`: the factors' leading slices, bit for bit, under the scaling law of its training.
+    """Cut a DyLoRA to `rank`: the leading slices of its factors, bit for bit, with the scaling law of its training.
 
     Raises:
-        AdapterError: `rank` is not among its ranks, or it is an AdaLoRA, which has no leading components.
+        AdapterError: the adapter was not trained at `rank`, or is an AdaLoRA, which has no leading components.
     """
     if adapter.kind == "adalora":
         raise AdapterError(
@@ -108,13 +110,13 @@ def truncate_leading(draft: Draft, adapter: Adapter, rank: int, law: ScalingLaw)
 
 def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cut],
                     progress: Callable[[int], None] = lambda count: None) -> list[Truncation]:  # fmt: skip
-    """Cut a low-rank adapter to each of `cuts`, one draft each: the best approximation there is, module by module.
+    """Cut a low-rank adapter to each of `cuts`, into one draft each, by each module's best approximation.
 
-    The factors are fp32 and need no scaling. `progress` is called with the bytes of factors done.
+    The factors are fp32, for a scaling of 1. `progress` is called with the number of bytes of factors processed.
 
     Raises:
-        UnsupportedError: an update is no product of factors.
-        AdapterError: a rank is above the adapter's, a number is NaN or infinite, or nothing is left to cut.
+        UnsupportedError: an update is not a product of factors.
+        AdapterError: a rank is above the adapter's, a value is NaN or infinite, or every module has rank 0.
     """
     for cut in cuts:
         if cut.rank is not None and cut.rank > (adapter.rank or 0):
@@ -143,15 +145,15 @@ def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cu
 def _scaled(
     module: str, scaling: float, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (r, in_features) and B (out_features, r), fp32, whose product is ``scaling * U diag(s) V``."""
+    """Return A (r, in_features) and B (out_features, r), fp32, whose product is ``scaling * U diag(s) V``."""
     a, b = balanced(u * math.copysign(1, scaling), s * abs(scaling), v)
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise AdapterError(f"{quoted(module)} is beyond fp32 once its scaling is in its factors; mend its alpha")
+        raise AdapterError(f"the factors of {quoted(module)} times its scaling overflow fp32; correct its alpha")
     return a, b
 
 
 def _truncation(draft: Draft, source: Adapter, modules: Mapping[str, tuple[torch.Tensor, int]]) -> Truncation:
-    """The adapter in `draft`, whose modules, with these singular values, were cut to these ranks."""
+    """Return the truncation in `draft`. `modules` holds each module's singular values and the rank it was cut to."""
     ranks = {module: rank for module, (_, rank) in modules.items()}
     totals = {module: float(values.square().sum()) for module, (values, _) in modules.items()}
     lost = {module: float(values[rank:].square().sum()) for module, (values, rank) in modules.items()}
@@ -164,14 +166,14 @@ def _truncation(draft: Draft, source: Adapter, modules: Mapping[str, tuple[torch
 
 
 def _relative(lost: float, total: float) -> float:
-    """The Frobenius norm of what is lost, over that of all, from their squares."""
+    """The relative Frobenius norm of what is lost, from squared norms."""
     return math.sqrt(lost / total) if total else 0.0
 
 
 def targeting(source: Adapter, modules: Mapping[str, object]) -> dict[str, Any]:
-    """Which modules an adapter made of `source` is for, as configuration: those that it changes and those it holds whole.
+    """Return the configuration keys that say which modules an adapter made from `source` changes and which it replaces.
 
-    The keys are those of `source`, or the full names of `modules` where some of its own are gone.
+    They are those of `source`, or the full names of `modules` if it lacks some modules of `source`.
     """
     whole = {"modules_to_save": source.config["modules_to_save"]} if source.replacements else {}
     if set(source.modules) != modules.keys():

@@ -1,4 +1,4 @@
-"""A PEFT LoRA configuration under which nothing is scaled: alpha is the rank, for every module."""
+"""A PEFT LoRA configuration with a scaling of 1: in every module, alpha is the rank."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 FROM_PARENT: Final = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out", "auto_mapping")
-"""Keys that say what an adapter belongs to and not how it acts."""
+"""Keys that describe an adapter's base model and task."""
 
 TARGETING: Final = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""Keys that say which modules an adapter is for."""
+"""Keys that select the modules an adapter changes."""
 
 
 def unit_config(
     ranks: Mapping[str, int], targeting: Mapping[str, Any], parent: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The configuration of an adapter with these `ranks` by module, whose scaling is 1 everywhere.
+    """Return the configuration of an adapter with these `ranks` by module and a scaling of 1 everywhere.
 
-    `targeting` are its TARGETING keys; what it belongs to is taken from the configuration of a `parent`.
+    `targeting` holds its TARGETING keys. The FROM_PARENT keys are copied from the configuration `parent`.
     """
     largest = max(ranks.values())
     others = {f"^{re.escape(module)}": rank for module, rank in sorted(ranks.items()) if rank != largest}
@@ -36,7 +36,7 @@ def unit_config(
 
 
 def common_targeting(configs: Collection[Mapping[str, Any]], modules: Collection[str]) -> dict[str, Any]:
-    """The TARGETING keys on which all `configs` agree, else the full names of `modules`."""
+    """Return the TARGETING keys if all `configs` agree on them, else the full names of `modules`."""
     kept = [{key: config[key] for key in TARGETING if config.get(key) is not None} for config in configs]
     first = kept[0]
     agree = "target_modules" in first and all(_same(other, first) for other in kept)
@@ -44,7 +44,7 @@ def common_targeting(configs: Collection[Mapping[str, Any]], modules: Collection
 
 
 def _same(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    """Whether two targetings choose alike; the order of names in a list says nothing."""
+    """Whether two sets of TARGETING keys are equal, whatever the order of names in a list."""
     return left.keys() == right.keys() and all(_unordered(left[key]) == _unordered(right[key]) for key in left)
 
 
