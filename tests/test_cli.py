@@ -530,8 +530,8 @@ def test_json_of_adapters_has_the_catalogues_words(run: Run, base: Path, adapter
     assert summary.keys() == SUMMARY
     shown = run("show", "pirate", "--json").json()
     assert shown.keys() == RECORD | {
-        "catalogued", "changes_nothing", "trained_beside", "parent", "parent_sha256", "versions", "ancestors", "descendants", "hub",
-        "merges",
+        "catalogued", "changes_nothing", "trained_beside", "parent", "parent_sha256", "versions", "ancestors", "descendants",
+        "hub", "merges",
     }  # fmt: skip
     assert {key: shown[key] for key in SUMMARY} == summary
     assert (summary["rank"], summary["alpha"], summary["base"]) == (4, 8.0, "llama")
