@@ -340,6 +340,15 @@ def test_a_broken_configuration_is_refused_by_what_is_wrong_in_it(case: str, tmp
     assert str(raised.value).isprintable()
 
 
+@pytest.mark.parametrize("value", ["r", "lora_alpha", "rank_pattern", "bias", "use_dora"])
+def test_a_fault_of_the_configuration_is_said_of_its_file_and_not_of_the_weights(value: str, tmp_path: Path) -> None:
+    saved_by_peft(tmp_path / "adapter")
+    copy_with(tmp_path / "adapter", tmp_path / "bad", **{value: "None"})
+    with pytest.raises(AdapterError, match=CONFIG) as raised:
+        read_adapter(tmp_path / "bad")
+    assert WEIGHTS not in str(raised.value)
+
+
 @pytest.mark.parametrize("missing", [CONFIG, WEIGHTS])
 def test_a_directory_without_one_of_its_files_is_refused_by_its_name(missing: str, tmp_path: Path) -> None:
     saved_by_peft(tmp_path / "adapter")

@@ -251,3 +251,92 @@ def test_a_matrix_that_is_stored_in_4_bits_is_not_replaced_and_it_says_what_to_d
     with pytest.raises(UnsupportedError, match=r"stores in 4 bits; .*--quantize nf4"):
         loratool.merge([adapter], into=image, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# Embeddings that PEFT saves whole by itself
+
+
+def grown(base: Path, folder: Path, tokens: int, architecture: str = "llama", **lora: Any) -> Path:
+    """What PEFT saves of an adapter that was trained on a model with another vocabulary."""
+    model = load(base, architecture)
+    model.resize_token_embeddings(tokens)
+    config = peft.LoraConfig(**({"r": 4, "target_modules": ["q_proj"]} | lora))
+    return save_peft_adapter(model, config, folder, save_embedding_layers="auto")
+
+
+@pytest.mark.parametrize(("architecture", "targets"), [("llama", ["q_proj"]), ("gpt2-untied", ["c_attn"])])
+def test_embeddings_beside_the_factors_take_the_place_of_the_bases_as_in_peft(
+    architecture: str, targets: list[str], tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base = tiny_models.folder(architecture, "fp32")
+    config = peft.LoraConfig(r=4, target_modules=targets)
+    adapter = save_peft_adapter(load(base, architecture), config, tmp_path / "adapter", save_embedding_layers=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    whole = {name: tensor + 1 for name, tensor in tensors.items() if ".lora_" not in name}
+    assert len(whole) == 2
+    save_file(tensors | whole, adapter / "adapter_model.safetensors", {"format": "pt"})
+    merged = loratool.merge(adapter, into=base, out=tmp_path / "merged")
+    assert_same_tensors(stored_tensors(merged.out), merge_by_peft(load(base, architecture), adapter, tmp_path / "peft"))
+    copy = shutil.copytree(base, tmp_path / "copy")
+    loratool.merge(adapter, into=copy, in_place=True)
+    loratool.unmerge(copy, in_place=True)
+    assert_same_tensors(stored_tensors(copy), stored_tensors(base))
+
+
+@pytest.mark.parametrize(
+    "lora", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}]
+)
+def test_a_grown_vocabulary_is_called_that_and_merges_into_a_base_that_was_grown(
+    lora: dict[str, Any], tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("llama", "fp32")
+    rows = int(load_file(base / "model.safetensors")["lm_head.weight"].shape[0])
+    adapter = grown(base, tmp_path / "adapter", rows + 8, **lora)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    plain = {name: tensor for name, tensor in tensors.items() if "base_layer" not in name}
+    save_file(plain, adapter / "adapter_model.safetensors", {"format": "pt"})
+    sentence = (
+        rf"vocabulary of {rows + 8} tokens and the base has {rows}: grow the base's first .*_embeddings\({rows + 8}\)"
+    )
+    with pytest.raises(LoratoolError, match=sentence) as raised:
+        loratool.merge(adapter, into=base, out=tmp_path / "merged")
+    assert "right base" not in str(raised.value)
+    model = load(base, "llama")
+    model.resize_token_embeddings(rows + 8)
+    model.save_pretrained(tmp_path / "larger")
+    merged = loratool.merge(adapter, into=tmp_path / "larger", out=tmp_path / "merged")
+    theirs = merge_by_peft(load(tmp_path / "larger", "llama"), adapter, tmp_path / "peft")
+    assert_same_tensors(stored_tensors(merged.out), theirs)
+
+
+def test_a_vocabulary_that_shrank_is_called_that(tiny_models: TinyModels, tmp_path: Path) -> None:
+    base = tiny_models.folder("llama", "fp32")
+    adapter = grown(base, tmp_path / "adapter", 100)
+    with pytest.raises(
+        LoratoolError, match=r"of 100 tokens and the base has .* grown or padded since: merge into the base"
+    ):
+        loratool.merge(adapter, into=base, out=tmp_path / "merged")
+
+
+def test_inner_copies_that_differ_are_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
+    adapter = grown(tiny_models.folder("llama", "fp32"), tmp_path / "adapter", 140, modules_to_save=["lm_head"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    inner = f"{PREFIX}lm_head.modules_to_save.weight"
+    assert inner in tensors
+    assert list(read_adapter(adapter).replacements) == ["lm_head.weight", "model.embed_tokens.weight"]
+    save_file(tensors | {inner: tensors[inner] + 1}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(LoratoolError, match=r"two versions of .*lm_head\.weight.*save it again"):
+        read_adapter(adapter)
+    del tensors[f"{PREFIX}lm_head.weight"]
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedError, match="inner names"):
+        read_adapter(adapter)
+
+
+def test_lora_on_embeddings_is_called_that_and_no_copy(tiny_models: TinyModels, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
+    adapter = save_peft_adapter(load(tiny_models.folder("llama"), "llama"), config, tmp_path / "adapter")
+    assert any("base_layer" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    with pytest.raises(UnsupportedError, match="uses LoRA on embeddings") as raised:
+        read_adapter(adapter)
+    assert "copy" not in str(raised.value)

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from loratool.checkpoint.dtypes import DTYPES
+from loratool.checkpoint.file_type import LOOKED_AT, type_by_content
 from loratool.checkpoint.json_text import broken_file, open_without_waiting, parse_json_object
 from loratool.errors import CheckpointError, printable, quoted
 
@@ -80,35 +81,22 @@ def read_header(file: Path) -> Header:
             if prefix == SEAL:
                 raise _sealed(file)
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, status.st_size - 8):
-                _refuse_other_kind(file, prefix)
+                _refuse_other_type(file, stream)
                 raise broken_file(file, f"its header claims {length} bytes and the file has {status.st_size}")
             text = stream.read(length)
+            if not text.startswith(b"{"):
+                _refuse_other_type(file, stream)
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
     return parse_header(text, file, status.st_size)
 
 
-_OTHER_KINDS: Final = (
-    (b"GGUF", "a GGUF file; give the safetensors file that it was converted from"),
-    (b"ggla", "an adapter in llama.cpp's old GGML format; convert the adapter that it was made from again"),
-    (
-        b"PK\x03\x04",
-        "a zip archive, as torch.save writes it (a pickle), which loratool never opens; save it as safetensors",
-    ),
-    *((bytes([0x80, protocol]), "a pickle, which can run code; save it as safetensors") for protocol in (2, 3, 4, 5)),
-    (b"\x89HDF", "an HDF5 file; save it as safetensors"),
-    (b"version ", "a Git LFS pointer and not the file itself; get that with 'git lfs pull'"),
-    (b"<", "a web page; the download failed, so download it again"),
-    (b"{", "a text (JSON, say); give the safetensors file that belongs to it"),
-)
-"""How files of other kinds begin, and what to say of them; read as safetensors, their first bytes would be a huge length."""
-
-
-def _refuse_other_kind(file: Path, prefix: bytes) -> None:
-    """Raise CheckpointError if a file that is no safetensors file is of another kind that is known."""
-    for start, what in _OTHER_KINDS:
-        if prefix.startswith(start):
-            raise CheckpointError(f"{quoted(file)} is not a valid safetensors file: it is {what}")
+def _refuse_other_type(file: Path, stream: BinaryIO) -> None:
+    """Raise CheckpointError if a file that is no safetensors file is of another type that is known."""
+    stream.seek(0)
+    what = type_by_content(stream.read(LOOKED_AT))
+    if what is not None:
+        raise CheckpointError(f"{quoted(file)} is not a valid safetensors file: it is {what}")
 
 
 def _sealed(file: Path) -> CheckpointError:

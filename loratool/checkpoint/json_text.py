@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
+from loratool.checkpoint.file_type import LOOKED_AT, type_by_content
 from loratool.errors import CheckpointError, quoted
 
 LARGEST: Final = 16 << 20
@@ -54,7 +55,7 @@ def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise broken_file(file, str(error)) from None
+        raise broken_file(file, _what_instead(text) or str(error)) from None
     if not isinstance(value, dict):
         raise broken_file(file, "its JSON is not an object")
     return value
@@ -89,6 +90,12 @@ def parse_json(text: bytes, deepest: int = DEEPEST) -> Any:
         except UnicodeEncodeError:
             raise ValueError("its JSON holds half of a surrogate pair, which is no character") from None
     return value
+
+
+def _what_instead(text: bytes) -> str | None:
+    """What a file is that should be JSON, where it is a web page or a pointer: a download that failed."""
+    what = type_by_content(text[:LOOKED_AT]) if text.lstrip().startswith((b"<", b"version https://")) else None
+    return None if what is None else f"it is {what.partition(';')[0]}"
 
 
 def read_limited(file: Path, largest: int) -> bytes:

@@ -72,6 +72,11 @@ class AdapterFiles:
         return str(self.file)
 
     @property
+    def config_source(self) -> str:
+        """Where its configuration stands, for errors: the file beside the weights, or the weights' own."""
+        return str(self.beside.get(CONFIG_NAME, self.file))
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the weights' files."""
         return sum(file.stat().st_size for file in self.weights)
@@ -109,10 +114,12 @@ def open_adapter(path: Path) -> AdapterFiles:
 
 
 def pickle_advice(file: Path) -> str:
-    return (
-        f"{quoted(file)} is a pickle, which can run code when it is opened, so loratool never does; where you trust it, "
+    how = (
         "load it with peft.PeftModel.from_pretrained and save it again with save_pretrained"
+        if file.stem == Path(WEIGHTS_NAME).stem
+        else "load it with the program that made it and save it as safetensors (in PEFT, with save_pretrained)"
     )
+    return f"{quoted(file)} is a pickle, which can run code when it is opened, so loratool never does; where you trust it, {how}"
 
 
 def _folder(folder: Path) -> AdapterFiles:

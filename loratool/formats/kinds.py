@@ -144,11 +144,13 @@ class Feature:
         title: what people call it, with PEFT's word for it.
         setting: the key of the configuration that asks for it.
         parts: how the names of its tensors go on behind the module's name.
+        why_not: why it is not computed, with the way out.
     """
 
     title: str
     setting: str | None = None
     parts: tuple[str, ...] = ()
+    why_not: str = NOT_YET
 
 
 FEATURES: Final = (
@@ -160,9 +162,11 @@ FEATURES: Final = (
     Feature("layer_replication", "layer_replication"),
     Feature("Megatron layers (megatron_config)", "megatron_config"),
     Feature("modules_to_save under PEFT's inner names", parts=("modules_to_save.",)),
-    Feature("a copy of the base's own weights (save_embedding_layers)", parts=("base_layer.weight", "base_layer.bias")),
+    Feature("a copy of the base's own weights (save_embedding_layers)", parts=("base_layer.weight", "base_layer.bias"), why_not=(
+        "PEFT would put it in the place of the base's; save the adapter again with PEFT's "
+        "save_pretrained(..., save_embedding_layers=False), or merge it with PEFT")),
 )  # fmt: skip
-"""In the order in which they are named where a file has several."""
+"""In the order in which they are named where a file has several: what hinders most first."""
 
 
 def kind_named(name: str) -> Kind:

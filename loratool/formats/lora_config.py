@@ -33,7 +33,7 @@ MOST_DIGITS: Final = 9
 
 REFUSED: Final[Mapping[str, tuple[str, str]]] = {
     kind.setting: (f"{kind.title} ({kind.setting})", kind.why_not or "") for kind in VARIANTS if kind.setting
-} | {feature.setting: (feature.title, NOT_YET) for feature in FEATURES if feature.setting}
+} | {feature.setting: (feature.title, feature.why_not) for feature in FEATURES if feature.setting}
 """Configuration keys whose feature changes the numbers in a way that is not computed: what to call it, and why it is not."""
 
 BIASES: Final = ("all", "lora_only")

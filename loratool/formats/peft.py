@@ -77,8 +77,8 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
     notes: tuple[str, ...] = ()
     if replaced:
         notes = (
-            f"it holds {len(replaced)} tensors whole ({quoted(next(iter(replaced)))}, ...; modules_to_save), which "
-            "take the place of the base's own",
+            f"it holds {len(replaced)} {'tensors' if len(replaced) > 1 else 'tensor'} whole "
+            f"({quoted(next(iter(replaced)))}, ...; modules_to_save or embeddings), which take the place of the base's own",
         )
     adapter = _read_adalora(own, given) if peft_type == PEFT_TYPE else _read_lora(own, given)
     return replace(
@@ -99,7 +99,7 @@ def _read_lora(files: AdapterFiles, given: Alpha | None) -> Adapter:
     if not files.config:
         return read_pairs(files, given)
     config, notes = _with_alpha(files, given)
-    return _of_updates(files, config, LoraConfig.parse(config, files.source), notes)
+    return _of_updates(files, config, LoraConfig.parse(config, files.config_source), notes)
 
 
 def _of_updates(files: AdapterFiles, config: Mapping[str, Any], lora: LoraConfig, notes: tuple[str, ...]) -> Adapter:
@@ -113,20 +113,23 @@ def _read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
     if not files.config:  # its alpha is asked for before its ranks are looked at
         settled({ALL: 1}, stated, given, source, unstated=unstated(files))
     config = files.config or bare_adalora_config(files.tensors, source)
-    init_r = AdaLoraConfig.parse({"lora_alpha": 1, **config}, source).init_r
+    written = files.config_source
+    init_r = AdaLoraConfig.parse({"lora_alpha": 1, **config}, written).init_r
     if files.config.get("lora_alpha") is not None:
-        stated = [Statement(CONFIGURATION, {ALL: AdaLoraConfig.parse(config, source).alpha}), *stated]
+        stated = [Statement(CONFIGURATION, {ALL: AdaLoraConfig.parse(config, written).alpha}), *stated]
     alphas, notes = settled({ALL: init_r}, stated, given, source, unstated=unstated(files))
     if not files.config or not stated or alphas[ALL] != config["lora_alpha"]:
         config = {**config, "lora_alpha": alphas[ALL]}
-    adalora = AdaLoraConfig.parse(config, source)
+    adalora = AdaLoraConfig.parse(config, written)
     return _adapter(files, "adalora", config, adalora.targets, adalora_updates(files.tensors, source, adalora), notes)
 
 
 def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """The configuration with the alpha of every module: as it states it, unless it states none or the user decides."""
     source, config = files.source, files.config
-    lora = LoraConfig.parse({"lora_alpha": 1, **{k: v for k, v in config.items() if v is not None}}, source)
+    lora = LoraConfig.parse(
+        {"lora_alpha": 1, **{k: v for k, v in config.items() if v is not None}}, files.config_source
+    )
     ranks = {module: a.shape[0] for module, (a, _) in pair_factors(files.tensors, source).items()}
     said, _ = stated_alphas(files, ranks)
     if config.get("lora_alpha") is not None:

@@ -1,7 +1,8 @@
-"""``modules_to_save``: modules that a PEFT adapter holds whole, to stand in the place of the base's own.
+"""Modules that a PEFT adapter holds whole, to stand in the place of the base's own: ``modules_to_save`` and embeddings.
 
 PEFT 0.21 (``peft.utils.other._set_trainable``) keeps a module so if its name ends with one of those listed, and saves its
-tensors under their own names behind the prefix of all keys.
+tensors under their own names behind the prefix of all keys. Embeddings and heads it also saves so where the vocabulary was grown
+(``save_embedding_layers``), and puts them back when it loads the adapter; then it may save its own inner copies beside them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from loratool.architecture import Role, any_model
+from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.tensor_keys import PREFIX
+from loratool.formats.tensor_keys import PREFIX, split_peft
 from loratool.updates.replacement import Replacement
 
 HALVES: Final = {"weight": "bias", "bias": "weight"}
 
 CLASSIFIERS: Final = frozenset({"classifier", "score"})
 """What PEFT lists by itself for a model that classifies (``PeftModelForSequenceClassification``), whether it has them or not."""
+
+
+INNER: Final = ("modules_to_save", "original_module")
+"""Components under which PEFT keeps the trained module and the base's own inside a model."""
 
 
 def split_replacements(
@@ -33,12 +40,15 @@ def split_replacements(
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise AdapterError(f"'modules_to_save' in {quoted(source)} is {quoted(saved, 40)} and must be a list of names")
+    tensors = _without_inner_copies(tensors, source)
     found = {key.removeprefix(PREFIX): info for key, info in tensors.items() if _is_whole(key, tuple(saved))}
-    if saved and not found and set(saved) != CLASSIFIERS:
+    is_inner = any(f".{word}." in key for key in tensors for word in INNER)  # refused by that name, later
+    if saved and not (found or is_inner) and set(saved) != CLASSIFIERS:
         raise AdapterError(
             f"{quoted(source)} lists modules_to_save ({quoted(saved[0])}, ...) and holds none of their tensors; "
             "the file is incomplete"
         )
+    found |= {key.removeprefix(PREFIX): info for key, info in tensors.items() if _is_embedding(key)}
     rest = {key: info for key, info in tensors.items() if key.removeprefix(PREFIX) not in found}
     return rest, {name: Replacement(info) for name, info in sorted(found.items())}
 
@@ -73,4 +83,31 @@ def _is_whole(key: str, saved: tuple[str, ...]) -> bool:
     """Whether a tensor belongs to a module that is kept whole, or to a module inside it."""
     parts = key.removeprefix(PREFIX).split(".")
     modules = (".".join(parts[:count]) for count in range(1, len(parts)))
-    return ".lora_" not in key and any(module.endswith(saved) for module in modules)
+    own = not any(part in INNER or part.startswith("lora_") for part in parts)
+    return own and any(module.endswith(saved) for module in modules)
+
+
+def _is_embedding(key: str) -> bool:
+    """Whether a tensor is the whole weight of an embedding of tokens or of an output head."""
+    name = key.removeprefix(PREFIX)
+    is_plain = name != key and name.endswith(".weight") and split_peft(key) is None
+    return is_plain and any_model().role(name) in (Role.TOKENS, Role.HEAD)
+
+
+def _without_inner_copies(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, TensorInfo]:
+    """Leave out what PEFT saves a second time under its own inner names (``lm_head.modules_to_save.weight``), and never loads.
+
+    Raises:
+        AdapterError: a second time is not the first.
+    """
+    kept = {}
+    for key, info in tensors.items():
+        inner = next((word for word in INNER if f".{word}." in key), None)
+        plain = tensors.get(key.replace(f".{inner}.", "."))
+        if inner is None or plain is None:
+            kept[key] = info
+        elif inner == "modules_to_save" and hash_tensor(info) != hash_tensor(plain):
+            raise AdapterError(
+                f"{quoted(source)} holds two versions of {quoted(plain.name)}, the other as {quoted(key)}; save it again"
+            )
+    return kept

@@ -8,7 +8,7 @@ from typing import Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, UnsupportedError, quoted
-from loratool.formats.kinds import FEATURES, KINDS, NOT_YET
+from loratool.formats.kinds import FEATURES, KINDS
 
 PREFIX: Final = "base_model.model."
 _FACTOR: Final = re.compile(
@@ -97,14 +97,18 @@ def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[
         else:
             found.setdefault(feature[0], (name, feature[1]))
     if found:
-        said = [f"{title} (tensor {quoted(found[title][0])})" for title in sorted(found, key=_ORDER.index)]
-        raise UnsupportedError(f"{quoted(source)} uses {' and '.join(said[:3])}: {next(iter(found.values()))[1]}")
+        titles = [title for title in sorted(found, key=_ORDER.index) if title != _COPY or len(found) == 1]
+        said = [f"{title} (tensor {quoted(found[title][0])})" for title in titles]
+        raise UnsupportedError(f"{quoted(source)} uses {' and '.join(said[:3])}: {found[titles[0]][1]}")
     if strange and own:
         raise UnsupportedError(
             f"{quoted(source)} holds {quoted(strange)}, which is no LoRA tensor that loratool knows; merge it with the program "
             "that trained it"
         )
 
+
+_COPY: Final = FEATURES[-1].title
+"""What PEFT saves beside LoRA on embeddings and heads: named where nothing else hinders."""
 
 _ORDER: Final = [feature.title for feature in FEATURES] + [kind.title for kind in KINDS.values()]
 
@@ -119,7 +123,7 @@ def _feature_of(name: str) -> tuple[str, str] | None:
         )
     for feature in FEATURES:
         if feature.parts and where[1].startswith(feature.parts):
-            return feature.title, NOT_YET
+            return feature.title, feature.why_not
     for kind in KINDS.values():
         if kind.why_not and kind.parts and where[1].startswith(kind.parts):
             return kind.title, kind.why_not

@@ -20,6 +20,7 @@ from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
 from loratool.formats.replacements import refuse_incomplete
 from loratool.merging.ties import is_tied_embedding, refuse_tied
+from loratool.merging.vocabulary import misfit_advice
 from loratool.updates import Update
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
@@ -207,7 +208,8 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
         if planned.update.shape != fitting:
             raise PlacementError(
                 f"{quoted(module_of(planned.parameter))} of {quoted(adapters[planned.adapter].adapter.name)} fits a matrix of "
-                f"shape {list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; is it the right base?"
+                f"shape {list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; "
+                + misfit_advice(name, planned.update.shape, fitting, orientation.architecture)
             )
     return Target(weight, updates, transposed)
 
@@ -239,6 +241,8 @@ def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpda
         there = f"which has {list(found.shape)} there" if found else "which the base lacks"
         tied = found is None and is_tied_head(own, base.tensors)
         advice = "it seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
+        if found is not None:
+            advice = misfit_advice(name, shape, found.shape, architecture_of(base.config, base.tensors))
         raise PlacementError(
             f"{quoted(adapter.name)} replaces {quoted(own)} by a tensor of shape {list(shape)}, {there}; {advice}"
         )

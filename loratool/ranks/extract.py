@@ -23,6 +23,7 @@ from loratool.formats.draft import Draft
 from loratool.formats.names import SUFFIX, Landing, land
 from loratool.merging.rewrite import opened
 from loratool.merging.ties import is_tied_embedding, tied
+from loratool.merging.vocabulary import misfit_advice
 from loratool.ranks.difference import Difference
 from loratool.ranks.low_rank_fit import Wanted, fit
 from loratool.updates.replacement import Replacement
@@ -192,7 +193,10 @@ def _paired(tuned: Checkpoint, base: Checkpoint) -> dict[str, Pair]:
         if pair.tuned.shape != pair.base.shape:
             raise PlacementError(
                 f"{quoted(pair.tuned.name)} has shape {list(pair.tuned.shape)} in the tuned model and "
-                f"{list(pair.base.shape)} in the base; is it the right base?"
+                f"{list(pair.base.shape)} in the base; "
+                + misfit_advice(
+                    pair.base.name, pair.tuned.shape, pair.base.shape, architecture_of(base.config, base.tensors)
+                )
             )
     return pairs
 
