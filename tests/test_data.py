@@ -340,7 +340,7 @@ def test_a_data_set_of_chats_is_that_of_a_file(hub: Path, tmp_path: Path) -> Non
         ({"train.jsonl": b'{"text": '}, "someone/name"),
         ({"one.tar": b"", "train/two.tar": b"\0" * 10240}, "someone/name"),
         ({}, "someone/name"),
-        ({"validation.jsonl": b'{"text": "a"}', "test.jsonl": b'{"text": "a"}'}, "no split 'train' but"),
+        ({"validation.jsonl": b'{"text": "a"}', "test.jsonl": b'{"text": "a"}'}, "no split 'train'; its splits are"),
     ],
 )
 def test_a_data_set_runs_no_code_loads_no_pickle_and_says_what_is_wrong(
@@ -366,7 +366,7 @@ def test_where_the_hub_does_not_answer_it_is_asked_once_and_its_cache_read(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(NotFoundError, match=r"'someone/name' is neither .* cache holds .*refused.*; give a file"):
+    with pytest.raises(NotFoundError, match=r"'someone/name' is neither .* in its cache .*refused.*; give a file"):
         fetch_table("someone/name", columns=COLUMNS)
     assert not (constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE)
     assert slept == []

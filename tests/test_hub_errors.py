@@ -24,13 +24,13 @@ def explain(call: Callable[[], object], repository: str = "ada/pirate", revision
 @pytest.mark.parametrize(
     ("status", "code", "words"),
     [
-        (401, None, "your token does not count here"),
-        (403, None, "with one that may write there"),
-        (412, None, "somebody else committed meanwhile"),
+        (401, None, "your token is not valid here"),
+        (403, None, "with one that may, or propose"),
+        (412, None, "there is a new commit in the meantime"),
         (429, None, "wait some minutes"),
         (500, None, "run the command again later"),
         (503, None, "run the command again later"),
-        (400, None, "see what it says"),
+        (400, None, "follow that message"),
         (403, "GatedRepo", "ask for access at"),
         (401, "RepoNotFound", "or it is private"),
         (404, "RevisionNotFound", "has no revision 'next'"),
@@ -74,7 +74,7 @@ def test_a_full_disk(hub: HubStandIn) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "blobs/1")
 
-    assert "no room left on the disk for 'blobs/1'" in str(explain(full))
+    assert "no space is left on the disk for 'blobs/1'" in str(explain(full))
 
 
 def test_offline_names_the_command(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ def test_a_search_needs_the_network_and_a_sensible_answer(filled: HubStandIn, mo
             "hub_stand_in.repositories.Repository.describe", lambda *a, w=wrong, **k: describe(*a, **k) | w
         )
         if "id" in wrong:
-            with pytest.raises(HubError, match="no name"):
+            with pytest.raises(HubError, match="is not a valid name"):
                 loratool.hub_search(base=BASE)
     monkeypatch.setattr("hub_stand_in.repositories.Repository.describe", describe)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -335,7 +335,7 @@ def test_what_is_in_the_cache_is_pulled_offline(
     for repo, new in (("ada/pirate", True), (f"ada/pirate@{commit}", False)):
         result = loratool.pull(repo)
         assert (result.new, result.revision) == (new, commit)
-    assert "as the cache has it" in loratool.pull("ada/pirate", name="again").notes[0]
+    assert "this is the copy in the cache" in loratool.pull("ada/pirate", name="again").notes[0]
     for repo in ("ada/pirate@v2", "ada/other"):
         with pytest.raises(NotFoundError, match=f"loratool pull {repo}"):
             loratool.pull(repo)

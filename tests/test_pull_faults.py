@@ -171,7 +171,7 @@ def test_a_hub_that_is_away_leaves_what_the_cache_has(
     hub.faults.append(Cut("GET", "", 1000))
     monkeypatch.setenv("LORATOOL_HOME", str(tmp_path / "empty"))
     result = loratool.pull("ada/pirate")
-    assert result.new and "as the cache has it" in result.notes[0]
+    assert result.new and "this is the copy in the cache" in result.notes[0]
     with pytest.raises(HubError):
         loratool.pull("ada/pirate", update=True)
 
@@ -214,8 +214,8 @@ def test_a_download_that_is_cut_again_and_again_is_one_count_and_one_sentence(
     with pytest.raises(HubError) as cut:
         loratool.pull("ada/pirate", progress=watching)
     assert re.fullmatch(
-        r"the download of 'adapter_model.safetensors' of 'ada/pirate' was cut \d+ times; check the network, and run "
-        r"'loratool pull ada/pirate' again: what has come is kept",
+        r"the download of 'adapter_model.safetensors' of 'ada/pirate' broke off \d+ times; check the network, and run "
+        r"'loratool pull ada/pirate' again: it resumes where it stopped",
         str(cut.value),
     )
     assert watching.tries == list(range(1, len(watching.tries) + 1))
@@ -269,7 +269,7 @@ def test_bytes_that_were_damaged_once_are_got_once_more(hub: HubStandIn, pirate:
 def test_bytes_that_stay_wrong_are_refused_and_not_kept(file: str, hub: HubStandIn, pirate: Path) -> None:
     publish(hub, "ada/pirate", pirate, facts={"schema": 1, "kind": "lora"})
     hub.faults.append(Corruption("GET", file, 1000))
-    with pytest.raises(HubError, match=r"is not what the Hub says it is, twice \(its (sha256|git id) is"):
+    with pytest.raises(HubError, match=r"differs from what the Hub lists, in two downloads \(its (sha256|git id) is"):
         loratool.pull("ada/pirate")
     hub.faults.clear()
     assert loratool.pull("ada/pirate").new
@@ -310,7 +310,7 @@ def test_a_hub_that_lists_another_size_is_not_believed(
         return found
 
     monkeypatch.setattr(type(repository), "describe", lying)
-    with pytest.raises(HubError, match="bytes and should have"):
+    with pytest.raises(HubError, match="bytes instead of"):
         loratool.pull("ada/pirate")
 
 
@@ -320,10 +320,10 @@ def test_a_hub_that_lists_another_size_is_not_believed(
 )
 def test_a_name_that_leaves_its_folder_is_refused(name: str, hub: HubStandIn, pirate: Path) -> None:
     publish(hub, "ada/pirate", pirate, others={name: b"x"})
-    with pytest.raises(HubError, match="outside of its folder"):
+    with pytest.raises(HubError, match="outside its folder"):
         loratool.pull("ada/pirate")
     hub.create("ada/one").put({name: b"x"})
-    with pytest.raises(HubError, match="outside of its folder"):
+    with pytest.raises(HubError, match="outside its folder"):
         loratool.pull("ada/one")
     assert not [request for request in hub.asked if "/resolve/" in request.path]
 
@@ -350,7 +350,7 @@ def test_an_answer_that_makes_no_sense_is_a_clear_error(
 
 @pytest.mark.parametrize("error", [RecursionError, OverflowError])
 def test_an_answer_beyond_all_bounds_makes_no_sense_either(error: type[Exception]) -> None:
-    with pytest.raises(HubError, match="makes no sense"), sensible_answers("ada/pirate"):
+    with pytest.raises(HubError, match=r"response for .* is invalid"), sensible_answers("ada/pirate"):
         raise error
 
 
@@ -372,7 +372,7 @@ def test_what_is_no_hub_is_said_to_be_none(
 ) -> None:
     page = ThreadingHTTPServer(("127.0.0.1", 0), WebPage)
     threading.Thread(target=page.serve_forever, args=(0.01,), daemon=True).start()
-    endpoints = {f"http://127.0.0.1:{page.server_port}": "makes no sense", "http://127.0.0.1:9": "cannot be reached",
+    endpoints = {f"http://127.0.0.1:{page.server_port}": "is invalid", "http://127.0.0.1:9": "cannot be reached",
                  "nonsense": "cannot be reached"}  # fmt: skip
     for endpoint, message in endpoints.items():
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
@@ -393,7 +393,7 @@ def test_another_commit_than_the_one_that_was_asked_for_is_refused(
     repository = publish(hub, "ada/pirate", pirate)
     old = repository.history[-1].oid
     monkeypatch.setattr(type(repository), "find", lambda self, revision: self.head)
-    with pytest.raises(HubError, match="another commit"):
+    with pytest.raises(HubError, match="a different commit"):
         loratool.pull(f"ada/pirate@{old}")
 
 

@@ -205,10 +205,10 @@ def test_a_hand_written_readme_is_kept(hub: HubStandIn, pirate: Path) -> None:
 @pytest.mark.parametrize(
     ("readme", "words"),
     [
-        (b"---\n- a\n- b\n---\n", "no keys with values"),
+        (b"---\n- a\n- b\n---\n", "instead of keys with values"),
         (b"---\na: [\n---\n", "cannot be read"),
-        (BEGIN.encode() + b"\n", "without the other"),
-        (b"\xff\xfe", "no UTF-8"),
+        (BEGIN.encode() + b"\n", "once, or neither"),
+        (b"\xff\xfe", "not UTF-8"),
         (b"---\nlicense: beer\n---\n", "does not accept"),
         (b"---\n1: 2\n---\n", "does not accept"),
     ],
@@ -313,7 +313,7 @@ def test_the_base_on_the_hub(
     with pytest.raises(HubError, match=r"loratool base add local .* --hub-id owner/name"):
         loratool.push("pirate", "ada/pirate")
     assert "ada/pirate" not in hub.repositories
-    with pytest.raises(HubError, match="no name of a repository"):
+    with pytest.raises(HubError, match="not the name of a repository"):
         loratool.push("pirate", "ada/pirate", base_model="/models/llama")
     unknown = loratool.push("pirate", "ada/one", base_model="org/nowhere")
     assert any("no model 'org/nowhere'" in note for note in unknown.notes)
@@ -387,7 +387,7 @@ def test_faults_of_a_push_pass_or_are_said(hub: HubStandIn, hub_waits: list[floa
     assert hub_waits == [4.0, 1, 1]
     assert len(hub.repositories["ada/pirate"].history) == 2
     hub.faults[:] = [Failure("POST", "/commit/", status=500, message="Down")]
-    with pytest.raises(HubError, match=r"500 \(Down\); that is the Hub's own trouble"):
+    with pytest.raises(HubError, match=r"500 \(Down\); the fault is the Hub's"):
         loratool.push("pirate", "ada/pirate", license="mit")
     assert len(hub.repositories["ada/pirate"].history) == 2
     assert loratool.push("pirate", "ada/pirate", license="mit").sent
@@ -396,7 +396,7 @@ def test_faults_of_a_push_pass_or_are_said(hub: HubStandIn, hub_waits: list[floa
 def test_a_commit_that_came_in_between_is_not_overwritten(hub: HubStandIn, pirate: Path) -> None:
     repository = hub.create("ada/pirate")
     hub.faults.append(Event("POST", "/preupload/", happen=lambda: repository.put({"README.md": b"mine"})))
-    with pytest.raises(HubError, match="somebody else committed meanwhile"):
+    with pytest.raises(HubError, match="there is a new commit in the meantime"):
         loratool.push("pirate", "ada/pirate")
     assert files(hub)["README.md"] == b"mine"
     assert loratool.push("pirate", "ada/pirate").sent
@@ -406,7 +406,7 @@ def test_a_commit_that_came_in_between_is_not_overwritten(hub: HubStandIn, pirat
 def test_who_may_not_push(hub: HubStandIn, pirate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HubError, match="rights to create"):
         loratool.push("pirate", "org/pirate")
-    with pytest.raises(HubError, match="no name of a repository"):
+    with pytest.raises(HubError, match="not the name of a repository"):
         loratool.push("pirate", "a/b/c")
     monkeypatch.setenv("HF_TOKEN", "hf_wrongwrong")
     with pytest.raises(HubError, match="401") as refused:
@@ -425,12 +425,12 @@ def test_who_may_not_push(hub: HubStandIn, pirate: Path, monkeypatch: pytest.Mon
 def test_a_token_is_never_pushed(hub: HubStandIn, base: Path, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_adapters.folder("llama"), tmp_path / "mine")
     (folder / "README.md").write_text(f"Use my token: {hub.token}\n")
-    with pytest.raises(HubError, match="would show your token") as refused:
+    with pytest.raises(HubError, match="holds your token and would publish it") as refused:
         loratool.push(folder, "ada/pirate", base_model=BASE)
     assert hub.token not in str(refused.value)
     (folder / "README.md").unlink()
     (folder / "loratool.json").write_text(json.dumps({"recipe": {"tracker": f"--token {hub.token}"}}))
-    with pytest.raises(HubError, match="would show your token"):
+    with pytest.raises(HubError, match="holds your token and would publish it"):
         loratool.push(folder, "ada/pirate", base_model=BASE)
 
 

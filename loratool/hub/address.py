@@ -1,4 +1,4 @@
-"""What a person writes for a place on the Hub: ``owner/name``, ``owner/name@revision``, ``owner/name/path/inside``."""
+"""Addresses on the Hub, as a person writes them: ``owner/name``, ``owner/name@revision``, ``owner/name/path/inside``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from loratool.errors import HubError, NotFoundError, printable, quoted
 
 NAME: Final = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w(?:[\w.-]{0,94}\w)?", re.ASCII)
-"""A part of ``owner/name``, by the rules that huggingface_hub checks."""
+"""A part of ``owner/name``, by huggingface_hub's own rules."""
 
 LINK_HOSTS: Final = ("https://huggingface.co/", "https://hf.co/", "hf://")
 LINK_WORDS: Final = frozenset({"tree", "blob", "resolve"})
@@ -20,7 +20,7 @@ LINK_WORDS: Final = frozenset({"tree", "blob", "resolve"})
 
 @dataclass(frozen=True, slots=True)
 class HubAddress:
-    """A repository on the Hub, a revision of it (a branch, a tag, a commit), and a folder or file inside it."""
+    """A repository on the Hub, optionally with a revision (branch, tag or commit) and a folder or file inside it."""
 
     repo: str
     revision: str | None = None
@@ -28,10 +28,10 @@ class HubAddress:
 
     @classmethod
     def parse(cls, text: str, path: str | None = None) -> HubAddress:
-        """Read ``owner/name[/path/inside][@revision]``, or the link to a repository; `path` names what is inside, too.
+        """Parse ``owner/name[/path/inside][@revision]`` or a link to a repository. `path` may give the path inside it.
 
         Raises:
-            NotFoundError: it is no such thing, says the path twice, or would leave the repository.
+            NotFoundError: `text` is neither, the path is given twice, or it would leave the repository.
         """
         place, at, revision = _without_host(text).partition("@")
         owner, name, *inside = [*place.rstrip("/").split("/"), ""]
@@ -41,20 +41,20 @@ class HubAddress:
             revision, at = unquote(revision), "@"
         if not is_repository(f"{owner}/{name}"):
             raise NotFoundError(
-                f"{quoted(text)} is no repository on the Hub; write owner/name, owner/name@revision or "
+                f"{quoted(text)} is not a repository on the Hub; write owner/name, owner/name@revision or "
                 "owner/name/path/inside"
             )
         if path is not None and inside:
-            raise NotFoundError(f"{quoted(text)} says already what is wanted inside the repository; leave --path out")
+            raise NotFoundError(f"{quoted(text)} already holds a path inside the repository; leave --path out")
         within = path.strip("/") if path is not None else "/".join(inside)
         if within and not is_safe(within):
-            raise NotFoundError(f"{quoted(within)} is no path inside a repository; write it as the Hub shows it")
+            raise NotFoundError(f"{quoted(within)} is not a path inside a repository; write it as the Hub shows it")
         if at and not (revision and is_safe(revision)):
-            raise NotFoundError(f"{quoted(revision)} is no revision; write a branch, a tag or a commit after the @")
+            raise NotFoundError(f"{quoted(revision)} is not a revision; write a branch, a tag or a commit after the @")
         return cls(f"{owner}/{name}", revision or None, within or None)
 
     def at(self, revision: str | None) -> HubAddress:
-        """The same place at another revision."""
+        """Return the same address at another revision."""
         return replace(self, revision=revision)
 
     def __str__(self) -> str:
@@ -75,30 +75,30 @@ class HubAddress:
 
 
 def is_repository(name: str) -> bool:
-    """Whether `name` reads ``owner/name``, as the Hub allows it."""
+    """Whether `name` has the form ``owner/name`` and the Hub allows it."""
     owner, slash, last = name.partition("/")
     return bool(slash and NAME.fullmatch(owner) and NAME.fullmatch(last))
 
 
 def repository_id(text: str) -> str:
-    """``owner/name`` from what a person wrote: that, or the link to the repository.
+    """Return the ``owner/name`` in `text`, which is that or a link to the repository.
 
     Raises:
-        HubError: it is neither.
+        HubError: `text` is neither.
     """
     name = _without_host(text).rstrip("/")
     if not is_repository(name):
-        raise HubError(f"{quoted(text)} is no name of a repository on the Hub; write owner/name")
+        raise HubError(f"{quoted(text)} is not the name of a repository on the Hub; write owner/name")
     return name
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` reads ``owner/name``, as a base is called in a configuration or a card, and is no relative path here."""
+    """Whether `name`, from a configuration or a card, has the form ``owner/name`` and is not a path on this disk."""
     return is_repository(name) and not Path(name).exists()
 
 
 def is_safe(path: str) -> bool:
-    """Whether a path from outside stays in its folder, on any system, and prints as what it is."""
+    """Whether a path from outside stays in its folder on every operating system, and prints exactly as it is."""
     steps = path.split("/")
     return (
         0 < len(path) <= 1024
@@ -109,7 +109,7 @@ def is_safe(path: str) -> bool:
 
 
 def leaves_its_folder(path: str) -> bool:
-    """Whether a name that a repository lists is absolute or goes up, on any system: no git repository holds such a name."""
+    """Whether a path that a repository lists is absolute or has ``..``, on any operating system. git allows no such path."""
     steps = path.replace("\\", "/").split("/")
     return steps[0] == "" or ".." in steps or steps[0].endswith(":")
 

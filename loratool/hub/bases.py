@@ -1,4 +1,4 @@
-"""Base models on the Hub: known by their headers, which are read by range, and downloaded when their weights are needed."""
+"""Base models on the Hub. Headers are read by range requests; weights are downloaded when they are needed."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ if TYPE_CHECKING:
     from huggingface_hub import HfFileSystem
 
 MODEL_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "*.tiktoken")
-"""What a model folder needs beside its weights; pickles and other frameworks' weights stay on the Hub."""
+"""The files a model folder needs beside its weights. Pickles and other frameworks' weights are not downloaded."""
 
 HEADERS_AT_ONCE: Final = 8
 FIRST_BYTES: Final = 1 << 17
-"""What is asked of a file at first; most headers are shorter."""
+"""Bytes of a file in the first request; most headers are shorter."""
 
 
 def fetch_config(address: HubAddress, command: str) -> Path:
-    """The ``config.json`` of a model repository, and nothing else of it.
+    """Download only the ``config.json`` of a model repository, and return its path.
 
     Raises:
-        NotFoundError, HubError: it is not there, or cannot be downloaded.
+        NotFoundError, HubError: there is none, or it cannot be downloaded.
     """
     return fetch(look(address, command), ["config.json"], command) / "config.json"
 
 
 class HeaderCache:
-    """The headers of safetensors files on the Hub, in `folder`, by the sha256 of the file that each begins.
+    """A cache in `folder` for headers of safetensors files on the Hub, keyed by the sha256 of the file.
 
-    One that cannot be read or written is no error: the Hub is asked again.
+    Failures to read or write it are ignored: the header is then requested again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, file: HubFile) -> bytes | None:
-        """The JSON text of a file's header, or None."""
+        """Return the JSON text of a file's header, or None."""
         try:
             return self._entry(file).read_bytes()
         except OSError:
             return None
 
     def put(self, file: HubFile, text: bytes) -> None:
-        """Remember the JSON text of a file's header."""
+        """Store the JSON text of a file's header."""
         draft = self._entry(file).with_suffix(f".{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,18 +73,18 @@ class HeaderCache:
 
 @dataclass(frozen=True, slots=True)
 class HubWeights:
-    """The files that hold the weights of a base, by name, and the index that lists them, if there is one."""
+    """The files with the weights of a base, by name, and the name of their index, if any."""
 
     index: str | None
     files: Mapping[str, HubFile]
 
     @property
     def are_known(self) -> bool:
-        """Whether the Hub says enough of every file to check a download."""
+        """Whether the Hub gives the size and hash of every file, so that a download can be checked."""
         return all(file.is_known for file in self.files.values())
 
     def to_json(self) -> dict[str, Any]:
-        """What a catalogue keeps: of each file its size in bytes, and its sha256 or git's id."""
+        """The entry in the catalogue: for each file its size in bytes, and its sha256 or git blob id."""
         return {
             name: {"size": file.size, **({"sha256": file.sha256} if file.sha256 else {"blob_id": file.blob_id})}
             for name, file in sorted(self.files.items())
@@ -92,16 +92,16 @@ class HubWeights:
 
 
 def find_weights(snapshot: Snapshot, command: str) -> HubWeights:
-    """Which files of a snapshot are its weights. The index is downloaded, where there is one.
+    """Find the weight files of a snapshot. The index, if any, is downloaded.
 
     Raises:
-        CheckpointError: it holds no safetensors weights, or more than one model.
+        CheckpointError: the snapshot has no safetensors weights, or more than one model.
         HubError: the index cannot be downloaded.
     """
     names = snapshot.names_in("")
     if "adapter_config.json" in names and "config.json" not in names:
         raise CheckpointError(
-            f"{quoted(snapshot.repo)} is an adapter and no base model; bring it in with 'loratool pull {snapshot.repo}'"
+            f"{quoted(snapshot.repo)} is an adapter, not a base model; get it with 'loratool pull {snapshot.repo}'"
         )
     chosen = choose_weights(names, snapshot.repo)
     if not chosen.endswith(INDEX_SUFFIX):
@@ -110,22 +110,22 @@ def find_weights(snapshot: Snapshot, command: str) -> HubWeights:
     missing = sorted(shards - set(names))
     if missing and not snapshot.is_from_cache:
         raise CheckpointError(
-            f"{quoted(chosen)} of {quoted(snapshot.repo)} names {quoted(missing[0])}, which is not there"
+            f"{quoted(chosen)} of {quoted(snapshot.repo)} names {quoted(missing[0])}, which is not in the repository"
         )
     return HubWeights(chosen, {name: snapshot.files.get(name, HubFile(name)) for name in sorted(shards)})
 
 
 def open_headers(snapshot: Snapshot, weights: HubWeights, cache: HeaderCache, command: str) -> Checkpoint:
-    """A model of which nothing but its headers, its index and its configuration is downloaded: enough for a plan.
+    """Open a model of which only headers, index and configuration are downloaded. That is enough for a plan.
 
-    Its path is that of the snapshot in huggingface_hub's cache, where the weights will be.
+    Its path is the snapshot's folder in huggingface_hub's cache, where a download will put the weights.
 
     Raises:
-        CheckpointError: a header breaks a rule of the format, or contradicts the index.
-        NotFoundError, HubError: the Hub cannot be asked, or does not say enough.
+        CheckpointError: a header is invalid or contradicts the index.
+        NotFoundError, HubError: a request failed, or the Hub does not give the files' sizes and hashes.
     """
     if not weights.are_known:
-        raise HubError(f"the Hub does not say enough of the weights of {quoted(snapshot.repo)}; download them")
+        raise HubError(f"the Hub gives no size or hash for the weights of {quoted(snapshot.repo)}; download them")
     small = [name for name in ("config.json", weights.index) if name is not None and name in snapshot.files]
     if small:
         fetch(snapshot, small, command)
@@ -138,10 +138,10 @@ def open_headers(snapshot: Snapshot, weights: HubWeights, cache: HeaderCache, co
 
 
 def cached_headers(repo: str, commit: str, weights: HubWeights, cache: HeaderCache) -> Checkpoint | None:
-    """What `open_headers` gave before, without asking anybody; None where a header is not here any more.
+    """Open the same model as `open_headers`, without network; None if a header is no longer in the cache.
 
     Raises:
-        CheckpointError: a header breaks a rule of the format.
+        CheckpointError: a header is invalid.
     """
     folder = cache_folder(repo) / "snapshots" / commit
     headers = []
@@ -155,12 +155,12 @@ def cached_headers(repo: str, commit: str, weights: HubWeights, cache: HeaderCac
 
 def download_base(snapshot: Snapshot, weights: HubWeights, command: str, watcher: Watcher | None = None, *,
                   recheck: bool = True) -> Path:  # fmt: skip
-    """The folder of a model in huggingface_hub's cache, every file that it needs downloaded and checked.
+    """Download and check every file that a model needs; return its folder in huggingface_hub's cache.
 
-    With `recheck` off, what is in the cache already is taken as it is.
+    Without `recheck`, files that are already in the cache are not checked again.
 
     Raises:
-        NotFoundError, HubError: a file cannot be downloaded, or is not what the Hub says it is.
+        NotFoundError, HubError: a file cannot be downloaded, or differs from what the Hub lists.
     """
     wanted = dict.fromkeys([*weights.files, *model_files(snapshot.files)])
     expected = replace(snapshot, files={**snapshot.files, **weights.files})
@@ -168,22 +168,22 @@ def download_base(snapshot: Snapshot, weights: HubWeights, command: str, watcher
 
 
 def model_files(paths: Iterable[str]) -> list[str]:
-    """The paths of the files that a model folder needs beside its weights."""
+    """Return those `paths` that a model folder needs beside its weights, sorted."""
     return [
         path for path in sorted(paths) if is_safe(path) and any(fnmatch.fnmatch(path, each) for each in MODEL_FILES)
     ]
 
 
 def is_downloaded(snapshot: Snapshot, weights: HubWeights) -> bool:
-    """Whether all the weights are in huggingface_hub's cache."""
+    """Whether all weights are in huggingface_hub's cache."""
     return is_cached(snapshot, weights.files)
 
 
 def recorded_weights(files: Mapping[str, Any]) -> HubWeights:
-    """The weights as a catalogue keeps them (`HubWeights.to_json`).
+    """Read the catalogue's entry that `HubWeights.to_json` wrote.
 
     Raises:
-        CheckpointError: the catalogue's entry is none of loratool's.
+        CheckpointError: the entry is invalid.
     """
     found = {}
     for name, facts in files.items():
@@ -198,7 +198,7 @@ def recorded_weights(files: Mapping[str, Any]) -> HubWeights:
 
 
 class _Headers:
-    """The headers of a snapshot's files: from the files where they are in the cache, else remembered, else asked for."""
+    """A reader of the headers of a snapshot's files: from the downloaded file, else the header cache, else the Hub."""
 
     def __init__(self, snapshot: Snapshot, folder: Path, cache: HeaderCache, command: str) -> None:
         self.snapshot, self.folder, self.cache, self.command = snapshot, folder, cache, command
@@ -221,11 +221,11 @@ class _Headers:
         return HfFileSystem(skip_instance_cache=True)
 
     def _ask(self, file: HubFile) -> bytes:
-        """The JSON text of a header, by range."""
+        """Request the JSON text of a header by range."""
         repo, commit = self.snapshot.repo, self.snapshot.commit
         if self.snapshot.is_from_cache:
             raise NotFoundError(
-                f"the header of {quoted(file.path)} is not here; run '{self.command}' once with the network"
+                f"the header of {quoted(file.path)} is not in the cache; run '{self.command}' once while online"
             )
         with (
             hub_errors(self.command, repo, commit),
@@ -236,6 +236,6 @@ class _Headers:
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, (file.size or 0) - 8):
                 raise CheckpointError(
                     f"{quoted(file.path)} of {quoted(repo)} is not a valid safetensors file: its header claims {length} "
-                    f"bytes and the file has {file.size}"
+                    f"bytes, but the file has {file.size}"
                 )
             return bytes(stream.read(length))

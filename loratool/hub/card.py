@@ -1,4 +1,4 @@
-"""The card of an adapter: what the Hub's front matter says of it, and what a person reads."""
+"""The model card of an adapter: the front matter for the Hub and the text for people."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from loratool.hub.markdown import code, plain, sections, table
 from loratool.hub.readme import FrontMatter
 
 KINDS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
-"""What an adapter of each kind is called."""
+"""The name of each kind in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What a model with the adapter does: the class of transformers that loads it, and the Hub's word for it."""
+    """A task of a model: the transformers class that loads the model, and the Hub's pipeline tag."""
 
     auto_class: str
     pipeline: str | None
@@ -31,7 +31,7 @@ TASKS: Final = {
     "QUESTION_ANS": Task("AutoModelForQuestionAnswering", "question-answering"),
     "FEATURE_EXTRACTION": Task("AutoModel", "feature-extraction"),
 }
-"""PEFT's ``task_type`` and what it means."""
+"""The tasks by PEFT's ``task_type``."""
 
 _ARCHITECTURES: Final = {
     "ForCausalLM": "CAUSAL_LM",
@@ -43,10 +43,10 @@ _ARCHITECTURES: Final = {
 }
 
 _SAID_ABOVE: Final = frozenset({"alpha", "base", "base_fingerprint", "data_sha256", "rank", "targets"})
-"""Of a recipe: what the card says elsewhere, or nobody reads."""
+"""Keys of a recipe that the card leaves out, because it shows them elsewhere or few people need them."""
 
 _FIRST: Final = ("method", "data", "samples", "steps", "epochs", "batch_size", "lr", "schedule", "quantize", "seed")
-"""Of a recipe: what people ask for first."""
+"""Keys of a recipe that the card shows first."""
 
 MOST_TARGETS: Final = 24
 MOST_FIGURES: Final = 40
@@ -54,26 +54,26 @@ MOST_FIGURES: Final = 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterCard:
-    """What is known of an adapter that is pushed.
+    """The facts about an adapter to push.
 
     Attributes:
-        name: what its README is called.
-        repository: where it lies on the Hub.
+        name: the title of the README.
+        repository: the repository's id on the Hub.
         kind: ``lora``, ``dylora`` or ``adalora``.
         ranks: the rank of each module.
         alpha: ``lora_alpha`` of the configuration.
-        scalings: what the modules' updates are multiplied by, each value once.
-        target_modules, replaced: the modules it changes by factors; how many tensors it holds whole.
-        parameters, dtype, size_bytes, sha256: of its weights.
-        base: the Hub id of its base, or None where it has none.
-        base_url: where that is shown.
-        base_fingerprint: of the base's content, where it is known.
-        task: PEFT's ``task_type``, where it is known.
-        recipe, metrics: of its training, as they were recorded.
-        lineage: what it was made from: an operation and its parents' names, the nearest first.
-        tags: words to find it by.
-        license: as the Hub calls it.
-        picture: the file of its loss plot in the repository.
+        scalings: the scalings of the modules' updates, each value once.
+        target_modules, replaced: the modules it changes by factors; the number of tensors it replaces whole.
+        parameters, dtype, size_bytes, sha256: facts about its weights.
+        base: the Hub id of its base, or None if it has none.
+        base_url: the base's page on the Hub.
+        base_fingerprint: the fingerprint of the base's content, if known.
+        task: PEFT's ``task_type``, if known.
+        recipe, metrics: the recipe and metrics of its training, as recorded.
+        lineage: pairs of an operation and the names of the parents it took, the nearest first.
+        tags: its tags on the Hub.
+        license: the Hub's identifier of its license.
+        picture: the path of its loss plot in the repository.
     """
 
     name: str
@@ -101,7 +101,7 @@ class AdapterCard:
 
     @property
     def rank(self) -> str:
-        """``8``, or ``4 to 16`` where modules differ; a DyLoRA has every rank up to its own."""
+        """``8``, or ``4 to 16`` if modules differ. A DyLoRA has every rank up to its largest."""
         if not self.ranks:
             return ""
         least, most = min(self.ranks.values()), max(self.ranks.values())
@@ -110,7 +110,7 @@ class AdapterCard:
         return str(most) if least == most else f"{least} to {most}"
 
     def front_matter(self) -> FrontMatter:
-        """What the Hub reads."""
+        """Return the front matter, which the Hub reads."""
         datasets = dataset_ids(self.recipe)
         pipeline = TASKS[self.task].pipeline if self.task in TASKS else None
         managed: dict[str, Any] = {
@@ -124,7 +124,7 @@ class AdapterCard:
         return FrontMatter(managed, {"pipeline_tag": pipeline, "datasets": datasets}, tuple(dict.fromkeys(words)))
 
     def body(self) -> str:
-        """What a person reads: what it is, how to use it, how it was trained, and how good it is."""
+        """Return the text: what the adapter is, how to use it, how it was trained, and its metrics."""
         return sections(
             self._introduction(),
             table(self._facts()),
@@ -145,7 +145,7 @@ class AdapterCard:
                 "PEFT and serving engines load it at its full rank."
             )
         if self.kind == "adalora":
-            text += " PEFT loads it; for engines that know only LoRA, `loratool prune --as lora` makes an ordinary one of it."
+            text += " PEFT loads it. For engines that load only LoRA, convert it with `loratool prune --as lora`."
         for operation, parents in self.lineage[:1]:
             made_by, made_of = code(f"loratool {operation}"), ", ".join(map(code, parents[:MOST_TARGETS]))
             text += f" Made by {made_by} from {made_of}." if made_of else f" Made by {made_by}."
@@ -203,7 +203,7 @@ loratool merge {name} --into {base}
 ```"""
 
     def _training(self) -> list[str]:
-        """The choices that people ask for first, and all others folded away."""
+        """The section about training: the main choices, and a folded table with all others."""
         said = {key: value for key, value in _flat(self.recipe).items() if key not in _SAID_ABOVE}
         first = table(_rows({key: said[key] for key in _FIRST if key in said}), ("trained", ""))
         more = table(_rows({key: value for key, value in sorted(said.items()) if key not in _FIRST}), ("recipe", ""))
@@ -225,7 +225,7 @@ loratool merge {name} --into {base}
 
 
 def task_of(config: Mapping[str, Any], architecture: str | None) -> str | None:
-    """PEFT's ``task_type`` of a configuration, or else what the base's architecture says; None where neither does."""
+    """Return the ``task_type`` of a PEFT configuration, else that of the base's architecture, else None."""
     recorded = config.get("task_type")
     if recorded in TASKS:
         return str(recorded)
@@ -233,7 +233,7 @@ def task_of(config: Mapping[str, Any], architecture: str | None) -> str | None:
 
 
 def dataset_ids(recipe: Mapping[str, Any]) -> list[str]:
-    """The Hub's data sets among what a recipe says that it was trained on; a file is none."""
+    """Return the Hub ids of data sets in a recipe's ``data``. Files are left out."""
     from pathlib import PurePosixPath
 
     given = recipe.get("data")
@@ -243,7 +243,7 @@ def dataset_ids(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """A row for each figure; one in bytes is shown in what people count them in."""
+    """One row for each figure. Sizes in bytes are shown as kB, MB or GB."""
     rows = []
     for key, value in list(figures.items())[:MOST_FIGURES]:
         in_bytes = key.endswith("_bytes") and isinstance(value, int)
@@ -253,7 +253,7 @@ def _rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested figures with their keys joined, None left out."""
+    """Flatten nested figures by joining their keys; values that are None are left out."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""huggingface_hub's client as loratool uses it: the user's own token and endpoint, under loratool's name."""
+"""huggingface_hub's client, with the user's token and endpoint, and loratool's name as the user agent."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 ANSWER_SECONDS: Final = 10.0
-"""How long the Hub may take to answer at all."""
+"""Timeout of the request that tests whether the Hub answers."""
 
 
 def client() -> HfApi:
-    """A client with the token of ``HF_TOKEN`` or ``hf auth login``, for the Hub at ``HF_ENDPOINT``; its logs show no secret."""
+    """Return a client for the Hub at ``HF_ENDPOINT`` with the token of ``HF_TOKEN`` or ``hf auth login``.
+
+    Its logs show no secrets.
+    """
     from huggingface_hub import HfApi
 
     keep_logs_clean()
@@ -24,10 +27,10 @@ def client() -> HfApi:
 
 
 def ask_once() -> None:
-    """Ask the Hub for next to nothing: what huggingface_hub's HTTP library raises where nobody answers, at once.
+    """Send the Hub one tiny request; raise the error of huggingface_hub's HTTP library if the Hub cannot be reached.
 
-    Some of what huggingface_hub asks it asks six times, over half a minute, with a line for each; which is right where somebody
-    answered and hung up.
+    huggingface_hub repeats some requests six times over half a minute, with a log line for each. That suits a server that
+    hung up, not one that cannot be reached.
     """
     from huggingface_hub import constants, get_session
 

@@ -13,7 +13,7 @@ from loratool.hub.client import ask_once
 from loratool.hub.retry import is_unreachable
 
 TABLES: Final = frozenset({"arrow", "csv", "json", "parquet", "text"})
-"""The formats that are read; a data set in any other could hold pickles, pictures or sound."""
+"""The formats that are read. Data sets in other formats may hold pickles, images or audio."""
 
 DEFAULT_SPLIT: Final = "train"
 
@@ -27,29 +27,32 @@ class Table:
 
 
 def fetch_table(repo: str, split: str | None = None, *, columns: Sequence[str], revision: str | None = None) -> Table:
-    """One split of a data set of the Hub, of whose rows only `columns` are read, where it has them.
+    """Return one split of a data set on the Hub. Only those of `columns` that it has are read.
 
     Args:
-        split: as ``datasets`` names and slices it (``test``, ``train[:100]``); by default ``train``, or the only one.
+        repo: the data set's id on the Hub.
+        split: a name or slice as ``datasets`` spells it (``test``, ``train[:100]``); by default ``train``, or the only one.
+        columns: the names of the columns to read.
+        revision: a branch, tag or commit.
 
     Raises:
-        NotFoundError: there is no such data set or split, or the Hub cannot be reached.
-        DataError: it is stored in another format than a table, or is damaged.
+        NotFoundError: there is no such data set or split, or the Hub cannot be reached and the cache does not have it.
+        DataError: the data set is not a table, or is damaged.
         LoratoolError: ``datasets`` is not installed.
     """
     try:
         import datasets
     except ImportError as error:
         raise LoratoolError(
-            f"a data set of the Hub needs packages that are not installed ({error}); pip install 'loratool[train]'"
+            f"data sets on the Hub need packages that are not installed ({error}); pip install 'loratool[train]'"
         ) from None
     with _quiet(datasets), _by_the_cache_where_nobody_answers(datasets) as silence:
         try:
             builder = datasets.load_dataset_builder(repo, revision=revision)
             if builder.name not in TABLES:
                 raise DataError(
-                    f"the data set {quoted(repo)} is stored as {quoted(builder.name)}, and {', '.join(sorted(TABLES))} are "
-                    "read; save it as a JSONL or Parquet file"
+                    f"the data set {quoted(repo)} is stored as {quoted(builder.name)}, but only "
+                    f"{', '.join(sorted(TABLES))} are read; save it as a JSONL or Parquet file"
                 )
             builder.download_and_prepare()
             chosen = split or _default_split(repo, list(builder.info.splits or ()))
@@ -58,12 +61,12 @@ def fetch_table(repo: str, split: str | None = None, *, columns: Sequence[str], 
             return Table(names, rows.select_columns([name for name in names if name in columns]))
         except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
             raise NotFoundError(
-                f"{quoted(repo)} is neither a file nor a data set that the Hub gives or its cache holds "
+                f"{quoted(repo)} is neither a file nor a data set on the Hub or in its cache "
                 f"({_first_line(silence or error)}); give a file, or go online once"
             ) from None
         except LoratoolError:
             raise
-        except Exception as error:  # whatever files from outside can make a library raise
+        except Exception as error:  # files from outside can make a library raise anything
             raise DataError(f"cannot read the data set {quoted(repo)}: {_first_line(error)}") from None
 
 
@@ -73,12 +76,14 @@ def _default_split(repo: str, splits: Sequence[str]) -> str:
     if len(splits) == 1:
         return splits[0]
     found = ", ".join(map(quoted, splits)) or "none"
-    raise NotFoundError(f"the data set {quoted(repo)} has no split 'train' but {found}; name one as {repo}:SPLIT")
+    raise NotFoundError(
+        f"the data set {quoted(repo)} has no split 'train'; its splits are {found}: name one as {repo}:SPLIT"
+    )
 
 
 @contextmanager
 def _quiet(datasets: Any) -> Iterator[None]:
-    """Without warnings, progress bars, and word of each request that is tried again."""
+    """Silence warnings, progress bars and messages about retried requests."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     bars = not datasets.are_progress_bars_disabled()
@@ -96,9 +101,9 @@ def _quiet(datasets: Any) -> Iterator[None]:
 
 @contextmanager
 def _by_the_cache_where_nobody_answers(datasets: Any) -> Iterator[Exception | None]:
-    """As with HF_HUB_OFFLINE where the Hub cannot be reached, which ``datasets`` asks for half a minute otherwise.
+    """Set HF_HUB_OFFLINE in the block if the Hub cannot be reached, since ``datasets`` would retry for half a minute.
 
-    Gives what says that it cannot.
+    Yields the error that showed that it cannot, or None.
     """
     from huggingface_hub import constants
 

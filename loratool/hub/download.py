@@ -1,6 +1,6 @@
-"""Files of a repository in huggingface_hub's cache: downloaded where they are not there yet, and checked byte by byte.
+"""Downloads of a repository's files into huggingface_hub's cache, checked byte by byte.
 
-Each is compared with what the Hub says of it: the sha256 of a large file, git's blob id of a small one.
+Each file is compared with the hash that the Hub lists: the sha256 of a large file, the git blob id of a small one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ READ_BYTES: Final = 1 << 20
 
 
 class _StoppedError(Exception):
-    """A download is not wanted any more, since another failed or the user interrupted."""
+    """The download is cancelled, because another one failed or the user interrupted."""
 
 
 class Watcher(Protocol):
-    """What is told how many bytes are to come, of each that has come, and how often a connection broke."""
+    """A display of progress: `begin` takes the total bytes, `advance` the bytes just received, `retrying` the retries so far."""
 
     def begin(self, label: str, total: int) -> None: ...
 
@@ -40,13 +40,13 @@ class Watcher(Protocol):
 
 def fetch(snapshot: Snapshot, paths: Collection[str], command: str, watcher: Watcher | None = None, *,
           recheck: bool = True) -> Path:  # fmt: skip
-    """Have these files of a snapshot in the cache, downloaded where need be and checked; the snapshot's folder.
+    """Download the missing ones of these files of a snapshot, check all, and return the snapshot's folder in the cache.
 
-    `command` is what the user ran, for the error. With `recheck` off, what is in the cache already is taken as it is.
+    `command` is the user's command, for error messages. Without `recheck`, files already in the cache are not checked again.
 
     Raises:
-        NotFoundError: one is not there.
-        HubError: it cannot be downloaded, or is not what the Hub says that it is.
+        NotFoundError: a file does not exist.
+        HubError: a file cannot be downloaded, or differs from what the Hub lists.
     """
     wanted = [snapshot.files.get(path, HubFile(path)) for path in paths]
     keep_logs_clean()
@@ -71,13 +71,13 @@ def fetch(snapshot: Snapshot, paths: Collection[str], command: str, watcher: Wat
         with counted_retries(retrying) as retries:
             found = in_threads(one, wanted, DOWNLOADS_AT_ONCE, leave=True)
     except BaseException:
-        stopped.set()  # the other downloads end at their next bytes
+        stopped.set()  # the other downloads end at their next chunk
         raise
     return found[0].parents[wanted[0].path.count("/")]
 
 
 def is_cached(snapshot: Snapshot, paths: Iterable[str]) -> bool:
-    """Whether all these files of the snapshot are in the cache."""
+    """Whether all these files of a snapshot are in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     return all(isinstance(try_to_load_from_cache(snapshot.repo, path, revision=snapshot.commit), str) for path in paths)
@@ -88,10 +88,10 @@ def _fetch_one(snapshot: Snapshot, file: HubFile, command: str, advance: Callabl
     label = f"{quoted(file.path)} of {quoted(snapshot.repo)}"
     if snapshot.folder is not None:
         if not (snapshot.folder / file.path).is_file():
-            raise NotFoundError(f"{label} is not in the cache; run '{command}' once with the network")
+            raise NotFoundError(f"{label} is not in the cache; run '{command}' once while online")
         wrong = _why_wrong(snapshot.folder / file.path, file) if recheck else None
         if wrong is not None:
-            raise HubError(f"{label} is damaged in the cache ({wrong}); run '{command}' with the network")
+            raise HubError(f"{label} is damaged in the cache ({wrong}); run '{command}' while online")
         return snapshot.folder / file.path
     taken_as_it_is = not recheck and is_cached(snapshot, [file.path])
     path = _download(snapshot, file, command, advance, retries)
@@ -99,24 +99,24 @@ def _fetch_one(snapshot: Snapshot, file: HubFile, command: str, advance: Callabl
         return path
     wrong = _why_wrong(path, file)
     if wrong is not None:
-        # Damaged on the way, or in the cache since: once more, from the Hub.
+        # Damaged in transit, or since then in the cache: download it again.
         path = _download(snapshot, file, command, advance, retries, force=True)
         wrong = _why_wrong(path, file)
     if wrong is not None:
         _forget(path)
         raise HubError(
-            f"{label} is not what the Hub says it is, twice ({wrong}); it was not kept: run '{command}' again later, "
-            "and if it stays so, tell the repository's owner"
+            f"{label} differs from what the Hub lists, in two downloads ({wrong}); it was not kept: run '{command}' again "
+            "later, and tell the repository's owner if that does not help"
         )
     return path
 
 
 def _download(snapshot: Snapshot, file: HubFile, command: str, advance: Callable[[int], None], retries: Retries, *,
               force: bool = False) -> Path:  # fmt: skip
-    """Download one file as huggingface_hub does, which goes on where a connection broke.
+    """Download one file through huggingface_hub, which resumes after a broken connection.
 
     Raises:
-        HubError, NotFoundError: it cannot be got; the message counts the tries.
+        HubError, NotFoundError: the download failed. The message counts the tries.
     """
     from huggingface_hub import hf_hub_download
 
@@ -125,7 +125,7 @@ def _download(snapshot: Snapshot, file: HubFile, command: str, advance: Callable
     def may_retry(error: Exception) -> bool:
         nonlocal ours
         if is_unreachable(error) and retries.of_this_thread() - before > ours:
-            return False  # huggingface_hub has tried often enough
+            return False  # huggingface_hub itself has retried
         ours += 1
         retries.count()
         return True
@@ -148,13 +148,13 @@ def _download(snapshot: Snapshot, file: HubFile, command: str, advance: Callable
             if not (tries and is_unreachable(error)):
                 raise
             raise HubError(
-                f"the download of {quoted(file.path)} of {quoted(snapshot.repo)} was cut {tries + 1} times; check the "
-                f"network, and run '{command}' again: what has come is kept"
+                f"the download of {quoted(file.path)} of {quoted(snapshot.repo)} broke off {tries + 1} times; check the "
+                f"network, and run '{command}' again: it resumes where it stopped"
             ) from error
 
 
 def _bar(advance: Callable[[int], None]) -> type:
-    """What huggingface_hub takes for a progress bar: it draws nothing, and tells `advance` of every byte."""
+    """Return a class with the interface of tqdm, for huggingface_hub. It draws nothing and calls `advance` with each count."""
 
     class Bar:
         n = 0
@@ -182,11 +182,11 @@ def _bar(advance: Callable[[int], None]) -> type:
 
 
 def _why_wrong(path: Path, file: HubFile) -> str | None:
-    """Why a file is not what the Hub says of it; None where it is, or nothing is said."""
+    """Return how a file differs from what the Hub lists; None if it does not, or the Hub lists no hash."""
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if file.size is not None and size != file.size:
-            return f"it has {size:,} bytes and should have {file.size:,}"
+            return f"it has {size:,} bytes instead of {file.size:,}"
         if file.sha256 is not None:
             expected, found = file.sha256, hashlib.file_digest(stream, "sha256").hexdigest()
         elif file.blob_id is not None:
@@ -194,11 +194,11 @@ def _why_wrong(path: Path, file: HubFile) -> str | None:
         else:
             return None
     kind = "sha256" if file.sha256 is not None else "git id"
-    return None if found == expected else f"its {kind} is {found[:12]}… and should be {expected[:12]}…"
+    return None if found == expected else f"its {kind} is {found[:12]}… instead of {expected[:12]}…"
 
 
 def _git_blob_id(stream: BinaryIO, size: int) -> str:
-    """git's name for a file's content: SHA-1 of ``blob <size>\\0`` and the content."""
+    """Return the git blob id of a file's content: SHA-1 over ``blob <size>\\0`` and the content."""
     hasher = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     while chunk := stream.read(READ_BYTES):
         hasher.update(chunk)
@@ -206,7 +206,7 @@ def _git_blob_id(stream: BinaryIO, size: int) -> str:
 
 
 def _forget(path: Path) -> None:
-    """Take a wrong file out of the cache, so that nobody else loads it: the link, and what it leads to."""
+    """Remove a wrong file from the cache, so that no program loads it: the link and its target."""
     real = Path(os.path.realpath(path))
     path.unlink(missing_ok=True)
     real.unlink(missing_ok=True)

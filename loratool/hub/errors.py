@@ -1,4 +1,4 @@
-"""What huggingface_hub raises, as errors that say what to do next; no token is ever in them."""
+"""Translation of huggingface_hub's errors into errors that say what to do next and never contain a token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
 
 TOKEN: Final = re.compile(r"hf_[A-Za-z0-9_]{6,}")
 SIGNED: Final = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
-"""An address with a query, which may be a signature that opens what it points to."""
+"""A URL with a query, which may be a signature that grants access."""
 
 LOG_IN: Final = "log in with 'hf auth login', or set HF_TOKEN"
 MOST_CAUSES: Final = 8
@@ -20,13 +20,13 @@ MOST_CAUSES: Final = 8
 
 @contextmanager
 def hub_errors(command: str, repository: str, revision: str | None = None) -> Iterator[None]:
-    """Give what huggingface_hub raises in the block as a LoratoolError; other errors pass.
+    """Turn errors of huggingface_hub in the block into a LoratoolError; other errors pass through.
 
-    `command` is what the user ran (``loratool push``), `repository` what it was about.
+    `command` is the user's command (``loratool push``), `repository` the one it concerns. Both are for the messages.
 
     Raises:
         NotFoundError: there is no such repository, revision or file, or this user may not see it.
-        HubError: it is gated or forbidden, the Hub fails or cannot be reached, or the disk is full.
+        HubError: access is gated or forbidden, the Hub fails or cannot be reached, or the disk is full.
     """
     try:
         yield
@@ -40,10 +40,10 @@ def hub_errors(command: str, repository: str, revision: str | None = None) -> It
 
 
 def refuse_offline(command: str) -> None:
-    """Raise where HF_HUB_OFFLINE forbids the network, which `command` needs.
+    """Refuse `command`, which needs the network, if HF_HUB_OFFLINE is set.
 
     Raises:
-        HubError: it does.
+        HubError: HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import constants
 
@@ -52,10 +52,10 @@ def refuse_offline(command: str) -> None:
 
 
 def refuse_anonymous(command: str) -> None:
-    """Raise where there is no token, which `command` needs.
+    """Refuse `command`, which needs a token, if there is none.
 
     Raises:
-        HubError: there is none.
+        HubError: there is no token.
     """
     from huggingface_hub import get_token
 
@@ -64,7 +64,7 @@ def refuse_anonymous(command: str) -> None:
 
 
 def without_secrets(text: str) -> str:
-    """`text` without tokens, and without the queries of addresses, which may be signatures."""
+    """Return `text` without tokens and without the queries of URLs, which may be signatures."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -85,29 +85,29 @@ def _explained(error: Exception, command: str, repository: str, revision: str | 
     full = next((each for each in causes if isinstance(each, OSError) and each.errno in _NO_ROOM), None)
     if full is not None:
         where = f" for {quoted(full.filename)}" if full.filename else ""
-        return HubError(f"there is no room left on the disk{where}; free some, and run {command} again")
+        return HubError(f"no space is left on the disk{where}; free some, and run {command} again")
     if isinstance(error, LocalTokenNotFoundError):
         return _anonymous(command)
     if isinstance(error, HFValidationError):
-        return NotFoundError(f"{quoted(repository)} is no Hub id: {_first_line(error)}; write owner/name")
+        return NotFoundError(f"{quoted(repository)} is not a Hub id: {_first_line(error)}; write owner/name")
     if _from_xet(error):
         return HubError(
-            f"{quoted(repository)}: Xet failed ({_first_line(error)}); run {command} again, with HF_HUB_DISABLE_XET=1 where "
-            "the Hub that you use does not speak Xet"
+            f"{quoted(repository)}: Xet failed ({_first_line(error)}); run {command} again, with HF_HUB_DISABLE_XET=1 if "
+            "your Hub does not support Xet"
         )
-    transport = HfHubHTTPError.__bases__  # huggingface_hub's HTTP library is another in other versions
+    transport = HfHubHTTPError.__bases__  # huggingface_hub's HTTP library depends on its version
     broken = next((each for each in causes if isinstance(each, transport) and not isinstance(each, OSError)), None)
     if broken is not None or isinstance(error, ConnectionError):
         return _unreachable(broken or error, command)
     if isinstance(error, OSError) and error.filename is not None:
-        return None  # of the disk, which the command line explains
+        return None  # an error of the disk, which the command line explains
     if type(error).__module__.startswith(("huggingface_hub", "hf_xet")) or isinstance(error, (ValueError, OSError)):
         return HubError(f"{quoted(repository)}: {_first_line(error)}; run {command} again")
     return None
 
 
 def _refused(error: Any, repository: str, revision: str | None) -> LoratoolError:
-    """What the Hub answered; each kind with its way out. `error` is a HfHubHTTPError."""
+    """Return the error for a response of the Hub, with the next step. `error` is an HfHubHTTPError."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -127,7 +127,7 @@ def _refused(error: Any, repository: str, revision: str | None) -> LoratoolError
         )
     if isinstance(error, EntryNotFoundError):
         return NotFoundError(
-            f"a file is not in {name} ({said}); check the path, or run the command again if it was just there"
+            f"a file is not in {name} ({said}); check the path, or run the command again if it was there before"
         )
     if isinstance(error, RepositoryNotFoundError):
         return NotFoundError(
@@ -139,16 +139,16 @@ def _refused(error: Any, repository: str, revision: str | None) -> LoratoolError
 
 def _next_step(status: int) -> str:
     if status == 401:
-        return f"your token does not count here: {LOG_IN}"
+        return f"your token is not valid here: {LOG_IN}"
     if status == 403:
-        return f"your token may not do this: {LOG_IN} with one that may write there, or propose it with --create-pr"
+        return f"your token may not do this: {LOG_IN} with one that may, or propose the change with --create-pr"
     if status == 412:
-        return "somebody else committed meanwhile: run the command again"
+        return "there is a new commit in the meantime: run the command again"
     if status == 429:
-        return "you asked too often: wait some minutes and run the command again"
+        return "too many requests: wait some minutes and run the command again"
     if status >= 500:
-        return "that is the Hub's own trouble: run the command again later"
-    return "see what it says, and run the command again"
+        return "the fault is the Hub's: run the command again later"
+    return "follow that message, and run the command again"
 
 
 def _offline(command: str, repository: str | None = None) -> HubError:
@@ -161,18 +161,18 @@ def _offline(command: str, repository: str | None = None) -> HubError:
 
 
 def _anonymous(command: str) -> HubError:
-    return HubError(f"{command} has to know who you are; {LOG_IN}")
+    return HubError(f"{command} needs a token; {LOG_IN}")
 
 
 def _unreachable(error: BaseException, command: str) -> HubError:
     from huggingface_hub import constants
 
-    what = f"the Hub at {constants.ENDPOINT} cannot be reached, or the connection broke"
+    what = f"the Hub at {constants.ENDPOINT} cannot be reached, or the connection broke off"
     return HubError(f"{what} ({_first_line(error)}); check the network and HF_ENDPOINT, and run {command} again")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, the outermost first; a loop among them is left after a few."""
+    """Yield the error and its causes, outermost first, at most MOST_CAUSES since they may form a loop."""
     current: BaseException | None = error
     for _ in range(MOST_CAUSES):
         if current is None:
@@ -182,7 +182,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _from_xet(error: BaseException) -> bool:
-    """Whether the error passed through huggingface_hub's use of Xet, whose errors have no class of their own."""
+    """Whether the error passed through huggingface_hub's Xet code, which has no error class of its own."""
     trace = error.__traceback__
     while trace is not None:
         if "xet" in trace.tb_frame.f_code.co_name:
@@ -192,7 +192,7 @@ def _from_xet(error: BaseException) -> bool:
 
 
 def _said(error: Any) -> str:
-    """The Hub's own words; without any, the first that huggingface_hub has for them."""
+    """The Hub's message, or the first line of huggingface_hub's if it sent none."""
     words = " ".join(str(error.server_message or "").split())
     return without_secrets(words).rstrip(".") if words else _first_line(error)
 

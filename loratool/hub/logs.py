@@ -1,5 +1,7 @@
-"""What huggingface_hub logs: without secrets, as its warnings name the addresses of files, whose queries open them; and without
-a line for each time that it tries again."""
+"""Filters for huggingface_hub's log: no secrets, and no line for each retry.
+
+Its warnings contain URLs of files, whose queries grant access to them.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ from loratool.hub.errors import without_secrets
 
 LIBRARY: Final = "huggingface_hub"
 AGAIN: Final = re.compile(r"Trying to resume download|Retrying in|Waiting .* before retry")
-"""What it logs before it tries again."""
+"""Messages before a retry."""
 
 BROKEN: Final = re.compile(r"Max retries exceeded|thrown while requesting")
-"""What else it logs of the same trouble."""
+"""Other messages about the same failures."""
 
 
 class WithoutSecrets(logging.Filter):
-    """Takes tokens and the queries of addresses out of every message."""
+    """A filter that removes tokens and the queries of URLs from every message."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = without_secrets(record.getMessage()), ()
@@ -30,7 +32,7 @@ class WithoutSecrets(logging.Filter):
 
 
 class Retries(logging.Filter):
-    """Drops what huggingface_hub logs of its tries, and counts those of each thread; `tell` is told how many in all."""
+    """A filter that drops messages about retries and counts them by thread; `tell` is called with the total."""
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         super().__init__()
@@ -45,17 +47,17 @@ class Retries(logging.Filter):
         return BROKEN.search(message) is None
 
     def count(self) -> None:
-        """One more try of this thread."""
+        """Count one more retry in this thread."""
         self._by_thread[threading.get_ident()] += 1
         self._tell(self._by_thread.total())
 
     def of_this_thread(self) -> int:
-        """How many times what this thread asked for was tried again."""
+        """Return the number of retries in this thread."""
         return self._by_thread[threading.get_ident()]
 
 
 def keep_logs_clean() -> None:
-    """Have huggingface_hub's own log handler show no secrets. Twice is once."""
+    """Remove secrets from huggingface_hub's own log handlers. Further calls change nothing."""
     for handler in logging.getLogger(LIBRARY).handlers:
         if not any(isinstance(each, WithoutSecrets) for each in handler.filters):
             handler.addFilter(WithoutSecrets())
@@ -63,7 +65,7 @@ def keep_logs_clean() -> None:
 
 @contextmanager
 def counted_retries(tell: Callable[[int], None]) -> Iterator[Retries]:
-    """Keep what huggingface_hub logs of its tries out of its log inside, and count them instead."""
+    """Count huggingface_hub's retries in the block instead of logging them."""
     handlers = list(logging.getLogger(LIBRARY).handlers)
     retries = Retries(tell)
     for handler in handlers:

@@ -1,4 +1,4 @@
-"""Markdown in which no name from outside is more than a name."""
+"""Markdown in which text from outside cannot become markup."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _SPECIAL: Final = re.compile(r"([\\`*_{}\[\]<>()#+!|~&$:])")
 
 
 def plain(text: object) -> str:
-    """`text` as Markdown that shows it letter by letter, on one line."""
+    """Return Markdown that shows `text` literally, on one line."""
     return _SPECIAL.sub(r"\\\1", _line(text))
 
 
 def code(text: object) -> str:
-    """`text` between backticks, as many as it takes; fit for the cell of a table."""
-    # A bar would end the cell, and a comment might be the mark at the end of loratool's part.
+    """Return `text` as inline code, with enough backticks, for use in table cells too."""
+    # A bar would end the cell, and a comment could imitate the mark that ends loratool's part of a README.
     line = _line(text).replace("|", "¦").replace("<!--", "<! --")
     longest = max((len(run) for run in re.findall("`+", line)), default=0)
     if longest == 0:
@@ -29,13 +29,13 @@ def code(text: object) -> str:
 
 
 def table(rows: Iterable[tuple[str, str]], head: tuple[str, str] = ("", "")) -> str:
-    """A table of two columns of Markdown; rows that say nothing are left out. Empty where none is left."""
+    """Return a table of two columns. Rows with an empty value are left out; without rows the result is empty."""
     lines = [f"| {key} | {value} |" for key, value in rows if value]
     return "\n".join([f"| {head[0]} | {head[1]} |", "| --- | --- |", *lines]) if lines else ""
 
 
 def sections(*parts: str) -> str:
-    """The parts that say something, with an empty line between them."""
+    """Join the nonempty parts with an empty line between them."""
     return "\n\n".join(part for part in parts if part)
 
 

@@ -1,4 +1,4 @@
-"""The card of a model that loratool merged or quantized."""
+"""The model card of a model that loratool merged or quantized."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loratool.hub.readme import FrontMatter
 
 @dataclass(frozen=True, slots=True)
 class Ingredient:
-    """An adapter of a merge: its name, kind, rank, weight and sha256, and its address on the Hub, where all may see it."""
+    """An adapter in a merge. `url` is its page on the Hub, if it is public."""
 
     name: str
     kind: str
@@ -25,19 +25,20 @@ class Ingredient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """What is known of a model that is pushed.
+    """The facts about a model to push.
 
     Attributes:
-        name, repository: what its README is called, and where it lies on the Hub.
-        relation: ``merge``, or ``quantized`` where nothing was merged.
-        base, base_url, base_fingerprint: the model that it was made of.
-        fingerprint: of its own content.
-        ingredients: the adapters, in the order in which they were added.
-        storage: how it is stored, if differently than the base; and `storage_tags`, what the Hub calls such models.
-        options: what else decided the bytes.
-        architecture: the class of transformers that it is.
-        task: PEFT's word for what it does, where known.
-        license: as the Hub calls it.
+        name, repository: the title of the README, and the repository's id on the Hub.
+        relation: ``merge``, or ``quantized`` if nothing was merged.
+        base, base_url, base_fingerprint: the model that it was made from.
+        fingerprint: the fingerprint of its content.
+        ingredients: the adapters, in the order in which they were merged.
+        storage: its storage, if it differs from the base's.
+        storage_tags: the Hub's tags for that storage.
+        options: the other options that decided its bytes.
+        architecture: its transformers class.
+        task: PEFT's ``task_type``, if known.
+        license: the Hub's identifier of its license.
     """
 
     name: str
@@ -56,7 +57,7 @@ class ModelCard:
     license: str | None = None
 
     def front_matter(self) -> FrontMatter:
-        """What the Hub reads."""
+        """Return the front matter, which the Hub reads."""
         managed: dict[str, Any] = {
             "base_model": self.base,
             "base_model_relation": self.relation if self.base else None,
@@ -73,7 +74,7 @@ class ModelCard:
         return FrontMatter(managed, {"pipeline_tag": pipeline}, words)
 
     def body(self) -> str:
-        """What a person reads: what it is made of, how to load it, and how to check it."""
+        """Return the text: what the model is made from, how to load it, and how to check it."""
         return sections(
             self._introduction(),
             self._ingredients(),
@@ -124,4 +125,4 @@ model = {auto}.from_pretrained("{self.repository}")
         )
         if not self.ingredients:
             return f"{text}."
-        return f"{text}, and `loratool unmerge FOLDER` gives the base back bit for bit, where the base is at hand."
+        return f"{text}. If you have the base, `loratool unmerge FOLDER` restores it bit for bit."

@@ -1,4 +1,4 @@
-"""An adapter out of a repository: which of its files it is, downloaded and checked, and read."""
+"""Adapters from a repository: their files are chosen, downloaded, checked and read."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from loratool.hub.download import Watcher, fetch
 from loratool.hub.repository import Snapshot, look, remember
 
 LARGEST_JSON: Final = 16 << 20
-"""Bytes; no configuration or record of an adapter comes near."""
+"""Bytes; the configuration and records of an adapter are far smaller."""
 
 MODEL_CONFIG: Final = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class PulledAdapter:
-    """An adapter in the cache, and the snapshot that it is from. `notes` are what a user should know about it."""
+    """An adapter in the cache, the snapshot it is from, and `notes` for the user."""
 
     adapter: Adapter
     snapshot: Snapshot
@@ -38,7 +38,7 @@ class PulledAdapter:
 
     @property
     def base_model(self) -> str | None:
-        """The base's Hub id: as its configuration says, else its card; one that is no Hub id where there is no other."""
+        """The base named by the adapter's configuration or the repository's card; a Hub id if either has one."""
         named = [name for name in (self.adapter.base_model, *self.snapshot.base_models) if name]
         return next((name for name in named if is_hub_id(name)), named[0] if named else None)
 
@@ -48,17 +48,17 @@ def pull_adapter(address: HubAddress, command: str, *, alpha: float | None = Non
     """Download the adapter at an address, check it, and read it.
 
     Args:
-        address: of the repository, or of a folder or file inside it.
-        command: what the user ran, for errors.
-        alpha: for a bare file that does not say its own.
-        fresh: never take the cache's word for what the revision is.
-        snapshot: of that repository, where it is known already.
-        watcher: told how many bytes are done.
+        address: the repository, or a folder or file inside it.
+        command: the user's command, for error messages.
+        alpha: the alpha of a bare file that records none.
+        fresh: resolve the revision on the Hub, never from the cache.
+        snapshot: the repository's snapshot, if known already.
+        watcher: the display of progress.
 
     Raises:
-        NotFoundError: there is no such repository, revision or file, or none that is an adapter.
-        AdapterError: it is a pickle, damaged, or not what it says.
-        HubError: it cannot be downloaded, or is not what the Hub says it is.
+        NotFoundError: there is no such repository, revision or file, or it holds no adapter.
+        AdapterError: the adapter is a pickle, is damaged, or contradicts its own record.
+        HubError: a file cannot be downloaded, or differs from what the Hub lists.
     """
     if snapshot is None:
         snapshot = look(address, command, fresh=fresh)
@@ -76,20 +76,18 @@ def pull_adapter(address: HubAddress, command: str, *, alpha: float | None = Non
         adapter = with_trained_beside(adapter, snapshot.names_below(posixpath.dirname(paths[0])))
     listed = snapshot.files[paths[0] if single else paths[1]].sha256
     if listed not in (None, adapter.sha256):
-        raise HubError(
-            f"the weights of {quoted(address)} changed in the cache while they were read; run '{command}' again"
-        )
+        raise HubError(f"the weights of {quoted(address)} changed in the cache during the read; run '{command}' again")
     check_facts(adapter.facts, f"{address.repo}/{paths[-1]}")
     return PulledAdapter(adapter, snapshot, (*adapter.notes, *_notes(snapshot, paths)))
 
 
 @contextmanager
 def _named_as_on_hub(folder: Path, repo: str) -> Iterator[None]:
-    """Give errors of files in the cache with their names on the Hub; a path there says nothing to anybody."""
+    """Name files in errors as on the Hub, since their paths in the cache mean nothing to a person."""
     try:
         yield
     except AdapterError as error:
-        # A long path has been cut off somewhere.
+        # The message may have cut off a long path.
         found = re.compile(rf"'({re.escape(str(folder)[:80])}[^']*)'")
         raise type(error)(found.sub(lambda match: _on_hub(match[1], folder, repo), str(error))) from None
 
@@ -100,13 +98,13 @@ def _on_hub(path: str, folder: Path, repo: str) -> str:
 
 
 def choose_files(snapshot: Snapshot, inside: str) -> list[str]:
-    """The paths of the files that are the adapter in a folder (``""``: the top) or file of a snapshot.
+    """Return the paths of an adapter's files. `inside` is a folder of the snapshot (``""`` for the top), or a file.
 
-    Of a PEFT folder its configuration, its weights, and what loratool records; else the one safetensors file there is.
+    They are the configuration, weights and loratool's facts of a PEFT folder, or else the only safetensors file.
 
     Raises:
         NotFoundError: there is no adapter, or more than one.
-        AdapterError: it is a pickle.
+        AdapterError: the adapter is a pickle.
     """
     if inside in snapshot.files:
         folder, name = posixpath.split(inside)
@@ -121,7 +119,7 @@ def choose_files(snapshot: Snapshot, inside: str) -> list[str]:
     singles = [name for name in names if Path(name).suffix in SINGLE_FILE_SUFFIXES]
     if MODEL_CONFIG in names and CONFIG_NAME not in names and singles:
         raise NotFoundError(
-            f"{where} is a whole model and no adapter; name it as a base with 'loratool base add NAME {snapshot.repo}'"
+            f"{where} is a whole model, not an adapter; add it as a base with 'loratool base add NAME {snapshot.repo}'"
         )
     if len(singles) == 1:
         return [_single_file(snapshot, posixpath.join(inside, singles[0]))]
@@ -145,25 +143,27 @@ def _no_adapter(snapshot: Snapshot, inside: str, names: Sequence[str], where: st
     if pickles:
         return _pickle(snapshot, posixpath.join(inside, pickles[0]))
     if not names and not any(path.startswith(f"{inside}/") for path in snapshot.files):
-        return NotFoundError(f"{where} is not there at commit {snapshot.commit[:12]}; see what is with --path left out")
+        return NotFoundError(
+            f"{where} does not exist at commit {snapshot.commit[:12]}; leave --path out to see what does"
+        )
     prefix = f"{inside}/" if inside else ""
     below = sorted(
         {posixpath.dirname(path) for path in snapshot.files
          if path.startswith(prefix) and posixpath.basename(path) == WEIGHTS_NAME and is_safe(path)}
     )  # fmt: skip
     if below:
-        return NotFoundError(f"{where} holds adapters in its folders ({_listed(below)}); name one with --path")
-    cached = "; the cache may lack what the Hub has" if snapshot.is_from_cache else ""
+        return NotFoundError(f"{where} has adapters in folders ({_listed(below)}); name one with --path")
+    cached = "; this is what the cache has, and the Hub may have more" if snapshot.is_from_cache else ""
     return NotFoundError(
-        f"{where} holds no adapter: no {WEIGHTS_NAME} with its {CONFIG_NAME}, no .safetensors file{cached}"
+        f"{where} holds no adapter: neither {WEIGHTS_NAME} with {CONFIG_NAME} nor a .safetensors file{cached}"
     )
 
 
 def _pickle(snapshot: Snapshot, path: str) -> AdapterError:
     return AdapterError(
-        f"{quoted(path)} of {quoted(snapshot.repo)} is a pickle, which can run code when it is opened, so loratool never "
-        f"does; ask for a safetensors file, or where you trust it, load it with peft.PeftModel.from_pretrained, save it "
-        "again with save_pretrained and catalogue that with 'loratool add'"
+        f"{quoted(path)} of {quoted(snapshot.repo)} is a pickle, which loratool never opens because that can run code; "
+        "ask for a safetensors file, or if you trust it, load it with peft.PeftModel.from_pretrained, save it again with "
+        "save_pretrained and catalogue that with 'loratool add'"
     )
 
 
@@ -171,15 +171,15 @@ def _refuse_large(snapshot: Snapshot, path: str) -> None:
     size = snapshot.files[path].size or 0
     if path.endswith(".json") and size > LARGEST_JSON:
         raise AdapterError(
-            f"{quoted(path)} of {quoted(snapshot.repo)} has {size:,} bytes, which no adapter's has; do not use it"
+            f"{quoted(path)} of {quoted(snapshot.repo)} has {size:,} bytes, far too many for an adapter; do not use it"
         )
 
 
 def _notes(snapshot: Snapshot, paths: Sequence[str]) -> list[str]:
     if snapshot.is_from_cache:
-        return ["the Hub was not asked: it is as the cache has it"]
+        return ["the Hub was not asked; this is the copy in the cache"]
     unknown = [path for path in paths if not snapshot.files[path].is_known]
-    return [f"the Hub does not say what {quoted(path)} is, so it was not checked" for path in unknown]
+    return [f"the Hub gives no hash for {quoted(path)}, so it was not checked" for path in unknown]
 
 
 def _listed(names: Sequence[str]) -> str:

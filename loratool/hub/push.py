@@ -1,4 +1,4 @@
-"""Files into a repository on the Hub: compared with what is there, and sent in one commit where anything differs."""
+"""Pushes of files to a repository on the Hub: they are compared with its files, and those that differ go in one commit."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 COMMAND: Final = "loratool push"
 MAIN: Final = "main"
 MOST_PROPOSALS: Final = 10
-"""How many open pull requests are looked at for one that proposes the same."""
+"""The number of open pull requests in which to look for the same proposal."""
 
 State = Literal["new", "changed", "same"]
 
 
 @dataclass(frozen=True)
 class Content:
-    """A file as it is to be in the repository: its `path` there, and where its bytes are."""
+    """A file to push: its `path` in the repository, and a local file or the bytes themselves."""
 
     path: str
     source: Path | bytes
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """The size in bytes."""
         return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
 
     @cached_property
     def sha256(self) -> str:
-        """What the Hub knows a large file by."""
+        """The sha256, by which the Hub identifies large files."""
         if isinstance(self.source, bytes):
             return hashlib.sha256(self.source).hexdigest()
         with open(self.source, "rb") as stream:
@@ -48,21 +48,21 @@ class Content:
 
     @cached_property
     def blob_id(self) -> str:
-        """What the Hub, which is git, knows a small file by."""
+        """The git blob id, by which the Hub identifies small files."""
         data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file that is there: its size, its git id, and of a large one the sha256."""
+    """A file in the repository: its size, its git blob id, and its sha256 if it is large."""
 
     size: int | None
     blob_id: str | None
     sha256: str | None
 
     def holds(self, content: Content) -> bool:
-        """Whether it is the same."""
+        """Whether it equals `content`."""
         if self.size != content.size:
             return False
         return content.sha256 == self.sha256 if self.sha256 else content.blob_id == self.blob_id
@@ -70,14 +70,14 @@ class RemoteFile:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """What is in a repository now.
+    """The state of a repository on the Hub.
 
     Attributes:
-        repository, revision: where to push to: the name that it has now, and a branch.
-        exists: whether there is such a repository.
-        private: whether it is private, where it exists.
-        head: the commit that the branch is at; None where there is no such branch yet.
-        files: of that commit; of the main branch where the branch is still to be made, since it begins there.
+        repository, revision: the repository's current id, and the branch to push to.
+        exists: whether the repository exists.
+        private: whether it exists and is private.
+        head: the commit of the branch; None if the branch does not exist yet.
+        files: the files of that commit, or of the main branch if a new branch will start from it.
         readme: the text of its README.
     """
 
@@ -90,14 +90,14 @@ class Remote:
     readme: str | None = None
 
     def state_of(self, content: Content) -> State:
-        """What a push would do to a file."""
+        """Return whether a push would add or change a file, or leave it the same."""
         there = self.files.get(content.path)
         return "new" if there is None else "same" if there.holds(content) else "changed"
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A commit, the pull request that proposes it, and whether it is new or was there already."""
+    """A commit, the URL of the pull request that proposes it if any, and whether this push made it."""
 
     commit: str
     pull_request: str | None
@@ -105,10 +105,10 @@ class Sent:
 
 
 def look(repository: str, revision: str | None = None) -> Remote:
-    """What is in `repository` now, at a branch; nothing where there is no such repository that this user may see.
+    """Return the state of `repository` at a branch; it is empty if this user can see no such repository.
 
     Raises:
-        NotFoundError, HubError: the Hub does not say, or its README cannot be read.
+        NotFoundError, HubError: the request failed, or the README cannot be read.
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -132,10 +132,10 @@ def look(repository: str, revision: str | None = None) -> Remote:
 
 
 def find_model(repository: str) -> str | None:
-    """The id that a model has on the Hub now; None where there is none that this user may see.
+    """Return a model's current id on the Hub; None if this user can see no such model.
 
     Raises:
-        HubError: the Hub does not say.
+        HubError: the request failed.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -147,10 +147,10 @@ def find_model(repository: str) -> str | None:
 
 
 def is_public(repository: str) -> bool:
-    """Whether everybody may see a repository.
+    """Whether a repository is public.
 
     Raises:
-        HubError: the Hub does not say.
+        HubError: the request failed.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -162,10 +162,10 @@ def is_public(repository: str) -> bool:
 
 
 def user_name() -> str:
-    """Who the token belongs to.
+    """Return the name of the user that the token belongs to.
 
     Raises:
-        HubError: there is no token, or the Hub does not take it.
+        HubError: there is no token, or the Hub does not accept it.
     """
     from huggingface_hub import constants
 
@@ -174,27 +174,27 @@ def user_name() -> str:
 
 
 def check_card(readme: str) -> None:
-    """Have huggingface_hub and the Hub check the front matter of a README.
+    """Check the front matter of a README with huggingface_hub and the Hub.
 
     Raises:
-        HubError: they do not accept it.
+        HubError: it is not accepted.
     """
     from huggingface_hub import ModelCard
 
     with hub_errors(COMMAND, README):
         try:
             ModelCard(readme).validate()
-        except (ValueError, TypeError) as error:  # TypeError of keys that are no words
+        except (ValueError, TypeError) as error:  # a TypeError comes from keys that are not strings
             if isinstance(error, OSError):
                 raise
             said = " ".join(str(error).split())
             raise HubError(
-                f"the Hub does not accept the front matter of {README}: {said}; mend --license, or the file on the Hub"
+                f"the Hub does not accept the front matter of {README}: {said}; correct --license, or the file on the Hub"
             ) from None
 
 
 def refuse_token(contents: Sequence[Content]) -> None:
-    """Raise HubError if a text among the files holds the user's token."""
+    """Raise HubError if a text file holds the user's token."""
     from huggingface_hub import get_token
 
     token = (get_token() or "").encode()
@@ -203,18 +203,18 @@ def refuse_token(contents: Sequence[Content]) -> None:
             continue
         data = content.source if isinstance(content.source, bytes) else content.source.read_bytes()
         if token in data:
-            raise HubError(f"{quoted(content.path)} would show your token to everybody; take it out of there")
+            raise HubError(f"{quoted(content.path)} holds your token and would publish it; remove it from there")
 
 
 def send(
     remote: Remote, contents: Sequence[Content], message: str, *, private: bool = False, create_pr: bool = False
 ) -> Sent:
-    """Make the repository or the branch where it is missing, and commit the files that differ, all at once.
+    """Create the repository or branch if it is missing, and commit the files that differ in one commit.
 
-    What was uploaded before an interruption is not uploaded again.
+    After an interruption, files that were already uploaded are not uploaded again.
 
     Raises:
-        NotFoundError, HubError: the Hub refuses, fails, or cannot be reached; what was there stays as it was.
+        NotFoundError, HubError: the Hub refuses, fails, or cannot be reached. The repository's files are unchanged.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -225,7 +225,7 @@ def send(
         if remote.head is None and remote.revision != MAIN:
             api.create_branch(remote.repository, branch=remote.revision)
         differing = [each for each in contents if remote.state_of(each) != "same"]
-        if not differing:  # of a new branch, which begins with all that there is
+        if not differing:  # for example a new branch, which starts with the files of the main branch
             info = api.model_info(remote.repository, revision=remote.revision, timeout=TIMEOUT)
             return Sent(info.sha or remote.revision, None, is_new=False)
         done = api.create_commit(
@@ -234,17 +234,17 @@ def send(
             commit_message=message,
             revision=remote.revision,
             create_pr=create_pr,
-            # A commit that came in between would be overwritten.
+            # Without it, a commit made in the meantime would be overwritten.
             parent_commit=None if create_pr else remote.head,
         )
     return Sent(done.oid, done.pr_url)
 
 
 def find_proposal(remote: Remote, contents: Sequence[Content]) -> Sent | None:
-    """An open pull request that holds all of these files as they are; None where there is none.
+    """Return an open pull request that already holds exactly these files; None if there is none.
 
     Raises:
-        NotFoundError, HubError: the Hub does not say.
+        NotFoundError, HubError: the request failed.
     """
     api = client()
     with hub_errors(COMMAND, remote.repository):
@@ -270,4 +270,4 @@ def _read_readme(repository: str, commit: str | None) -> str:
     try:
         return Path(file).read_bytes().decode()
     except UnicodeDecodeError:
-        raise HubError(f"{README} of {quoted(repository)} is no UTF-8 text; mend it on the Hub") from None
+        raise HubError(f"{README} of {quoted(repository)} is not UTF-8 text; correct it on the Hub") from None

@@ -1,7 +1,7 @@
-"""A README on the Hub: front matter and text, of which loratool renews its own part and keeps what people wrote.
+"""A README on the Hub, in which loratool rewrites its own part and keeps the rest.
 
-The managed part stands between two comments. Everything outside them, and every key of the front matter that loratool
-does not manage, stays as it is, byte for byte where nothing has to change.
+The managed part stands between two comments. The text outside them and the front matter's other keys stay as they are. If
+no managed key changes, the front matter stays the same byte for byte.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ END: Final = "<!-- loratool: end -->"
 _BEGINS: Final = re.compile(r"<!-- loratool: from here [^\n]*-->")
 
 _TEMPLATE_GAPS: Final = 20
-"""PEFT and transformers save a README of a template with more gaps than this; who fills it in leaves fewer."""
+"""The README template that PEFT and transformers save has at least this many gaps; a filled-in one has fewer."""
 
 _GAP: Final = "[More Information Needed]"
 
 
 @dataclass(frozen=True, slots=True)
 class FrontMatter:
-    """What loratool puts into the front matter.
+    """The keys that loratool sets in the front matter.
 
     Attributes:
-        managed: keys that are renewed, whatever they were; None takes one away.
-        defaults: keys that are set where a person has not set them.
-        tags: words that are among the tags; others stay.
+        managed: keys that are always set; the value None removes the key.
+        defaults: keys that are set only if nobody has set them.
+        tags: tags to add; other tags stay.
     """
 
     managed: Mapping[str, Any]
@@ -39,13 +39,13 @@ class FrontMatter:
     tags: Sequence[str] = ()
 
     def into(self, card: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys of `card` with these."""
+        """Return the front matter `card` with these keys applied."""
         merged = {key: self.managed.get(key, value) for key, value in card.items()}
         merged |= self.managed
         merged = {key: value for key, value in merged.items() if key not in self.managed or value is not None}
         merged |= {key: value for key, value in self.defaults.items() if value and not merged.get(key)}
         before = merged.get("tags") or []
-        # Those that begin so the Hub derives itself; what others wrote may name a folder of somebody's machine.
+        # The Hub derives these tags itself, and PEFT may have written a local folder into them.
         before = [
             tag
             for tag in (before if isinstance(before, list) else [before])
@@ -56,12 +56,12 @@ class FrontMatter:
 
 
 def renewed(existing: str | None, title: str, front: FrontMatter, body: str) -> str:
-    """The README with its front matter and its managed part renewed; a new one where `existing` is None.
+    """Return the README with new front matter and a new managed part; a new README if `existing` is None.
 
     `body` is the text of the managed part, `title` the heading of a new README.
 
     Raises:
-        HubError: the existing one has broken front matter, or the mark at one end of the managed part only.
+        HubError: `existing` has invalid front matter, or its marks of the managed part are not exactly one pair.
     """
     managed = f"{BEGIN}\n\n{body.strip()}\n\n{END}\n"
     if existing is None or is_template(existing):
@@ -76,7 +76,7 @@ def renewed(existing: str | None, title: str, front: FrontMatter, body: str) -> 
 
 
 def front_matter(text: str | None) -> dict[str, Any]:
-    """The front matter of a README; empty where there is none or it is broken."""
+    """Return the front matter of a README; empty if it is missing or invalid."""
     try:
         return _split(text)[1] if text else {}
     except HubError:
@@ -84,12 +84,12 @@ def front_matter(text: str | None) -> dict[str, Any]:
 
 
 def is_template(text: str) -> bool:
-    """Whether a README is the template that PEFT or transformers saves, which nobody has filled in."""
+    """Whether a README is the template of PEFT or transformers and nobody has filled it in."""
     return text.count(_GAP) >= _TEMPLATE_GAPS
 
 
 def _split(text: str) -> tuple[str, dict[str, Any], str]:
-    """The block of front matter with its lines of dashes, what it says, and the text below it."""
+    """Split a README into its block of front matter with the dashed lines, the parsed keys, and the text below."""
     import yaml
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
@@ -101,10 +101,10 @@ def _split(text: str) -> tuple[str, dict[str, Any], str]:
         card = yaml.safe_load(found[2])
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = str(error).split("\n")[0]
-        raise HubError(f"the front matter of {README} cannot be read ({line}); mend it on the Hub") from None
+        raise HubError(f"the front matter of {README} cannot be read ({line}); correct it on the Hub") from None
     if not isinstance(card, dict | None):
         raise HubError(
-            f"the front matter of {README} is {quoted(card, 40)} and no keys with values; mend it on the Hub"
+            f"the front matter of {README} is {quoted(card, 40)} instead of keys with values; correct it on the Hub"
         )
     return found[0], card or {}, text[found.end() :]
 
@@ -123,6 +123,6 @@ def _with_managed_part(text: str, managed: str) -> str:
     end = text.find(END, begins[0].end()) if begins else -1
     if len(begins) != 1 or end < 0 or text.count(END) != 1:
         raise HubError(
-            f"{README} has one of the two marks of loratool's part without the other, or one twice; mend it: {BEGIN} and {END}"
+            f"{README} must have each of the two marks of loratool's part once, or neither; correct it: {BEGIN} and {END}"
         )
     return text[: begins[0].start()] + managed.rstrip("\n") + text[end + len(END) :]

@@ -1,6 +1,6 @@
-"""A model repository at one commit, and what the Hub says of its files; offline, what huggingface_hub's cache has of it.
+"""A model repository at one commit, with the Hub's list of its files, or offline, the files in huggingface_hub's cache.
 
-Everything is asked of one commit, so a repository that changes meanwhile changes nothing here.
+All requests name that commit, so changes to the repository in the meantime have no effect.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 SHA256: Final = re.compile(r"[0-9a-f]{64}")
 TIMEOUT: Final = 60.0
-"""Seconds that the Hub may take to say what is in a repository; by itself huggingface_hub waits for ever."""
+"""Seconds that the Hub may take to list a repository. huggingface_hub has no timeout of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """What the Hub says of one file: its size in bytes, and the sha256 of its content, or for a small file git's blob id."""
+    """The Hub's facts about a file: its size in bytes, and the sha256 of a large file or the git blob id of a small one."""
 
     path: str
     size: int | None = None
@@ -40,7 +40,7 @@ class HubFile:
 
     @property
     def is_known(self) -> bool:
-        """Whether enough is said to check a download."""
+        """Whether the size and a hash are known, so that a download can be checked."""
         return self.size is not None and (self.sha256 is not None or self.blob_id is not None)
 
 
@@ -49,11 +49,11 @@ class Snapshot:
     """A repository at one commit.
 
     Attributes:
-        repo: ``owner/name``, as it was asked for.
+        repo: ``owner/name``, as requested.
         commit: 40 hexadecimal digits.
-        files: what it lists, by path; of one in the cache alone, what of it is there.
+        files: the files of the commit, by path, or those in the cache if the Hub was not asked.
         base_models: the bases that its card names.
-        folder: where it lies in the cache, if that is all there is to go by: nobody could ask the Hub.
+        folder: its folder in the cache if the Hub was not asked, else None.
     """
 
     repo: str
@@ -67,24 +67,24 @@ class Snapshot:
         return self.folder is not None
 
     def names_in(self, folder: str) -> list[str]:
-        """The names of the files directly in a folder (``""`` is the top), sorted."""
+        """Return the sorted names of the files directly in a folder (``""`` is the top)."""
         return [name for name in self.names_below(folder) if "/" not in name]
 
     def names_below(self, folder: str) -> list[str]:
-        """The names, relative to a folder (``""`` is the top), of all files in it and in the folders inside it, sorted."""
+        """Return the sorted paths of all files below a folder (``""`` is the top), relative to it."""
         prefix = f"{folder}/" if folder else ""
         return sorted(path.removeprefix(prefix) for path in self.files if path.startswith(prefix))
 
 
 def look(address: HubAddress, command: str, *, fresh: bool = False) -> Snapshot:
-    """The repository at the commit that its revision stands for now, asked of the Hub.
+    """Ask the Hub for a repository at the current commit of its revision.
 
-    Offline, and where the Hub cannot be reached, as the cache has it; never with `fresh`. `command` is what the user ran,
-    for the error.
+    Offline, or if the Hub cannot be reached, the cache's copy is returned, unless `fresh`. `command` is the user's command,
+    for error messages.
 
     Raises:
-        NotFoundError: there is no such repository or revision, or it is not yours to see; or the cache does not have it.
-        HubError: the Hub cannot be asked, fails for good, or gives no sensible answer.
+        NotFoundError: there is no such repository or revision, this user may not see it, or the cache lacks it.
+        HubError: the Hub cannot be reached, keeps failing, or sends an invalid response.
     """
     from huggingface_hub import constants
 
@@ -107,7 +107,7 @@ def look(address: HubAddress, command: str, *, fresh: bool = False) -> Snapshot:
 
 
 def cache_folder(repo: str) -> Path:
-    """The folder of a repository in huggingface_hub's cache, whether it is there or not."""
+    """Return the folder of a repository in huggingface_hub's cache, which may not exist."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -116,34 +116,32 @@ def cache_folder(repo: str) -> Path:
 
 @contextmanager
 def sensible_answers(subject: str) -> Iterator[None]:
-    """Say of what the Hub answers and huggingface_hub's own classes do not take that it makes no sense.
+    """Turn responses that huggingface_hub cannot parse into a HubError.
 
     Raises:
-        HubError: it does not; or the user's token is none.
+        HubError: a response is invalid, or the user's token is.
     """
     try:
         yield
     except UnicodeEncodeError:
-        raise HubError(
-            f"the token in HF_TOKEN, or of 'hf auth login', holds a letter that no token has; {LOG_IN}"
-        ) from None
+        raise HubError(f"the token in HF_TOKEN or from 'hf auth login' holds an invalid character; {LOG_IN}") from None
     except (TypeError, KeyError, AttributeError, RecursionError, OverflowError, json.JSONDecodeError) as error:
         raise HubError(
-            f"what the Hub says of {quoted(subject)} makes no sense ({type(error).__name__}); is there a Hub at HF_ENDPOINT?"
+            f"the Hub's response for {quoted(subject)} is invalid ({type(error).__name__}); is there a Hub at HF_ENDPOINT?"
         ) from error
 
 
 def look_in_cache(address: HubAddress, command: str) -> Snapshot:
-    """The same as the cache has it, without a question to the Hub.
+    """Return the repository as it is in the cache, without network.
 
     Raises:
-        NotFoundError: the cache has nothing of it.
+        NotFoundError: the cache lacks it.
     """
     found = _in_cache(address)
     if found is None:
         raise NotFoundError(
-            f"{quoted(address)} is not in the cache and the Hub may not be asked (HF_HUB_OFFLINE); "
-            f"run '{command}' once with the network"
+            f"{quoted(address)} is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub; "
+            f"run '{command}' once while online"
         )
     return found
 
@@ -165,9 +163,9 @@ def _in_cache(address: HubAddress) -> Snapshot | None:
 
 
 def remember(snapshot: Snapshot, revision: str | None) -> None:
-    """Note in the cache which commit a branch or a tag stands for, as huggingface_hub does, so that it is found offline.
+    """Record the commit of a branch or tag in the cache, as huggingface_hub does, so that it is found offline.
 
-    The cache's layout is documented: ``refs/<revision>`` holds the commit. One that cannot be written is no error.
+    The cache's layout is documented: ``refs/<revision>`` holds the commit. Failures to write it are ignored.
     """
     from huggingface_hub import constants
 
@@ -183,19 +181,17 @@ def remember(snapshot: Snapshot, revision: str | None) -> None:
 
 
 def _snapshot(repo: str, revision: str | None, info: ModelInfo) -> Snapshot:
-    """What the Hub's answer says, every part of it checked."""
+    """Return the snapshot in the Hub's response, and check every part of it."""
     if not isinstance(info.sha, str) or COMMIT.fullmatch(info.sha) is None:
         raise HubError(f"the Hub names no commit of {quoted(repo)}; is there a Hub at HF_ENDPOINT?")
     if revision is not None and COMMIT.fullmatch(revision) and info.sha != revision:
-        raise HubError(
-            f"the Hub answers with another commit of {quoted(repo)} than the {revision[:12]}… that was asked for"
-        )
+        raise HubError(f"the Hub returned a different commit of {quoted(repo)} than the requested {revision[:12]}…")
     files = {}
     for sibling in info.siblings or ():
         path = sibling.rfilename
         if not isinstance(path, str) or leaves_its_folder(path):
             raise HubError(
-                f"{quoted(repo)} lists a file {quoted(path)}, which would lie outside of its folder; do not use this repository"
+                f"{quoted(repo)} lists a file {quoted(path)}, which would be outside its folder; do not use this repository"
             )
         files[path] = _listed_file(path, sibling)
     return Snapshot(repo, info.sha, files, _base_models(info))
@@ -208,13 +204,13 @@ def _listed_file(path: str, sibling: RepoSibling) -> HubFile:
         path,
         size if type(size) is int and size >= 0 else None,
         _matching(SHA256, large.sha256 if large is not None else None),
-        # Of a large file, it is the id of the pointer to it.
+        # For a large file, it is the id of the pointer file.
         None if large is not None else _matching(COMMIT, sibling.blob_id),
     )
 
 
 def _cached_file(folder: Path, path: str) -> HubFile:
-    """A file in the cache, whose name among the blobs is its sha256 or git's id."""
+    """A file in the cache. It links to a blob named by its sha256 or git blob id."""
     try:
         blob = (folder / path).readlink().name
     except OSError:

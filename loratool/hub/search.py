@@ -1,4 +1,4 @@
-"""What the Hub knows of adapters: those of a base, those whose names hold a word."""
+"""Search for adapters on the Hub, by base or by a word in their names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loratool.hub.retry import with_retries
 
 COMMAND: Final = "loratool hub search"
 ADAPTERS: Final = "peft"
-"""The library that the Hub files adapters under; what is asked for where no base says that it is adapters."""
+"""The Hub's library tag of adapters, the filter for a search without a base."""
 
 HubSort = Literal["downloads", "likes", "updated", "created"]
 SORTS: Final[tuple[HubSort, ...]] = get_args(HubSort)
@@ -31,7 +31,16 @@ _LICENSE: Final = "license:"
 
 @dataclass(frozen=True, slots=True)
 class FoundAdapter:
-    """A repository that the Hub lists: how often it was downloaded in the last 30 days, its likes, its last commit."""
+    """An adapter's repository in the Hub's list.
+
+    Attributes:
+        repo: ``owner/name``.
+        downloads: the number of downloads in the last 30 days.
+        likes: the number of likes.
+        updated_at: the time of the last commit.
+        license: the Hub's identifier of its license.
+        gated: whether access has to be requested.
+    """
 
     repo: str
     downloads: int | None
@@ -41,7 +50,7 @@ class FoundAdapter:
     gated: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The entry in the words of ``--json``."""
+        """The entry with the keys of ``--json``."""
         return {
             "repo": self.repo,
             "downloads": self.downloads,
@@ -53,10 +62,12 @@ class FoundAdapter:
 
 
 def search_adapters(text: str | None, base: str | None, limit: int, sort: HubSort) -> tuple[FoundAdapter, ...]:
-    """Adapters on the Hub whose names hold `text` and whose cards name the repository `base`, the best first.
+    """Return up to `limit` adapters on the Hub, sorted by `sort`, highest first.
+
+    Their names contain `text`, and their cards name the repository `base`, where these are given.
 
     Raises:
-        HubError: the Hub cannot be asked, or gives no sensible answer.
+        HubError: the Hub cannot be reached, or sends an invalid response.
     """
     refuse_offline(COMMAND)
     wanted = f"base_model:adapter:{base}" if base is not None else ADAPTERS
@@ -78,10 +89,10 @@ def search_adapters(text: str | None, base: str | None, limit: int, sort: HubSor
 
 
 def _found(info: Any) -> FoundAdapter:
-    """An entry of the Hub's list, a ModelInfo; nothing in it is taken at its word."""
+    """Return an entry of the Hub's list, a ModelInfo whose every field is checked."""
     if not isinstance(info.id, str) or not is_safe(info.id):
         raise HubError(
-            f"the Hub lists a repository {quoted(info.id)}, which is no name; is there a Hub at HF_ENDPOINT?"
+            f"the Hub lists a repository {quoted(info.id)}, which is not a valid name; is there a Hub at HF_ENDPOINT?"
         )
     tags = [tag for tag in info.tags or () if isinstance(tag, str)]
     licenses = [tag.removeprefix(_LICENSE) for tag in tags if tag.startswith(_LICENSE)]
