@@ -15,11 +15,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from registry.backups import Backup
 from registry.errors import (
     AlreadyExistsError,
     InUseError,
     InvalidNameError,
     NotFoundError,
+    NotSureError,
     RegistryBusyError,
     RegistryDamagedError,
     RegistryError,
@@ -44,6 +46,7 @@ from registry.records import (
     MergedAdapter,
     MergeRecord,
     MergeState,
+    Rebuilt,
     uncatalogued,
 )
 
@@ -55,6 +58,7 @@ __all__ = [
     "AdapterRecord",
     "AdapterSummary",
     "AlreadyExistsError",
+    "Backup",
     "BaseRecord",
     "Counts",
     "Finding",
@@ -67,6 +71,8 @@ __all__ = [
     "MergeState",
     "MergedAdapter",
     "NotFoundError",
+    "NotSureError",
+    "Rebuilt",
     "Reference",
     "Registry",
     "RegistryBusyError",

@@ -13,11 +13,12 @@ from sqlalchemy import Connection, Executable, Row, delete, func, insert, select
 from registry.bases import find_base_id
 from registry.database import Database, inserted_id
 from registry.errors import AlreadyExistsError, InUseError, NotFoundError, RegistryError
+from registry.labels import Labels
 from registry.listing import STATEMENTS, SortKey, select_adapters
 from registry.names import Reference, check_name, nearest_names, not_found_message, parse_reference, printable
 from registry.records import AdapterFacts, AdapterRecord, AdapterSummary, Location
 from registry.store import Staged, Store
-from registry.tables import adapters, bases, locations, path_text, tags
+from registry.tables import adapters, bases, lineage, locations, path_text, tags
 
 _columns = (
     *(column for column in adapters.c if column is not adapters.c.base_id),
@@ -34,9 +35,10 @@ _NUMBERS = ("sha256", "kind", "rank", "ranks", "alpha", "scaling", "target_modul
 class Adapters:
     """The adapters of one catalogue, and their files in its store."""
 
-    def __init__(self, database: Database, store: Store) -> None:
+    def __init__(self, database: Database, store: Store, labels: Labels | None = None) -> None:
         self._database = database
         self._store = store
+        self._labels = labels or Labels(database, store)
 
     def add(
         self,
@@ -77,6 +79,8 @@ class Adapters:
                 _add_location(connection, adapter_id, location)
             if staged is not None:
                 self._keep_files(connection, adapter_id, staged)
+            files = {} if staged is None else {staged.key: staged.sha256}
+            self._labels.touch(connection, [adapter_id], files)
             return _by_id(connection, adapter_id), known is None
 
     def find(self, reference: str) -> AdapterRecord:
@@ -155,6 +159,7 @@ class Adapters:
         with self._database.writing() as connection:
             record = self.find(reference)
             _add_tags(connection, record.id, wanted)
+            self._labels.touch(connection, [record.id])
             return _by_id(connection, record.id)
 
     def untag(self, reference: str, *names: str) -> AdapterRecord:
@@ -166,6 +171,7 @@ class Adapters:
                     has = "its tags are " + ", ".join(record.tags) if record.tags else "it has no tags"
                     raise NotFoundError(f"{record.reference} has no tag '{printable(name)}'; {has}")
             connection.execute(delete(tags).where(tags.c.adapter_id == record.id, tags.c.tag.in_(names)))
+            self._labels.touch(connection, [record.id])
             return _by_id(connection, record.id)
 
     def add_location(self, reference: str, location: Location) -> AdapterRecord:
@@ -173,6 +179,7 @@ class Adapters:
         with self._database.writing() as connection:
             record = self.find(reference)
             _add_location(connection, record.id, location)
+            self._labels.touch(connection, [record.id])
             return _by_id(connection, record.id)
 
     def update(
@@ -197,6 +204,7 @@ class Adapters:
                 )
             if changes:
                 connection.execute(update(adapters).where(adapters.c.id == record.id).values(changes))
+                self._labels.touch(connection, [record.id])
             return _by_id(connection, record.id)
 
     def rename(self, name: str, new_name: str) -> tuple[AdapterRecord, ...]:
@@ -207,7 +215,11 @@ class Adapters:
             if self.versions(new_name):
                 raise AlreadyExistsError(f"an adapter '{new_name}' is already in the catalogue; choose another name")
             connection.execute(update(adapters).where(adapters.c.name == record.name).values(name=new_name))
-            return self.versions(new_name)
+            renamed = self.versions(new_name)
+            ids = [each.id for each in renamed]
+            children = connection.execute(select(lineage.c.child_id).where(lineage.c.parent_id.in_(ids))).scalars()
+            self._labels.touch(connection, {*ids, *children})
+            return renamed
 
     def remove(self, reference: str, *, all_versions: bool = False) -> tuple[AdapterRecord, ...]:
         """Forgets one version, or all of them; what was removed. Files in the store that nothing names any more go too.
@@ -225,7 +237,9 @@ class Adapters:
                     f"'{newest.name}' has {len(doomed)} versions; name one of them, as in '{newest.reference}', "
                     "or remove them all with --all"
                 )
-            connection.execute(delete(adapters).where(adapters.c.id.in_([record.id for record in doomed])))
+            ids = [record.id for record in doomed]
+            self._labels.withdraw(connection, ids)
+            connection.execute(delete(adapters).where(adapters.c.id.in_(ids)))
             keys = {place.store_key for record in doomed for place in record.locations if place.store_key is not None}
             if keys:
                 self._database.after_commit(lambda: self._free(keys))

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Select, delete, func, insert, or_, select, up
 from registry.database import Database
 from registry.errors import AlreadyExistsError, InUseError, NotFoundError, RegistryError
 from registry.families import relatives
+from registry.labels import Labels
 from registry.names import check_name, nearest_names, not_found_message, printable
 from registry.records import BaseRecord
 from registry.tables import adapters, bases
@@ -27,8 +28,9 @@ _bases = select(*_columns).select_from(bases.outerjoin(_root, bases.c.variant_of
 class Bases:
     """The bases of one catalogue."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, labels: Labels) -> None:
         self._database = database
+        self._labels = labels
 
     def add(
         self,
@@ -79,6 +81,7 @@ class Bases:
             if variant_of is not None:
                 _join_family(connection, record, self.find(variant_of))
             _link_adapters(connection, record)
+            self._labels.touch_bases(connection)
             return self.find(name)
 
     def find(self, name: str) -> BaseRecord:
@@ -122,6 +125,7 @@ class Bases:
         """
         with self._database.writing() as connection:
             _join_family(connection, self.find(name), self.find(variant_of))
+            self._labels.touch_bases(connection)
             return self.find(name)
 
     def update(self, name: str, **changes: Any) -> BaseRecord:
@@ -138,6 +142,7 @@ class Bases:
                 connection.execute(update(bases).where(bases.c.id == record.id).values(changes))
             record = self.find(name)
             _link_adapters(connection, record)
+            self._labels.touch_bases(connection)
             return record
 
     def remove(self, name: str, *, force: bool = False) -> BaseRecord:
@@ -163,6 +168,7 @@ class Bases:
             connection.execute(update(adapters).where(adapters.c.base_id == record.id).values(base_id=heir_id))
             _leave_family(connection, record)
             connection.execute(delete(bases).where(bases.c.id == record.id))
+            self._labels.touch_bases(connection)
             return record
 
 

@@ -11,12 +11,14 @@ from typing import Self
 
 from sqlalchemy import func, select
 
+from registry import backups, reserve
 from registry import database as db
-from registry import reserve
 from registry.adapters import Adapters
+from registry.backups import Backup
 from registry.bases import Bases
 from registry.database import BUSY_SECONDS, Database
 from registry.doctor import Doctor
+from registry.labels import Labels
 from registry.lineage import Lineage
 from registry.merges import Merges
 from registry.names import printable
@@ -37,11 +39,12 @@ class Registry:
         self._url = url
         self.database = database
         self.store = store
-        self.bases = Bases(database)
-        self.adapters = Adapters(database, store)
-        self.lineage = Lineage(database)
+        self.labels = labels = Labels(database, store)
+        self.bases = Bases(database, labels)
+        self.adapters = Adapters(database, store, labels)
+        self.lineage = Lineage(database, labels)
         self.merges = Merges(database)
-        self.doctor = Doctor(database, store)
+        self.doctor = Doctor(database, store, labels, self.adapters, self.bases, self.merges)
 
     @classmethod
     def open(
@@ -63,7 +66,11 @@ class Registry:
             refuse_misplaced(home / DATABASE_NAME)
             make_home(home)
             reserve.give_up(home)
-        return cls(open_database(target, read_only=read_only, busy_timeout=busy_timeout), store, url)
+        is_new_day = path is not None and not read_only and backups.keep(path)
+        registry = cls(open_database(target, read_only=read_only, busy_timeout=busy_timeout), store, url)
+        if is_new_day:
+            registry.labels.write_missing()
+        return registry
 
     @contextmanager
     def for_writing(self) -> Iterator[Registry]:
@@ -82,6 +89,34 @@ class Registry:
         """Makes all calls in the block one transaction: all are kept, or, if the block raises, none."""
         with self.database.writing():
             yield
+
+    def backups(self) -> tuple[Backup, ...]:
+        """The backups of the database, the newest first; none where it is no file."""
+        return () if self.file is None else backups.backups(self.file)
+
+    @property
+    def file(self) -> Path | None:
+        """The database's file, whether it exists or not; None where it is no SQLite file."""
+        return (
+            self.store.root.parent / DATABASE_NAME if self._url is None else db.database_file(db.parse_url(self._url))
+        )
+
+    def lost_note(self) -> str | None:
+        """What to say of a catalogue without adapters whose store has some; None where all is well."""
+        with self.database.reading() as connection:
+            if connection.execute(select(adapters.c.id).limit(1)).first() is not None:
+                return None
+            named = self.adapters.store_keys()
+        unnamed = [key for key in self.store.entries() if key not in named]
+        if unnamed and self.store.other_catalogues():
+            unnamed = list(self.doctor.lost())
+        if not unnamed:
+            return None
+        held = "an adapter" if len(unnamed) == 1 else f"{len(unnamed):,} adapters"
+        return (
+            f"the catalogue {self.database.where} is empty, but the store beside it holds {held}; "
+            "'loratool doctor --rebuild' makes the catalogue again from the store"
+        )
 
     def counts(self) -> Counts:
         """How many bases, adapters, versions of adapters and merges there are."""

@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.pool import NullPool, StaticPool
 
 from registry import notices
+from registry.backups import advice
 from registry.errors import (
     RegistryBusyError,
     RegistryDamagedError,
@@ -294,11 +295,12 @@ def _as_registry_error(error: BaseException | None, where: str, path: Path | Non
             )
         case sqlite3.SQLITE_NOTADB:
             return RegistryDamagedError(
-                f"the registry {where} is not a database; move that file away, or set LORATOOL_HOME to another folder"
+                f"the registry {where} is not a database; {advice(path)}, move that file away, or set LORATOOL_HOME to "
+                "another folder"
             )
         case sqlite3.SQLITE_CORRUPT:
             return RegistryDamagedError(
-                f"the registry {where} is damaged ({_first_line(error)}); put a backup in its place, "
+                f"the registry {where} is damaged ({_first_line(error)}); {advice(path)}, "
                 "or rescue its rows with SQLite's own '.recover'"
             )
         case sqlite3.SQLITE_FULL:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from registry.adapters import Adapters
 from registry.bases import Bases
 from registry.database import Database
+from registry.errors import NotSureError
+from registry.labels import Labels
 from registry.merges import Merges
 from registry.names import printable
 from registry.places import is_gone
-from registry.records import AdapterRecord, Finding, Freed
+from registry.rebuild import Rebuild
+from registry.records import AdapterRecord, Finding, Freed, Rebuilt
 from registry.store import Store
 
 
 class Doctor:
     """Compares one catalogue with what is really there."""
 
-    def __init__(self, database: Database, store: Store) -> None:
+    def __init__(
+        self, database: Database, store: Store, labels: Labels, adapters: Adapters, bases: Bases, merges: Merges
+    ) -> None:
         self._database = database
         self._store = store
-        self._adapters, self._bases, self._merges = (
-            Adapters(database, store),
-            Bases(database),
-            Merges(database),
-        )
+        self._labels = labels
+        self._adapters, self._bases, self._merges = adapters, bases, merges
+        self._rebuild = Rebuild(database, store, labels)
 
     def examine(self, *, deep: bool = False) -> tuple[Finding, ...]:
         """Everything wrong: adapters, bases, merge outputs and undo files that are gone, store entries nothing names.
@@ -36,16 +39,55 @@ class Doctor:
         found += self._orphans()
         return tuple([*found, *self._damaged()] if deep else found)
 
-    def collect(self) -> Freed:
+    def collect(self, *, sure: bool = False) -> Freed:
         """Removes from the store what no row names, and what killed processes left there a day ago or longer.
 
         Of merges whose models or undo files are gone it notes that they are, and of models that are there again that, too.
+
+        Raises NotSureError where that would free what `rebuild` could name, or most of the store, unless `sure`.
         """
         with self._database.writing():
+            named = self._adapters.store_keys()
+            if not sure:
+                self._refuse_doubtful(named)
             merges = self._merges.note_gone()
-            entries, size_bytes = self._store.collect(self._adapters.store_keys())
+            entries, size_bytes = self._store.collect(named)
+            self._labels.refresh_all()
         others = self._store.other_catalogues()
         return Freed(entries=entries, size_bytes=size_bytes, merges=merges, shared_with=tuple(others))
+
+    def rebuild(self) -> Rebuilt:
+        """Makes the catalogue again from what the store's labels say; rows that are there stay as they are.
+
+        Raises RegistryError.
+        """
+        return self._rebuild.run()
+
+    def lost(self) -> dict[str, tuple[str, ...]]:
+        """The store's entries that no row names and `rebuild` would name, by key, with the adapters' references."""
+        named = self._adapters.store_keys()
+        return {key: names for key, names in self._rebuild.lost().items() if key not in named}
+
+    def _refuse_doubtful(self, named: Collection[str]) -> None:
+        if self._store.other_catalogues():
+            return  # nothing would be freed
+        sizes = {key: self._store.size_bytes(self._store.path(key)) for key in self._store.entries()}
+        doomed = sorted(sizes.keys() - set(named))
+        lost = self.lost()
+        if lost:
+            names = sorted(name for each in lost.values() for name in each)
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+            raise NotSureError(
+                f"--gc would free {shown}, which the store has and the catalogue has lost; 'loratool doctor --rebuild' "
+                "names what the store has again, and 'loratool doctor --gc --yes' frees it for good"
+            )
+        freed = sum(sizes[key] for key in doomed)
+        if 2 * freed > sum(sizes.values()):
+            raise NotSureError(
+                f"--gc would free most of the store '{printable(str(self._store.root), 400)}' ({len(doomed):,} of "
+                f"{len(sizes):,} entries, {freed:,} bytes), which nothing in {self._database.where} names; if that catalogue "
+                "was lost, put a backup of it in its place, else 'loratool doctor --gc --yes' frees it for good"
+            )
 
     def _missing_bases(self) -> Iterator[Finding]:
         for base in self._bases.list():
@@ -105,16 +147,29 @@ class Doctor:
         if self._store.other_catalogues():
             return  # what this one does not name may be theirs
         named = self._adapters.store_keys()
+        lost = self.lost()
         way = "'loratool doctor --gc' frees it"
-        if not named:  # more likely a lost catalogue than a store of nothing but leftovers
-            way = f"if {self._database.where} was lost, put it back; else catalogue this with 'loratool add'; {way} for good"
         entries = [(key, self._store.path(key)) for key in self._store.entries() if key not in named]
         for subject, path in [*entries, *((path.name, path) for path in self._store.abandoned())]:
+            shown = printable(str(path), 400)
+            message = f"nothing in the catalogue names '{shown}' in the store; {way}"
+            if subject in lost:
+                names = " and ".join(lost[subject])
+                message = (
+                    f"the catalogue has lost {names}, whose files are in '{shown}'; 'loratool doctor --rebuild' names what "
+                    "the store has again"
+                )
+            elif not named and len(entries) > 0:  # more likely a lost catalogue than a store of nothing but leftovers
+                message = (
+                    f"nothing in the catalogue names '{shown}' in the store; if {self._database.where} was lost, put a backup "
+                    f"of it in its place, else catalogue this with 'loratool add {shown} --name NAME', or free it for good "
+                    "with 'loratool doctor --gc --yes'"
+                )
             yield Finding(
                 kind="store-orphan",
                 subject=subject,
                 path=path,
-                message=f"nothing in the catalogue names '{printable(str(path), 400)}' in the store; {way}",
+                message=message,
                 size_bytes=self._store.size_bytes(path),
             )
 

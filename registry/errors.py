@@ -21,6 +21,10 @@ class InUseError(RegistryError):
     """Something in the catalogue still depends on what should be removed."""
 
 
+class NotSureError(RegistryError):
+    """What was asked for would destroy what may be wanted; it is done only where that is said to be meant."""
+
+
 class NotFoundError(RegistryError):
     """No such entry. `nearest` holds the names most like the one asked for, best first."""
 

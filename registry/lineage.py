@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Row, insert, select
 
 from registry.database import Database
 from registry.errors import RegistryError
+from registry.labels import Labels
 from registry.names import printable
 from registry.records import AdapterRecord, LineageRecord
 from registry.tables import adapters, lineage
@@ -32,8 +33,9 @@ _edges = (
 class Lineage:
     """The family tree of one catalogue's adapters."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, labels: Labels) -> None:
         self._database = database
+        self._labels = labels
 
     def record(
         self,
@@ -70,6 +72,7 @@ class Lineage:
                 plain = None if details is None else dict(details)
                 connection.execute(insert(lineage).values(**values, details=plain, created_at=datetime.now(UTC)))
                 row = connection.execute(_edges.where(*same)).one()
+                self._labels.touch(connection, [child.id])
             return _record(row)
 
     def parents(self, adapter: AdapterRecord) -> tuple[LineageRecord, ...]:

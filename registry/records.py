@@ -228,3 +228,12 @@ class Freed:
     size_bytes: int
     merges: int
     shared_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebuilt:
+    """What a rebuild entered again: `named` adapters and `bases` by their names; and the store's entries that it cannot name."""
+
+    named: tuple[str, ...]
+    bases: tuple[str, ...]
+    unnamed: tuple[Finding, ...]

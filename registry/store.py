@@ -37,7 +37,7 @@ from registry.siblings import names_nothing
 _KEY = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
 _ABANDONED_AFTER_SECONDS = 24 * 3600
-_STAGING = "tmp"
+STAGING = "tmp"
 _CATALOGUES = "catalogues"
 
 
@@ -71,12 +71,12 @@ class Store:
 
     def __init__(self, root: Path, catalogue: str = "") -> None:
         self.root = root
-        self._own_catalogue = str(root.parent / DATABASE_NAME)
-        self.catalogue = catalogue or self._own_catalogue
+        self.own_catalogue = str(root.parent / DATABASE_NAME)
+        self.catalogue = catalogue or self.own_catalogue
 
     def other_catalogues(self) -> list[str]:
         """The other catalogues with files here, sorted; a SQLite file that is gone, or names no entry, is none."""
-        others = {*self._listed(), self._own_catalogue} - {self.catalogue}
+        others = {*self._listed(), self.own_catalogue} - {self.catalogue}
         return sorted(each for each in others if not (Path(each).is_absolute() and names_nothing(Path(each))))
 
     def path(self, key: str) -> Path:
@@ -97,7 +97,7 @@ class Store:
         for name in files:
             _check_file_name(name)
         expected = dict(sha256 or {})
-        staging = self._folder(_STAGING)
+        staging = self.folder(STAGING)
         folder = staging / secrets.token_hex(8)
         try:
             folder.mkdir()
@@ -127,7 +127,7 @@ class Store:
         target = self.path(staged.key)
         try:
             self._enlist()
-            shard = self._folder(staged.key[:2])
+            shard = self.folder(staged.key[:2])
             try:
                 staged.folder.rename(target)
             except OSError as error:
@@ -161,7 +161,7 @@ class Store:
         oldest = time.time() - _ABANDONED_AFTER_SECONDS
         return [
             Path(entry.path)
-            for entry in _entries(self.root / _STAGING)
+            for entry in _entries(self.root / STAGING)
             if entry.stat(follow_symlinks=False).st_mtime < oldest
         ]
 
@@ -193,6 +193,7 @@ class Store:
                 if folder.exists():
                     entries, freed = entries + 1, freed + self.size_bytes(folder)
                     self._set_aside(folder)
+                self._remove_labels(folder)
             for folder in abandoned:
                 entries, freed = entries + 1, freed + self.size_bytes(folder)
                 shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink()
@@ -214,7 +215,7 @@ class Store:
 
     def _enlist(self) -> None:
         """Notes that the catalogue has files here."""
-        if self.catalogue in (self._own_catalogue, *self._listed()):
+        if self.catalogue in (self.own_catalogue, *self._listed()):
             return
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with open(os.open(self.root / _CATALOGUES, flags, 0o666), "a", encoding="utf-8") as file:
@@ -222,13 +223,19 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
 
+    def _remove_labels(self, entry: Path) -> None:
+        """Removes what `registry.label_files` has put beside an entry."""
+        for path in _entries(entry.parent):
+            if path.name.startswith(f"{entry.name}."):
+                Path(path.path).unlink(missing_ok=True)
+
     def _set_aside(self, folder: Path) -> None:
         """Removes an entry so that nobody ever sees half of it: out of its place first."""
-        aside = self._folder(_STAGING) / f"{secrets.token_hex(8)}.removed"
+        aside = self.folder(STAGING) / f"{secrets.token_hex(8)}.removed"
         folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
-    def _folder(self, name: str) -> Path:
+    def folder(self, name: str) -> Path:
         """A folder of the store, made if need be, and known to be no link."""
         for folder in (self.root, self.root / name):
             try:

@@ -21,8 +21,9 @@ END = b"\x04end\x04"
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07")
 
 
-def terminal(*words: str | Path, columns: int = 80, environment: Mapping[str, str] | None = None) -> str:
-    """What ``loratool WORDS...`` prints on a terminal of so many columns, escape sequences and all."""
+def terminal(*words: str | Path, columns: int = 80, environment: Mapping[str, str] | None = None, typed: str = "",
+             status: int = 0) -> str:  # fmt: skip
+    """What ``loratool WORDS...`` prints on a terminal of so many columns, escape sequences and all; it ends with `status`."""
     mine, its = pty.openpty()
     fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     variables = {name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}}
@@ -34,10 +35,11 @@ def terminal(*words: str | Path, columns: int = 80, environment: Mapping[str, st
         cwd=REPOSITORY,
         env={**variables, "TERM": "xterm-256color", **(environment or {})},
     )
+    os.write(mine, typed.encode())
     printed = printed_until_the_end(mine, its, child)
     os.close(mine)
     os.close(its)
-    assert child.wait() == 0, printed.decode()
+    assert child.wait() == status, printed.decode()
     return printed.decode().replace("\r\n", "\n")
 
 

@@ -35,7 +35,7 @@ from loratool.cli import cli
 from loratool.errors import AdapterError, LoratoolError, NotFoundError, VerificationError, WrongBaseError
 from loratool.formats.read import read_adapter
 from loratool.training.recipe import Choices
-from registry import AlreadyExistsError, InUseError, InvalidNameError, RegistryError
+from registry import AlreadyExistsError, InUseError, InvalidNameError, NotSureError, RegistryError
 from registry import NotFoundError as NotCatalogued
 
 if TYPE_CHECKING:
@@ -707,7 +707,9 @@ def test_catalogues_that_share_a_store_do_not_free_each_others_files(
     loratool.add(other, name="other")
     for file in tmp_path.glob("team.db*"):
         file.unlink()
-    result = loratool.doctor(gc=True)
+    with pytest.raises(NotSureError, match="free pirate@1"):
+        loratool.doctor(gc=True)
+    result = loratool.doctor(gc=True, yes=True)
     assert result.freed is not None
     assert (result.freed.entries, result.freed.shared_with, stored()) == (1, (), 1)
 
@@ -721,7 +723,8 @@ def test_the_doctor_of_a_lost_catalogue_does_not_first_advise_to_free_its_adapte
     (found,) = loratool.doctor().findings
     assert found.kind == "store-orphan"
     assert found.path is not None
-    assert re.search(r"if .*registry\.db was lost, put it back; .* '.*--gc' frees it for good", found.message)
+    assert re.search(r"has lost pirate@1, whose files .*'loratool doctor --rebuild'", found.message)
+    assert "--gc" not in found.message
     assert loratool.add(found.path, name="pirate").record.reference == "pirate@1"
     assert loratool.doctor().findings == ()
 

@@ -3,54 +3,112 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import counted, print_json, print_notes, shown, size
+from loratool.cli.rendering import age, counted, print_json, print_notes, shown, size
+from loratool.cli.sentences import on_stderr
+
+if TYPE_CHECKING:
+    from loratool.library.doctor import DoctorResult
+    from registry import NotSureError
 
 
-@click.command("doctor", **example("loratool doctor --gc"))
+@click.command("doctor", **example("loratool doctor --gc\nloratool doctor --rebuild"))
 @click.option("--gc", is_flag=True, help="Free what nothing in the catalogue names; note which merged models are gone.")
 @click.option("--deep", is_flag=True, help="Read every stored file and compare its sha256.")
+@click.option("--rebuild", is_flag=True, help="Name again what the store has and the catalogue has lost.")
+@click.option("--yes", is_flag=True, help="With --gc: free also what --rebuild could name, or most of the store.")
 @json_option
 @click.pass_obj
-def command(registry: str | None, gc: bool, deep: bool, as_json: bool) -> None:
+def command(registry: str | None, gc: bool, deep: bool, rebuild: bool, yes: bool, as_json: bool) -> None:
     """Check the catalogue against the disk. Exit status 1 where something is wrong."""
     from loratool.library.doctor import doctor
+    from registry import NotSureError
 
-    result = doctor(gc=gc, deep=deep, registry=registry)
-    counts = result.counts
+    try:
+        result = doctor(gc=gc, deep=deep, rebuild=rebuild, yes=yes, registry=registry)
+    except NotSureError as doubt:
+        _ask(doubt)
+        result = doctor(gc=gc, deep=deep, yes=True, registry=registry)
     if as_json:
-        print_json(
-            {
-                "bases": counts.bases,
-                "adapters": counts.adapters,
-                "versions": counts.versions,
-                "merges": counts.merges,
-                "findings": [
-                    {"kind": finding.kind, "subject": finding.subject, "message": finding.message}
-                    for finding in result.findings
-                ],
-                "freed_bytes": result.freed.size_bytes if result.freed else 0,
-                "noted_merges": result.freed.merges if result.freed else 0,
-                "shared_with": list(result.freed.shared_with) if result.freed else [],
-            }
-        )
+        print_json(_to_json(result))
     else:
-        click.echo(
-            f"{counted(counts.adapters, 'adapter')} ({counted(counts.versions, 'version')}), "
-            f"{counted(counts.bases, 'base')}, {counted(counts.merges, 'merge')}"
-        )
-        if result.freed is not None:
-            click.echo(f"Freed {size(result.freed.size_bytes)} in {counted(result.freed.entries, 'unnamed folder')}")
-            if result.freed.merges:
-                click.echo(f"Noted of {counted(result.freed.merges, 'merge')} what is gone or there again")
-            others = ", ".join(map(shown, result.freed.shared_with))
-            if others:
-                print_notes([f"the store also holds files of {others}, so nothing in it was freed"])
-        for finding in result.findings:
-            click.echo(click.style("problem: ", fg="red") + shown(finding.message))
-        if not result.findings:
-            click.echo(click.style("All is well.", fg="green"))
+        _print(result)
     sys.exit(1 if result.findings else 0)
+
+
+def _ask(doubt: NotSureError) -> None:
+    """Ask on a terminal whether it is meant; elsewhere raise the doubt.
+
+    Raises:
+        NotSureError: there is nobody to ask.
+        click.Abort: it is not meant.
+    """
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise doubt
+    click.echo(on_stderr(shown(str(doubt))), err=True)
+    click.confirm("Free it for good?", abort=True, err=True)
+
+
+def _to_json(result: DoctorResult) -> dict[str, object]:
+    counts, rebuilt, freed = result.counts, result.rebuilt, result.freed
+    return {
+        "bases": counts.bases,
+        "adapters": counts.adapters,
+        "versions": counts.versions,
+        "merges": counts.merges,
+        "findings": [
+            {"kind": finding.kind, "subject": finding.subject, "message": finding.message}
+            for finding in result.findings
+        ],
+        "freed_bytes": freed.size_bytes if freed else 0,
+        "noted_merges": freed.merges if freed else 0,
+        "shared_with": list(freed.shared_with) if freed else [],
+        "rebuilt": list(rebuilt.named) if rebuilt else [],
+        "rebuilt_bases": list(rebuilt.bases) if rebuilt else [],
+        "not_rebuilt": [str(finding.path) for finding in rebuilt.unnamed] if rebuilt else [],
+        "backups": [
+            {"path": str(backup.path), "made_at": backup.made_at.isoformat(), "versions": backup.versions}
+            for backup in result.backups
+        ],
+    }
+
+
+def _print(result: DoctorResult) -> None:
+    counts = result.counts
+    click.echo(
+        f"{counted(counts.adapters, 'adapter')} ({counted(counts.versions, 'version')}), "
+        f"{counted(counts.bases, 'base')}, {counted(counts.merges, 'merge')}"
+    )
+    if result.rebuilt is not None:
+        _print_rebuilt(result)
+    if result.freed is not None:
+        click.echo(f"Freed {size(result.freed.size_bytes)} in {counted(result.freed.entries, 'unnamed folder')}")
+        if result.freed.merges:
+            click.echo(f"Noted of {counted(result.freed.merges, 'merge')} what is gone or there again")
+        others = ", ".join(map(shown, result.freed.shared_with))
+        if others:
+            print_notes([f"the store also holds files of {others}, so nothing in it was freed"])
+    for finding in result.findings:
+        click.echo(click.style("problem: ", fg="red") + shown(finding.message))
+    if result.backups:
+        newest = result.backups[0]
+        click.echo(f"Newest backup: {shown(str(newest.path))} ({age(newest.made_at)} old), put back with")
+        click.echo(f"  {shown(result.put_back or '')}")
+    if not result.findings:
+        click.echo(click.style("All is well.", fg="green"))
+
+
+def _print_rebuilt(result: DoctorResult) -> None:
+    rebuilt = result.rebuilt
+    assert rebuilt is not None
+    if not (rebuilt.named or rebuilt.bases):
+        click.echo("Named nothing again: the catalogue has what the store's labels say")
+        return
+    named = f"{counted(len(rebuilt.named), 'adapter')} and {counted(len(rebuilt.bases), 'base')}"
+    click.echo(f"Named {named} again:")
+    for reference in (*rebuilt.named, *rebuilt.bases):
+        click.echo(f"  {shown(reference)}")

@@ -331,7 +331,18 @@ def list_adapters(*, base: str | os.PathLike[str] | None = None, kind: str | Non
     name = None if base is None else os.fspath(base)
     if name is not None and (not is_name(name) or Path(name).exists()):
         name = _base_name(name, registry)
-    return list_catalogued(home(), url, base=name, kind=kind, tag=tag, sort=sort)
+    found = list_catalogued(home(), url, base=name, kind=kind, tag=tag, sort=sort)
+    if not found:
+        _say_if_lost(registry)
+    return found
+
+
+def _say_if_lost(registry: str | None) -> None:
+    """Say it if the catalogue is empty beside a store that is not."""
+    from loratool.library.opening import open_registry
+
+    with open_registry(registry, read_only=True, settled=False):
+        pass
 
 
 def _base_name(base: str, registry: str | None) -> str:

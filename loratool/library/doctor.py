@@ -6,38 +6,55 @@ from dataclasses import dataclass, replace
 
 from loratool.library.leftovers import clear_leftovers, find_leftovers
 from loratool.library.opening import open_registry
-from registry import Counts, Finding, Freed, Registry
+from registry import Backup, Counts, Finding, Freed, Rebuilt, Registry
+from registry.backups import put_back
 
 
 @dataclass(frozen=True, slots=True)
 class DoctorResult:
-    """What was found wrong, what the catalogue holds, and what a garbage collection freed."""
+    """What was found wrong, what the catalogue holds, what a garbage collection freed, and what a rebuild named again.
+
+    `backups` are those of the catalogue's database, the newest first; `put_back` is the shell command that puts the newest one
+    in its place.
+    """
 
     findings: tuple[Finding, ...]
     counts: Counts
     freed: Freed | None
+    rebuilt: Rebuilt | None = None
+    backups: tuple[Backup, ...] = ()
+    put_back: str | None = None
 
 
-def doctor(*, gc: bool = False, deep: bool = False, registry: str | None = None) -> DoctorResult:
+def doctor(*, gc: bool = False, deep: bool = False, rebuild: bool = False, yes: bool = False,
+           registry: str | None = None) -> DoctorResult:  # fmt: skip
     """Check that what the catalogue names is on the disk, and that nothing in the store is unnamed or left by a killed run.
 
     Args:
         gc: free what nothing in the catalogue names, and what killed runs left, wherever it lies; note which merged models and
             undo files are gone.
         deep: read every stored file and compare its sha256.
+        rebuild: name again what the store has and the catalogue has lost. Entries that are there stay as they are.
+        yes: free also what a rebuild could name, or most of the store.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        registry.RegistryError: the catalogue cannot be read, or with `gc` not written.
+        registry.RegistryError: the catalogue cannot be read, or with `gc` or `rebuild` not written; `registry.NotSureError`
+            where `gc` would free what needs `yes`.
     """
-    with open_registry(registry, read_only=not gc) as catalogue:
-        freed = _freed(catalogue) if gc else None
-        found = (*catalogue.doctor.examine(deep=deep), *find_leftovers())
-        return DoctorResult(found, catalogue.counts(), freed)
+    with open_registry(registry, read_only=not (gc or rebuild), examined=True) as catalogue:
+        rebuilt = catalogue.doctor.rebuild() if rebuild else None
+        freed = _freed(catalogue, yes) if gc else None
+        unnamed = {each.subject: each for each in rebuilt.unnamed} if rebuilt else {}  # these say why
+        examined = [unnamed.get(each.subject, each) for each in catalogue.doctor.examine(deep=deep)]
+        found = (*examined, *find_leftovers())
+        backups, file = catalogue.backups(), catalogue.file
+        way = None if file is None or not backups else put_back(file, backups[0].path)
+        return DoctorResult(found, catalogue.counts(), freed, rebuilt, backups, way)
 
 
-def _freed(catalogue: Registry) -> Freed:
+def _freed(catalogue: Registry, yes: bool) -> Freed:
     """Free what nothing in the catalogue names, and what killed runs left."""
-    freed = catalogue.doctor.collect()
+    freed = catalogue.doctor.collect(sure=yes)
     entries, size_bytes = clear_leftovers()
     return replace(freed, entries=freed.entries + entries, size_bytes=freed.size_bytes + size_bytes)

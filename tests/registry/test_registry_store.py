@@ -14,7 +14,7 @@ from catalogued import digest, facts, without_privileges
 from hypothesis import given
 from hypothesis import strategies as st
 
-from registry import Registry, RegistryError
+from registry import NotSureError, Registry, RegistryError
 from registry.store import Store, entry_key
 
 FILES = {"adapter_model.safetensors": b"weights", "adapter_config.json": b"{}"}
@@ -200,7 +200,9 @@ def test_an_add_that_fails_leaves_no_row_and_gc_frees_its_files(catalogue: Regis
     assert catalogue.adapters.list() == ()
     (orphan,) = catalogue.doctor.examine()
     assert (orphan.kind, orphan.subject, orphan.size_bytes) == ("store-orphan", staged.key, 9)
-    freed = catalogue.doctor.collect()
+    with pytest.raises(NotSureError, match="most of the store"):
+        catalogue.doctor.collect()
+    freed = catalogue.doctor.collect(sure=True)
     assert (freed.entries, freed.size_bytes) == (1, 9)
     assert catalogue.doctor.examine() == ()
 

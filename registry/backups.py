@@ -1,0 +1,124 @@
+"""Backups of a catalogue in a SQLite file, kept by itself: one a day, before the day's first change.
+
+They lie beside the file, in `registry.backups/` for `registry.db`, made by SQLite's own backup, which a writer cannot tear.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sqlite3
+import time
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from registry.names import printable
+from registry.reserve import RESERVE_BYTES, free_bytes
+
+KEPT = 5
+"""How many are kept, the newest; and the largest, should a catalogue that was lost have grown anew for days."""
+
+EVERY_SECONDS = 24 * 3600.0
+
+_PAGES = 1000
+"""Pages copied at once: a writer waits for no more than these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """One backup, when it was made, and how many versions of adapters it knows; None where it cannot be read."""
+
+    path: Path
+    made_at: datetime
+    versions: int | None
+
+
+def folder_of(database: Path) -> Path:
+    """The folder of the backups of a SQLite file."""
+    return database.with_suffix(".backups")
+
+
+def backups(database: Path) -> tuple[Backup, ...]:
+    """The backups of a SQLite file, the newest first."""
+    return tuple(
+        Backup(path, datetime.fromtimestamp(path.stat().st_mtime, UTC), _versions(path)) for path in _files(database)
+    )
+
+
+def put_back(database: Path, backup: Path) -> str:
+    """The shell command that puts a backup in the place of the database, and keeps what was there as `registry.db.old`."""
+    file, copy = shlex.quote(str(database)), shlex.quote(str(backup))
+    return printable(f"mv {file} {file}.old; rm -f {file}-wal {file}-shm; cp {copy} {file}", 4096)
+
+
+def advice(database: Path | None) -> str:
+    """How to go on where a database is damaged."""
+    newest = next(iter(_files(database)), None) if database is not None else None
+    if database is None or newest is None:
+        return "put a backup in its place"
+    return f"put its newest backup in its place with '{put_back(database, newest)}'"
+
+
+def keep(database: Path) -> bool:
+    """Makes today's backup, unless it is there, or the database is empty, or cannot be read; whether it was made."""
+    try:
+        files = _files(database)
+        if (files and time.time() - files[0].stat().st_mtime < EVERY_SECONDS) or not database.is_file():
+            return False
+        free = free_bytes(database.parent)
+        if free is not None and free < 2 * database.stat().st_size + RESERVE_BYTES:
+            return False
+        made = _make(database)
+    except (OSError, sqlite3.Error):
+        return False  # what is wrong will be said by whoever opens the database
+    if made:
+        _thin_out(database)
+    return made
+
+
+def _make(database: Path) -> bool:
+    with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=rw", uri=True, timeout=1.0)) as source:
+        source.execute("PRAGMA query_only = ON")
+        filled = "SELECT EXISTS (SELECT 1 FROM adapters) OR EXISTS (SELECT 1 FROM bases)"
+        if not source.execute(filled).fetchone()[0]:
+            return False
+        folder = folder_of(database)
+        folder.mkdir(exist_ok=True)
+        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
+        draft, target = folder / f".{stamp}.tmp", folder / f"{stamp}.db"
+        try:
+            with closing(sqlite3.connect(draft)) as copy:
+                source.backup(copy, pages=_PAGES)
+                copy.execute("PRAGMA journal_mode = DELETE")
+                sound = bool(copy.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok")
+            if sound:
+                draft.rename(target)
+            return sound
+        finally:
+            for left in folder.glob(f"{draft.name}*"):
+                left.unlink()
+
+
+def _thin_out(database: Path) -> None:
+    files = _files(database)
+    largest = max(files, key=lambda path: path.stat().st_size)
+    for path in files[KEPT:]:
+        if path != largest:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _files(database: Path) -> list[Path]:
+    try:
+        return sorted((path for path in folder_of(database).iterdir() if path.suffix == ".db"), reverse=True)
+    except OSError:
+        return []
+
+
+def _versions(path: Path) -> int | None:
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            return int(connection.execute("SELECT COUNT(*) FROM adapters").fetchone()[0])
+    except sqlite3.Error:
+        return None

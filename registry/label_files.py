@@ -1,0 +1,121 @@
+"""Labels in the content store: small JSON files beside the entries, from which a lost catalogue can be made again.
+
+Beside the entry `store/<key[:2]>/<key>/` lies `<key>.json`, which says what the catalogue in the store's home knows of it: the
+adapters that it is, and the sha256 of its files. Another catalogue's label has a digest of that catalogue's URL before `.json`,
+so that no two write one file. `store/bases.json` lists the bases in the same way.
+
+A label is what one transaction committed: it is written whole, under another name, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from registry.entry_checks import LabelError
+from registry.errors import RegistryError
+from registry.json_text import LARGEST_JSON, is_too_deep, json_value
+from registry.store import STAGING, Store, entry_key
+
+SCHEMA = 1
+BASES = "bases"
+
+
+def own_suffix(store: Store, catalogue: str | None = None) -> str:
+    """How the labels of a catalogue end; by default of the one that the store was opened for."""
+    named = store.catalogue if catalogue is None else catalogue
+    return ".json" if named == store.own_catalogue else f".{hashlib.sha256(named.encode()).hexdigest()[:16]}.json"
+
+
+def label_path(store: Store, key: str, suffix: str) -> Path:
+    """Where the label of an entry lies; that of the bases has the key `BASES`."""
+    return (store.root if key == BASES else store.root / key[:2]) / f"{key}{suffix}"
+
+
+def draft_path(store: Store) -> Path:
+    """Where a label of the catalogue is written before it is renamed."""
+    return store.root / STAGING / f"label{own_suffix(store)}"
+
+
+def read_label(path: Path) -> dict[str, Any] | None:
+    """What a label says; None where there is none.
+
+    Raises LabelError or ValueError where it is no label: no regular file, too large, nested too deep, no JSON, of a newer schema.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise LabelError("it is no regular file")
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                text = file.read(LARGEST_JSON + 1)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LabelError(f"it cannot be read ({error.strerror})") from None
+    value = json_value(text.decode())
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        raise LabelError(f"it is none of schema {SCHEMA}")
+    return value
+
+
+def write_label(store: Store, path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Puts a label in its place, whole, in a write transaction. One that is not `durable` may be lost in a power cut.
+
+    Raises OSError, RegistryError.
+    """
+    text = json.dumps({"schema": SCHEMA, **value}, sort_keys=True, indent=1, ensure_ascii=False)
+    if len(text) > LARGEST_JSON or is_too_deep(value):
+        raise RegistryError(
+            f"the label '{path}' would be larger than what is read; make the adapter's configuration smaller"
+        )
+    data = (text + "\n").encode()
+    with suppress(OSError):
+        if path.read_bytes() == data:
+            return
+    store.folder(path.parent.name if path.parent != store.root else "")
+    store.folder(STAGING)
+    draft = draft_path(store)
+    draft.unlink(missing_ok=True)  # of one that was killed: who writes labels holds the catalogue's write lock
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            if durable:
+                os.fsync(descriptor)
+        draft.rename(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def remove_label(path: Path) -> None:
+    """Removes a label, if it is there."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+
+
+def labels_of(store: Store, key: str) -> Iterator[Path]:
+    """The labels of an entry, of whatever catalogue."""
+    shard = label_path(store, key, "").parent
+    with suppress(FileNotFoundError, NotADirectoryError):
+        yield from sorted(
+            path for path in shard.iterdir() if path.name.startswith(f"{key}.") and path.suffix == ".json"
+        )
+
+
+def listing(value: Mapping[str, Any] | None, key: str) -> dict[str, str] | None:
+    """The names and sha256 of an entry's files as its label says them; None where it does not, or they are another entry's."""
+    files = None if value is None else value.get("files")
+    if not isinstance(files, dict) or not all(isinstance(each, str) for each in files.values()):
+        return None
+    return files if entry_key(files) == key else None

@@ -1,0 +1,174 @@
+"""Keeps the labels in the content store as the catalogue's rows say, after each transaction that changes them.
+
+A label is written once the rows are committed, in a write transaction of its own: two processes never write older facts over
+newer ones, and what was rolled back is never labelled. A process killed in between leaves a label that is missing or old, which
+`refresh_all` writes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
+
+from sqlalchemy import Connection, select
+
+from registry import notices
+from registry.database import Database
+from registry.entries import AT_ONCE, base_entries, entries
+from registry.errors import RegistryError
+from registry.label_files import (
+    BASES,
+    draft_path,
+    label_path,
+    labels_of,
+    listing,
+    own_suffix,
+    read_label,
+    remove_label,
+    write_label,
+)
+from registry.store import Store
+from registry.tables import locations
+
+DURABLE = 50
+"""Labels written at once that are brought to the disk one by one; of more, a power cut may lose some."""
+
+Files = Mapping[str, str]
+"""The sha256 of an entry's files, by name."""
+
+
+class Labels:
+    """The labels of one catalogue."""
+
+    def __init__(self, database: Database, store: Store) -> None:
+        self._database = database
+        self._store = store
+        self._pending = threading.local()
+
+    def touch(
+        self, connection: Connection, adapter_ids: Collection[int], files: Mapping[str, Files] | None = None
+    ) -> None:
+        """Writes the labels of these adapters' entries once this transaction is committed.
+
+        Call it before they are removed, too. `files` are the files of entries that were just made, by key.
+        """
+        self.touch_keys(connection, [*_keys_of(connection, adapter_ids), *(files or {})], files)
+
+    def touch_keys(self, connection: Connection, keys: Iterable[str], files: Mapping[str, Files] | None = None) -> None:
+        """The same for entries of the store by their keys, or the list of bases by `BASES`."""
+        if getattr(self._pending, "connection", None) is not connection:
+            self._pending.connection, self._pending.files = connection, {}
+            self._database.after_commit(self._write_pending)
+        pending: dict[str, Files | None] = self._pending.files
+        for key in keys:
+            pending[key] = (files or {}).get(key) or pending.get(key)
+
+    def withdraw(self, connection: Connection, adapter_ids: Collection[int]) -> None:
+        """Removes the labels of these adapters' entries at once, for they are to go; they are written again if others name them.
+
+        Nobody then takes for lost what was removed, in the moment after the rows are gone.
+        """
+        keys = _keys_of(connection, adapter_ids)
+        self.touch_keys(connection, keys, {key: files for key in keys if (files := self._listing(key)) is not None})
+        for key in keys:
+            with suppress(OSError):
+                remove_label(label_path(self._store, key, own_suffix(self._store)))
+
+    def touch_bases(self, connection: Connection) -> None:
+        """Writes the list of bases once this transaction is committed."""
+        self.touch_keys(connection, [BASES])
+
+    def refresh_all(self, progress: Callable[[int], None] | None = None) -> None:
+        """Writes every label that is missing or does not say what the rows do. Call it in a write transaction."""
+        with self._database.reading() as connection:
+            keys = connection.execute(
+                select(locations.c.store_key).where(locations.c.store_key.is_not(None)).distinct()
+            )
+            named = [key for key in keys.scalars() if key is not None]
+            for place in range(0, len(named), AT_ONCE):
+                some = named[place : place + AT_ONCE]
+                self._write(connection, dict.fromkeys(some), durable=len(named) <= DURABLE)
+                if progress is not None:
+                    progress(len(some))
+            self._write(connection, {BASES: None}, durable=True)
+        remove_label(draft_path(self._store))
+
+    def write_missing(self) -> None:
+        """Writes the labels that are missing, of entries from before there were any, or after a kill; what fails is left."""
+        ending = own_suffix(self._store)
+        with suppress(OSError, RegistryError), self._database.writing() as connection:
+            query = select(locations.c.store_key).where(locations.c.store_key.is_not(None)).distinct()
+            named = [key for key in connection.execute(query).scalars() if key is not None]
+            missing = [key for key in named if not label_path(self._store, key, ending).exists()]
+            if not label_path(self._store, BASES, ending).exists():
+                missing.append(BASES)
+            self._write(connection, dict.fromkeys(missing), durable=len(missing) <= DURABLE)
+
+    def _write_pending(self) -> None:
+        pending: dict[str, Files | None] = self._pending.files
+        self._pending.connection, self._pending.files = None, {}
+        try:
+            with self._database.writing() as connection:
+                self._write(connection, pending, durable=len(pending) <= DURABLE)
+        except (OSError, RegistryError) as error:
+            # What was to be done is done; that a rebuild would not know of it is for the next doctor.
+            notices.say(f"the store's label of it could not be written ({error}); 'loratool doctor --gc' writes it")
+
+    def _write(self, connection: Connection, pending: Mapping[str, Files | None], *, durable: bool) -> None:
+        ending = own_suffix(self._store)
+        if BASES in pending:
+            known = base_entries(connection)
+            if known or label_path(self._store, BASES, ending).exists():
+                write_label(self._store, label_path(self._store, BASES, ending), {"bases": known}, durable=durable)
+        keys = [key for key in pending if key != BASES]
+        named = _named(connection, keys)
+        known_entries = entries(connection, {each for ids in named.values() for each in ids})
+        for key in keys:
+            path = label_path(self._store, key, ending)
+            if not named.get(key) or not self._store.path(key).is_dir():
+                remove_label(path)
+                continue
+            said = [known_entries[adapter_id] for adapter_id in sorted(named[key]) if adapter_id in known_entries]
+            files = pending[key] or self._listing(key)
+            write_label(
+                self._store,
+                path,
+                {"key": key, "adapters": said, **({} if files is None else {"files": dict(files)})},
+                durable=durable,
+            )
+
+    def _listing(self, key: str) -> Files | None:
+        """The files of an entry as any label of it says them."""
+        for path in labels_of(self._store, key):
+            try:
+                files = listing(read_label(path), key)
+            except ValueError:
+                continue
+            if files is not None:
+                return files
+        return None
+
+
+def _keys_of(connection: Connection, adapter_ids: Collection[int]) -> list[str]:
+    ids = sorted(adapter_ids)
+    found: list[str | None] = []
+    for place in range(0, len(ids), AT_ONCE):
+        some = locations.c.adapter_id.in_(ids[place : place + AT_ONCE])
+        found += connection.execute(
+            select(locations.c.store_key).where(some, locations.c.store_key.is_not(None))
+        ).scalars()
+    return [key for key in found if key is not None]
+
+
+def _named(connection: Connection, keys: Collection[str]) -> dict[str, set[int]]:
+    """The adapters that name each of these entries, by key."""
+    found: dict[str, set[int]] = {}
+    ordered = sorted(keys)
+    for place in range(0, len(ordered), AT_ONCE):
+        query = select(locations.c.store_key, locations.c.adapter_id)
+        for key, adapter_id in connection.execute(
+            query.where(locations.c.store_key.in_(ordered[place : place + AT_ONCE]))
+        ):
+            found.setdefault(key, set()).add(adapter_id)
+    return found

@@ -1,0 +1,149 @@
+"""Makes the catalogue again from the labels in its content store: what a lost or emptied database had named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, RowMapping, select
+
+from registry.database import Database
+from registry.entering import enter, enter_bases, enter_parents, named_base, relink
+from registry.entry_checks import Entry, LabelError, check_base, check_entry
+from registry.label_files import BASES, label_path, labels_of, own_suffix, read_label
+from registry.labels import Labels
+from registry.names import printable
+from registry.records import Finding, Rebuilt
+from registry.store import Store
+from registry.tables import adapters, locations
+
+
+class Rebuild:
+    """Reads the labels of a store for one catalogue: its own, and those of catalogues that are gone."""
+
+    def __init__(self, database: Database, store: Store, labels: Labels) -> None:
+        self._database = database
+        self._store = store
+        self._labels = labels
+
+    def run(self) -> Rebuilt:
+        """Adds what the labels say and no row does; rows that are there stay as they are. Twice is once.
+
+        A version whose number another adapter has by now gets the next one. Merges are not in the store.
+
+        Raises RegistryError.
+        """
+        with self._database.writing() as connection:
+            named, lost, unnamed = self._sorted(connection)
+            bases = enter_bases(connection, self._bases([entry for _, entry in lost]))
+            entered = [(*enter(connection, entry, key), entry) for key, entry in lost]
+            for adapter_id, _, entry in entered:
+                relink(connection, adapter_id, entry)
+            for adapter_id, _, entry in entered:
+                enter_parents(connection, adapter_id, entry)
+            self._labels.touch_keys(connection, [*named, *(key for key, _ in lost), BASES])
+        return Rebuilt(
+            named=tuple(sorted(_called(reference, entry) for _, reference, entry in entered)),
+            bases=tuple(sorted(bases)),
+            unnamed=tuple(unnamed),
+        )
+
+    def lost(self) -> dict[str, tuple[str, ...]]:
+        """The entries that a rebuild would name, by key, with their references."""
+        with self._database.reading() as connection:
+            found: dict[str, tuple[str, ...]] = {}
+            for key, entry in self._sorted(connection)[1]:
+                found[key] = (*found.get(key, ()), label_of(entry))
+            return found
+
+    def _sorted(self, connection: Connection) -> tuple[list[str], list[tuple[str, Entry]], list[Finding]]:
+        """The store's entries: the keys of those that rows name, what labels say that no row does, and what nothing names."""
+        rows = connection.execute(select(*(adapters.c[name] for name in (*_IDENTITY, "version")))).all()
+        known = {_identity(row._mapping) for row in rows}
+        taken = {(row.name, row.version) for row in rows}
+        keys = select(locations.c.store_key).where(locations.c.store_key.is_not(None))
+        named = set(connection.execute(keys).scalars())
+        lost: list[tuple[str, Entry]] = []
+        unnamed: list[Finding] = []
+        for key in self._store.entries():
+            found, problem = self.adapters_of(key)
+            missing = [entry for entry in found if _identity(entry) not in known]
+            known.update(map(_identity, missing))
+            lost += [(key, entry) for entry in missing]
+            if not found and key not in named:
+                unnamed.append(self._unnamed(key, problem))
+        # In the order in which they came, and those whose number is taken after all others, which keep theirs.
+        lost.sort(key=lambda each: ((each[1]["name"], each[1]["version"]) in taken, each[1]["created_at"]))
+        return sorted(key for key in named if key is not None), lost, unnamed
+
+    def adapters_of(self, key: str) -> tuple[list[Entry], str]:
+        """The adapters that an entry of the store is, by its labels; where there is none, why."""
+        found: dict[tuple[str, str], Entry] = {}
+        problem = "has no label that says which adapter it is"
+        for path in self._labels_to_read(key):
+            try:
+                value = read_label(path)
+                said = [] if value is None else value.get("adapters")
+                if not isinstance(said, list):
+                    raise LabelError("it names no adapters")
+                for each in said:
+                    entry = check_entry(each)
+                    found.setdefault((entry["name"], entry["sha256"]), entry)
+            except ValueError as error:
+                problem = f"has a label that cannot be used ({error})"
+        return list(found.values()), problem
+
+    def _labels_to_read(self, key: str) -> list[Path]:
+        """This catalogue's label of an entry, and those of catalogues that are not there any more."""
+        living = {own_suffix(self._store, other) for other in self._store.other_catalogues()}
+        own = label_path(self._store, key, own_suffix(self._store))
+        others = [path for path in labels_of(self._store, key) if path.name[len(key) :] not in living and path != own]
+        return [own, *others]
+
+    def _bases(self, found: list[Entry]) -> list[Entry]:
+        """The bases as their labels list them; without one, those that adapters name, with the little that they say."""
+        listed: list[Entry] = []
+        has_list = False
+        for path in self._labels_to_read(BASES):
+            try:
+                said = (read_label(path) or {}).get("bases")
+                if isinstance(said, list):
+                    listed += map(check_base, said)
+                    has_list = True
+            except ValueError:
+                continue
+        return listed if has_list else [base for entry in found if (base := named_base(entry)) is not None]
+
+    def _unnamed(self, key: str, problem: str) -> Finding:
+        folder = self._store.path(key)
+        shown = printable(str(folder), 400)
+        return Finding(
+            kind="store-orphan",
+            subject=key,
+            path=folder,
+            message=f"'{shown}' {problem}; name it with 'loratool add {shown} --name NAME', or free it for good with "
+            "'loratool doctor --gc --yes'",
+            size_bytes=self._store.size_bytes(folder),
+        )
+
+
+_IDENTITY = ("name", "sha256", "kind", "rank", "alpha", "scaling")
+"""What makes two adapters of one name the same version."""
+
+
+def _identity(facts: Mapping[str, Any] | RowMapping) -> tuple[Any, ...]:
+    scaling = facts["scaling"]
+    plain = json.dumps(scaling, sort_keys=True) if isinstance(scaling, dict) else scaling
+    return (*(facts[name] for name in _IDENTITY[:-1]), plain)
+
+
+def label_of(entry: Entry) -> str:
+    """`name@version`, as the label says it."""
+    return f"{entry['name']}@{entry['version']}"
+
+
+def _called(reference: str, entry: Entry) -> str:
+    """The reference that an adapter got, and which one it had, if that is another."""
+    return reference if reference == label_of(entry) else f"{reference} (was {label_of(entry)})"
