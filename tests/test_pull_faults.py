@@ -219,7 +219,7 @@ def test_a_download_that_is_cut_again_and_again_is_one_count_and_one_sentence(
         str(cut.value),
     )
     assert watching.tries == list(range(1, len(watching.tries) + 1))
-    assert f"cut {len(watching.tries) + 1} times" in str(cut.value)
+    assert f"broke off {len(watching.tries) + 1} times" in str(cut.value)
     assert seen.getvalue() == ""
     assert sum(waits) + sum(hub_waits) < 12
     hub.faults[:] = [Cut("GET", "/objects/", 5, 100)]
