@@ -15,6 +15,7 @@ from loratool.library.base_entry import find_base
 from loratool.library.hub_bases import is_away, known_headers
 from loratool.library.progress import Progress, Silent
 from loratool.library.resolve import ResolvedAdapter, is_entry_of, no_such_base, resolve_base
+from loratool.library.stated_base import other_base_notes
 from loratool.library.user_path import exists, user_path
 from loratool.merging.plan import WeightedAdapter, plan_merge
 from registry import AdapterRecord, BaseRecord, Registry, check_name, is_name
@@ -37,7 +38,9 @@ def find_owner(adapter: Adapter, base: str | None, base_model: str | None, catal
         if problem and not any_base:
             raise WrongBaseError(f"{problem}; leave --base out, or give --any-base")
         _refuse_unfit(adapter, record)
-        return record, [f"{problem}; tied to it all the same, with --any-base"] if problem else []
+        notes = [f"{problem}; tied to it all the same, with --any-base"] if problem else []
+        decided = bool(problem or (recorded and record.fingerprint))
+        return record, notes if decided else other_base_notes(adapter, record.name, record.path, record)
     tied = next((entry.base for entry in _entries(adapter, catalogue) if entry.base), None)
     if tied is not None:
         return catalogue.bases.find(tied), []

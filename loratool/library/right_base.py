@@ -11,6 +11,7 @@ from loratool.errors import LoratoolError, WrongBaseError, quoted
 from loratool.library.home_folder import digest_cache
 from loratool.library.progress import Progress
 from loratool.library.resolve import ResolvedAdapter, ResolvedBase
+from loratool.library.stated_base import other_base_notes
 from loratool.merging.manifest import read_manifest
 from registry import Registry
 
@@ -28,17 +29,18 @@ def check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpoi
             `any_base` it is a note instead.
     """
     if base.headers is not None:
-        return None, [f"base {quoted(base.name)} is not downloaded: its content is checked when it is"]
+        notes = [f"base {quoted(base.name)} is not downloaded: its content is checked when it is"]
+        return None, [*notes, *(note for found in adapters for note in _named_otherwise(found, base))]
     recorded = base.record.fingerprint if base.record else None
     if recorded is None and not any(found.base_fingerprint for found in adapters):
-        return None, [_unrecorded(found) for found in adapters]
+        return None, [note for found in adapters for note in (_unrecorded(found), *_named_otherwise(found, base))]
     watcher.begin("fingerprinting the base", checkpoint.nbytes)
     digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
     actual = fingerprint(checkpoint.tensors, digests)
     notes = refuse_changed(base, actual, any_base=any_base)
     for found in adapters:
         if found.base_fingerprint is None:
-            notes.append(_unrecorded(found))
+            notes += [_unrecorded(found), *_named_otherwise(found, base)]
         elif not _belongs(found.base_fingerprint, checkpoint, actual, catalogue):
             notes += _passed(_belongs_elsewhere(found, base, actual, catalogue), "merge it into its own base", any_base)
     return digests, notes
@@ -90,6 +92,13 @@ def _belongs_elsewhere(found: ResolvedAdapter, base: ResolvedBase, actual: str, 
         f"{quoted(found.adapter.name)} belongs to the base {base_label(str(found.base_fingerprint), catalogue)}, "
         f"and {quoted(base.name)} is another model ({actual[:12]}…)"
     )
+
+
+def _named_otherwise(found: ResolvedAdapter, base: ResolvedBase) -> list[str]:
+    """A note where no fingerprint decides and the adapter names another base than this."""
+    if found.base_fingerprint is not None:
+        return []
+    return other_base_notes(found.adapter, base.name, base.path, base.record)
 
 
 def _unrecorded(found: ResolvedAdapter) -> str:

@@ -1,0 +1,139 @@
+"""Whether the base that an adapter's files name is the one that it is put into, where no fingerprint decides.
+
+`X-Instruct` and `X` have the same shapes, so an adapter of the one lands on the other without an error. Names are compared by
+these rules:
+
+1. A name is the last component of a path or Hub id, without a revision, in small letters, with ``-`` for ``_`` and blanks.
+   Words for how a model is stored or who stored it so (``bnb-4bit``, ``GPTQ``, ``bf16``, ``hf``, ``unsloth``) are left out, as
+   is ``meta`` at the beginning. So `unsloth/Meta-Llama-3.1-8B-bnb-4bit` is `Llama-3.1-8B`.
+2. Generic names (``model``, ``base``, ``checkpoint-500``, a commit's hash) say nothing; a folder of the Hub's cache is called by
+   its repository.
+3. A base whose Hub id is known is called by that alone; any other by its catalogued name, its folder's name, and the names of
+   what it was quantized or merged from. It is the adapter's if one of them is the name that the adapter states.
+4. A name of a user's own, a folder's without a size (``8b``, ``135m``), may be any. It says something where it has a word in
+   common with the other name, and they differ by a word that tells models apart (``instruct``, ``chat``, ``large``); but not
+   where it is only shorter than a stated name that has a size (``llama`` for ``Llama-3.1-8B-Instruct``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from loratool.errors import LoratoolError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.hub.address import is_repository
+from loratool.library.adapter_name import GENERIC, is_generic
+from loratool.merging.manifest import KINDS, read_manifest
+from registry import BaseRecord
+
+KOHYA_KEY: Final = "ss_sd_model_name"
+"""Where kohya's files state the file name of their base."""
+
+_STORED: Final = """
+    bnb bit 2bit 3bit 4bit 6bit 8bit gptq awq gguf mlx nf4 fp4 fp8 int4 int8 nvfp4 mxfp4 w4a16 w8a8 w8a16 exl2 hqq aqlm bf16 fp16
+    fp32 f16 f32 float16 bfloat16 dynamic quantized quant hf unsloth safetensors ckpt st dequantized dense
+"""
+STORED: Final = frozenset(_STORED.split())
+"""Words for how a model is stored or who stored it so, not for which one it is."""
+
+_SAYS_NOTHING: Final = "base bases llm lm pretrained foundation original parent the my"
+SAYS_NOTHING: Final = GENERIC | set(_SAYS_NOTHING.split())
+
+_TELLS_APART: Final = """
+    instruct instruction chat it base sft dpo orpo rl rlhf tuned coder code math vl vision omni audio reasoning think thinking
+    distill distilled reward guard embedding nano micro mini tiny small medium large xl xxl
+"""
+TELLS_APART: Final = frozenset(_TELLS_APART.split())
+"""Words by which models of one family are told apart."""
+
+_SIZE: Final = re.compile(r"(\d+x)?\d+(\.\d+)?[bm]")
+_IN_CACHE: Final = re.compile(r"models--(?:.+?)--(?P<name>[^/\\]+)([/\\]snapshots([/\\][^/\\]+)?)?[/\\]?$")
+_SUFFIX: Final = re.compile(r"\.(safetensors|ckpt|gguf|st|bin|pt)$")
+
+Words = tuple[str, ...]
+
+
+def other_base_notes(adapter: Adapter, name: str, path: Path | None, record: BaseRecord | None) -> list[str]:
+    """A note where an adapter names another base than the one, so called, that it is put into.
+
+    `path` is where that lies, and `record` its entry in the catalogue, as far as there are such.
+    """
+    stated = next((each for each in _stated_by(adapter) if words_of(each)), None)
+    if stated is None:
+        return []
+    hub_id = record.source if record is not None and is_repository(record.source) else _in_cache(path)
+    locals_ = [] if hub_id else list(_local_names(name, path, record))
+    if not is_other(stated, hub_id, locals_):
+        return []
+    return [
+        f"{quoted(adapter.name)} names {quoted(stated)} as its base, and {quoted(hub_id or name)} seems to be another model, "
+        "though it fits: see that it is the right one"
+    ]
+
+
+def is_other(stated: str, hub_id: str | None, names: Sequence[str]) -> bool:
+    """Whether a base, by its Hub id or else by its `names` here, is another one than the `stated`."""
+    wanted = words_of(stated)
+    if not wanted:
+        return False
+    if hub_id is not None and words_of(hub_id):
+        return words_of(hub_id) != wanted
+    known = [words for words in map(words_of, names) if words]
+    is_path = not is_repository(stated)
+    telling = [words for words in known if not _is_made_up(words, wanted, stated_is_path=is_path)]
+    return wanted not in known and bool(telling)
+
+
+def words_of(name: str) -> Words:
+    """The words of a model's name that tell which one it is; none where it says nothing."""
+    cached = _IN_CACHE.search(name)
+    last = cached["name"] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1].partition("@")[0]
+    plain = _SUFFIX.sub("", last.casefold())
+    words = [word for word in re.split(r"[^a-z0-9.]+", plain) if word and word not in STORED]
+    if words[:1] == ["meta"]:
+        words = words[1:]
+    if is_generic(last) or all(word in SAYS_NOTHING or word.isdecimal() for word in words):
+        return ()
+    return tuple(words)
+
+
+def _is_made_up(words: Words, stated: Words, *, stated_is_path: bool) -> bool:
+    """Whether names of which a user gave one or both, by rule 4, do not tell a base from the stated one."""
+    has_size, has_stated_size = (any(map(_SIZE.fullmatch, each)) for each in (words, stated))
+    if has_size and (has_stated_size or not stated_is_path):
+        return False
+    own, others = set(words), set(stated)
+    is_short = has_stated_size and own < others
+    return is_short or own.isdisjoint(others) or TELLS_APART.isdisjoint(own ^ others)
+
+
+def _stated_by(adapter: Adapter) -> Iterator[str]:
+    if adapter.base_model:
+        yield adapter.base_model
+    kohya = (adapter.kohya or {}).get(KOHYA_KEY)
+    if isinstance(kohya, str) and kohya:
+        yield kohya
+
+
+def _in_cache(path: Path | None) -> str | None:
+    """The repository whose snapshot a folder of the Hub's cache is."""
+    found = None if path is None else _IN_CACHE.search(str(path.resolve()))
+    return None if found is None else found["name"]
+
+
+def _local_names(name: str, path: Path | None, record: BaseRecord | None) -> Iterator[str]:
+    """What a base is called here, and what it was made of: of an image of a model is an adapter of that model."""
+    yield name
+    if record is not None and record.variant_of:
+        yield record.variant_of
+    if path is not None:
+        yield path.resolve().name
+        try:
+            manifest = read_manifest(path, KINDS)
+        except (LoratoolError, OSError):
+            return
+        yield manifest.base_name
+        yield manifest.base_path
