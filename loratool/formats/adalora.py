@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.formats.adapter_files import AdapterFiles
+from loratool.formats.alpha import Alpha, Statement, metadata_statements, settled
+from loratool.formats.bare import unstated
+from loratool.formats.builder import Builder, Factors
+from loratool.formats.kinds import KINDS
+from loratool.formats.lora import adapter_of
 from loratool.formats.lora_config import ConfigReader, LoraConfig
 from loratool.formats.scalar import read_scalar
 from loratool.formats.tensor_keys import PREFIX, refuse_other_features
+from loratool.updates import Update
 from loratool.updates.singular import SingularValue
 
-PEFT_TYPE: Final = "ADALORA"
+NAME: Final = "adalora"
+PEFT_TYPE: Final = KINDS[NAME].peft_type
 
 IMPORTANCE: Final = "importance"
 """Where loratool's facts keep the scores of an AdaLoRA's training: for each module a list, one number a triplet."""
@@ -40,16 +49,21 @@ def pattern_key(module: str) -> str:
     return f"{module}.lora_E"
 
 
-@dataclass(frozen=True, slots=True)
-class AdaLoraConfig:
+_NOT_IN_ADALORA: Final = {"peft_type": "LORA", "r": 1, "rank_pattern": None, "alpha_pattern": None, "use_rslora": False}
+"""What of LoRA's keys PEFT does not look at in an AdaLoRA, set so that it says nothing."""
+
+CONFIGURATION: Final = "its configuration"
+ALL: Final = "every module"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaLoraConfig(LoraConfig):
     """What of an AdaLoRA configuration changes numbers, and its targets.
 
     `kept` tells, of each module that was pruned, which of its first `init_r` components are left.
     """
 
-    targets: LoraConfig
     init_r: int
-    alpha: float
     kept: Mapping[str, tuple[bool, ...]]
 
     @classmethod
@@ -63,10 +77,11 @@ class AdaLoraConfig:
         read = ConfigReader(config, source)
         init_r = read.positive_int("init_r")
         patterns = read.mapping("rank_pattern")
+        own = {key: value for key, value in config.items() if key not in KINDS[NAME].keys}
+        lora = LoraConfig.parse(own | _NOT_IN_ADALORA, source)
         return cls(
-            targets=LoraConfig.targeting(config, source),
+            **{each.name: getattr(lora, each.name) for each in fields(lora)},
             init_r=init_r,
-            alpha=read.number("lora_alpha"),
             kept={_module_of(key): _mask(key, value, init_r, source) for key, value in patterns},
         )
 
@@ -76,48 +91,67 @@ class AdaLoraConfig:
 
     def alpha_of(self, module: str) -> float:
         """What multiplies the product; where alpha is not positive, PEFT takes the rank instead."""
-        return self.alpha if self.alpha > 0 else float(self.rank_of(module))
+        return self.lora_alpha if self.lora_alpha > 0 else float(self.rank_of(module))
 
 
-def adalora_updates(tensors: Mapping[str, TensorInfo], source: str, config: AdaLoraConfig) -> dict[str, SingularValue]:
-    """The update of each module, in the order of the modules' names.
+def read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
+    """Read an AdaLoRA.
 
     Raises:
-        UnsupportedError, AdapterError: a tensor is missing, does not fit its partners or the configuration, or belongs to
-            something else.
+        UnsupportedError: it uses a feature that loratool does not compute.
+        AdapterError: it is damaged or incomplete, or does not state its alpha.
     """
-    updates = {}
-    for module, triplet in _triplets(tensors, source).items():
-        if not config.targets.targets(module):
-            raise AdapterError(
-                f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so PEFT "
-                "would ignore them; mend target_modules, exclude_modules or layers_to_transform"
-            )
-        rank = triplet["A"].shape[0]
-        if rank != config.rank_of(module):
-            raise AdapterError(
-                f"{quoted(module)} in {quoted(source)} has rank {rank} and its configuration says "
-                f"{config.rank_of(module)}; mend init_r or rank_pattern"
-            )
-        if "ranknum" in triplet and read_scalar(triplet["ranknum"]) != config.init_r:
-            raise AdapterError(
-                f"{quoted(triplet['ranknum'].name)} in {quoted(source)} is {read_scalar(triplet['ranknum']):g} and its "
-                f"configuration says init_r {config.init_r}, by which the update is divided; mend one of them"
-            )
-        updates[module] = SingularValue(
-            triplet["A"], triplet["E"], triplet["B"], config.alpha_of(module), config.init_r
-        )
-    missing = sorted(config.kept.keys() - updates.keys())
+    source = files.source
+    stated = metadata_statements(files.metadata, [ALL])
+    if not files.config:  # its alpha is asked for before its ranks are looked at
+        settled({ALL: 1}, stated, given, source, unstated=unstated(files))
+    config = files.config or bare_adalora_config(files.tensors, source)
+    written = files.config_source
+    init_r = AdaLoraConfig.parse({"lora_alpha": 1, **config}, written).init_r
+    if files.config.get("lora_alpha") is not None:
+        stated = [Statement(CONFIGURATION, {ALL: AdaLoraConfig.parse(config, written).lora_alpha}), *stated]
+    alphas, notes = settled({ALL: init_r}, stated, given, source, unstated=unstated(files))
+    if not files.config or not stated or alphas[ALL] != config["lora_alpha"]:
+        config = {**config, "lora_alpha": alphas[ALL]}
+    adalora = AdaLoraConfig.parse(config, written)
+    triplets = _triplets(files.tensors, source)
+    for module, triplet in triplets.items():
+        _refuse_other(module, triplet, adalora, source)
+    missing = sorted(adalora.kept.keys() - triplets.keys())
     if missing:
         raise AdapterError(
             f"rank_pattern in {quoted(source)} speaks of {quoted(missing[0])}, for which it holds no tensors; save it again"
         )
-    return updates
+    return adapter_of(files, NAME, config, adalora, singular_updates(triplets, adalora), notes)
 
 
-def is_adalora(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether tensors without a configuration are AdaLoRA's."""
-    return any(re.search(r"\.lora_E(\.[^.]+)?$", name) for name in tensors)
+def singular_updates(triplets: Factors, config: LoraConfig) -> dict[str, Update]:
+    """The update of each module."""
+    assert isinstance(config, AdaLoraConfig)
+    return {
+        module: SingularValue(each["A"], each["E"], each["B"], config.alpha_of(module), config.init_r)
+        for module, each in triplets.items()
+    }
+
+
+def _refuse_other(module: str, triplet: Mapping[str, TensorInfo], config: AdaLoraConfig, source: str) -> None:
+    """Raise AdapterError where the configuration says otherwise of a module than its tensors."""
+    if not config.targets(module):
+        raise AdapterError(
+            f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so PEFT "
+            "would ignore them; mend target_modules, exclude_modules or layers_to_transform"
+        )
+    rank = triplet["A"].shape[0]
+    if rank != config.rank_of(module):
+        raise AdapterError(
+            f"{quoted(module)} in {quoted(source)} has rank {rank} and its configuration says "
+            f"{config.rank_of(module)}; mend init_r or rank_pattern"
+        )
+    if "ranknum" in triplet and read_scalar(triplet["ranknum"]) != config.init_r:
+        raise AdapterError(
+            f"{quoted(triplet['ranknum'].name)} in {quoted(source)} is {read_scalar(triplet['ranknum']):g} and its "
+            f"configuration says init_r {config.init_r}, by which the update is divided; mend one of them"
+        )
 
 
 def bare_adalora_config(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, Any]:
@@ -218,3 +252,6 @@ def _mask(key: str, value: object, init_r: int, source: str) -> tuple[bool, ...]
             "each component that training began with"
         )
     return tuple(value)
+
+
+BUILDER: Final = Builder(read_adalora, AdaLoraConfig.parse, singular_updates, singular_key)

@@ -12,7 +12,17 @@ from typing import Any
 
 from loratool.architecture import module_of
 from loratool.checkpoint.header import TensorInfo
+from loratool.formats.lora_config import LoraConfig
 from loratool.updates import Ranked, Update
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Another layout than PEFT's: the format's word and title (`formats.table`), and the metadata of the file."""
+
+    format: str
+    title: str
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +36,10 @@ class Adapter:
         kind: ``lora``, ``dylora`` or ``adalora``.
         changes: parameter, as the adapter spells it (``...q_proj.weight``), to what happens to it.
         config: its PEFT configuration, as JSON.
+        settings: the same, checked.
         facts: what loratool recorded beside it (kind, base fingerprint, lineage, recipe); may be empty.
-        fan_in_fan_out: the configuration says that weights are stored as (in_features, out_features).
         notes: what a user should know about how it was read.
-        kohya: of a file in kohya's layout, its metadata; None for PEFT's layout.
+        layout: how its file is laid out, where it is written in the same way again; None for PEFT's layout.
         whole: the modules that its configuration says it holds whole (``modules_to_save``).
     """
 
@@ -39,10 +49,10 @@ class Adapter:
     kind: str
     changes: Mapping[str, Update]
     config: Mapping[str, Any]
+    settings: LoraConfig
     facts: Mapping[str, Any] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
     notes: tuple[str, ...] = ()
-    kohya: Mapping[str, str] | None = None
+    layout: Layout | None = None
     whole: tuple[str, ...] = ()
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from loratool.checkpoint.header import TensorInfo
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import Alpha
@@ -53,6 +54,8 @@ class AdapterFormat:
         describe: what the files hold.
         read: the adapter of the files, for an alpha that the user gives or None; None where loratool does not read the format.
         why_not: why it does not, with the way out.
+        write: the tensors, or the bytes of one fp32 number, and the metadata of a file in the format; None where loratool does
+            not write it.
     """
 
     name: str
@@ -62,3 +65,4 @@ class AdapterFormat:
     describe: Callable[[AdapterFiles], Description]
     read: Callable[[AdapterFiles, Alpha | None], Adapter] | None = None
     why_not: str = ""
+    write: Callable[[Adapter], tuple[Mapping[str, TensorInfo | bytes], dict[str, str]]] | None = None

@@ -15,7 +15,7 @@ from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha
 from loratool.formats.describe import Split
 from loratool.formats.kohya import describe_kohya
-from loratool.formats.peft import read_pairs
+from loratool.formats.lora import read_pairs
 
 COMFYUI_PREFIXES: Final = ("diffusion_model.", "text_encoders.")
 _NAME: Final = re.compile(

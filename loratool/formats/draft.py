@@ -13,13 +13,9 @@ from loratool.checkpoint.blocks import write_exactly
 from loratool.checkpoint.dtypes import DTYPES, of_torch
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import OutputError, quoted
-from loratool.formats.adalora import PEFT_TYPE as ADALORA
-from loratool.formats.adalora import AdaLoraConfig
 from loratool.formats.adapter import Adapter, of_weights
-from loratool.formats.lora_config import LoraConfig
-from loratool.updates import Update
-from loratool.updates.low_rank import LowRank
-from loratool.updates.singular import SingularValue
+from loratool.formats.builders import BUILDERS
+from loratool.formats.kinds import OF_PEFT
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +57,7 @@ class Draft:
         self.put_factors(module, {"A": a, "B": b})
 
     def put_factors(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
-        """Keep the factors of `module` by their letters: A and B, and of an AdaLoRA E (r, 1), fp32, fp16 or bf16.
+        """Keep the factors of `module` by their letters, fp32, fp16 or bf16.
 
         Raises:
             OutputError: the disk is full.
@@ -80,18 +76,12 @@ class Draft:
         }
 
     def adapter(self, name: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Adapter:
-        """The adapter of all modules that were put, under a PEFT configuration, LoRA's or AdaLoRA's, that fits them."""
-        targets = LoraConfig.targeting(config, name)
-        updates: dict[str, Update] = {}
-        adalora = AdaLoraConfig.parse(config, name) if config.get("peft_type") == ADALORA else None
-        for module, found in sorted(self._factors.items()):
-            if adalora is None:
-                updates[module] = LowRank(found["A"], found["B"], targets.scaling_of(module))
-            else:
-                alpha = adalora.alpha_of(module)
-                updates[module] = SingularValue(found["A"], found["E"], found["B"], alpha, adalora.init_r)
-        kind = "lora" if adalora is None else "adalora"
-        return Adapter(name, self._path, "", kind, of_weights(updates), config, facts, targets.fan_in_fan_out)
+        """The adapter of all modules that were put, under a PEFT configuration that fits them."""
+        kind = OF_PEFT[config["peft_type"]].name
+        builder = BUILDERS[kind]
+        settings = builder.parse(config, name)
+        updates = builder.updates(dict(sorted(self._factors.items())), settings)
+        return Adapter(name, self._path, "", kind, of_weights(updates), config, settings, facts)
 
     @property
     def _path(self) -> Path:

@@ -19,7 +19,6 @@ from typing import Any, Final, Literal
 
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter, of_weights
-from loratool.formats.lora_config import LoraConfig
 from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
 
@@ -54,7 +53,7 @@ def module_alphas(adapter: Adapter, rank: int, law: ScalingLaw) -> dict[str, tup
     """
     if not 1 <= rank <= (adapter.rank or 0):
         raise AdapterError(f"{quoted(adapter.name)} has the ranks 1 to {adapter.rank}; {rank} is none of them")
-    lora = LoraConfig.parse(adapter.config, str(adapter.file))
+    lora = adapter.settings
     return {
         module: (
             min(rank, update.rank),
@@ -75,7 +74,7 @@ def at_rank(adapter: Adapter, rank: int) -> Adapter:
             f"{quoted(adapter.name)} is a {adapter.kind}, not a DyLoRA, so it acts at its own rank only; make it one of "
             f"another rank with 'loratool truncate'"
         )
-    lora = LoraConfig.parse(adapter.config, str(adapter.file))
+    lora = adapter.settings
     cut = module_alphas(adapter, rank, scaling_law(adapter.facts, adapter.name))
     updates: dict[str, Update] = {}
     for module, update in adapter.ranked.items():

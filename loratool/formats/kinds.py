@@ -40,7 +40,11 @@ class Kind:
         parts: how the names of its tensors go on behind the module's name, in PEFT.
         other_parts: the same in other programs, where their names are others.
         ranks: parts whose shape tells the rank, each with the axis; the first that a module has counts.
-        why_not: why it is not computed, with the way out; None where it is.
+        why_not: why it is not computed, with the way out; None where it is, and `formats.builders` has its row.
+        keys: what its configuration adds to LoRA's, or gives another meaning.
+        nested: whether it acts at every rank up to its own.
+        recorded: whether its files are those of a LoRA, and what loratool records beside them tells it.
+        article: what stands before its title in English.
     """
 
     name: str
@@ -51,6 +55,10 @@ class Kind:
     ranks: tuple[tuple[str, int], ...] = ()
     why_not: str | None = None
     other_parts: tuple[str, ...] = ()
+    keys: frozenset[str] = frozenset()
+    nested: bool = False
+    recorded: bool = False
+    article: str = "a"
 
 
 LORA: Final = "lora"
@@ -60,8 +68,9 @@ _LORA_RANKS: Final = (
 
 _ROWS: Final = (
     # Low rank
-    Kind("adalora", "AdaLoRA", "ADALORA", parts=("lora_E", "ranknum"), ranks=(("lora_A", 0),)),
-    Kind("dylora", "DyLoRA", ranks=_LORA_RANKS),
+    Kind("adalora", "AdaLoRA", "ADALORA", parts=("lora_E", "ranknum"), ranks=(("lora_A", 0),), article="an", keys=frozenset({
+        "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern"})),
+    Kind("dylora", "DyLoRA", ranks=_LORA_RANKS, nested=True, recorded=True),
     Kind("dora", "DoRA", None, "use_dora", ("lora_magnitude_vector",), _LORA_RANKS, NOT_YET, ("magnitude", "dora_scale")),
     Kind("kasa", "KaSA", None, "kasa_config", ("lora_diag",), _LORA_RANKS, BY_BASE),
     Kind("qalora", "QALoRA", None, "use_qalora", (), _LORA_RANKS, UNDEFINED),
@@ -133,6 +142,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType({kind.name: kind for kind in
 """Every kind by its name, a special one before that of which it is a variant."""
 
 OF_PEFT: Final[Mapping[str, Kind]] = MappingProxyType({kind.peft_type: kind for kind in _ROWS if kind.peft_type})
+RECORDED: Final = tuple(kind for kind in _ROWS if kind.recorded)
 VARIANTS: Final = tuple(kind for kind in _ROWS if kind.setting is not None)
 
 

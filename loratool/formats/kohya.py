@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, UnsupportedError, quoted
-from loratool.formats.adapter import Adapter, of_weights
+from loratool.formats.adapter import Adapter, Layout, of_weights
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha, Statement, agree, metadata_statements, settled
@@ -27,6 +27,8 @@ from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.scalar import read_scalar
 from loratool.updates.low_rank import LowRank
 
+NAME: Final = "kohya"
+TITLE: Final = "kohya"
 NETWORK_KEY: Final = "ss_network_module"
 DYLORA_NETWORK: Final = "networks.dylora"
 _TENSOR: Final = re.compile(r"(?P<module>[^.]+)\.(?:(?P<factor>lora_down|lora_up)\.weight|(?P<alpha>alpha))")
@@ -97,9 +99,10 @@ def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
         KIND if facts.get("kind") == KIND else LORA,
         of_weights({module: LowRank(down, up, alphas[module] / ranks[module]) for module, (down, up) in pairs.items()}),
         config,
+        LoraConfig.parse(config, source),
         facts,
         notes=(*kohya_notes(files.metadata), *notes),
-        kohya=files.metadata,
+        layout=Layout(NAME, TITLE, files.metadata),
     )
 
 
@@ -142,22 +145,19 @@ def kohya_notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return (f"it was trained {unit} ranks at a time, so cut it to a multiple of {unit}; no other rank was trained",)
 
 
-def kohya_tensors(adapter: Adapter) -> dict[str, TensorInfo | bytes]:
-    """The tensors of an adapter under kohya's names; alpha as the bytes of one fp32 number."""
+def write_kohya(adapter: Adapter) -> tuple[dict[str, TensorInfo | bytes], dict[str, str]]:
+    """The tensors of an adapter under kohya's names, alpha as the bytes of one fp32 number; and the metadata of the file that
+    it came from, with its present rank and alpha."""
     tensors: dict[str, TensorInfo | bytes] = {}
-    lora = LoraConfig.parse(adapter.config, str(adapter.file))
     for module, update in sorted(adapter.ranked.items()):
-        tensors[f"{module}.alpha"] = struct.pack("<f", lora.alpha_of(module))
+        tensors[f"{module}.alpha"] = struct.pack("<f", adapter.settings.alpha_of(module))
         tensors[f"{module}.lora_down.weight"] = update.tensors["A"]
         tensors[f"{module}.lora_up.weight"] = update.tensors["B"]
-    return tensors
-
-
-def kohya_metadata(adapter: Adapter) -> dict[str, str]:
-    """The metadata of the file that the adapter came from, with its present rank and alpha."""
-    kept = {key: value for key, value in (adapter.kohya or {}).items() if key.startswith("ss_") or key == "format"}
+    metadata = {} if adapter.layout is None else adapter.layout.metadata
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_") or key == "format"}
     network = {NETWORK_KEY: DYLORA_NETWORK if adapter.kind == KIND else "networks.lora"}
-    return kept | network | {"ss_network_dim": str(adapter.config["r"]), "ss_network_alpha": f"{adapter.alpha:.9g}"}
+    of_all = {"ss_network_dim": str(adapter.config["r"]), "ss_network_alpha": f"{adapter.alpha:.9g}"}
+    return tensors, kept | network | of_all
 
 
 def _modules(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, TensorInfo]]:
@@ -201,4 +201,4 @@ def _other_tensor(name: str, source: str) -> AdapterError:
     )
 
 
-FORMAT: Final = AdapterFormat("kohya", "kohya", _claims, split_kohya, describe_kohya, read_kohya)
+FORMAT: Final = AdapterFormat(NAME, TITLE, _claims, split_kohya, describe_kohya, read_kohya, write=write_kohya)

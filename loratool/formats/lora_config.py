@@ -16,7 +16,7 @@ from typing import Any, Final
 import regex
 
 from loratool.errors import AdapterError, UnsupportedError, quoted
-from loratool.formats.kinds import FEATURES, NOT_YET, OF_PEFT, VARIANTS
+from loratool.formats.kinds import FEATURES, KINDS, NOT_YET, OF_PEFT, VARIANTS
 
 ALL_LINEAR: Final = "all-linear"
 MATCH_SECONDS: Final = 1.0
@@ -32,7 +32,7 @@ MOST_DIGITS: Final = 9
 """No layer's number is longer."""
 
 REFUSED: Final[Mapping[str, tuple[str, str]]] = {
-    kind.setting: (f"{kind.title} ({kind.setting})", kind.why_not or "") for kind in VARIANTS if kind.setting
+    kind.setting: (f"{kind.title} ({kind.setting})", kind.why_not) for kind in VARIANTS if kind.setting and kind.why_not
 } | {feature.setting: (feature.title, feature.why_not) for feature in FEATURES if feature.setting}
 """Configuration keys whose feature changes the numbers in a way that is not computed: what to call it, and why it is not."""
 
@@ -52,13 +52,8 @@ _OTHER_KEYS: Final = """
 KNOWN: Final = frozenset(REFUSED).union(_OTHER_KEYS.split())
 """The keys of ``peft.LoraConfig``; those not spoken of elsewhere here concern training, or record where it came from."""
 
-_ADALORA_KEYS: Final = {
-    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern",
-}  # fmt: skip
-"""What ``peft.AdaLoraConfig`` adds, or gives another meaning."""
-
-_NOT_IN_ADALORA: Final = {"peft_type": "LORA", "r": 1, "rank_pattern": None, "alpha_pattern": None, "use_rslora": False}
-"""What of LoRA's keys PEFT does not look at in an AdaLoRA, set so that it says nothing."""
+_OTHER_KINDS_KEYS: Final = frozenset[str]().union(*(kind.keys for kind in KINDS.values()))
+"""What other kinds' configurations add to LoRA's, or give another meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +97,6 @@ class LoraConfig:
             fan_in_fan_out=read.flag("fan_in_fan_out"),
             unknown=tuple(sorted(str(key) for key in config if key not in KNOWN)),
         )
-
-    @classmethod
-    def targeting(cls, config: Mapping[str, Any], source: str) -> LoraConfig:
-        """The targets of a LoRA or an AdaLoRA, whose ranks and scalings are another matter; errors as `parse`."""
-        if config.get("peft_type") != "ADALORA":
-            return cls.parse(config, source)
-        own = {key: value for key, value in config.items() if key not in _ADALORA_KEYS}
-        return cls.parse(own | _NOT_IN_ADALORA, source)
 
     def rank_of(self, module: str) -> int:
         """The rank that the configuration gives `module`."""
@@ -196,10 +183,10 @@ def lora_config(
     """A configuration that gives each of `modules` its rank and alpha; all else is as in `source`.
 
     The largest rank and its alpha are ``r`` and ``lora_alpha``: where all modules have one scaling, a program that ignores
-    the patterns still finds it. `source` may be an AdaLoRA's.
+    the patterns still finds it. `source` may be that of another kind.
     """
     r, alpha = max(modules.values())
-    kept = {key: value for key, value in source.items() if key not in _ADALORA_KEYS}
+    kept = {key: value for key, value in source.items() if key not in _OTHER_KINDS_KEYS}
     keys = {module: f"^{re.escape(module)}" for module in sorted(modules)}
     return kept | {
         "peft_type": "LORA",

@@ -1,6 +1,6 @@
 """PEFT's files: a folder with ``adapter_config.json``, one file with the same as JSON in its metadata, or factors alone.
 
-Of PEFT's types loratool computes LoRA and AdaLoRA; all of them are told, by the configuration or else by their tensors.
+All of PEFT's types are told, by the configuration or else by their tensors; those with a row in `formats.builders` are computed.
 """
 
 from __future__ import annotations
@@ -11,26 +11,19 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loratool.errors import AdapterError, quoted
-from loratool.formats.adalora import PEFT_TYPE, AdaLoraConfig, adalora_updates, bare_adalora_config
-from loratool.formats.adapter import Adapter, of_weights
+from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_format import AdapterFormat, Description
-from loratool.formats.alpha import Alpha, Statement, metadata_statements, settled
-from loratool.formats.bare import bare_config, stated_alphas, unstated
+from loratool.formats.alpha import Alpha
+from loratool.formats.builders import BUILDERS
 from loratool.formats.describe import NEVER_ALONE, kind_of, parts_of, ranks_of
-from loratool.formats.dylora import KIND as DYLORA
-from loratool.formats.kinds import LORA, OF_PEFT, VARIANTS, Kind, kind_named
-from loratool.formats.lora_config import LoraConfig, lora_config, other_type
+from loratool.formats.kinds import KINDS, LORA, OF_PEFT, RECORDED, VARIANTS, Kind, kind_named
+from loratool.formats.lora_config import other_type
 from loratool.formats.replacements import split_replacements
-from loratool.formats.tensor_keys import PREFIX, pair_factors, split_peft
-from loratool.updates import Update
-from loratool.updates.low_rank import LowRank
+from loratool.formats.tensor_keys import PREFIX, split_peft
 
 _ALPHA_KEYS: Final = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha")
 """What PEFT's configurations call alpha."""
-
-CONFIGURATION: Final = "its configuration"
-ALL: Final = "every module"
 
 
 def _claims(files: AdapterFiles) -> bool:
@@ -61,7 +54,7 @@ def describe(files: AdapterFiles) -> Description:
 
 
 def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
-    """Read a LoRA, DyLoRA or AdaLoRA.
+    """Read an adapter of a kind that has a builder.
 
     Raises:
         UnsupportedError: it uses a feature, or is of a type, that loratool does not compute.
@@ -69,7 +62,10 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
     """
     source = files.source
     peft_type = _peft_type(files)
-    if peft_type not in ("LORA", PEFT_TYPE):
+    kind, is_lora = kind_named(_kind(files)), peft_type == KINDS[LORA].peft_type
+    is_other = is_lora and kind.peft_type not in (None, peft_type)
+    builder = BUILDERS.get(LORA if is_other else kind.name) or (BUILDERS[LORA] if is_lora else None)
+    if builder is None:
         raise other_type(peft_type, source)
     config = {**files.config, "peft_type": peft_type} if files.config else {}
     factors, replaced = split_replacements(files.tensors, config, source)
@@ -80,99 +76,12 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
             f"it holds {len(replaced)} {'tensors' if len(replaced) > 1 else 'tensor'} whole "
             f"({quoted(next(iter(replaced)))}, ...; modules_to_save or embeddings), which take the place of the base's own",
         )
-    adapter = _read_adalora(own, given) if peft_type == PEFT_TYPE else _read_lora(own, given)
+    adapter = builder.read(own, given)
     return replace(
         adapter,
         changes={**adapter.changes, **replaced},
         whole=tuple(config.get("modules_to_save") or ()),
         notes=(*notes, *adapter.notes),
-    )
-
-
-def read_pairs(files: AdapterFiles, given: Alpha | None, *, absent_is_rank: bool = False) -> Adapter:
-    """Read factors that have no PEFT configuration, whatever their modules are called; errors as `read`."""
-    config, notes = bare_config(files, given, absent_is_rank=absent_is_rank)
-    return _of_updates(files, config, LoraConfig.parse(config, files.source), notes)
-
-
-def _read_lora(files: AdapterFiles, given: Alpha | None) -> Adapter:
-    if not files.config:
-        return read_pairs(files, given)
-    config, notes = _with_alpha(files, given)
-    return _of_updates(files, config, LoraConfig.parse(config, files.config_source), notes)
-
-
-def _of_updates(files: AdapterFiles, config: Mapping[str, Any], lora: LoraConfig, notes: tuple[str, ...]) -> Adapter:
-    kind = DYLORA if files.facts.get("kind") == DYLORA else LORA
-    return _adapter(files, kind, config, lora, _lora_updates(files, lora), notes)
-
-
-def _read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
-    source = files.source
-    stated = metadata_statements(files.metadata, [ALL])
-    if not files.config:  # its alpha is asked for before its ranks are looked at
-        settled({ALL: 1}, stated, given, source, unstated=unstated(files))
-    config = files.config or bare_adalora_config(files.tensors, source)
-    written = files.config_source
-    init_r = AdaLoraConfig.parse({"lora_alpha": 1, **config}, written).init_r
-    if files.config.get("lora_alpha") is not None:
-        stated = [Statement(CONFIGURATION, {ALL: AdaLoraConfig.parse(config, written).alpha}), *stated]
-    alphas, notes = settled({ALL: init_r}, stated, given, source, unstated=unstated(files))
-    if not files.config or not stated or alphas[ALL] != config["lora_alpha"]:
-        config = {**config, "lora_alpha": alphas[ALL]}
-    adalora = AdaLoraConfig.parse(config, written)
-    return _adapter(files, "adalora", config, adalora.targets, adalora_updates(files.tensors, source, adalora), notes)
-
-
-def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The configuration with the alpha of every module: as it states it, unless it states none or the user decides."""
-    source, config = files.source, files.config
-    lora = LoraConfig.parse(
-        {"lora_alpha": 1, **{k: v for k, v in config.items() if v is not None}}, files.config_source
-    )
-    ranks = {module: a.shape[0] for module, (a, _) in pair_factors(files.tensors, source).items()}
-    said, _ = stated_alphas(files, ranks)
-    if config.get("lora_alpha") is not None:
-        said = [Statement(CONFIGURATION, {module: float(lora.alpha_of(module)) for module in ranks}), *said]
-    alphas, notes = settled(ranks, said, given, source, unstated=unstated(files))
-    if config.get("lora_alpha") is not None and all(alphas[module] == lora.alpha_of(module) for module in ranks):
-        return config, notes
-    modules = {module: (rank, alphas[module]) for module, rank in ranks.items()}
-    return lora_config(modules, config, use_rslora=lora.use_rslora), notes
-
-
-def _lora_updates(files: AdapterFiles, lora: LoraConfig) -> dict[str, Update]:
-    updates: dict[str, Update] = {}
-    for module, (a, b) in pair_factors(files.tensors, files.source).items():
-        if not lora.targets(module):
-            raise AdapterError(
-                f"{quoted(files.source)} holds tensors for {quoted(module)}, which its configuration does not target, so "
-                "PEFT would ignore them; correct target_modules, exclude_modules or layers_to_transform"
-            )
-        if a.shape[0] != lora.rank_of(module):
-            raise AdapterError(
-                f"{quoted(module)} in {quoted(files.source)} has rank {a.shape[0]} and its configuration says "
-                f"{lora.rank_of(module)}; correct r or rank_pattern"
-            )
-        updates[module] = LowRank(a, b, lora.scaling_of(module))
-    return updates
-
-
-def _adapter(files: AdapterFiles, kind: str, config: Mapping[str, Any], targets: LoraConfig,
-             updates: Mapping[str, Update], notes: tuple[str, ...]) -> Adapter:  # fmt: skip
-    if targets.unknown:
-        listed = ", ".join(quoted(key, 40) for key in targets.unknown[:5])
-        notes += (f"its configuration has keys that PEFT's has not, which were ignored: {listed}",)
-    return Adapter(
-        files.name,
-        files.file,
-        files.sha256(),
-        kind,
-        of_weights(updates),
-        config,
-        files.facts,
-        targets.fan_in_fan_out,
-        notes,
     )
 
 
@@ -184,7 +93,7 @@ def _peft_type(files: AdapterFiles) -> object:
     """
     named = files.config.get("peft_type")
     if named is None:
-        return kind_named(_kind(files)).peft_type or "LORA"
+        return kind_named(_kind(files)).peft_type or KINDS[LORA].peft_type
     row = OF_PEFT.get(named) if isinstance(named, str) else None
     told = kind_of(parts_of(files.tensors, split_peft))
     if row is not None and row.parts and told is not None and not _may_hold(row, told):
@@ -222,12 +131,12 @@ def _kind(files: AdapterFiles) -> str:
     """The kind by the configuration's type and its settings, else by the tensors, else by what loratool records."""
     told = kind_of(parts_of(files.tensors, split_peft))
     named = _peft_type(files) if files.config.get("peft_type") is not None else None
-    if named is not None and named != "LORA":
+    if named is not None and named != KINDS[LORA].peft_type:
         row = OF_PEFT.get(named) if isinstance(named, str) else None
         return row.name if row else _word(named)
     if told in (None, LORA):
         variant = next((kind.name for kind in VARIANTS if kind.setting and files.config.get(kind.setting)), None)
-        return variant or (DYLORA if files.facts.get("kind") == DYLORA else LORA)
+        return variant or next((kind.name for kind in RECORDED if files.facts.get("kind") == kind.name), LORA)
     return told
 
 

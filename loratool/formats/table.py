@@ -43,6 +43,8 @@ FORMATS: Final[tuple[AdapterFormat, ...]] = (
     peft.FORMAT,
 )
 
+_BY_NAME: Final = {row.name: row for row in FORMATS}
+
 
 def format_of(files: AdapterFiles) -> AdapterFormat:
     """Return the format of an adapter's files.
@@ -67,6 +69,11 @@ def format_of(files: AdapterFiles) -> AdapterFormat:
             f"{other.title} format ({quoted(next(iter(sorted(rest))))}); give each adapter a file of its own"
         )
     return found
+
+
+def format_named(name: str) -> AdapterFormat:
+    """Return the format with that word; KeyError where there is none."""
+    return _BY_NAME[name]
 
 
 def _claimant(files: AdapterFiles) -> AdapterFormat | None:

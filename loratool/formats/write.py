@@ -14,7 +14,6 @@ from loratool.checkpoint.copying import copy_range
 from loratool.checkpoint.header import TensorInfo, header_bytes
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_file, staged_folder, sync_file, sync_tree
-from loratool.formats.adalora import singular_key
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import (
     CONFIG_KEY,
@@ -24,9 +23,10 @@ from loratool.formats.adapter_names import (
     SINGLE_FILE_SUFFIXES,
     WEIGHTS_NAME,
 )
-from loratool.formats.kohya import kohya_metadata, kohya_tensors
+from loratool.formats.builders import BUILDERS
 from loratool.formats.read import read_adapter
-from loratool.formats.tensor_keys import PREFIX, peft_key
+from loratool.formats.table import format_named
+from loratool.formats.tensor_keys import PREFIX
 
 
 def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadata: bool = True) -> None:
@@ -45,7 +45,7 @@ def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadat
 def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> None:
     """Write the safetensors file `out`, with the configuration and loratool's facts in its metadata.
 
-    An adapter that came in kohya's layout is written in it again.
+    An adapter that came in another layout that loratool writes is written in it again.
 
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
@@ -95,18 +95,19 @@ def _fill_folder(folder: Path, adapter: Adapter, *, keep_metadata: bool = True) 
 
 
 def _fill_file(file: Path, adapter: Adapter) -> None:
-    if adapter.kohya is None:
-        tensors: Mapping[str, TensorInfo | bytes] = _tensors(adapter)
-        metadata = {"format": "pt", CONFIG_KEY: _compact(adapter.config)}
+    write = None if adapter.layout is None else format_named(adapter.layout.format).write
+    tensors: Mapping[str, TensorInfo | bytes]
+    if write is None:
+        tensors, metadata = _tensors(adapter), {"format": "pt", CONFIG_KEY: _compact(adapter.config)}
     else:
-        tensors, metadata = kohya_tensors(adapter), kohya_metadata(adapter)
+        tensors, metadata = write(adapter)
     if adapter.facts:
         metadata[FACTS_KEY] = _compact(adapter.facts)
     _write_tensors(file, tensors, metadata)
 
 
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
-    key = singular_key if adapter.kind == "adalora" else peft_key
+    key = BUILDERS[adapter.kind].key
     factors, whole = {}, {}
     for name, update in sorted(adapter.changes.items()):
         for letter, info in update.tensors.items():

@@ -46,7 +46,7 @@ def prepare_adapter(
     """
     record = found.record
     owner = catalogue.bases.get(record.base) if record and record.base else _owner(found, catalogue)
-    adapter = found.adapter if found.adapter.kohya is None else with_whole_names(found.adapter, owner)
+    adapter = found.adapter if found.adapter.layout is None else with_whole_names(found.adapter, owner)
     base, notes = hub_base(found.base_fingerprint, owner, adapter.base_model, remote, wishes, catalogue)
     lineage = _lineage(record, adapter, catalogue)
     facts = _facts(found, lineage)
@@ -71,12 +71,13 @@ def prepare_adapter(
 
 
 def with_whole_names(adapter: Adapter, owner: BaseRecord | None) -> Adapter:
-    """An adapter in kohya's layout, whose names have ``_`` for dots, under the names that PEFT and its base have.
+    """An adapter in another layout than PEFT's, whose names may have ``_`` for dots, under the names that PEFT and its base have.
 
     Raises:
         HubError: the base, which knows them, is not at hand, or a module lands nowhere in it.
     """
-    problem = f"{quoted(adapter.name)} is in kohya's layout, whose names PEFT does not read"
+    layout = "its" if adapter.layout is None else f"{adapter.layout.title}'s"
+    problem = f"{quoted(adapter.name)} is in {layout} layout, whose names PEFT does not read"
     if owner is None or owner.path is None or not exists(owner.path):
         raise HubError(
             f"{problem}; catalogue its base from files that are here, and the adapter with 'loratool add ... --base NAME'"
@@ -88,13 +89,16 @@ def with_whole_names(adapter: Adapter, owner: BaseRecord | None) -> Adapter:
         line = str(error).split("\n")[0]
         raise HubError(f"{problem}, and they do not land on {quoted(owner.name)}: {line}") from None
     names = {module_of(name): module_of(tensor) for name, tensor in landed.items()}
-    lora = LoraConfig.parse(adapter.config, str(adapter.file))
-    modules = {names[module]: (update.rank, lora.alpha_of(module)) for module, update in adapter.ranked.items()}
+    modules = {
+        names[module]: (update.rank, adapter.settings.alpha_of(module)) for module, update in adapter.ranked.items()
+    }
+    config = lora_config(modules, {"target_modules": sorted(modules)})
     return replace(
         adapter,
         changes={landed[name]: update for name, update in adapter.changes.items()},
-        config=lora_config(modules, {"target_modules": sorted(modules)}),
-        kohya=None,
+        config=config,
+        settings=LoraConfig.parse(config, str(adapter.file)),
+        layout=None,
     )
 
 

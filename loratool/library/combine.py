@@ -115,7 +115,7 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
         with Draft(scratch_folder(target)) as draft:
             error = combine_into(draft, plan, watcher.advance)
             adapter = draft.adapter(chosen, _config(plan), child_facts("lora", "combine", found, figures))
-            adapter = replace(adapter, kohya=shares[0].adapter.kohya)
+            adapter = replace(adapter, layout=shares[0].adapter.layout)
             child = Child(adapter, target, chosen, figures | ({} if error is None else {"lost": error}))
             origins = [origin_of(parent) for parent in found]
             (added,) = bring_up([child], catalogue, "combine", origins, base=base_of(found), force=force)

@@ -29,7 +29,7 @@ from loratool.library.adapter_name import GENERIC, is_generic
 from loratool.merging.manifest import KINDS, read_manifest
 from registry import BaseRecord
 
-KOHYA_KEY: Final = "ss_sd_model_name"
+TRAINED_ON_KEY: Final = "ss_sd_model_name"
 """Where kohya's files state the file name of their base."""
 
 _STORED: Final = """
@@ -113,9 +113,9 @@ def _is_made_up(words: Words, stated: Words, *, stated_is_path: bool) -> bool:
 def _stated_by(adapter: Adapter) -> Iterator[str]:
     if adapter.base_model:
         yield adapter.base_model
-    kohya = (adapter.kohya or {}).get(KOHYA_KEY)
-    if isinstance(kohya, str) and kohya:
-        yield kohya
+    trained_on = adapter.layout.metadata.get(TRAINED_ON_KEY) if adapter.layout else None
+    if isinstance(trained_on, str) and trained_on:
+        yield trained_on
 
 
 def _in_cache(path: Path | None) -> str | None:

@@ -16,7 +16,7 @@ from loratool.checkpoint.file_role import holds_weights
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
+from loratool.formats.lora_config import ALL_LINEAR
 from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
 from loratool.formats.replacements import refuse_incomplete
 from loratool.merging.ties import is_tied_embedding, refuse_tied
@@ -202,7 +202,7 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             "LoRA on embeddings is not supported yet"
         )
     stored = False if weight.is_oriented else orientation.transposed(name)
-    transposed = source.fan_in_fan_out if stored is None else stored
+    transposed = source.settings.fan_in_fan_out if stored is None else stored
     fitting = weight.shape[::-1] if transposed else weight.shape
     for planned in updates:
         if planned.update.shape != fitting:
@@ -280,7 +280,7 @@ def _landing_notes(adapter: Adapter, landing: Landing, architecture: Architectur
         f"{quoted(exchange.new + '…')}: matched by that exchange of prefixes"
         for exchange in landing.exchanges
     ]
-    config = LoraConfig.targeting(adapter.config, str(adapter.file))
+    config = adapter.settings
     if config.target_modules not in (None, ALL_LINEAR):
         landed = set(landing.tensors.values())
         matrices = (

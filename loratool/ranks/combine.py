@@ -198,12 +198,13 @@ def _check_shares(shares: Sequence[Share]) -> None:
 
 def _refuse_other_layouts(shares: Sequence[Share]) -> None:
     """Raise AdapterError if the adapters' layouts spell module names differently."""
-    flat = [share.adapter.name for share in shares if share.adapter.kohya is not None]
-    dotted = [share.adapter.name for share in shares if share.adapter.kohya is None]
-    if flat and dotted:
+    layouts = {share.adapter.layout and share.adapter.layout.format: share.adapter for share in reversed(shares)}
+    flat = next((adapter for layout, adapter in layouts.items() if layout is not None), None)
+    if len(layouts) > 1 and flat is not None and flat.layout is not None:
+        other = next(adapter for adapter in layouts.values() if adapter is not flat)
         raise AdapterError(
-            f"{quoted(flat[0])} is in kohya's layout, which names modules differently than {quoted(dotted[0])}, so their "
-            "modules cannot be matched; combine adapters of one layout"
+            f"{quoted(flat.name)} is in {flat.layout.title}'s layout, which names modules differently than {quoted(other.name)}, "
+            "so their modules cannot be matched; combine adapters of one layout"
         )
 
 

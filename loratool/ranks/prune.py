@@ -193,7 +193,8 @@ def _importance(recorded: object, adapter: Adapter) -> dict[str, list[float]]:
 
 def _pruned_config(adapter: Adapter, pruning: Pruning) -> dict[str, Any]:
     """The adapter's configuration with new masks, one for each module, over the components that training began with."""
-    adalora = AdaLoraConfig.parse(adapter.config, str(adapter.file))
+    adalora = adapter.settings
+    assert isinstance(adalora, AdaLoraConfig)
     pattern = {}
     for module, places in sorted(pruning.kept.items()):
         held = [place for place, kept in enumerate(adalora.kept.get(module, (True,) * adalora.init_r)) if kept]

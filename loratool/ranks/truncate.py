@@ -12,7 +12,8 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import ScalingLaw, module_alphas
-from loratool.formats.lora_config import LoraConfig, lora_config
+from loratool.formats.kinds import kind_named
+from loratool.formats.lora_config import lora_config
 from loratool.ranks.factored_svd import balanced, factored_svd
 from loratool.ranks.factors import factored, load_factors
 from loratool.ranks.parallel import in_parallel
@@ -92,20 +93,20 @@ def truncate_leading(draft: Draft, adapter: Adapter, rank: int, law: ScalingLaw)
     """Cut a DyLoRA to `rank`: the leading slices of its factors, bit for bit, with the scaling law of its training.
 
     Raises:
-        AdapterError: the adapter was not trained at `rank`, or is an AdaLoRA, which has no leading components.
+        AdapterError: the adapter was not trained at `rank`, or its components have no order, as those of an AdaLoRA.
     """
-    if adapter.kind == "adalora":
+    updates, kind = factored(adapter), kind_named(adapter.kind)
+    if any(set(update.tensors) != {"A", "B"} for update in updates.values()):
         raise AdapterError(
-            f"{quoted(adapter.name)} is an AdaLoRA, whose components have no order; leave --scaling out, or use "
-            "'loratool prune'"
+            f"{quoted(adapter.name)} is {kind.article} {kind.title}, whose components have no order; leave --scaling out, or "
+            "use 'loratool prune'"
         )
-    lora = LoraConfig.parse(adapter.config, str(adapter.file))
-    modules, updates = module_alphas(adapter, rank, law), factored(adapter)
+    modules = module_alphas(adapter, rank, law)
     for module, (kept, _) in modules.items():
         draft.put_components(module, updates[module].tensors, range(kept))
-    config = lora_config(modules, adapter.config, use_rslora=lora.use_rslora)
+    config = lora_config(modules, adapter.config, use_rslora=adapter.settings.use_rslora)
     cut = draft.adapter(adapter.name, config, {})
-    return Truncation(replace(cut, kind=DYLORA, kohya=adapter.kohya), {}, None)
+    return Truncation(replace(cut, kind=DYLORA, layout=adapter.layout), {}, None)
 
 
 def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cut],
@@ -159,7 +160,7 @@ def _truncation(draft: Draft, source: Adapter, modules: Mapping[str, tuple[torch
     lost = {module: float(values[rank:].square().sum()) for module, (values, rank) in modules.items()}
     cut = draft.adapter(source.name, unit_config(ranks, targeting(source, ranks), source.config), {})
     return Truncation(
-        replace(cut, kohya=source.kohya),
+        replace(cut, layout=source.layout),
         {module: _relative(lost[module], total) for module, total in totals.items()},
         _relative(sum(lost.values()), sum(totals.values())),
     )

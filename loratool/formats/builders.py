@@ -1,0 +1,18 @@
+"""The kinds of adapter that loratool computes, each with its builder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from loratool.formats import adalora, lora
+from loratool.formats.builder import Builder
+from loratool.formats.kinds import LORA, RECORDED
+
+BUILDERS: Final[Mapping[str, Builder]] = MappingProxyType({
+    LORA: lora.BUILDER,
+    **{kind.name: lora.BUILDER for kind in RECORDED},
+    adalora.NAME: adalora.BUILDER,
+})  # fmt: skip
+"""Every computed kind of `formats.kinds` by its name."""

@@ -1,0 +1,93 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) under PEFT's names: configurations, alphas, and the update of each module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from loratool.errors import AdapterError, quoted
+from loratool.formats.adapter import Adapter, of_weights
+from loratool.formats.adapter_files import AdapterFiles
+from loratool.formats.alpha import Alpha, Statement, settled
+from loratool.formats.bare import bare_config, stated_alphas, unstated
+from loratool.formats.builder import Builder, Factors
+from loratool.formats.kinds import LORA, RECORDED
+from loratool.formats.lora_config import LoraConfig, lora_config
+from loratool.formats.tensor_keys import pair_factors, peft_key
+from loratool.updates import Update
+from loratool.updates.low_rank import LowRank
+
+CONFIGURATION: Final = "its configuration"
+
+
+def read_pairs(files: AdapterFiles, given: Alpha | None, *, absent_is_rank: bool = False) -> Adapter:
+    """Read factors that have no PEFT configuration, whatever their modules are called; errors as `read`."""
+    config, notes = bare_config(files, given, absent_is_rank=absent_is_rank)
+    return _of_updates(files, config, notes)
+
+
+def read_lora(files: AdapterFiles, given: Alpha | None) -> Adapter:
+    if not files.config:
+        return read_pairs(files, given)
+    config, notes = _with_alpha(files, given)
+    return _of_updates(files, config, notes)
+
+
+def _of_updates(files: AdapterFiles, config: Mapping[str, Any], notes: tuple[str, ...]) -> Adapter:
+    lora = LoraConfig.parse(config, files.config_source if files.config else files.source)
+    pairs = pair_factors(files.tensors, files.source)
+    for module, (a, _) in pairs.items():
+        _refuse_unfit(module, a.shape[0], lora, files.source)
+    updates = lora_updates({module: {"A": a, "B": b} for module, (a, b) in pairs.items()}, lora)
+    kind = next((kind.name for kind in RECORDED if files.facts.get("kind") == kind.name), LORA)
+    return adapter_of(files, kind, config, lora, updates, notes)
+
+
+def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The configuration with the alpha of every module: as it states it, unless it states none or the user decides."""
+    source, config = files.source, files.config
+    lora = LoraConfig.parse(
+        {"lora_alpha": 1, **{k: v for k, v in config.items() if v is not None}}, files.config_source
+    )
+    ranks = {module: a.shape[0] for module, (a, _) in pair_factors(files.tensors, source).items()}
+    said, _ = stated_alphas(files, ranks)
+    if config.get("lora_alpha") is not None:
+        said = [Statement(CONFIGURATION, {module: float(lora.alpha_of(module)) for module in ranks}), *said]
+    alphas, notes = settled(ranks, said, given, source, unstated=unstated(files))
+    if config.get("lora_alpha") is not None and all(alphas[module] == lora.alpha_of(module) for module in ranks):
+        return config, notes
+    modules = {module: (rank, alphas[module]) for module, rank in ranks.items()}
+    return lora_config(modules, config, use_rslora=lora.use_rslora), notes
+
+
+def _refuse_unfit(module: str, rank: int, lora: LoraConfig, source: str) -> None:
+    """Raise AdapterError where the configuration says otherwise of a module than its tensors."""
+    if not lora.targets(module):
+        raise AdapterError(
+            f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so "
+            "PEFT would ignore them; correct target_modules, exclude_modules or layers_to_transform"
+        )
+    if rank != lora.rank_of(module):
+        raise AdapterError(
+            f"{quoted(module)} in {quoted(source)} has rank {rank} and its configuration says "
+            f"{lora.rank_of(module)}; correct r or rank_pattern"
+        )
+
+
+def lora_updates(factors: Factors, lora: LoraConfig) -> dict[str, Update]:
+    """The update of each module."""
+    return {module: LowRank(each["A"], each["B"], lora.scaling_of(module)) for module, each in factors.items()}
+
+
+def adapter_of(files: AdapterFiles, kind: str, config: Mapping[str, Any], settings: LoraConfig,
+             updates: Mapping[str, Update], notes: tuple[str, ...]) -> Adapter:  # fmt: skip
+    """The adapter of files with these updates, by module, and a note on what of its configuration was ignored."""
+    if settings.unknown:
+        listed = ", ".join(quoted(key, 40) for key in settings.unknown[:5])
+        notes += (f"its configuration has keys that PEFT's has not, which were ignored: {listed}",)
+    return Adapter(
+        files.name, files.file, files.sha256(), kind, of_weights(updates), config, settings, files.facts, notes
+    )
+
+
+BUILDER: Final = Builder(read_lora, LoraConfig.parse, lora_updates, peft_key)
