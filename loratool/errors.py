@@ -10,6 +10,7 @@ import difflib
 import reprlib
 import unicodedata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Final
 
 
@@ -49,6 +50,18 @@ class CheckpointError(LoratoolError):
 
 class AdapterError(LoratoolError):
     """An adapter file or its configuration cannot be used."""
+
+
+class ElsewhereError(AdapterError):
+    """No adapter is where one was looked for, but there are some near it.
+
+    `given` is where was looked, `places` where they are.
+    """
+
+    def __init__(self, message: str, given: Path, places: Sequence[Path]) -> None:
+        super().__init__(message)
+        self.given = given
+        self.places = tuple(places)
 
 
 class UnsupportedError(AdapterError):

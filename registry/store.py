@@ -40,6 +40,9 @@ _ABANDONED_AFTER_SECONDS = 24 * 3600
 STAGING = "tmp"
 _CATALOGUES = "catalogues"
 
+Source = Path | bytes | Iterable[bytes]
+"""Where the content of a stored file comes from: a file, its bytes, or their pieces in order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Staged:
@@ -85,8 +88,8 @@ class Store:
             raise RegistryError(f"'{printable(key)}' is no key of the store; run 'loratool doctor'")
         return self.root / key[:2] / key
 
-    def stage(self, files: Mapping[str, Path | bytes], sha256: Mapping[str, str] | None = None) -> Staged:
-        """Copies `files` (name in the entry -> source, or content) into the store, hashing them on the way.
+    def stage(self, files: Mapping[str, Source], sha256: Mapping[str, str] | None = None) -> Staged:
+        """Copies `files` (name in the entry -> source, content, or the pieces of it) into the store, hashing them on the way.
 
         Links among the sources are followed. `sha256` gives the digests that some of the copies must have. Publish the
         result in the write transaction that names it in a row, or discard it.
@@ -142,7 +145,7 @@ class Store:
         staged.discard()
         return target
 
-    def put(self, files: Mapping[str, Path | bytes], sha256: Mapping[str, str] | None = None) -> str:
+    def put(self, files: Mapping[str, Source], sha256: Mapping[str, str] | None = None) -> str:
         """Stages and publishes at once and returns the key. See `publish` for when this is safe."""
         with self.stage(files, sha256) as staged:
             self.publish(staged)
@@ -268,13 +271,13 @@ def _check_file_name(name: str) -> None:
         )
 
 
-def _copy(source: Path | bytes, target: Path) -> tuple[str, int]:
+def _copy(source: Source, target: Path) -> tuple[str, int]:
     """Writes a new file with the content of `source`, fsynced; its sha256 and size."""
     digest = hashlib.sha256()
     size = 0
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
     with os.fdopen(descriptor, "wb", buffering=0) as output:
-        for chunk in [source] if isinstance(source, bytes) else _chunks(source):
+        for chunk in _pieces(source):
             digest.update(chunk)
             size += len(chunk)
             left = memoryview(chunk)
@@ -282,6 +285,12 @@ def _copy(source: Path | bytes, target: Path) -> tuple[str, int]:
                 left = left[output.write(left) :]
         os.fsync(output.fileno())
     return digest.hexdigest(), size
+
+
+def _pieces(source: Source) -> Iterable[bytes | memoryview]:
+    if isinstance(source, bytes):
+        return [source]
+    return _chunks(source) if isinstance(source, Path) else source
 
 
 def _chunks(source: Path) -> Iterator[memoryview]:

@@ -282,7 +282,9 @@ def _explained(error: Exception) -> str:
     from loratool.errors import quoted
 
     if _is_foreseen(error):
-        return _printable(str(error))
+        from loratool.cli.elsewhere import commands_instead
+
+        return _printable("\n  ".join([str(error), *commands_instead(error, sys.argv[1:])]))
     if isinstance(error, OSError) and error.filename is not None:
         return (
             f"{quoted(error.filename)} cannot be used ({error.strerror}); check that it is there, that you may read and "

@@ -7,7 +7,7 @@ which format, is told later (`formats.table`); here nothing but headers and JSON
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,8 @@ from loratool.checkpoint.file_role import PICKLE_SUFFIXES
 from loratool.checkpoint.gguf import is_gguf, read_gguf_header
 from loratool.checkpoint.header import TensorInfo, read_header
 from loratool.checkpoint.json_text import parse_json, read_json_object
-from loratool.checkpoint.model import INDEX_SUFFIX, Checkpoint, read_index
-from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
+from loratool.checkpoint.model import INDEX_SUFFIX, Checkpoint, has_file, read_index
+from loratool.errors import AdapterError, CheckpointError, ElsewhereError, NotFoundError, quoted
 from loratool.formats.adapter import sha256_of
 from loratool.formats.adapter_names import (
     BESIDE,
@@ -30,9 +30,11 @@ from loratool.formats.adapter_names import (
     WEIGHTS_NAME,
     choose_weights,
     index_of_shard,
+    natural,
+    shards_in,
     single_files,
 )
-from loratool.formats.joined import joined_content, sha256_of_content
+from loratool.formats.joined import joined_content, joined_size, sha256_of_content
 from loratool.formats.nested import no_adapter_in
 
 
@@ -78,8 +80,8 @@ class AdapterFiles:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the weights' files."""
-        return sum(file.stat().st_size for file in self.weights)
+        """Bytes of its weights' file, or of the one file that shards are joined to."""
+        return self.weights[0].stat().st_size if self.index is None else joined_size(self.tensors)
 
     def content(self) -> Iterator[bytes]:
         """The bytes of the one file that a sharded adapter is kept as (`formats.joined`)."""
@@ -111,6 +113,21 @@ def open_adapter(path: Path) -> AdapterFiles:
         return _in_folder(path.parent, path.name)
     _refuse_lone_shard(path)
     return _single(path)
+
+
+def content_of_file(file: Path) -> Path | Iterator[bytes]:
+    """Where the bytes are that an adapter's fingerprint is of: its one file, or, for an index of shards, their joined content."""
+    return open_adapter(file).content() if file.name.endswith(INDEX_SUFFIX) else file
+
+
+def sha256_at(file: Path) -> str:
+    """The fingerprint of an adapter by its file, or by its index of shards."""
+    return open_adapter(file).sha256() if file.name.endswith(INDEX_SUFFIX) else sha256_of(file)
+
+
+def size_of_file(file: Path) -> int:
+    """Bytes of an adapter's file, or of the joined content of an index of shards."""
+    return open_adapter(file).size_bytes if file.name.endswith(INDEX_SUFFIX) else file.stat().st_size
 
 
 def pickle_advice(file: Path) -> str:
@@ -168,6 +185,7 @@ def _sharded(index: Path) -> AdapterFiles:
     """The adapter whose tensors lie in several files, as transformers and PEFT shard them."""
     try:
         shards = read_index(index)
+        _refuse_missing(index, shards.values())
         headers = [read_header(index.parent / name) for name in sorted(set(shards.values()))]
         tensors = Checkpoint.of_headers(index.parent, headers, index, shards).tensors
     except CheckpointError as error:
@@ -177,21 +195,35 @@ def _sharded(index: Path) -> AdapterFiles:
     return AdapterFiles(index.name.removesuffix(INDEX_SUFFIX), files, "safetensors", tensors, metadata, index=index)
 
 
+def _refuse_missing(index: Path, shards: Iterable[str]) -> None:
+    missing = [name for name in natural(set(shards)) if not has_file(index.parent / name)]
+    if missing:
+        raise AdapterError(
+            f"{quoted(index)} lists the shard {quoted(missing[0])}, and there is no such file beside it"
+            f"{f', nor {len(missing) - 1} more' if missing[1:] else ''}; download the adapter again"
+        )
+
+
 def _refuse_lone_shard(file: Path) -> None:
     index = index_of_shard(file.name)
     if index is not None and file.with_name(index).is_file():
-        raise AdapterError(f"{quoted(file)} is one shard of an adapter; give its index {quoted(index)} or its folder")
+        raise ElsewhereError(
+            f"{quoted(file)} is one shard of an adapter; give its index {quoted(index)} or its folder",
+            file,
+            [file.parent],
+        )
 
 
 def _why_no_adapter(folder: Path, names: Collection[str]) -> AdapterError:
     pickles = [name for name in sorted(names) if Path(name).suffix in PICKLE_SUFFIXES]
     if pickles and (CONFIG_NAME in names or not single_files(names)):
         return AdapterError(pickle_advice(folder / pickles[0]))
-    if CONFIG_NAME in names:
+    if CONFIG_NAME in names and not shards_in(names):
         return AdapterError(
-            f"{quoted(folder)} has an {CONFIG_NAME} and no weights: there is no {WEIGHTS_NAME} beside it"
+            f"{quoted(folder)} has an {CONFIG_NAME} and no weights: there is no {WEIGHTS_NAME} beside it; download or save the "
+            "adapter again"
         )
-    return AdapterError(no_adapter_in(folder, sorted(names), is_model=MODEL_CONFIG in names))
+    return no_adapter_in(folder, sorted(names), is_model=MODEL_CONFIG in names)
 
 
 def _json_file(file: Path) -> dict[str, Any]:

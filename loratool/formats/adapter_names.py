@@ -49,6 +49,11 @@ def single_files(names: Iterable[str]) -> list[str]:
     return natural(name for name in names if Path(name).suffix in WEIGHT_SUFFIXES and not _SHARD.fullmatch(name))
 
 
+def shards_in(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that are shards by their names, in order."""
+    return natural(name for name in names if _SHARD.fullmatch(name))
+
+
 def index_of_shard(name: str) -> str | None:
     """The name of the index that lists a shard; None where the name is not a shard's."""
     match = _SHARD.fullmatch(name)

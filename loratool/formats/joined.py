@@ -23,10 +23,18 @@ def joined_content(tensors: Mapping[str, TensorInfo]) -> Iterator[bytes]:
     Raises:
         AdapterError: a file became shorter while it was read.
     """
-    ordered = [tensors[name] for name in sorted(tensors)]
-    yield header_bytes({info.name: (info.dtype, info.shape) for info in ordered}, METADATA)
-    for info in ordered:
+    yield _header(tensors)
+    for _, info in sorted(tensors.items()):
         yield from _pieces(info)
+
+
+def joined_size(tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of that file."""
+    return len(_header(tensors)) + sum(info.nbytes for info in tensors.values())
+
+
+def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
+    return header_bytes({name: (info.dtype, info.shape) for name, info in sorted(tensors.items())}, METADATA)
 
 
 def sha256_of_content(content: Iterable[bytes]) -> str:

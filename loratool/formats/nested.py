@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import quoted
-from loratool.formats.adapter_names import CONFIG_NAME, WEIGHTS_NAME, choose_weights, natural, single_files
+from loratool.errors import AdapterError, ElsewhereError, quoted
+from loratool.formats.adapter_names import CONFIG_NAME, WEIGHTS_NAME, choose_weights, natural, shards_in, single_files
 
 DEEPEST: Final = 3
 MOST_ENTRIES: Final = 2_000
@@ -17,22 +17,34 @@ MOST_ENTRIES: Final = 2_000
 SHOWN: Final = 5
 
 
-def no_adapter_in(folder: Path, names: Sequence[str], *, is_model: bool) -> str:
-    """Say why a folder of files with these names is no adapter, and what to give instead."""
+def no_adapter_in(folder: Path, names: Sequence[str], *, is_model: bool) -> AdapterError:
+    """Return the error for a folder of files with these names that is no adapter: why, and what to give instead."""
     inside = nested_adapters(folder)
     if inside:
         which = "the folder" if len(inside) == 1 else "the folders"
         does = "does" if len(inside) == 1 else "do"
-        return (
+        return ElsewhereError(
             f"{quoted(folder)} holds no adapter itself, but {which} {listed(inside)} in it {does}; give "
-            f"{'that folder' if len(inside) == 1 else 'one of them'}"
+            f"{'that folder' if len(inside) == 1 else 'one of them'}",
+            folder,
+            [folder / name for name in inside],
         )
     if is_model:
-        return f"{quoted(folder)} is a whole model and no adapter; catalogue it with 'loratool base add'"
+        return AdapterError(f"{quoted(folder)} is a whole model and no adapter; catalogue it with 'loratool base add'")
+    shards = shards_in(names)
+    if shards:
+        return AdapterError(
+            f"{quoted(folder)} holds {len(shards)} shards ({quoted(shards[0])}, ...) and no index of them; get their "
+            "...safetensors.index.json from where they are from"
+        )
     singles = single_files(names)
     if singles:
-        return f"{quoted(folder)} holds several files that may be adapters ({listed(singles)}); give one of them"
-    return (
+        return ElsewhereError(
+            f"{quoted(folder)} holds several files that may be adapters ({listed(singles)}); give one of them",
+            folder,
+            [folder / name for name in singles],
+        )
+    return AdapterError(
         f"{quoted(folder)} holds no adapter: there is no {WEIGHTS_NAME} with its {CONFIG_NAME}, nor another safetensors or "
         "GGUF file; give the folder or file of an adapter"
     )

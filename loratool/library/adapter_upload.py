@@ -169,9 +169,9 @@ def _lineage(record: AdapterRecord | None, adapter: Adapter, catalogue: Registry
 
 def _names_a_path(adapter: Adapter) -> bool:
     """Whether the metadata of the weights' own file names a folder of this machine."""
-    from loratool.checkpoint.header import read_header
+    from loratool.formats.adapter_files import open_adapter
 
-    metadata = read_header(adapter.file).metadata
+    metadata = open_adapter(adapter.file).metadata
     for key in (CONFIG_KEY, FACTS_KEY):
         try:
             value = parse_json(metadata.get(key, "{}").encode())

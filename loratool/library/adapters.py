@@ -256,11 +256,12 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
     """
+    from loratool.formats.adapter_files import content_of_file
     from loratool.library.no_change import no_change_notes
 
     facts, owner, notes = facts_of(adapter, catalogue, base=base, any_base=any_base, base_model=base_model)
-    files: dict[str, Path | bytes] = {
-        "adapter_model.safetensors": adapter.file,
+    files: dict[str, Path | bytes | Iterator[bytes]] = {
+        "adapter_model.safetensors": content_of_file(adapter.file),
         "adapter_config.json": _json_bytes(adapter.config),
     }
     if adapter.facts:
@@ -527,7 +528,6 @@ def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
         LoratoolError, registry.RegistryError: there is none; the message says how to make one, or what is near.
     """
     from loratool.errors import NotFoundError, quoted
-    from loratool.formats.adapter import sha256_of
     from loratool.library.resolve import no_such_adapter
     from loratool.library.user_path import HUB_ID, exists, user_path
 
@@ -537,10 +537,10 @@ def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
     path = user_path(adapter)
     if HUB_ID.fullmatch(adapter) and not exists(path):
         raise NotFoundError(f"{quoted(adapter)} is not in the catalogue; bring it in with 'loratool pull {adapter}'")
-    file = _weights_file(adapter)
-    if file is None:
+    sha256 = _weights_sha256(adapter)
+    if sha256 is None:
         raise no_such_adapter(adapter, catalogue)
-    known = catalogue.adapters.find_by_sha256(sha256_of(file))
+    known = catalogue.adapters.find_by_sha256(sha256)
     if not known:
         raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")
     raise NotFoundError(
@@ -551,7 +551,6 @@ def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
 
 def _find_entry(adapter: str, catalogue: Registry) -> AdapterRecord | None:
     """The entry that a name, a path or a Hub id means; None where the catalogue has none."""
-    from loratool.formats.adapter import sha256_of
     from loratool.hub.address import HubAddress
     from loratool.library.resolve import entry_at, pulled_from
     from loratool.library.user_path import HUB_ID, exists, user_path
@@ -561,20 +560,23 @@ def _find_entry(adapter: str, catalogue: Registry) -> AdapterRecord | None:
         return catalogue.adapters.find(adapter)
     if HUB_ID.fullmatch(adapter) and not exists(path):
         return next(iter(pulled_from(HubAddress.parse(adapter), catalogue)), None)
-    file = _weights_file(adapter)
-    known = () if file is None else catalogue.adapters.find_by_sha256(sha256_of(file))
+    sha256 = _weights_sha256(adapter)
+    known = () if sha256 is None else catalogue.adapters.find_by_sha256(sha256)
     return entry_at(path, known) if known else None
 
 
-def _weights_file(adapter: str) -> Path | None:
-    """The file of an adapter's weights at a path; None where there is no such file."""
+def _weights_sha256(adapter: str) -> str | None:
+    """The fingerprint of the adapter at a path, whether it can be read or not; None where there are no such files."""
     from loratool.checkpoint.model import has_file
-    from loratool.formats.adapter_names import WEIGHTS_NAME
+    from loratool.formats.adapter_files import sha256_at
+    from loratool.formats.adapter_names import choose_weights
     from loratool.library.user_path import exists, user_path
 
     path = user_path(adapter)
-    file = path / WEIGHTS_NAME if exists(path) and path.is_dir() else path
-    return file if adapter and has_file(file) else None
+    if adapter and exists(path) and path.is_dir():
+        chosen = choose_weights([entry.name for entry in path.iterdir() if entry.is_file()])
+        path = path / chosen if chosen else path
+    return sha256_at(path) if adapter and has_file(path) else None
 
 
 def _edge_json(edge: LineageRecord) -> dict[str, Any]:
@@ -588,10 +590,12 @@ def _edge_json(edge: LineageRecord) -> dict[str, Any]:
 
 
 def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:
+    from loratool.formats.adapter_files import size_of_file
+
     return AdapterFacts(
         kind=adapter.kind,
         sha256=adapter.sha256,
-        size_bytes=adapter.file.stat().st_size,
+        size_bytes=size_of_file(adapter.file),
         rank=adapter.rank,
         ranks=adapter.ranks,
         alpha=adapter.alpha,
