@@ -1,4 +1,4 @@
-"""The catalogue: which adapters and base models there are, where they lie, what came from what, and what was merged.
+"""The catalogue of adapters and base models: their files, their lineage, and the merges made from them.
 
     from registry import Registry, home
 
@@ -6,8 +6,8 @@
         record, new = registry.adapters.add("pirate", facts, tags=["speech"])
         registry.adapters.find("pirate@1")
 
-It stands alone: neither torch nor loratool is imported here. `Registry` is loaded when it is first used, so that names,
-places and the list of adapters cost next to nothing.
+This package imports neither torch nor loratool. `Registry` is imported on first use, so that names, places and the list of
+adapters need no SQLAlchemy.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def list_adapters(
     tag: str | None = None,
     sort: SortKey = "name",
 ) -> tuple[AdapterSummary, ...]:
-    """What `Registry.open(home, url, read_only=True).adapters.list(...)` returns, without the wait for SQLAlchemy.
+    """Return what `Registry.open(home, url, read_only=True).adapters.list(...)` does, without importing SQLAlchemy.
 
     Raises RegistryError.
     """

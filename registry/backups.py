@@ -1,6 +1,7 @@
-"""Backups of a catalogue in a SQLite file, kept by itself: one a day, before the day's first change.
+"""Automatic backups of a catalogue in a SQLite file: one a day, before the day's first change.
 
-They lie beside the file, in `registry.backups/` for `registry.db`, made by SQLite's own backup, which a writer cannot tear.
+They are beside the file, in `registry.backups/` for `registry.db`. SQLite's own backup makes them, so that they are consistent
+even while another process writes.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from registry.names import printable
 from registry.reserve import RESERVE_BYTES, free_bytes
 
 KEPT = 5
-"""How many are kept, the newest; and the largest, should a catalogue that was lost have grown anew for days."""
+"""Number of newest backups to keep. The largest is kept too, in case a lost catalogue has been growing anew for days."""
 
 EVERY_SECONDS = 24 * 3600.0
 
 _PAGES = 1000
-"""Pages copied at once: a writer waits for no more than these."""
+"""Pages to copy at once. A writer waits at most for these."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """One backup, when it was made, and how many versions of adapters it knows; None where it cannot be read."""
+    """A backup: its file, its time, and its number of versions of adapters, which is None if it cannot be read."""
 
     path: Path
     made_at: datetime
@@ -35,33 +36,36 @@ class Backup:
 
 
 def folder_of(database: Path) -> Path:
-    """The folder of the backups of a SQLite file."""
+    """Return the folder of the backups of a SQLite file."""
     return database.with_suffix(".backups")
 
 
 def backups(database: Path) -> tuple[Backup, ...]:
-    """The backups of a SQLite file, the newest first."""
+    """Return the backups of a SQLite file, newest first."""
     return tuple(
         Backup(path, datetime.fromtimestamp(path.stat().st_mtime, UTC), _versions(path)) for path in _files(database)
     )
 
 
 def put_back(database: Path, backup: Path) -> str:
-    """The shell command that puts a backup in the place of the database, and keeps what was there as `registry.db.old`."""
+    """Return the shell command that restores a backup. It keeps the present file as `registry.db.old`."""
     file, copy = shlex.quote(str(database)), shlex.quote(str(backup))
     return printable(f"mv {file} {file}.old; rm -f {file}-wal {file}-shm; cp {copy} {file}", 4096)
 
 
 def advice(database: Path | None) -> str:
-    """How to go on where a database is damaged."""
+    """Return the next step for a user with a damaged database."""
     newest = next(iter(_files(database)), None) if database is not None else None
     if database is None or newest is None:
-        return "put a backup in its place"
-    return f"put its newest backup in its place with '{put_back(database, newest)}'"
+        return "restore a backup of it"
+    return f"restore its newest backup with '{put_back(database, newest)}'"
 
 
 def keep(database: Path) -> bool:
-    """Makes today's backup, unless it is there, or the database is empty, or cannot be read; whether it was made."""
+    """Make today's backup, and return whether it was made.
+
+    None is made if there is one already, or if the database is empty or cannot be read, or the disk is nearly full.
+    """
     try:
         files = _files(database)
         if (files and time.time() - files[0].stat().st_mtime < EVERY_SECONDS) or not database.is_file():
@@ -71,7 +75,7 @@ def keep(database: Path) -> bool:
             return False
         made = _make(database)
     except (OSError, sqlite3.Error):
-        return False  # what is wrong will be said by whoever opens the database
+        return False  # opening the database will report the error
     if made:
         _thin_out(database)
     return made

@@ -1,4 +1,4 @@
-"""Base models in the catalogue: names, fingerprints, and which of them are the same model stored otherwise."""
+"""Base models in the catalogue: their names, their fingerprints, and which are one model in different storages."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Bases:
         dtype: str | None = None,
         files: Mapping[str, Any] | None = None,
     ) -> BaseRecord:
-        """Catalogues a base. The same name with the same content again only updates where it lies.
+        """Catalogue a base. If the name exists with the same content, only its facts are updated.
 
-        `source` is the folder or Hub id as it was given, `path` the folder where its files are, `fingerprint` BLAKE3 in
-        hex, `files` what the Hub says of its weight files. `variant_of` names a catalogued base that is the same model
-        stored otherwise. Adapters that recorded this fingerprint before are linked to the base.
+        `source` is the folder or Hub id as given, `path` the folder of its files, `fingerprint` BLAKE3 in hex, `files` the
+        Hub's list of its weight files. `variant_of` names a catalogued base that is the same model in a different storage.
+        Adapters that already record this fingerprint are linked to the base.
 
         Raises InvalidNameError, NotFoundError (`variant_of`), AlreadyExistsError.
         """
@@ -85,7 +85,10 @@ class Bases:
             return self.find(name)
 
     def find(self, name: str) -> BaseRecord:
-        """Raises NotFoundError, with the nearest names."""
+        """Return the base of that name.
+
+        Raises NotFoundError, with the nearest names.
+        """
         with self._database.reading() as connection:
             record = _find(connection, name)
             if record is None:
@@ -93,35 +96,35 @@ class Bases:
             return record
 
     def get(self, name: str) -> BaseRecord | None:
-        """The base of that name, or None."""
+        """Return the base of that name, or None."""
         with self._database.reading() as connection:
             return _find(connection, name)
 
     def find_by_fingerprint(self, fingerprint: str) -> tuple[BaseRecord, ...]:
-        """All bases with this content (a model may lie at two places), those whose folder exists first."""
+        """Return all bases with this content, those whose folder exists first. Copies of a model may be in several places."""
         with self._database.reading() as connection:
             found = _records(connection, _bases.where(bases.c.fingerprint == fingerprint).order_by(bases.c.id))
         return tuple(sorted(found, key=lambda base: not (base.path is not None and base.path.exists())))
 
     def list(self) -> tuple[BaseRecord, ...]:
-        """All bases, by name."""
+        """Return all bases, sorted by name."""
         with self._database.reading() as connection:
             found = _records(connection, _bases)
         return tuple(sorted(found, key=lambda base: (base.name.casefold(), base.name)))
 
     def family(self, fingerprint: str) -> frozenset[str]:
-        """The fingerprints of this model and of its variants, as far as the catalogue knows them; itself always."""
+        """Return this fingerprint and those of the model's variants in the catalogue."""
         with self._database.reading() as connection:
             return _family(connection, fingerprint)
 
     def same_family(self, one: str, other: str) -> bool:
-        """Whether two fingerprints are of one model: equal, or declared variants of each other."""
+        """Whether two fingerprints belong to one model: they are equal, or declared variants of each other."""
         return other in self.family(one)
 
     def set_variant(self, name: str, variant_of: str) -> BaseRecord:
-        """Declares a catalogued base to be the same model as another, stored otherwise. Joins their families.
+        """Declare a base to be the same model as another in a different storage. Their families are joined.
 
-        Raises NotFoundError, RegistryError (of itself).
+        Raises NotFoundError, and RegistryError if both are the same base.
         """
         with self._database.writing() as connection:
             _join_family(connection, self.find(name), self.find(variant_of))
@@ -129,7 +132,7 @@ class Bases:
             return self.find(name)
 
     def update(self, name: str, **changes: Any) -> BaseRecord:
-        """Changes columns of a base (`path`, `fingerprint`, ...): what a Hub base learns when it is downloaded.
+        """Change columns of a base (`path`, `fingerprint`, ...), for example after a download from the Hub.
 
         Raises NotFoundError.
         """
@@ -146,10 +149,11 @@ class Bases:
             return record
 
     def remove(self, name: str, *, force: bool = False) -> BaseRecord:
-        """Forgets a base; its files stay. Its variants stay variants of each other.
+        """Remove a base from the catalogue. Its files stay, and its variants stay variants of each other.
 
-        Its adapters go to another base with the same content, if there is one. Raises NotFoundError, and where there is
-        none InUseError while adapters belong to it, unless `force`: they then keep only its fingerprint.
+        Its adapters move to another base with the same content, if there is one. Otherwise they keep only its fingerprint.
+
+        Raises NotFoundError, and InUseError if adapters would keep only the fingerprint, unless `force`.
         """
         with self._database.writing() as connection:
             record = self.find(name)
@@ -173,9 +177,9 @@ class Bases:
 
 
 def find_base_id(connection: Connection, name: str | None, fingerprint: str | None) -> tuple[int | None, str | None]:
-    """The id and fingerprint of the base that an adapter names, or whose fingerprint it records.
+    """Return the id and fingerprint of the base with this name, or without a name, of one with this fingerprint.
 
-    Raises NotFoundError, and RegistryError where the base of that name is another model than the fingerprint's.
+    Raises NotFoundError, and RegistryError if the named base is a different model than the fingerprint's.
     """
     if name is None:
         if fingerprint is None:
@@ -244,7 +248,7 @@ def _root_id(connection: Connection, base_id: int) -> int:
 
 
 def _join_family(connection: Connection, record: BaseRecord, other: BaseRecord) -> None:
-    """Makes `record`, and all that were its variants, variants of the root of `other`."""
+    """Make `record` and its variants variants of the root of `other`."""
     if record.id == other.id:
         raise RegistryError(f"the base '{record.name}' cannot be a variant of itself; name another base")
     old, new = _root_id(connection, record.id), _root_id(connection, other.id)
@@ -254,7 +258,7 @@ def _join_family(connection: Connection, record: BaseRecord, other: BaseRecord) 
 
 
 def _leave_family(connection: Connection, record: BaseRecord) -> None:
-    """Before a root goes, its first variant takes its place."""
+    """Let the first variant of `record` replace it as the root of their family."""
     variants = select(bases.c.id).where(bases.c.variant_of == record.id).order_by(bases.c.id)
     heir = connection.execute(variants.limit(1)).scalar()
     if heir is not None:
@@ -263,7 +267,7 @@ def _leave_family(connection: Connection, record: BaseRecord) -> None:
 
 
 def _link_adapters(connection: Connection, record: BaseRecord) -> None:
-    """Adapters that recorded this base's fingerprint before it had a name now belong to it, and the other way round."""
+    """Link adapters that record this base's fingerprint to it, and record the fingerprint in its adapters that lack it."""
     if record.fingerprint is None:
         return
     orphans = (adapters.c.base_id.is_(None), adapters.c.base_fingerprint == record.fingerprint)

@@ -1,4 +1,4 @@
-"""Opening the catalogue: finds the database, brings its schema up to date, and hands out what works on it."""
+"""The open catalogue: its database, whose schema is upgraded on opening, and its content store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from registry.tables import adapters, bases, merges
 class Registry:
     """One open catalogue: `bases`, `adapters`, `lineage` and `merges` in the database, files in the `store`.
 
-    Every method is a transaction of its own; `with registry.writing():` makes several calls one.
+    Every method is one transaction. Calls within `with registry.writing():` share one.
     """
 
     def __init__(self, database: Database, store: Store, url: str | None = None) -> None:
@@ -50,14 +50,14 @@ class Registry:
     def open(
         cls, home: Path, url: str | None = None, *, read_only: bool = False, busy_timeout: float = BUSY_SECONDS
     ) -> Registry:
-        """Opens the catalogue of the folder `home`, made if need be, and upgrades its schema if that is older.
+        """Open the catalogue in the folder `home`, which is made if it is missing, and upgrade an older schema.
 
-        `url` is a SQLAlchemy URL; without one it is the SQLite file `registry.db` in `home`. The store is always in
-        `home`. With `read_only` nothing is made or changed, except for an upgrade of the schema, and a catalogue that
-        does not exist is empty; where nothing can be written, on a full disk say, it is read all the same. `busy_timeout` is
-        how many seconds a writer waits for another.
+        `url` is a SQLAlchemy URL, by default that of the SQLite file `registry.db` in `home`. The store is always in `home`.
+        With `read_only`, nothing is made or changed except for an upgrade of the schema. A catalogue that does not exist is
+        then empty, and one that cannot be written, for example on a full disk, can still be read. `busy_timeout` is the time
+        in seconds that a writer waits for another.
 
-        Raises RegistryError: not a database, cannot be read or written, of a newer loratool, busy, full disk.
+        Raises RegistryError: not a database, cannot be read or written, written by a newer loratool, busy, full disk.
         """
         target = db.file_url(home / DATABASE_NAME) if url is None else db.parse_url(url)
         where, path = db.shown_url(target), db.database_file(target)
@@ -74,7 +74,7 @@ class Registry:
 
     @contextmanager
     def for_writing(self) -> Iterator[Registry]:
-        """The catalogue as it can be changed: itself, or where it was opened to read only, opened once more.
+        """Yield the catalogue for writing: this one, or if it is read-only, the same catalogue opened again.
 
         Raises RegistryError.
         """
@@ -86,23 +86,23 @@ class Registry:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Makes all calls in the block one transaction: all are kept, or, if the block raises, none."""
+        """Make all calls in the block one transaction, which is rolled back if the block raises."""
         with self.database.writing():
             yield
 
     def backups(self) -> tuple[Backup, ...]:
-        """The backups of the database, the newest first; none where it is no file."""
+        """Return the backups of the database, newest first; none if it is not a file."""
         return () if self.file is None else backups.backups(self.file)
 
     @property
     def file(self) -> Path | None:
-        """The database's file, whether it exists or not; None where it is no SQLite file."""
+        """The database's file, which may not exist; None if it is not a SQLite file."""
         return (
             self.store.root.parent / DATABASE_NAME if self._url is None else db.database_file(db.parse_url(self._url))
         )
 
     def lost_note(self) -> str | None:
-        """What to say of a catalogue without adapters whose store has some; None where all is well."""
+        """Return a note if the catalogue has no adapters but its store has some, else None."""
         with self.database.reading() as connection:
             if connection.execute(select(adapters.c.id).limit(1)).first() is not None:
                 return None
@@ -119,7 +119,7 @@ class Registry:
         )
 
     def counts(self) -> Counts:
-        """How many bases, adapters, versions of adapters and merges there are."""
+        """Return the numbers of bases, adapters, versions of adapters and merges."""
         with self.database.reading() as connection:
             return Counts(
                 bases=connection.execute(select(func.count()).select_from(bases)).scalar_one(),
@@ -143,7 +143,7 @@ class Registry:
 
 
 def _identity(home: Path, where: str, path: Path | None) -> str:
-    """How the store tells this catalogue from others: by the file, whatever its URL is, or by the URL."""
+    """Return the name of the catalogue in its store: the path of its SQLite file, or its URL without a password."""
     if path is None:
         return where
     own = home / DATABASE_NAME

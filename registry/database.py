@@ -1,7 +1,7 @@
-"""Connections and transactions: any SQLAlchemy URL, one transaction a command, every failure a RegistryError.
+"""Connections and transactions for any SQLAlchemy URL. Every failure is a RegistryError.
 
-Writers stand in line: a SQLite transaction that writes begins with `BEGIN IMMEDIATE`, and on other databases it first
-locks the one row of the schema's version table. So a writer never works on facts that another one is changing.
+Writers take turns, so that none works on facts that another one is changing. A SQLite transaction that writes begins with
+`BEGIN IMMEDIATE`. On other databases it first locks the only row of the schema's version table.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from registry.schema import version_table
 from registry.waiting import holder
 
 BUSY_SECONDS = 60.0
-"""How long a writer waits for another one."""
+"""Time that a writer waits for another one."""
 
 SILENT_SECONDS = 3.0
-"""How long it waits without a word."""
+"""Time that it waits before it prints a note."""
 
 _WRITES = "registry_writes"
 _LOCK_NOT_AVAILABLE = "55P03"
-"""PostgreSQL's code of a lock that was not free within `lock_timeout`."""
+"""PostgreSQL's error code for a lock that was not free within `lock_timeout`."""
 
 
 class Database:
-    """One catalogue's database. `where` names it in errors and never shows a password; `path` is its file, if it is one.
+    """The database of a catalogue. `where` names it in errors, without a password; `path` is its file, if it has one.
 
-    Threads may share it: each has its own transaction.
+    Threads may share it. Each has its own transaction.
     """
 
     def __init__(self, engine: Engine, where: str, path: Path | None, *, read_only: bool = False,
@@ -62,7 +62,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection to read from: this thread's open write transaction, else its open read transaction, else a new one."""
+        """Yield a connection to read from: this thread's write transaction, else its read transaction, else a new one."""
         outer = self._connection or getattr(self._thread, "reader", None)
         if outer is not None:
             yield outer
@@ -76,7 +76,7 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """The write transaction of this thread: committed when the outermost block ends, rolled back if it raises."""
+        """Yield this thread's write transaction. It is committed when the outermost block ends, rolled back if that raises."""
         outer = self._connection
         if outer is not None:
             yield outer
@@ -97,14 +97,14 @@ class Database:
             callback()
 
     def after_commit(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` once this thread's write transaction is committed, and never if it is rolled back."""
+        """Call `callback` after this thread's write transaction is committed; not at all if it is rolled back."""
         self._thread.callbacks.append(callback)
 
     def close(self) -> None:
         self.engine.dispose()
 
     def _stand_in_line(self, connection: Connection) -> None:
-        """Locks the row that every writer locks; in SQLite the transaction has begun with the lock."""
+        """Lock the row that every writer locks. In SQLite the transaction already holds the write lock."""
         lock = select(version_table.c.version_num).with_for_update()
         if connection.dialect.name != "postgresql":
             connection.execute(lock)
@@ -133,7 +133,7 @@ class Database:
 
 @contextmanager
 def write_transaction(engine: Engine) -> Iterator[Connection]:
-    """A transaction that holds SQLite's write lock from its beginning."""
+    """Begin a transaction that holds SQLite's write lock from its start."""
     with engine.connect() as connection:
         connection = connection.execution_options(**{_WRITES: True})
         with connection.begin():
@@ -141,59 +141,62 @@ def write_transaction(engine: Engine) -> Iterator[Connection]:
 
 
 def inserted_id(result: CursorResult[Any]) -> int:
-    """The id that the database gave to the row of an insert."""
+    """Return the id of an inserted row."""
     key = result.inserted_primary_key
     assert key is not None
     return int(key[0])
 
 
 def parse_url(text: str) -> URL:
-    """Raises RegistryError where `text` is no SQLAlchemy URL."""
+    """Parse a SQLAlchemy URL.
+
+    Raises RegistryError if `text` is not one.
+    """
     try:
         return make_url(text)
     except exc.ArgumentError:
         raise RegistryError(
-            f"'{printable(text.rpartition('@')[2])}' is no database URL; write one as SQLAlchemy does, "
-            "for a file 'sqlite:////folder/registry.db'"
+            f"'{printable(text.rpartition('@')[2])}' is not a database URL; write one in SQLAlchemy's form, "
+            "such as 'sqlite:////folder/registry.db' for a file"
         ) from None
 
 
 def file_url(path: Path) -> URL:
-    """The URL of a SQLite file."""
+    """Return the URL of a SQLite file."""
     return URL.create("sqlite", database=str(path))
 
 
 def immutable_url(path: Path) -> URL:
-    """The URL of a SQLite file that nobody can write, in a folder where SQLite cannot make its own files either."""
+    """Return the URL of a SQLite file that cannot be written, in a folder where SQLite cannot make files either."""
     uri = path.absolute().as_uri()
     return URL.create("sqlite", database=uri, query={"mode": "ro", "immutable": "1", "uri": "true"})
 
 
 def database_file(url: URL) -> Path | None:
-    """The file of a SQLite URL; None for other databases, memory, and `file:` URIs."""
+    """Return the file of a SQLite URL; None for other databases, memory, and `file:` URIs."""
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
         return None
     return None if url.database.startswith("file:") else Path(url.database)
 
 
 def is_in_memory(url: URL) -> bool:
-    """Whether the URL is of a SQLite database that ends with its connection."""
+    """Whether the URL names a SQLite database in memory."""
     return url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:")
 
 
 def shown_url(url: URL) -> str:
-    """How errors name the database: the file's path, or the URL without its password."""
+    """Return the database's name for messages: the path of its file, or its URL without a password."""
     path = database_file(url)
     return printable(str(path) if path is not None else url.render_as_string(hide_password=True), longest=400)
 
 
 def make_engine(url: URL, *, read_only: bool, busy_timeout: float, exclusive: bool = False) -> Engine:
-    """An engine that opens one connection a transaction.
+    """Return an engine that opens one connection per transaction.
 
-    `busy_timeout` is in seconds, and for SQLite alone, as is `exclusive`: nobody else may have the file open, and the
-    index of its log is kept in memory.
+    `busy_timeout`, in seconds, and `exclusive` apply to SQLite only. With `exclusive`, no other process may have the file
+    open, and the index of its log is kept in memory.
 
-    Raises RegistryError where the database's driver is not installed or the URL names none.
+    Raises RegistryError if the database's driver is unknown or not installed.
     """
     sqlite = url.get_backend_name() == "sqlite"
     try:
@@ -210,7 +213,7 @@ def make_engine(url: URL, *, read_only: bool, busy_timeout: float, exclusive: bo
         ) from None
     except (exc.ArgumentError, exc.NoSuchModuleError, TypeError, ValueError) as error:
         raise RegistryError(
-            f"the registry URL {shown_url(url)} cannot be used ({_first_line(error)}); write it as SQLAlchemy does"
+            f"the registry URL {shown_url(url)} cannot be used ({_first_line(error)}); write it in SQLAlchemy's form"
         ) from None
     if sqlite:
         _set_up_sqlite(engine, url, busy_timeout, read_only=read_only, exclusive=exclusive)
@@ -220,7 +223,7 @@ def make_engine(url: URL, *, read_only: bool, busy_timeout: float, exclusive: bo
 def _set_up_sqlite(engine: Engine, url: URL, busy_timeout: float, *, read_only: bool, exclusive: bool) -> None:
     @event.listens_for(engine, "connect")
     def connected(connection: sqlite3.Connection, record: object) -> None:
-        connection.isolation_level = None  # the driver begins nothing by itself: `began` does
+        connection.isolation_level = None  # `began` begins transactions, not the driver
         connection.execute("PRAGMA foreign_keys = ON")
         if exclusive:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -236,7 +239,7 @@ def _set_up_sqlite(engine: Engine, url: URL, busy_timeout: float, *, read_only: 
 
 
 def _begin_to_write(connection: Connection, where: str, path: Path | None, busy_timeout: float) -> None:
-    """Takes SQLite's write lock; after some seconds it is said for whom this waits."""
+    """Take SQLite's write lock. After SILENT_SECONDS, print a note that names the process it waits for."""
     silent = min(SILENT_SECONDS, busy_timeout)
     connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(silent * 1000)}")
     try:
@@ -251,15 +254,15 @@ def _begin_to_write(connection: Connection, where: str, path: Path | None, busy_
 
 
 def waiting_for(whom: str, where: str, busy_timeout: float) -> str:
-    """What a writer says that waits for another one."""
-    return f"waiting for {whom}, which is writing to the registry {where}; for {busy_timeout:.0f} seconds at most"
+    """Return the note of a writer that waits for another one."""
+    return f"waiting for {whom}, which is writing to the registry {where}, for {busy_timeout:.0f} seconds at most"
 
 
 @contextmanager
 def translated(where: str, path: Path | None = None) -> Iterator[None]:
-    """Turns what the database and its driver raise into a RegistryError of one sentence that names `where`.
+    """Turn errors of the database and its driver into a RegistryError of one sentence that names `where`.
 
-    `path` is the database's file, if it is one: what fails there may fail because the disk is full.
+    `path` is the database's file, if it has one. It serves to tell a full disk from other failures.
     """
     try:
         yield
@@ -274,7 +277,7 @@ def translated(where: str, path: Path | None = None) -> Iterator[None]:
 
 
 def primary_code(error: BaseException | None) -> int | None:
-    """SQLite's primary result code of a driver's error, whatever its extension says."""
+    """Return SQLite's primary result code of a driver's error, without the extended bits."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else int(code) & 0xFF
 
@@ -284,7 +287,7 @@ def _as_registry_error(error: BaseException | None, where: str, path: Path | Non
     if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and path is not None and is_full(path.parent):
         code = sqlite3.SQLITE_FULL  # SQLite calls a file that cannot grow an input/output error
     if code == sqlite3.SQLITE_CANTOPEN and path is not None and _is_read_only(path):
-        code = sqlite3.SQLITE_READONLY  # of its own files beside the database, which cannot be made
+        code = sqlite3.SQLITE_READONLY  # SQLite cannot make its own files beside the database
     match code:
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return _busy(holder(path), where)
@@ -305,7 +308,7 @@ def _as_registry_error(error: BaseException | None, where: str, path: Path | Non
             )
         case sqlite3.SQLITE_FULL:
             return RegistryFullError(
-                f"the disk of the registry {where} is full; nothing was changed there: free some space and try again"
+                f"the disk of the registry {where} is full; nothing was changed: free some space and try again"
             )
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM | sqlite3.SQLITE_AUTH:
             return RegistryError(

@@ -1,4 +1,4 @@
-"""What the catalogue raises: each error is one sentence that says what is wrong, where, and what to do next."""
+"""Errors of the catalogue. Each message is one sentence that says what is wrong, where, and what to do next."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class RegistryError(Exception):
-    """The catalogue or its content store cannot do what was asked."""
+    """The catalogue or its content store cannot do the operation."""
 
 
 class InvalidNameError(RegistryError):
@@ -18,15 +18,15 @@ class AlreadyExistsError(RegistryError):
 
 
 class InUseError(RegistryError):
-    """Something in the catalogue still depends on what should be removed."""
+    """Something in the catalogue still depends on the entry to remove."""
 
 
 class NotSureError(RegistryError):
-    """What was asked for would destroy what may be wanted; it is done only where that is said to be meant."""
+    """The operation would destroy data that may still be wanted, and needs a confirmation."""
 
 
 class NotFoundError(RegistryError):
-    """No such entry. `nearest` holds the names most like the one asked for, best first."""
+    """No such entry. `nearest` holds the names most similar to the given one, best first."""
 
     def __init__(self, message: str, nearest: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -38,7 +38,7 @@ class RegistryBusyError(RegistryError):
 
 
 class RegistryUnwritableError(RegistryError):
-    """Nothing can be written to the catalogue now; what only needs to be noted there is done without it."""
+    """The catalogue cannot be written now. Commands that only record something in it proceed without."""
 
 
 class RegistryReadOnlyError(RegistryUnwritableError):
@@ -50,7 +50,7 @@ class RegistryFullError(RegistryUnwritableError):
 
 
 class RegistryDamagedError(RegistryError):
-    """The database is no database, or parts of it cannot be read."""
+    """The file is not a database, or parts of it cannot be read."""
 
 
 class SchemaTooNewError(RegistryError):

@@ -1,4 +1,4 @@
-"""Which bases are one model: equal fingerprints, and declared variants, taken together."""
+"""Families of bases that are one model: those with equal fingerprints, and declared variants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """The ids and fingerprints of bases that are one model, stored in one way or several."""
+    """The ids and fingerprints of bases that are one model, in one or several storages."""
 
     ids: frozenset[int]
     fingerprints: frozenset[str]
@@ -19,7 +19,7 @@ def relatives(
     base_id: int | None = None,
     fingerprint: str | None = None,
 ) -> Family:
-    """The family of the base `base_id`, or of what has `fingerprint`, among `rows` of (id, variant_of, fingerprint)."""
+    """Return the family of the base `base_id`, or of bases with `fingerprint`, in rows of (id, variant_of, fingerprint)."""
     ids = set() if base_id is None else {base_id}
     fingerprints = set() if fingerprint is None else {fingerprint}
     while True:

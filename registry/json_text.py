@@ -1,4 +1,4 @@
-"""JSON in the database, written and read within bounds: its length, and how deep it is nested."""
+"""JSON in the database, with bounds on its length and its depth."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 from registry.errors import RegistryError
 
 LARGEST_JSON = 16 << 20
-"""Bytes of one value. A configuration with masks for thousands of modules has a third of that."""
+"""The largest number of characters in one value. A configuration with masks for thousands of modules has a third of that."""
 
 DEEPEST_JSON = 64
 
 
 def json_text(value: Any) -> str:
-    """`value` as the database keeps it. Raises RegistryError where it is too large, nested too deep, or no JSON."""
+    """Return `value` as JSON text. Raises RegistryError if it is too large, nested too deep, or not JSON."""
     try:
         text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise RegistryError(_refusal("is nested too deep")) from None
     except (TypeError, ValueError) as error:
-        raise RegistryError(_refusal(f"is no JSON ({error})")) from None
+        raise RegistryError(_refusal(f"is not JSON ({error})")) from None
     if len(text) > LARGEST_JSON:
-        raise RegistryError(_refusal(f"has {len(text):,} characters of JSON, of which {LARGEST_JSON:,} are kept"))
+        raise RegistryError(_refusal(f"has {len(text):,} characters of JSON, more than {LARGEST_JSON:,}"))
     if is_too_deep(value):
         raise RegistryError(_refusal(f"is nested more than {DEEPEST_JSON} levels deep"))
     return text
 
 
 def json_value(text: str) -> Any:
-    """What a column's text says. Raises ValueError where it is too large, nested too deep, or no JSON."""
+    """Return the value of JSON text. Raises ValueError if it is too large, nested too deep, or not JSON."""
     if len(text) > LARGEST_JSON:
         raise ValueError(f"{len(text):,} characters of JSON")
     try:
@@ -42,7 +42,7 @@ def json_value(text: str) -> Any:
 
 
 def is_too_deep(value: object) -> bool:
-    """Whether a value is nested more than `DEEPEST_JSON` levels; counted without recursion."""
+    """Whether a value is nested more than `DEEPEST_JSON` levels deep, counted without recursion."""
     level = [value]
     for _ in range(DEEPEST_JSON + 1):
         level = [

@@ -1,4 +1,4 @@
-"""Which adapter came from which, and by what operation: the family tree."""
+"""The family tree of adapters: which adapter was made from which, and by what operation."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class Lineage:
         parent_sha256: str | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> LineageRecord:
-        """Records that `child` came from `parent` by `operation` (`truncate`, `combine`, ...). Twice is once.
+        """Record that `child` was made from `parent` by `operation` (`truncate`, `combine`, ...), unless that is recorded.
 
-        A parent that is not in the catalogue is given as a label, a file's name say, with its sha256.
+        A parent that is not in the catalogue is given by a label, such as a file's name, and its sha256.
 
-        Raises RegistryError where the parent came from the child.
+        Raises RegistryError if the parent was made from the child.
         """
         known = isinstance(parent, AdapterRecord)
         values: dict[str, Any] = {
@@ -64,7 +64,7 @@ class Lineage:
             ancestors = _walk(connection, values["parent_id"], up=True) if known else ()
             if values["parent_id"] == child.id or any(edge.parent_id == child.id for edge in ancestors):
                 raise RegistryError(
-                    f"{values['parent']} itself came from {child.reference}; give the result another name with --name"
+                    f"{values['parent']} was itself made from {child.reference}; give the result another name with --name"
                 )
             same = [lineage.c[name].is_not_distinct_from(value) for name, value in values.items()]
             row = connection.execute(_edges.where(*same)).first()
@@ -76,23 +76,23 @@ class Lineage:
             return _record(row)
 
     def parents(self, adapter: AdapterRecord) -> tuple[LineageRecord, ...]:
-        """What the adapter directly came from."""
+        """Return the adapter's direct parents."""
         with self._database.reading() as connection:
             return _next(connection, {adapter.id}, up=True)
 
     def ancestors(self, adapter: AdapterRecord) -> tuple[LineageRecord, ...]:
-        """Everything the adapter came from, nearest first, one record an edge of the tree."""
+        """Return all ancestors of the adapter, nearest first, one record per edge of the tree."""
         with self._database.reading() as connection:
             return _walk(connection, adapter.id, up=True)
 
     def descendants(self, adapter: AdapterRecord) -> tuple[LineageRecord, ...]:
-        """Everything that came from the adapter, nearest first, one record an edge of the tree."""
+        """Return all descendants of the adapter, nearest first, one record per edge of the tree."""
         with self._database.reading() as connection:
             return _walk(connection, adapter.id, up=False)
 
 
 def _walk(connection: Connection, adapter_id: int, *, up: bool) -> tuple[LineageRecord, ...]:
-    """The edges reached from an adapter, a generation at a time: one query each."""
+    """Return the edges that can be reached from an adapter, with one query per generation."""
     edges: list[LineageRecord] = []
     seen, generation = {adapter_id}, {adapter_id}
     while generation:

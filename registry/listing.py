@@ -1,7 +1,7 @@
-"""The list of adapters, as quick as the terminal: the default SQLite file is read without importing SQLAlchemy.
+"""The list of adapters. The default SQLite file is read without SQLAlchemy, whose import takes most of the command's time.
 
-The statements are plain SQL that every database understands, so the same text serves both ways, and filtering and
-sorting happen here, so both give the same list.
+The statements are plain SQL that every database understands, so that both ways share them. Filtering and sorting happen here,
+so that both give the same list.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ Rows = Sequence[Sequence[Any]]
 
 
 def quick_fetch(path: Path, timeout: float = 10.0) -> list[Rows] | None:
-    """The rows of each of STATEMENTS from an up-to-date SQLite catalogue, in one snapshot.
+    """Return the rows of each of STATEMENTS from an up-to-date SQLite catalogue, in one snapshot.
 
-    None where the file is anything else or cannot be read this way: `Registry.open` then migrates it or says what is
-    wrong.
+    Return None if the file is anything else or cannot be read so. `Registry.open` then migrates it or reports the error.
     """
     if not path.is_file():
         return None
@@ -56,7 +55,7 @@ def quick_fetch(path: Path, timeout: float = 10.0) -> list[Rows] | None:
 
 
 def _decoded(row: Sequence[Any]) -> tuple[Any, ...]:
-    """A row of adapters as SQLite keeps it, with its JSON and its time read, which SQLAlchemy's types do elsewhere."""
+    """Return a SQLite row of adapters with its JSON and time parsed, as SQLAlchemy's column types do."""
     targets, created_at = row[7], row[14]
     return (
         *row[:7],
@@ -74,16 +73,16 @@ def select_adapters(
     tag: str | None = None,
     sort: SortKey = "name",
 ) -> tuple[AdapterSummary, ...]:
-    """The adapters that pass every filter given, sorted. `tables` holds the rows of each of STATEMENTS.
+    """Return the adapters that pass every given filter, sorted. `tables` holds the rows of each of STATEMENTS.
 
-    `base` takes the adapters of that base and of its variants. Sorted by name (then version), or by the largest rank,
-    alpha or size, or the newest, first; unknown values come last.
+    `base` selects the adapters of that base and of its variants. Names, kinds and bases sort ascending; rank, alpha, size and
+    time sort descending. Unknown values come last.
 
-    Raises NotFoundError (`base`), RegistryError (`sort`).
+    Raises NotFoundError for an unknown `base`, RegistryError for an unknown `sort`.
     """
     if sort not in get_args(SortKey):
         raise RegistryError(
-            f"adapters are not sorted by '{printable(sort)}'; sort by one of {', '.join(get_args(SortKey))}"
+            f"adapters cannot be sorted by '{printable(sort)}'; sort by one of {', '.join(get_args(SortKey))}"
         )
     adapter_rows, tag_rows, base_rows = tables
     wanted = _of_base(base, base_rows)

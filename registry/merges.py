@@ -1,4 +1,4 @@
-"""The merges that were made: which adapters went into which base, with what weights, and what came out."""
+"""The history of merges: the adapters, their weights, the base, and the output of each."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Merges:
         in_place: bool = False,
         options: Mapping[str, Any] | None = None,
     ) -> MergeRecord:
-        """Records a merge. One into a new folder replaces what was recorded of an earlier output at the same path.
+        """Record a merge. Unless it was in place, earlier merges with the same output become `replaced`.
 
-        `base` names a catalogued base; else one with `base_fingerprint` is taken, if there is one.
+        `base` names a catalogued base. Without it, a base with `base_fingerprint` is used, if there is one.
 
-        Raises NotFoundError (`base`).
+        Raises NotFoundError for an unknown `base`.
         """
         with self._database.writing() as connection:
             base_id, _ = find_base_id(connection, base, base_fingerprint)
@@ -67,34 +67,34 @@ class Merges:
             return _all(connection, _merges.where(merges.c.id == merge_id))[0]
 
     def list(self, *, state: MergeState | None = None) -> tuple[MergeRecord, ...]:
-        """All merges, or those in one state, the newest first."""
+        """Return all merges, or those in one state, newest first."""
         with self._database.reading() as connection:
             return _all(connection, _merges if state is None else _merges.where(merges.c.state == state))
 
     def of_output(self, output: Path) -> tuple[MergeRecord, ...]:
-        """The merges that wrote to this folder, the newest first: several where they were in place."""
+        """Return the merges that wrote to this folder, newest first. There are several if they were in place."""
         with self._database.reading() as connection:
             return _all(connection, _merges.where(merges.c.output.in_([output])))
 
     def of_adapter(self, adapter: AdapterRecord) -> tuple[MergeRecord, ...]:
-        """The merges that took in this adapter, the newest first.
+        """Return the merges of this adapter, newest first.
 
-        Not those of equal weights that were not catalogued then: under another configuration they act otherwise.
+        Merges of uncatalogued adapters with equal weights are left out, since their configuration may have differed.
         """
         ids = select(merged_adapters.c.merge_id).where(merged_adapters.c.adapter_id == adapter.id)
         with self._database.reading() as connection:
             return _all(connection, _merges.where(merges.c.id.in_(ids)))
 
     def of_base(self, fingerprint: str) -> tuple[MergeRecord, ...]:
-        """The merges into the base with this content, or that gave a model with it, the newest first."""
+        """Return the merges whose base or output has this fingerprint, newest first."""
         with self._database.reading() as connection:
             either = or_(merges.c.base_fingerprint == fingerprint, merges.c.output_fingerprint == fingerprint)
             return _all(connection, _merges.where(either))
 
     def note_gone(self) -> int:
-        """Says of the merges whose models are no longer there that they are `gone`, and forgets undo files that are not.
+        """Set the state of merges whose output is gone to `gone`, and forget undo files that are gone.
 
-        A model that is there again is `merged` again. How many merges that is of.
+        If an output is back, its merge becomes `merged` again. Return the number of merges changed.
         """
         with self._database.writing() as connection:
             noted = 0
@@ -112,9 +112,9 @@ class Merges:
             return noted
 
     def set_state(self, merge_id: int, state: MergeState) -> MergeRecord:
-        """Says that a merge was taken out again (`unmerged`), or its output replaced or gone.
+        """Set the state of a merge: its adapters were taken out again (`unmerged`), or its output is `replaced` or `gone`.
 
-        Raises NotFoundError, RegistryError (no such state).
+        Raises NotFoundError for an unknown merge, RegistryError for an unknown state.
         """
         if state not in get_args(MergeState):
             raise RegistryError(f"a merge is not '{printable(state)}'; it is one of {', '.join(get_args(MergeState))}")

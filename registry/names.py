@@ -1,7 +1,7 @@
-"""The one place that says which names the catalogue accepts.
+"""The names that the catalogue accepts for adapters, bases and tags.
 
-A name has 1 to 96 characters: letters A-Z and a-z, digits, `.`, `_` and `-`, and begins with a letter or a digit.
-`@` separates a version: `pirate@3`. Adapters, bases and tags all follow this rule.
+A name has 1 to 96 characters: letters A-Z and a-z, digits, `.`, `_` and `-`. It begins with a letter or a digit.
+`@` separates a version, as in `pirate@3`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """An adapter as a person writes it: `name` (its newest version) or `name@version`."""
+    """A reference to an adapter: `name` (its newest version) or `name@version`."""
 
     name: str
     version: int | None = None
@@ -30,7 +30,7 @@ class Reference:
 
 
 def printable(text: str, longest: int = 120) -> str:
-    """`text` without control, formatting and other unprintable characters, cut to `longest` characters."""
+    """Return `text` without control, formatting and other unprintable characters, cut to `longest` characters."""
     shown = "".join(character for character in text[: 4 * longest] if character.isprintable())
     return shown if len(shown) <= longest and len(text) <= 4 * longest else shown[: longest - 1] + "…"
 
@@ -41,7 +41,7 @@ def is_name(text: str) -> bool:
 
 
 def check_name(text: str, what: str = "adapter") -> str:
-    """`text` itself where it is a valid name; `what` is the noun for the error.
+    """Return `text` if it is a valid name. `what` is the noun for the error.
 
     Raises InvalidNameError.
     """
@@ -54,9 +54,9 @@ def check_name(text: str, what: str = "adapter") -> str:
     elif not text[0].isascii() or not text[0].isalnum():
         reason = "it does not begin with a letter (A-Z, a-z) or a digit"
     else:
-        reason = "it holds other characters"
+        reason = "it has other characters"
     raise InvalidNameError(
-        f"'{printable(text)}' is no valid {what} name ({reason}); use letters, digits, '.', '_' and '-', "
+        f"'{printable(text)}' is not a valid {what} name ({reason}); use letters, digits, '.', '_' and '-', "
         f"beginning with a letter or a digit, {LONGEST_NAME} characters at most"
     )
 
@@ -68,7 +68,7 @@ def is_reference(text: str) -> bool:
 
 
 def parse_reference(text: str, what: str = "adapter") -> Reference:
-    """Reads `name` or `name@version`; versions count from 1.
+    """Parse `name` or `name@version`. Versions count from 1.
 
     Raises InvalidNameError.
     """
@@ -78,13 +78,13 @@ def parse_reference(text: str, what: str = "adapter") -> Reference:
         return Reference(name)
     if _VERSION.fullmatch(version) is None:
         raise InvalidNameError(
-            f"'{printable(text)}' names no version; write a number after '@', counting from 1, as in '{name}@1'"
+            f"'{printable(text)}' has an invalid version; write a number from 1 after '@', as in '{name}@1'"
         )
     return Reference(name, int(version))
 
 
 def nearest_names(name: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Up to three of the `known` names most like `name`, best first, whatever their case."""
+    """Return up to three of the `known` names most similar to `name`, best first. Case is ignored."""
     import difflib
 
     spelled: dict[str, str] = {}
@@ -94,7 +94,7 @@ def nearest_names(name: str, known: Iterable[str]) -> tuple[str, ...]:
 
 
 def not_found_message(what: str, name: str, nearest: Sequence[str], command: str) -> str:
-    """One sentence for a `what` that is not there: the nearest names, else the command that shows all of them."""
+    """Return the message for a missing `what`: with the nearest names, or the command that lists all."""
     missing = f"no {what} '{printable(name)}' is in the catalogue"
     if not nearest:
         return f"{missing}; see what is there with '{command}'"

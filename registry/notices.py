@@ -1,10 +1,10 @@
-"""What the catalogue says while it works, one line each: to Python's logging, which shows it on stderr."""
+"""Notes of the catalogue while it works, one line each, through Python's logging."""
 
 from __future__ import annotations
 
 
 def say(text: str) -> None:
-    """Say `text` by the logger `registry`; without a handler of the caller's own it appears on stderr."""
-    import logging  # seldom needed, and a list of adapters does without the time that it takes
+    """Log `text` to the logger `registry`. Without a handler it appears on stderr."""
+    import logging  # rarely needed, and its import would slow down `loratool list`
 
     logging.getLogger("registry").warning("note: %s", text)

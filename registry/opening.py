@@ -1,4 +1,4 @@
-"""Opening the database: brings an older one up to date, and reads one all the same that cannot be written."""
+"""Opening the database. An older schema is upgraded; a database that cannot be written can still be read."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _KIND_OF_ERROR: dict[int, type[RegistryError]] = {
 
 
 def open_database(url: URL, *, read_only: bool, busy_timeout: float) -> Database:
-    """The database at `url`, its schema brought up to date.
+    """Open the database at `url` and upgrade its schema.
 
-    Raises RegistryError: not a database, cannot be read or written, of a newer loratool, busy, full disk.
+    Raises RegistryError: not a database, cannot be read or written, written by a newer loratool, busy, full disk.
     """
     where, path = db.shown_url(url), db.database_file(url)
     if path is not None:
@@ -58,22 +58,25 @@ def open_database(url: URL, *, read_only: bool, busy_timeout: float) -> Database
 
 
 def refuse_misplaced(path: Path) -> None:
-    """Raises RegistryError where a folder is in the place of the file, or a file in that of a folder above it."""
+    """Raise RegistryError if the database's file is a folder, or one of the folders above it is a file."""
     if path.is_dir():
         raise RegistryError(
-            f"'{printable(str(path), 400)}' is a folder, in the place of the registry's file; move it away, or set "
+            f"'{printable(str(path), 400)}' should be the registry's file, but is a folder; move it away, or set "
             "LORATOOL_HOME to another folder"
         )
     nearest = next((place for place in path.parents if place.exists()), path.parent)
     if nearest.exists() and not nearest.is_dir():
         raise RegistryError(
-            f"the registry's folder '{printable(str(path.parent), 400)}' cannot be: '{printable(str(nearest), 400)}' is a "
-            "file; set LORATOOL_HOME to a folder"
+            f"the registry's folder '{printable(str(path.parent), 400)}' cannot be made, because "
+            f"'{printable(str(nearest), 400)}' is a file; set LORATOOL_HOME to a folder"
         )
 
 
 def make_home(home: Path) -> None:
-    """Raises RegistryError where the folder is missing and cannot be made."""
+    """Make the folder if it is missing.
+
+    Raises RegistryError if it cannot be made.
+    """
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,14 +88,14 @@ def make_home(home: Path) -> None:
 
 
 def empty_database(where: str) -> Database:
-    """A catalogue with nothing in it, in memory: what there is to read where none was made yet."""
+    """Return an empty catalogue in memory, for reading before one has been made."""
     engine = db.make_engine(URL.create("sqlite"), read_only=False, busy_timeout=0)
     metadata.create_all(engine)
     return Database(engine, where, None, read_only=True)
 
 
 def _version(engine: Engine) -> str | None:
-    """The schema's revision by one query; None where the query fails because there is no such table."""
+    """Return the schema's revision with one query; None if its table does not exist."""
     try:
         with engine.connect() as connection:
             return connection.execute(select(version_table.c.version_num)).scalar()
@@ -105,7 +108,7 @@ def _version(engine: Engine) -> str | None:
 
 
 def _needs_no_writing(error: exc.DBAPIError) -> bool:
-    """Whether it is SQLite's own files beside the database that cannot be made: no permission, or the disk is full."""
+    """Whether SQLite failed to make its own files beside the database, for lack of permission or space."""
     return db.primary_code(error.orig) in (
         sqlite3.SQLITE_READONLY,
         sqlite3.SQLITE_CANTOPEN,
@@ -115,10 +118,9 @@ def _needs_no_writing(error: exc.DBAPIError) -> bool:
 
 
 def _engine_that_writes_nothing(url: URL, path: Path, busy_timeout: float) -> Engine:
-    """For reading a file beside which nothing can be made.
+    """Return an engine that reads a file without making files beside it.
 
-    Without a log the file is all there is. Commits that stand in a log are read with its index in memory, for which nobody
-    else may have the file open.
+    If the write-ahead log holds commits, its index is kept in memory, so that no other process may have the file open.
     """
     if _has_log(path):
         return db.make_engine(url, read_only=True, busy_timeout=busy_timeout, exclusive=True)
@@ -126,7 +128,7 @@ def _engine_that_writes_nothing(url: URL, path: Path, busy_timeout: float) -> En
 
 
 def _has_log(path: Path) -> bool:
-    """Whether commits stand in a log beside the file, which a reader of the file alone would miss."""
+    """Whether the write-ahead log beside the file holds commits that the file alone lacks."""
     with suppress(FileNotFoundError):
         return path.with_name(f"{path.name}-wal").stat().st_size > 0
     return False
@@ -137,14 +139,14 @@ def _upgrade(engine: Engine, where: str) -> None:
         with db.write_transaction(engine) as connection:
             upgrade(connection, where)
     except exc.DBAPIError:
-        if _version(engine) != HEAD:  # else another process made the same upgrade at the same time
+        if _version(engine) != HEAD:  # otherwise another process made the same upgrade at the same time
             raise
 
 
 def _use_write_ahead_log(engine: Engine, path: Path, busy_timeout: float) -> None:
-    """SQLite's write-ahead log, under which readers and one writer never wait for each other. The file remembers it.
+    """Turn on SQLite's write-ahead log, with which readers and a writer never wait for each other. The file stores the mode.
 
-    SQLite does not wait for its busy timeout here, so this does.
+    SQLite ignores its busy timeout for this statement, so it is retried here.
     """
     started = time.monotonic()
     is_silent = True

@@ -1,4 +1,4 @@
-"""Where the catalogue lives: the home folder and the database's URL."""
+"""The places of the catalogue: its home folder and its database's URL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STORE_NAME = "store"
 
 
 def is_gone(path: Path) -> bool:
-    """Whether nothing is at `path`. Where that cannot be told, on a disk that fails or in a folder that is closed, it is not."""
+    """Whether nothing exists at `path`. False if that is unknown, because the disk fails or a folder cannot be read."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -24,9 +24,11 @@ def is_gone(path: Path) -> bool:
 
 
 def home() -> Path:
-    """The home folder: `LORATOOL_HOME`, else the platform's user data folder. Absolute; it may not exist yet.
+    """Return the absolute path of the home folder, which may not exist yet.
 
-    Raises RegistryError where it cannot be known: no such user's home, no HOME, no working folder.
+    It is `LORATOOL_HOME`, or by default the platform's user data folder.
+
+    Raises RegistryError if the path needs a user's home or a working folder that does not exist.
     """
     named = os.environ.get("LORATOOL_HOME")
     if named:
@@ -39,14 +41,14 @@ def home() -> Path:
         found = Path("~")
     if not found.is_absolute():
         raise RegistryError(
-            "there is no home folder to keep the catalogue in: HOME is not set, and this user has none; "
+            "there is no home folder for the catalogue: HOME is not set, and this user has no home folder; "
             "set LORATOOL_HOME to a folder"
         )
     return found
 
 
 def _absolute(named: str) -> Path:
-    """The folder that LORATOOL_HOME names."""
+    """Return the absolute path of the folder in LORATOOL_HOME."""
     try:
         return Path(named).expanduser().absolute()
     except RuntimeError:
@@ -55,11 +57,11 @@ def _absolute(named: str) -> Path:
         ) from None
     except FileNotFoundError:
         raise RegistryError(
-            f"LORATOOL_HOME is '{printable(named)}', seen from a working folder that was deleted; "
+            f"LORATOOL_HOME is '{printable(named)}', relative to a working folder that was deleted; "
             "change to another folder, or set it to a path that begins with '/'"
         ) from None
 
 
 def registry_url() -> str | None:
-    """The SQLAlchemy URL in `LORATOOL_REGISTRY`, or None: then it is the file `registry.db` in the home folder."""
+    """Return the SQLAlchemy URL in `LORATOOL_REGISTRY`, or None for the file `registry.db` in the home folder."""
     return os.environ.get("LORATOOL_REGISTRY") or None

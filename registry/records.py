@@ -16,11 +16,11 @@ MergeState = Literal["merged", "unmerged", "replaced", "gone"]
 class BaseRecord:
     """One catalogued base model.
 
-    `fingerprint` is BLAKE3 in hex and None until the content is known (a Hub base that was not downloaded yet).
-    `variant_of` names the base whose model this one stores otherwise; it always names the family's root. `same_as` names the
+    `fingerprint` is BLAKE3 in hex, or None until the content is known (a Hub base that was not downloaded yet).
+    `variant_of` names the root of its family, of which it is the same model in a different storage. `same_as` names the
     other bases with the same content.
-    `files` says of a base from the Hub what its weight files are at `revision`, by name: `size` in bytes, and `sha256` or
-    git's `blob_id` in hex. A download is checked against it.
+    `files` lists the weight files of a Hub base at `revision`, by name: `size` in bytes, and `sha256` or git's `blob_id` in
+    hex. Downloads are checked against it.
     """
 
     id: int
@@ -42,10 +42,10 @@ class BaseRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
-    """Where the files of an adapter lie.
+    """A place of an adapter's files.
 
     `store`: in the content store, under `store_key`. `path`: a file or a PEFT folder at `path`. `hub`: in the Hub
-    repository `repo` at the commit `revision`, in the folder or file `path_in_repo` where it is not at its top.
+    repository `repo` at the commit `revision`, at its top or in the folder or file `path_in_repo`.
     """
 
     kind: LocationKind
@@ -58,11 +58,11 @@ class Location:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFacts:
-    """What is known of an adapter before it is catalogued.
+    """The facts about an adapter before it is catalogued.
 
     `sha256` is the hex digest of the weights file. `rank` is the largest rank, `ranks` the rank of each module.
-    `scaling` is one number, or one of each module. `recipe`, `metrics` and `config` hold anything JSON can.
-    `format` is how its files are laid out, `family` the kind of models that it is for, in its trainer's word.
+    `scaling` is one number, or one for each module. `recipe`, `metrics` and `config` hold any JSON.
+    `format` is the format of its files. `family` is the family of models it is for, as its trainer calls it.
     """
 
     kind: str
@@ -87,7 +87,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSummary:
-    """One version of an adapter as a list shows it. `base` is the catalogued name of its base model, where known."""
+    """One version of an adapter in a list. `base` is the catalogued name of its base model, if known."""
 
     id: int
     name: str
@@ -108,18 +108,18 @@ class AdapterSummary:
 
     @property
     def is_catalogued(self) -> bool:
-        """Whether the catalogue has it; what was made while nothing could be written there has version 0."""
+        """Whether it is in the catalogue. An adapter made while the catalogue could not be written has version 0."""
         return self.version > 0
 
     @property
     def reference(self) -> str:
-        """`name@version`; the name alone of one that is not in the catalogue."""
+        """`name@version`, or `name` if it is not in the catalogue."""
         return f"{self.name}@{self.version}" if self.is_catalogued else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRecord(AdapterSummary):
-    """One version of an adapter with everything the catalogue knows of it."""
+    """One version of an adapter with all of its facts in the catalogue."""
 
     ranks: dict[str, int] | None
     scaling: float | dict[str, float] | None
@@ -133,7 +133,7 @@ class AdapterRecord(AdapterSummary):
 
 
 def uncatalogued(name: str, facts: AdapterFacts) -> AdapterRecord:
-    """An adapter's facts in the form of an entry, for one that the catalogue does not have."""
+    """Return the facts of an uncatalogued adapter in the form of a record."""
     known = {field: getattr(facts, field) for field in AdapterFacts.__dataclass_fields__}
     return AdapterRecord(
         **known, id=0, name=name, version=0, base=None, tags=(), created_at=datetime.now(UTC), locations=()
@@ -142,10 +142,10 @@ def uncatalogued(name: str, facts: AdapterFacts) -> AdapterRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineageRecord:
-    """`child` came from `parent` by `operation`.
+    """`child` was made from `parent` by `operation`.
 
-    Both are `name@version`; `parent` may be a label (a file's name, say), with `parent_id` None, where the parent is
-    not in the catalogue, or no longer.
+    Both are `name@version`. If the parent is not or no longer in the catalogue, `parent` is a label, such as a file's name, and
+    `parent_id` is None.
     """
 
     child_id: int
@@ -160,7 +160,7 @@ class LineageRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergedAdapter:
-    """One adapter of a merge. `adapter` is `name@version`, or a path where it was not catalogued."""
+    """One adapter of a merge. `adapter` is `name@version`, or a path if it was not catalogued."""
 
     adapter: str
     sha256: str
@@ -169,7 +169,7 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeRecord:
-    """One merge: these adapters, with these weights, into that base, gave the model in the folder `output`."""
+    """One merge of adapters into a base, with the result in the folder `output`."""
 
     id: int
     base: str | None
@@ -186,7 +186,7 @@ class MergeRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """How many entries the catalogue holds. `adapters` counts names, `versions` all their versions."""
+    """The numbers of entries in the catalogue. `adapters` counts names, `versions` all their versions."""
 
     bases: int
     adapters: int
@@ -207,7 +207,7 @@ FindingKind = Literal[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that `doctor` found wrong. `message` says what to do; `size_bytes` is what gc would free."""
+    """One problem that `doctor` found. `message` says what to do. `size_bytes` is what gc would free."""
 
     kind: FindingKind
     subject: str
@@ -218,10 +218,11 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Freed:
-    """What a garbage collection removed from the store, and of how many `merges` it noted that what they wrote is gone, or
-    there again.
+    """The result of a garbage collection.
 
-    `shared_with` names the other catalogues with files in the store, because of which nothing was removed.
+    `entries` and `size_bytes` count what it removed from the store. `merges` counts the merges whose state it corrected,
+    because their outputs are gone or back. `shared_with` names other catalogues with files in the store; if there are any,
+    nothing was removed.
     """
 
     entries: int
@@ -232,7 +233,7 @@ class Freed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuilt:
-    """What a rebuild entered again: `named` adapters and `bases` by their names; and the store's entries that it cannot name."""
+    """The result of a rebuild: references of the adapters and names of the bases it restored, and entries it could not name."""
 
     named: tuple[str, ...]
     bases: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""A file that holds half a megabyte of the home's disk, for the moment at which the disk is full.
+"""A file that reserves half a megabyte of the home's disk for the case that the disk is full.
 
-SQLite writes to its log even to delete a row, so on a full disk nothing could be removed. The reserve is given up when
-the catalogue is opened for writing on a full disk, and made again when it is closed and there is room.
+SQLite writes to its log even to delete a row, so nothing could be removed on a full disk. The reserve is deleted when the
+catalogue is opened for writing on a full disk, and made again when it is closed and there is space.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 RESERVE_NAME = "registry.reserve"
 RESERVE_BYTES = 1 << 19
 LEAST_BYTES = 1 << 17
-"""What SQLite needs to begin to write: the index of its log, and some pages."""
+"""Bytes that SQLite needs to start writing: the index of its log, and some pages."""
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes that this user can still write on the disk of `folder`; None where that cannot be known."""
+    """Return the bytes that this user can still write on the disk of `folder`; None if unknown."""
     try:
         disk = os.statvfs(folder)
     except OSError:
@@ -27,13 +27,13 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def is_full(folder: Path) -> bool:
-    """Whether less is free than SQLite needs to begin to write."""
+    """Whether less space is free than SQLite needs to start writing."""
     free = free_bytes(folder)
     return free is not None and free < LEAST_BYTES
 
 
 def give_up(home: Path) -> None:
-    """Free the reserve where the disk is full."""
+    """Delete the reserve if the disk is full."""
     free = free_bytes(home)
     if free is not None and free < RESERVE_BYTES:
         with suppress(OSError):
@@ -41,7 +41,7 @@ def give_up(home: Path) -> None:
 
 
 def keep(home: Path) -> None:
-    """Make the reserve where it is missing; a smaller one where the disk is nearly full."""
+    """Make the reserve if it is missing, or a smaller one if the disk is nearly full."""
     file = home / RESERVE_NAME
     size = min(free_bytes(home) or 0, RESERVE_BYTES)
     if size < LEAST_BYTES:

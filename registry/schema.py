@@ -1,4 +1,4 @@
-"""The schema's version: opening an up-to-date catalogue costs one query, and Alembic is imported only to change one."""
+"""The schema's version. Opening an up-to-date catalogue takes one query; Alembic is imported only for an upgrade."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ version_table = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32
 
 
 def recorded_version(connection: Connection) -> str | None:
-    """The revision that the database is at; None where it holds no catalogue. It may lack the table altogether."""
+    """Return the database's revision; None if it holds no catalogue, or no table of versions at all."""
     if not inspect(connection).has_table(VERSION_TABLE):
         return None
     return connection.execute(select(version_table.c.version_num)).scalar()
 
 
 def upgrade(connection: Connection, where: str, migrations: Path = MIGRATIONS, head: str = HEAD) -> None:
-    """Brings the database of `connection` to `head`, inside the transaction that is already begun there.
+    """Upgrade the database of `connection` to `head`, within its open transaction. An up-to-date database is not changed.
 
-    Raises SchemaTooNewError where it is at a revision that `migrations` does not know, and RegistryError where the
-    database belongs to something else. An up-to-date database is left as it is.
+    Raises SchemaTooNewError if `migrations` does not have the database's revision, and RegistryError if the database
+    belongs to another program.
     """
     version = recorded_version(connection)
     if version == head:

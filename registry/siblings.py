@@ -1,4 +1,4 @@
-"""Another catalogue's SQLite file, of which only one thing matters here: whether it names any entry of the store."""
+"""Other catalogues that share the store: whether a SQLite file of one names any entry of the store."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _ANY_ENTRY = "SELECT 1 FROM locations WHERE store_key IS NOT NULL LIMIT 1"
 
 
 def names_nothing(path: Path) -> bool:
-    """Whether the catalogue in the SQLite file at `path` certainly names no entry: it is gone, new, or without such a row.
+    """Whether the catalogue in the SQLite file at `path` certainly names no entry: it is gone, new, or has no such row.
 
-    One that cannot be read may name some.
+    A file that cannot be read may name entries.
     """
     if is_gone(path):
         return True

@@ -1,7 +1,7 @@
-"""The catalogue's tables, as SQLAlchemy 2 models, and the column types that read the same from every database.
+"""The catalogue's tables, and column types that give the same values from every database.
 
-They are Core tables rather than mapped classes: a command that reads the catalogue then starts without importing
-`sqlalchemy.orm`, a quarter of its time. Change a table only together with a new revision in `registry/migrations`.
+They are SQLAlchemy Core tables instead of mapped classes, since importing `sqlalchemy.orm` would take a quarter of a reading
+command's time. Change a table only together with a new revision in `registry/migrations`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from registry.names import LONGEST_NAME, printable
 
 
 def path_text(path: Path) -> str:
-    """The path as the database keeps it: absolute, its links not followed.
+    """Return the path as the database stores it: absolute, with links not followed.
 
-    Raises RegistryError where its name is no text (bytes that are not UTF-8), which not every database can hold.
+    Raises RegistryError if it has bytes that are not UTF-8, which not every database can store.
     """
     text = os.path.abspath(path)
     try:
@@ -50,7 +50,7 @@ def path_text(path: Path) -> str:
 
 
 class UTCDateTime(TypeDecorator[datetime]):
-    """An instant: aware in Python, stored as UTC without a zone, which every database can."""
+    """A time: with a zone in Python, stored as UTC without a zone, which every database supports."""
 
     impl = DateTime
     cache_ok = True
@@ -66,7 +66,7 @@ class UTCDateTime(TypeDecorator[datetime]):
 
 
 class JSONValue(TypeDecorator[Any]):
-    """Anything that JSON can hold."""
+    """Any JSON value."""
 
     impl = JSON
     cache_ok = True
@@ -92,7 +92,7 @@ class FilePath(TypeDecorator[Path]):
 
 
 def _checked(read: Callable[[Any], Any] | None, what: str) -> Callable[[Any], Any] | None:
-    """What reads a column's values; a RegistryError where a row was damaged."""
+    """Wrap a column's reader so that a damaged value raises a RegistryError."""
     if read is None:
         return None
 
@@ -101,7 +101,7 @@ def _checked(read: Callable[[Any], Any] | None, what: str) -> Callable[[Any], An
             return read(value)
         except (ValueError, TypeError, AttributeError):
             raise RegistryError(
-                f"the registry is damaged: a row holds '{printable(str(value))}' where {what} belongs; put a backup in its place"
+                f"the registry is damaged: a row holds '{printable(str(value))}' where {what} belongs; restore a backup of it"
             ) from None
 
     return checked

@@ -1,7 +1,7 @@
 """The schema that this code reads and writes."""
 
 HEAD = "0003"
-"""The newest revision in `registry/migrations/versions`, which is what the tables in `registry.tables` need."""
+"""The newest revision in `registry/migrations/versions`, which matches the tables in `registry.tables`."""
 
 VERSION_TABLE = "registry_version"
-"""Alembic's version table, under a name that no other program sharing the database uses."""
+"""The name of Alembic's version table, unlike that of any other program that shares the database."""

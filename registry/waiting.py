@@ -1,4 +1,4 @@
-"""Who holds a SQLite file that another process waits for, as far as Linux tells."""
+"""The process that holds the write lock of a SQLite file, from Linux's list of locks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from registry.names import printable
 
 _LOCKS = Path("/proc/locks")
 _WRITER = 120
-"""The byte of the file `-shm` that the one writer of a write-ahead-logged database locks (SQLite's WAL_WRITE_LOCK)."""
+"""The byte of the `-shm` file that the writer of a database with a write-ahead log locks (SQLite's WAL_WRITE_LOCK)."""
 
 
 def holder(file: Path | None) -> str:
-    """`process 1234 (loratool merge)`: who writes to the SQLite file now; `another process` where that is not known.
+    """Return who writes to the SQLite file now: `process 1234 (loratool merge)`, or `another process` if unknown.
 
-    The locks are read from the kernel's list: opening and closing the file itself would drop this process's own.
+    The kernel's list of locks is read, since opening and closing the file itself would drop this process's own locks.
     """
     process = None if file is None else _writer(file)
     if process is None:
@@ -25,7 +25,7 @@ def holder(file: Path | None) -> str:
 
 
 def _writer(file: Path) -> int | None:
-    """The process with the write lock: of the log's index, or without a log of the file itself."""
+    """Return the process with the write lock, which is on the log's index, or without a log, on the file itself."""
     whole, index = _inode(file), _inode(file.with_name(f"{file.name}-shm"))
     try:
         lines = _LOCKS.read_text().splitlines()
@@ -52,7 +52,7 @@ def _inode(file: Path) -> int | None:
 
 
 def _command(process: int) -> str:
-    """The program and its first word, as `loratool merge`; empty where it cannot be read."""
+    """Return the program and its first argument, such as `loratool merge`; empty if unknown."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

@@ -1,4 +1,4 @@
-"""Alembic's entry: migrates the connection it is handed, else the database at LORATOOL_REGISTRY or `sqlalchemy.url`."""
+"""Alembic's entry point: migrates the given connection, or the database at LORATOOL_REGISTRY or `sqlalchemy.url`."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def test_nothing_comes_from_itself(catalogue: Registry) -> None:
     catalogue.lineage.record(second, first, "truncate")
     catalogue.lineage.record(third, second, "truncate")
     for parent in (first, second, third):
-        with pytest.raises(RegistryError, match="came from first@1"):
+        with pytest.raises(RegistryError, match="made from first@1"):
             catalogue.lineage.record(first, parent, "combine")
 
 

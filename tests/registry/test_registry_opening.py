@@ -332,8 +332,8 @@ def test_a_full_disk_keeps_what_was_there_and_adds_nothing(home: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("registry.db", "no database URL"),
-        ("", "no database URL"),
+        ("registry.db", "not a database URL"),
+        ("", "not a database URL"),
         ("nonsense://host/name", "cannot be used"),
         ("sqlite:////no/such/folder/registry.db", "cannot be opened"),
     ],

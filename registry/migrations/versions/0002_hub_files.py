@@ -1,4 +1,4 @@
-"""What the Hub says of files: those of a base that is not downloaded, and where in a repository an adapter lies."""
+"""Adds the Hub's list of a base's files, and the path of an adapter inside its repository."""
 
 from __future__ import annotations
 

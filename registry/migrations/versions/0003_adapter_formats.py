@@ -1,4 +1,4 @@
-"""What is known of an adapter whatever its kind: the format of its files, how many tensors they hold, the models it is for."""
+"""Adds facts about adapters of every kind: the format of the files, the number of tensors, the family of models."""
 
 from __future__ import annotations
 

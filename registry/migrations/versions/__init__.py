@@ -1,1 +1,1 @@
-"""One file a revision, numbered from 0001."""
+"""One file per revision, numbered from 0001."""
