@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from trained import HELD_OUT, TEXTS
 
 import loratool
-from loratool.training.data import IGNORED, read_data, tokenize_data
-from loratool.training.model import load_config, load_model, load_tokenizer, quiet_libraries
+from loratool.running.data import IGNORED, read_data, tokenize_data
+from loratool.running.model import load_config, load_model, load_tokenizer, quiet_libraries
 
 STYLES = os.environ.get("STYLES", "legal,terse").split(",")
 STEPS = int(os.environ.get("STEPS", "16"))

@@ -35,9 +35,9 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.formats.read import read_adapter
 from loratool.merging.apply import BaseIdentity, apply_merge
 from loratool.merging.plan import WeightedAdapter, plan_merge
-from loratool.training.data import TokenizedSample, read_data, tokenize_data
-from loratool.training.loss import score
-from loratool.training.model import beside, load_config, load_model, load_tokenizer, quiet_libraries
+from loratool.running.data import TokenizedSample, read_data, tokenize_data
+from loratool.running.loss import score
+from loratool.running.model import beside, load_config, load_model, load_tokenizer, quiet_libraries
 from loratool.weights.storages import quantized_names, stored_weight
 from loratool.weights.stored import StoredWeight
 

@@ -24,10 +24,10 @@ from training_runs import BATCH, SEED, WARMUP, samples
 
 from loratool.formats.draft import Draft
 from loratool.formats.write import write_peft
+from loratool.running.model import load_config, load_model, quiet_libraries
 from loratool.training.batches import Row, collate
 from loratool.training.loop import Training, batches
 from loratool.training.methods import attach
-from loratool.training.model import load_config, load_model, quiet_libraries
 from loratool.training.optimizer import make_optimizer
 from loratool.training.options import DEFAULT_LR, LoRA
 from loratool.training.processes import Processes

@@ -12,12 +12,12 @@ from typing import Any
 
 from models import EXAMPLES, smollm2
 
+from loratool.running.data import TokenizedSample, read_data, tokenize_data
+from loratool.running.model import load_config, load_model, load_tokenizer, quiet_libraries
 from loratool.training.batches import split_validation
 from loratool.training.checkpoints import TrainingState
-from loratool.training.data import TokenizedSample, read_data, tokenize_data
 from loratool.training.loop import StepReport, Training
 from loratool.training.methods import attach
-from loratool.training.model import load_config, load_model, load_tokenizer, quiet_libraries
 from loratool.training.optimizer import make_optimizer
 from loratool.training.options import Options
 from loratool.training.processes import Processes

@@ -14,8 +14,8 @@ from tiny_models import VOCABULARY, TinyModels, load
 from loratool.formats.adapter import Adapter
 from loratool.formats.draft import Draft
 from loratool.formats.write import write_peft
+from loratool.running.model import load_config, load_model
 from loratool.training.methods import Adaptation
-from loratool.training.model import load_config, load_model
 
 NF4 = "llama-nf4"
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCABULARY
 
+from loratool.running.data import IGNORED, TokenizedSample
 from loratool.training.batches import Row, collate, packs_cleanly, plan_epoch, split_validation
-from loratool.training.data import IGNORED, TokenizedSample
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 MIXTRAL = transformers.MixtralConfig(

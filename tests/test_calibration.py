@@ -23,9 +23,9 @@ from tiny_models import TinyModels, digest, save_plain_model
 import loratool
 from loratool.cli import cli
 from loratool.errors import CheckpointError, DataError, LoratoolError, NotFoundError, UnsupportedError
-from loratool.training.calibration import MOST_TOKENS, calibration_samples, record_inputs
-from loratool.training.data import read_data
-from loratool.training.model import load_config, load_model, quiet_libraries
+from loratool.running.calibration import MOST_TOKENS, calibration_samples, record_inputs
+from loratool.running.data import read_data
+from loratool.running.model import load_config, load_model, quiet_libraries
 from loratool.weights.coarse.feedback import ALONE, GROUP, Feedback, coefficients, groups
 from loratool.weights.four_bit import FourBitWeight
 from loratool.weights.rounding import Rounding

@@ -26,7 +26,7 @@ from test_eval import CHATML, TURNS, counted, tiny_tokenizer, write_lines
 from loratool.errors import DataError, LoratoolError, NotFoundError
 from loratool.hub.data_sets import fetch_table
 from loratool.library.resolve_data import resolve_data
-from loratool.training.data import (
+from loratool.running.data import (
     IGNORED,
     Chat,
     Completion,
@@ -153,7 +153,7 @@ def test_huge_cells_are_read_and_the_csv_module_is_left_as_it_was(tmp_path: Path
 
 
 def test_an_unnamed_pipe_of_a_shell_is_read(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from loratool.training.data import read_data; "
+    code = "import sys; from pathlib import Path; from loratool.running.data import read_data; "
     script = (
         f"{sys.executable} -c '{code} print(len(read_data(Path(sys.argv[1])).samples))' <(echo '{{\"text\": \"hi\"}}')"
     )

@@ -35,8 +35,8 @@ from loratool.cli import main
 from loratool.cli.rendering import bar
 from loratool.errors import CheckpointError, DataError, LoratoolError, PlacementError, UnsupportedError
 from loratool.formats.read import read_adapter
-from loratool.training.data import IGNORED, Chat, Completion, Document, Text, TokenizedSample, read_data, tokenize_data
-from loratool.training.model import beside
+from loratool.running.data import IGNORED, Chat, Completion, Document, Text, TokenizedSample, read_data, tokenize_data
+from loratool.running.model import beside
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
@@ -344,7 +344,7 @@ def test_the_tokens_that_count_spell_the_completion_and_at_most_a_part_of_a_toke
     prompt: str, completion: str
 ) -> None:
     tokenizer = TOKENIZER
-    data = loratool.training.data.Data(Path("x"), (Completion(1, prompt, completion),))
+    data = loratool.running.data.Data(Path("x"), (Completion(1, prompt, completion),))
     (sample,) = tokenize_data(data, tokenizer, CONTEXT)
     whole = tokenizer(prompt + completion + "</s>", return_offsets_mapping=True)
     assert list(sample.input_ids) == whole["input_ids"]
@@ -405,7 +405,7 @@ def test_data_are_read_without_torch(data: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-from loratool.training.data import read_data
+from loratool.running.data import read_data
 read_data(Path({str(data)!r}))
 assert not {{"torch", "transformers"}} & sys.modules.keys()
 """

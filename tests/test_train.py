@@ -28,10 +28,10 @@ from loratool.library.train import TrainingStopped, TrainResult
 from loratool.library.training_picture import draw_training
 from loratool.library.training_progress import SilentTraining
 from loratool.library.training_run import run_folder
+from loratool.running.data import IGNORED, read_data, tokenize_data
+from loratool.running.loss import summed_loss
 from loratool.training.batches import Row, collate, plan_epoch, split_validation
-from loratool.training.data import IGNORED, read_data, tokenize_data
 from loratool.training.log import read_log
-from loratool.training.loss import summed_loss
 from loratool.training.methods import attach
 from loratool.training.recipe import differences
 from registry import RegistryError, home

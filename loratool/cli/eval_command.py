@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from loratool.library.evaluate import EvalResult, RankScore
-    from loratool.training.loss import Score
+    from loratool.running.loss import Score
 
 BAR_CELLS: Final = 40
 FIGURES_CELLS: Final = 30

@@ -20,7 +20,7 @@ from loratool.merging.arithmetic import choose_device
 from loratool.merging.plan import MergePlan, Target
 
 if TYPE_CHECKING:
-    from loratool.training.data import Data
+    from loratool.running.data import Data
 
 SUFFIX: Final = ".weight"
 
@@ -39,7 +39,7 @@ def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: b
             "--calibrate is for merges into quantized weights as they are stored; leave out --quantize, --base-as and "
             "--dequantize, or leave out --calibrate"
         )
-    from loratool.training.data import read_data
+    from loratool.running.data import read_data
 
     return read_data(user_path(file))
 
@@ -61,8 +61,8 @@ def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progres
             f"{quoted(plan.base.path)} has no quantized weights where the adapter lands, and dense weights need no calibration; "
             "leave out --calibrate"
         )
-    from loratool.training.calibration import MOST_TOKENS, calibration_samples, record_inputs
-    from loratool.training.model import context_length, load_config, load_model, load_tokenizer, quiet_libraries
+    from loratool.running.calibration import MOST_TOKENS, calibration_samples, record_inputs
+    from loratool.running.model import context_length, load_config, load_model, load_tokenizer, quiet_libraries
 
     folder, place = _folder(plan.base), choose_device(device)
     with tempfile.TemporaryDirectory(prefix="loratool-") as scratch:

@@ -25,9 +25,9 @@ from loratool.library.resolve_data import resolve_data
 from loratool.library.user_path import user_path
 from loratool.merging.arithmetic import choose_device
 from loratool.ranks.truncate import Cut, truncate_by_svd, truncate_leading
-from loratool.training.data import Data, TokenizedSample, tokenize_data
-from loratool.training.loss import Score, score
-from loratool.training.model import (
+from loratool.running.data import Data, TokenizedSample, tokenize_data
+from loratool.running.loss import Score, score
+from loratool.running.model import (
     beside,
     context_length,
     load_config,
@@ -122,7 +122,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         model: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it.
         data: samples of ``text``, ``prompt`` and ``completion``, or ``messages`` in a JSONL, JSON, CSV or Parquet file, or
             in a data set of the Hub (``owner/name:split``); or a ``.txt`` file, which is cut into windows. See
-            `loratool.training.data` for what counts.
+            `loratool.running.data` for what counts.
         adapter: a catalogued name, a path or a Hub id. The model is then measured alone and with the adapter beside it.
         ranks: measure the adapter also cut to each of these ranks; see `loratool.ranks.truncate`.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a picture of the loss by rank.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.library.user_path import exists, is_plainly_a_path, user_path
-from loratool.training.data import KEYS, SUFFIXES, Data, read_data, read_rows
+from loratool.running.data import KEYS, SUFFIXES, Data, read_data, read_rows
 
 DATA_SET: Final = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.\[\]:%+-]+))?", re.ASCII

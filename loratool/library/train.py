@@ -24,7 +24,7 @@ from loratool.library.training_output import TrainingOutput, publish
 from loratool.library.training_progress import SilentTraining, TrainProgress
 from loratool.library.training_run import Held, RunFolder, run_folder
 from loratool.library.user_path import exists, user_path
-from loratool.training.model import quiet_libraries
+from loratool.running.model import quiet_libraries
 from loratool.training.processes import is_first
 from loratool.training.recipe import Choices, Recipe, checked, differences, flag
 from registry import AdapterRecord, Registry, check_name, uncatalogued
@@ -89,7 +89,7 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
     Args:
         base: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it. With `resume` it may be left
             out, as may everything else: it is what it was.
-        data: the samples; see `loratool.training.data`.
+        data: the samples; see `loratool.running.data`.
         name: of the adapter in the catalogue.
         out: its file (``.safetensors``, ``.st``) or folder; by default ``<name>.safetensors`` in the working folder.
         resume: go on with the run of that name.

@@ -19,9 +19,9 @@ from loratool.library.resolve import ResolvedBase, resolve_base
 from loratool.library.resolve_data import resolve_data
 from loratool.library.user_path import HUB_ID
 from loratool.merging.arithmetic import choose_device
+from loratool.running.data import TokenizedSample
+from loratool.running.model import load_config, load_model, quiet_libraries
 from loratool.training.batches import packs_cleanly, plan_epoch, split_validation
-from loratool.training.data import TokenizedSample
-from loratool.training.model import load_config, load_model, quiet_libraries
 from loratool.training.options import DEFAULT_LR, AdaLoRA
 from loratool.training.processes import Processes
 from loratool.training.recipe import (

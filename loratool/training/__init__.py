@@ -1,1 +1,1 @@
-"""Models at work on a user's own text: data, loading, loss."""
+"""Training of adapters: their layers and methods, batches, the loop and the recipe."""

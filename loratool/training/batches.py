@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from loratool.training.data import IGNORED, TokenizedSample
+from loratool.running.data import IGNORED, TokenizedSample
 
 if TYPE_CHECKING:
     import torch

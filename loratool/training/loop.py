@@ -18,10 +18,10 @@ from typing import Any, Final, Protocol
 import torch
 
 from loratool.errors import LoratoolError
+from loratool.running.data import TokenizedSample
+from loratool.running.loss import NotFiniteError, score, summed_loss
 from loratool.training.batches import Row, collate, plan_epoch
 from loratool.training.checkpoints import TrainingState
-from loratool.training.data import TokenizedSample
-from loratool.training.loss import NotFiniteError, score, summed_loss
 from loratool.training.memory import peak_memory
 from loratool.training.methods import Adaptation
 from loratool.training.optimizer import load_moments, moments

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from loratool.errors import UnsupportedError
+from loratool.running.data import IGNORED, TokenizedSample
 from loratool.training.batches import Row
-from loratool.training.data import IGNORED, TokenizedSample
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import DataError, LoratoolError, PlacementError, quoted
-from loratool.training.data import Data, Document, TokenizedSample, tokenize_data
+from loratool.running.data import Data, Document, TokenizedSample, tokenize_data
 
 if TYPE_CHECKING:
     import torch

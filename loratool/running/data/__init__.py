@@ -7,9 +7,9 @@ set of the Hub. A ``.txt`` file is one text, cut into windows. Other keys are le
 
 from __future__ import annotations
 
-from loratool.training.data.files import SUFFIXES, read_data
-from loratool.training.data.samples import KEYS, Chat, Completion, Data, Document, Sample, Text, read_rows
-from loratool.training.data.tokens import IGNORED, TokenizedSample, tokenize_data
+from loratool.running.data.files import SUFFIXES, read_data
+from loratool.running.data.samples import KEYS, Chat, Completion, Data, Document, Sample, Text, read_rows
+from loratool.running.data.tokens import IGNORED, TokenizedSample, tokenize_data
 
 __all__ = [
     "IGNORED",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import DataError, quoted
-from loratool.training.data.samples import ASSISTANT, Chat, Completion, Data, Document, Sample, Text
+from loratool.running.data.samples import ASSISTANT, Chat, Completion, Data, Document, Sample, Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
 from loratool.errors import DataError, LoratoolError, NotFoundError, quoted
-from loratool.training.data.samples import KEYS, Data, Document, Place, Sample, check_columns, read_rows, sample_of
+from loratool.running.data.samples import KEYS, Data, Document, Place, Sample, check_columns, read_rows, sample_of
 
 FORMATS: Final = "a JSONL, JSON, CSV, Parquet or .txt file"
 ADVICE: Final = "write one JSON object a line, or name the file .txt where it is plain text"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import LoratoolError
-from loratool.training.data import IGNORED, TokenizedSample
+from loratool.running.data import IGNORED, TokenizedSample
 
 if TYPE_CHECKING:
     import torch
