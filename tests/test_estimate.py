@@ -23,9 +23,8 @@ from training_memory import CONFIG, LENGTH, RANK, ROWS
 import loratool
 from loratool.cli import main
 from loratool.errors import LoratoolError
-from loratool.library.estimate import EstimateResult, estimate
-from loratool.training.known_shapes import KNOWN
-from loratool.training.memory_estimate import (
+from loratool.estimating.known_shapes import KNOWN
+from loratool.estimating.memory import (
     Step,
     activation_bytes,
     adapter_memory,
@@ -33,7 +32,8 @@ from loratool.training.memory_estimate import (
     layer_bytes,
     nf4_bytes,
 )
-from loratool.training.shape import read_shape
+from loratool.estimating.shape import read_shape
+from loratool.library.estimate import EstimateResult, estimate
 
 REPOSITORY = Path(__file__).parents[1]
 MB, GB = 10**6, 10**9

@@ -20,8 +20,8 @@ from loratool.cli.rendering import (
 from loratool.cli.table import print_table
 
 if TYPE_CHECKING:
+    from loratool.estimating.memory import Memory
     from loratool.library.estimate import EstimateResult
-    from loratool.training.memory_estimate import Memory
 
 METHODS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
 

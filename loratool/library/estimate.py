@@ -13,14 +13,8 @@ from loratool.checkpoint.header import header_bytes
 from loratool.checkpoint.json_text import read_json_object
 from loratool.checkpoint.model import Checkpoint, has_file
 from loratool.errors import CheckpointError, LoratoolError, NotFoundError, nearest, quoted
-from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
-from loratool.formats.names import SUFFIX
-from loratool.library.opening import open_registry
-from loratool.library.resolve import resolve_base
-from loratool.library.user_path import HUB_ID, exists, user_path
-from loratool.merging.linear import is_conv1d, linear_weights
-from loratool.training.known_shapes import KNOWN
-from loratool.training.memory_estimate import (
+from loratool.estimating.known_shapes import KNOWN
+from loratool.estimating.memory import (
     DTYPES,
     MOMENTS,
     Attention,
@@ -32,9 +26,15 @@ from loratool.training.memory_estimate import (
     adapter_parameters,
     full_memory,
 )
+from loratool.estimating.shape import LARGEST, Linear, ModelShape, read_shape
+from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
+from loratool.formats.names import SUFFIX
+from loratool.library.opening import open_registry
+from loratool.library.resolve import resolve_base
+from loratool.library.user_path import HUB_ID, exists, user_path
+from loratool.merging.linear import is_conv1d, linear_weights
 from loratool.training.options import AdaLoRA
 from loratool.training.recipe import BATCH_OF_FEW
-from loratool.training.shape import LARGEST, Linear, ModelShape, read_shape
 from registry import is_name
 
 DEFAULT_LENGTH: Final = 512

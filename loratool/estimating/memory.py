@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from loratool.training.shape import ModelShape, module_input
+from loratool.estimating.shape import ModelShape, module_input
 
 Method = Literal["lora", "dylora", "adalora"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged", "sgd"]
