@@ -46,6 +46,7 @@ from registry.records import (
     MergedAdapter,
     MergeRecord,
     MergeState,
+    ModelFacts,
     Rebuilt,
     uncatalogued,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "MergeRecord",
     "MergeState",
     "MergedAdapter",
+    "ModelFacts",
     "NotFoundError",
     "NotSureError",
     "Rebuilt",

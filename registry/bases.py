@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from registry.errors import AlreadyExistsError, InUseError, NotFoundError, Regis
 from registry.families import relatives
 from registry.labels import Labels
 from registry.names import check_name, nearest_names, not_found_message, printable
-from registry.records import BaseRecord
+from registry.records import BaseRecord, ModelFacts
 from registry.tables import adapters, bases
 
 _root = bases.alias("root")
@@ -41,11 +42,7 @@ class Bases:
         revision: str | None = None,
         fingerprint: str | None = None,
         variant_of: str | None = None,
-        architecture: str | None = None,
-        model_type: str | None = None,
-        parameter_count: int | None = None,
-        size_bytes: int | None = None,
-        dtype: str | None = None,
+        facts: ModelFacts | None = None,
         files: Mapping[str, Any] | None = None,
     ) -> BaseRecord:
         """Catalogue a base. If the name exists with the same content, only its facts are updated.
@@ -62,12 +59,8 @@ class Bases:
             "path": path,
             "revision": revision,
             "fingerprint": fingerprint,
-            "architecture": architecture,
-            "model_type": model_type,
-            "parameter_count": parameter_count,
-            "size_bytes": size_bytes,
-            "dtype": dtype,
             "files": files,
+            **asdict(facts or ModelFacts()),
         }
         with self._database.writing() as connection:
             existing = _find(connection, name)

@@ -41,6 +41,20 @@ class BaseRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """The facts about a base model that its configuration and headers give.
+
+    `architecture` is its transformers class, `dtype` the type of most of its bytes.
+    """
+
+    architecture: str | None = None
+    model_type: str | None = None
+    parameter_count: int | None = None
+    size_bytes: int | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
     """A place of an adapter's files.
 

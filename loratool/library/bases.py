@@ -104,8 +104,8 @@ class NewBase:
             path=self.path,
             fingerprint=self.fingerprint,
             variant_of=variant_of,
+            facts=facts_of_model(self.checkpoint),
             **self.on_hub,
-            **facts_of_model(self.checkpoint),
         )
 
 

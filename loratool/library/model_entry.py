@@ -1,25 +1,19 @@
-"""What the catalogue keeps of a model, and the entry of one that was just made of another."""
+"""The catalogue's facts about a model, and the entry of a model that was just made from another."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
-from registry import BaseRecord, Registry
+from registry import BaseRecord, ModelFacts, Registry
 
 
-def facts_of_model(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "parameter_count": sum(_elements(info) for info in checkpoint.tensors.values()),
-        "size_bytes": checkpoint.nbytes,
-        "dtype": _main_dtype(checkpoint),
-        **_kind_of_model(checkpoint.config),
-    }
+def facts_of_model(checkpoint: Checkpoint) -> ModelFacts:
+    """Return the catalogue's facts about a model."""
+    return _facts(checkpoint, size_bytes=checkpoint.nbytes, dtype=_main_dtype(checkpoint))
 
 
 def add_variant(catalogue: Registry, name: str, path: Path, original: Checkpoint, *, fingerprint: str,
@@ -40,19 +34,20 @@ def add_variant(catalogue: Registry, name: str, path: Path, original: Checkpoint
         path=path.absolute(),
         fingerprint=fingerprint,
         variant_of=variant_of,
-        parameter_count=sum(_elements(info) for info in original.tensors.values()),
-        size_bytes=size_bytes,
-        dtype=dtype,
-        **_kind_of_model(original.config),
+        facts=_facts(original, size_bytes=size_bytes, dtype=dtype),
     )
 
 
-def _kind_of_model(config: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(checkpoint: Checkpoint, *, size_bytes: int, dtype: str | None) -> ModelFacts:
+    config = checkpoint.config
     architectures = config.get("architectures")
-    return {
-        "architecture": str(architectures[0]) if isinstance(architectures, list) and architectures else None,
-        "model_type": str(config["model_type"]) if "model_type" in config else None,
-    }
+    return ModelFacts(
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else None,
+        model_type=str(config["model_type"]) if "model_type" in config else None,
+        parameter_count=sum(_elements(info) for info in checkpoint.tensors.values()),
+        size_bytes=size_bytes,
+        dtype=dtype,
+    )
 
 
 def _elements(info: TensorInfo) -> int:

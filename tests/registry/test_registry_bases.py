@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from catalogued import digest, facts
 
-from registry import AlreadyExistsError, InUseError, NotFoundError, Registry, RegistryError
+from registry import AlreadyExistsError, InUseError, ModelFacts, NotFoundError, Registry, RegistryError
 
 
 def add_base(catalogue: Registry, name: str, variant_of: str | None = None) -> None:
@@ -21,11 +21,13 @@ def test_a_base_comes_back_as_it_was_added(catalogue: Registry, tmp_path: Path) 
         path=tmp_path,
         revision="abc",
         fingerprint=digest("llama"),
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        parameter_count=8_030_261_248,
-        size_bytes=16_060_522_496,
-        dtype="bfloat16",
+        facts=ModelFacts(
+            architecture="LlamaForCausalLM",
+            model_type="llama",
+            parameter_count=8_030_261_248,
+            size_bytes=16_060_522_496,
+            dtype="bfloat16",
+        ),
     )
     found = catalogue.bases.find("llama3-8b")
     assert found == added == catalogue.bases.get("llama3-8b")
@@ -36,7 +38,8 @@ def test_a_base_comes_back_as_it_was_added(catalogue: Registry, tmp_path: Path) 
 
 
 def test_the_same_content_again_only_moves_the_base(catalogue: Registry, tmp_path: Path) -> None:
-    first = catalogue.bases.add("llama", "/old", path=Path("/old"), fingerprint=digest("llama"), dtype="bfloat16")
+    facts = ModelFacts(dtype="bfloat16")
+    first = catalogue.bases.add("llama", "/old", path=Path("/old"), fingerprint=digest("llama"), facts=facts)
     again = catalogue.bases.add("llama", str(tmp_path), path=tmp_path, fingerprint=digest("llama"))
     assert (again.id, again.created_at, again.dtype) == (first.id, first.created_at, "bfloat16")
     assert (again.path, again.source) == (tmp_path, str(tmp_path))
