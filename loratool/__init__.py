@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.errors import LoratoolError
 
 if TYPE_CHECKING:
-    from loratool.library.adapters import add, export, remove, show, tag
+    from loratool.library.adapters import add, export, show, tag
     from loratool.library.adapters import list_adapters as list_adapters
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
     from loratool.library.combine import combine
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from loratool.library.pull import pull
     from loratool.library.push import push
     from loratool.library.quantize import quantize
+    from loratool.library.removal import remove, restore
     from loratool.library.spectrum import spectrum
     from loratool.library.train import train
     from loratool.library.truncate import truncate
@@ -69,6 +70,7 @@ __all__ = [
     "push",
     "quantize",
     "remove",
+    "restore",
     "show",
     "spectrum",
     "tag",
@@ -100,7 +102,8 @@ _FUNCTIONS: Final = {
     "pull": ("pull", "pull"),
     "push": ("push", "push"),
     "quantize": ("quantize", "quantize"),
-    "remove": ("adapters", "remove"),
+    "remove": ("removal", "remove"),
+    "restore": ("removal", "restore"),
     "show": ("adapters", "show"),
     "spectrum": ("spectrum", "spectrum"),
     "tag": ("adapters", "tag"),

@@ -48,6 +48,7 @@ from registry.records import (
     MergeState,
     ModelFacts,
     Rebuilt,
+    RemovedAdapter,
     uncatalogued,
 )
 
@@ -83,6 +84,7 @@ __all__ = [
     "RegistryFullError",
     "RegistryReadOnlyError",
     "RegistryUnwritableError",
+    "RemovedAdapter",
     "SchemaTooNewError",
     "SortKey",
     "check_name",

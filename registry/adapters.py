@@ -10,10 +10,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Executable, Row, delete, func, insert, select, text, update
 
+from registry import trash_rows
 from registry.bases import find_base_id
 from registry.database import Database, inserted_id
+from registry.entering import relink
 from registry.errors import AlreadyExistsError, InUseError, NotFoundError, RegistryError
-from registry.labels import Labels
+from registry.labels import Labels, named_keys
 from registry.listing import STATEMENTS, SortKey, select_adapters
 from registry.names import Reference, check_name, nearest_names, not_found_message, parse_reference, printable
 from registry.records import AdapterFacts, AdapterRecord, AdapterSummary, Location
@@ -221,29 +223,50 @@ class Adapters:
             self._labels.touch(connection, {*ids, *children})
             return renamed
 
-    def remove(self, reference: str, *, all_versions: bool = False) -> tuple[AdapterRecord, ...]:
-        """Forgets one version, or all of them; what was removed. Files in the store that nothing names any more go too.
+    def remove(self, reference: str, *, all_versions: bool = False, now: bool = False) -> tuple[AdapterRecord, ...]:
+        """Takes one version, or all of them, out of the catalogue and into the trash; what was removed.
 
+        `now` frees the files in the store that nothing names any more at once, also of what is in the trash already.
         What came from it keeps its label in its lineage. Files outside the store are never touched.
 
         Raises NotFoundError, and InUseError where `name` without a version has several and `all_versions` is not given.
         """
         wanted = parse_reference(reference)
         with self._database.writing() as connection:
+            query = select(adapters.c.id).where(adapters.c.name == wanted.name)
+            if (
+                now
+                and connection.execute(query).first() is None
+                and trash_rows.kept(connection, wanted.name, wanted.version)
+            ):
+                return self._remove_from_trash(connection, wanted, all_versions=all_versions)
             newest = self.find(reference)
             doomed = (newest,) if wanted.version is not None else self.versions(newest.name)
             if len(doomed) > 1 and not all_versions:
-                raise InUseError(
-                    f"'{newest.name}' has {len(doomed)} versions; name one of them, as in '{newest.reference}', "
-                    "or remove them all with --all"
-                )
+                raise _several(newest.name, len(doomed), newest.reference)
             ids = [record.id for record in doomed]
-            self._labels.withdraw(connection, ids)
+            if now:
+                self._labels.withdraw(connection, ids)
+            else:
+                self._labels.touch(connection, ids)
+                trash_rows.keep(connection, ids)
             connection.execute(delete(adapters).where(adapters.c.id.in_(ids)))
             keys = {place.store_key for record in doomed for place in record.locations if place.store_key is not None}
-            if keys:
+            if keys and now:
                 self._database.after_commit(lambda: self._free(keys))
             return doomed
+
+    def _remove_from_trash(
+        self, connection: Connection, wanted: Reference, *, all_versions: bool
+    ) -> tuple[AdapterRecord, ...]:
+        doomed = tuple(trash_rows.kept(connection, wanted.name, wanted.version))
+        if len(doomed) > 1 and wanted.version is None and not all_versions:
+            raise _several(wanted.name, len(doomed), doomed[-1].reference)
+        trash_rows.forget(connection, [each.id for each in doomed])
+        keys = {each.store_key for each in doomed if each.store_key is not None}
+        self._labels.touch_keys(connection, keys)
+        self._database.after_commit(lambda: self._free(keys))
+        return tuple(each.record() for each in doomed)
 
     def files(self, record: AdapterRecord) -> Path:
         """The folder or file on this disk that holds the adapter: its entry in the store, else where it was added from.
@@ -267,9 +290,9 @@ class Adapters:
         )
 
     def store_keys(self) -> set[str]:
-        """The keys of all entries of the store that a row names."""
+        """The keys of all entries of the store that a row names, of the catalogue or of its trash."""
         with self._database.reading() as connection:
-            return _store_keys(connection)
+            return named_keys(connection)
 
     def _keep_files(self, connection: Connection, adapter_id: int, staged: Staged) -> None:
         """Publishes the staged files, unless the adapter already has whole ones in the store."""
@@ -287,7 +310,13 @@ class Adapters:
 
     def _free(self, keys: set[str]) -> None:
         with self._database.writing() as connection:
-            self._store.collect(_store_keys(connection), among=keys)
+            self._store.collect(named_keys(connection), among=keys)
+
+
+def _several(name: str, versions: int, reference: str) -> InUseError:
+    return InUseError(
+        f"'{name}' has {versions} versions; name one of them, as in '{reference}', or remove them all with --all"
+    )
 
 
 def _address(location: Location) -> str:
@@ -325,12 +354,25 @@ def _plain(value: Any) -> Any:
 
 
 def _insert(connection: Connection, name: str, base_id: int | None, values: Mapping[str, Any]) -> int:
-    """Adds the next version of `name`; its id."""
-    newest = connection.execute(select(func.max(adapters.c.version)).where(adapters.c.name == name)).scalar()
-    row = insert(adapters).values(
-        name=name, version=(newest or 0) + 1, base_id=base_id, created_at=datetime.now(UTC), **values
-    )
-    return inserted_id(connection.execute(row))
+    """Adds the next version of `name`, or one that is in the trash with the same numbers, which leaves it; its id."""
+    taken = set(connection.execute(select(adapters.c.version).where(adapters.c.name == name)).scalars())
+    kept = [each for each in trash_rows.kept(connection, name) if each.version not in taken]
+    removed = next((each for each in kept if _is_same(each.entry, values)), None)
+    if removed is not None:
+        trash_rows.forget(connection, [removed.id])
+        version = removed.version
+    else:
+        version = max(*taken, 0, trash_rows.newest_version(connection, name)) + 1
+    row = insert(adapters).values(name=name, version=version, base_id=base_id, created_at=datetime.now(UTC), **values)
+    adapter_id = inserted_id(connection.execute(row))
+    if removed is not None:
+        relink(connection, adapter_id, removed.reference, removed.sha256)
+    return adapter_id
+
+
+def _is_same(facts: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether an adapter in the trash has these weights and numbers."""
+    return all(facts.get(column) == values[column] for column in _NUMBERS)
 
 
 def _same_version(connection: Connection, name: str, values: Mapping[str, Any]) -> int | None:
@@ -382,11 +424,6 @@ def _locations(connection: Connection, adapter_id: int) -> tuple[Location, ...]:
     return tuple(Location(**row._mapping) for row in rows)
 
 
-def _store_keys(connection: Connection) -> set[str]:
-    keys = connection.execute(select(locations.c.store_key).where(locations.c.store_key.is_not(None))).scalars()
-    return {key for key in keys if key is not None}
-
-
 def _by_id(connection: Connection, adapter_id: int) -> AdapterRecord:
     return _record(connection, connection.execute(_adapters.where(adapters.c.id == adapter_id)).one())
 
@@ -405,5 +442,10 @@ def _not_found(connection: Connection, wanted: Reference) -> NotFoundError:
     if present:
         nearest = tuple(f"{wanted.name}@{version}" for version in reversed(present[-3:]))
         return NotFoundError(not_found_message("adapter", str(wanted), nearest, "loratool list"), nearest)
+    if removed := trash_rows.kept(connection, wanted.name, wanted.version):
+        return NotFoundError(
+            f"no adapter '{printable(str(wanted))}' is in the catalogue: it is in the trash; 'loratool restore "
+            f"{removed[-1].reference}' puts it back"
+        )
     nearest = nearest_names(wanted.name, connection.execute(select(adapters.c.name).distinct()).scalars())
     return NotFoundError(not_found_message("adapter", str(wanted), nearest, "loratool list"), nearest)

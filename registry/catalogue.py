@@ -27,6 +27,7 @@ from registry.places import DATABASE_NAME, STORE_NAME
 from registry.records import Counts
 from registry.store import Store
 from registry.tables import adapters, bases, merges
+from registry.trash import Trash
 
 
 class Registry:
@@ -42,9 +43,10 @@ class Registry:
         self.labels = labels = Labels(database, store)
         self.bases = Bases(database, labels)
         self.adapters = Adapters(database, store, labels)
+        self.trash = Trash(database, store, labels)
         self.lineage = Lineage(database, labels)
         self.merges = Merges(database)
-        self.doctor = Doctor(database, store, labels, self.adapters, self.bases, self.merges)
+        self.doctor = Doctor(database, store, labels, self.adapters, self.trash, self.bases, self.merges)
 
     @classmethod
     def open(

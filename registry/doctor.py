@@ -15,18 +15,19 @@ from registry.places import is_gone
 from registry.rebuild import Rebuild
 from registry.records import AdapterRecord, Finding, Freed, Rebuilt
 from registry.store import Store
+from registry.trash import KEPT_DAYS, Trash
 
 
 class Doctor:
     """Compares one catalogue with what is really there."""
 
-    def __init__(
-        self, database: Database, store: Store, labels: Labels, adapters: Adapters, bases: Bases, merges: Merges
-    ) -> None:
+    def __init__(self, database: Database, store: Store, labels: Labels, adapters: Adapters, trash: Trash, bases: Bases,
+                 merges: Merges) -> None:  # fmt: skip
         self._database = database
         self._store = store
         self._labels = labels
         self._adapters, self._bases, self._merges = adapters, bases, merges
+        self._trash = trash
         self._rebuild = Rebuild(database, store, labels)
 
     def examine(self, *, deep: bool = False) -> tuple[Finding, ...]:
@@ -39,22 +40,31 @@ class Doctor:
         found += self._orphans()
         return tuple([*found, *self._damaged()] if deep else found)
 
-    def collect(self, *, sure: bool = False) -> Freed:
+    def collect(self, *, sure: bool = False, trash_days: float = KEPT_DAYS) -> Freed:
         """Removes from the store what no row names, and what killed processes left there a day ago or longer.
 
-        Of merges whose models or undo files are gone it notes that they are, and of models that are there again that, too.
+        What has been in the trash for so many days is forgotten first. Of merges whose models or undo files are gone it notes
+        that they are, and of models that are there again that, too.
 
         Raises NotSureError where that would free what `rebuild` could name, or most of the store, unless `sure`.
         """
         with self._database.writing():
-            named = self._adapters.store_keys()
             if not sure:
-                self._refuse_doubtful(named)
+                self._refuse_doubtful(self._adapters.store_keys())
             merges = self._merges.note_gone()
-            entries, size_bytes = self._store.collect(named)
+            emptied = self._trash.empty(trash_days)
+        with (
+            self._database.writing()
+        ):  # rows first, then files: what is killed in between leaves files, and no row without
+            entries, size_bytes = self._store.collect(self._adapters.store_keys())
             self._labels.refresh_all()
-        others = self._store.other_catalogues()
-        return Freed(entries=entries, size_bytes=size_bytes, merges=merges, shared_with=tuple(others))
+        return Freed(
+            entries=entries,
+            size_bytes=size_bytes,
+            merges=merges,
+            shared_with=tuple(self._store.other_catalogues()),
+            emptied=emptied,
+        )
 
     def rebuild(self) -> Rebuilt:
         """Makes the catalogue again from what the store's labels say; rows that are there stay as they are.

@@ -16,6 +16,7 @@ from registry.entry_checks import Entry
 from registry.errors import RegistryError
 from registry.records import AdapterFacts
 from registry.tables import adapters, bases, lineage, locations, merged_adapters, tags
+from registry.trash_rows import newest_version
 
 
 def enter(connection: Connection, entry: Entry, store_key: str | None) -> tuple[int, str]:
@@ -25,7 +26,9 @@ def enter(connection: Connection, entry: Entry, store_key: str | None) -> tuple[
     """
     taken = select(adapters.c.version).where(adapters.c.name == entry["name"])
     versions = set(connection.execute(taken).scalars())
-    version = entry["version"] if entry["version"] not in versions else max(versions) + 1
+    version = entry["version"]
+    if version in versions:
+        version = max(*versions, newest_version(connection, entry["name"])) + 1
     base_id, fingerprint = _base_of(connection, entry)
     facts = {name: entry.get(name) for name in AdapterFacts.__dataclass_fields__}
     row = insert(adapters).values(
@@ -67,15 +70,19 @@ def _base_of(connection: Connection, entry: Entry) -> tuple[int | None, str | No
         return find_base_id(connection, None, fingerprint)
 
 
-def relink(connection: Connection, adapter_id: int, entry: Entry) -> None:
-    """Ties an entered adapter to the children and merges that know it by its name and content."""
-    label = f"{entry['name']}@{entry['version']}"
-    orphans = (lineage.c.parent_id.is_(None), lineage.c.parent == label, lineage.c.parent_sha256 == entry["sha256"])
+def label_of(entry: Entry) -> str:
+    """`name@version`, as the entry says it."""
+    return f"{entry['name']}@{entry['version']}"
+
+
+def relink(connection: Connection, adapter_id: int, label: str, sha256: str) -> None:
+    """Ties an entered adapter to the children and merges that know it by its `name@version` and content."""
+    orphans = (lineage.c.parent_id.is_(None), lineage.c.parent == label, lineage.c.parent_sha256 == sha256)
     connection.execute(update(lineage).where(*orphans, lineage.c.child_id != adapter_id).values(parent_id=adapter_id))
     unknown = (
         merged_adapters.c.adapter_id.is_(None),
         merged_adapters.c.adapter == label,
-        merged_adapters.c.sha256 == entry["sha256"],
+        merged_adapters.c.sha256 == sha256,
     )
     connection.execute(update(merged_adapters).where(*unknown).values(adapter_id=adapter_id))
 

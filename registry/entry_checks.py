@@ -116,6 +116,7 @@ _ENTRY_CHECKS = {
     "tags": _is_list(_is_any_name),
     "locations": _is_list(_has(_LOCATION_CHECKS)),
     "parents": _is_list(_has(_PARENT_CHECKS)),
+    "removed_at": _optional(_is_moment),
 }
 _BASE_CHECKS = {
     "name": _is_any_name,

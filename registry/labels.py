@@ -30,6 +30,7 @@ from registry.label_files import (
 )
 from registry.store import Store
 from registry.tables import locations
+from registry.trash_rows import kept_entries, kept_keys
 
 DURABLE = 50
 """Labels written at once that are brought to the disk one by one; of more, a power cut may lose some."""
@@ -98,9 +99,9 @@ class Labels:
         """Writes the labels that are missing, of entries from before there were any, or after a kill; what fails is left."""
         ending = own_suffix(self._store)
         with suppress(OSError, RegistryError), self._database.writing() as connection:
-            query = select(locations.c.store_key).where(locations.c.store_key.is_not(None)).distinct()
-            named = [key for key in connection.execute(query).scalars() if key is not None]
-            missing = [key for key in named if not label_path(self._store, key, ending).exists()]
+            missing = [
+                key for key in sorted(named_keys(connection)) if not label_path(self._store, key, ending).exists()
+            ]
             if not label_path(self._store, BASES, ending).exists():
                 missing.append(BASES)
             self._write(connection, dict.fromkeys(missing), durable=len(missing) <= DURABLE)
@@ -124,12 +125,14 @@ class Labels:
         keys = [key for key in pending if key != BASES]
         named = _named(connection, keys)
         known_entries = entries(connection, {each for ids in named.values() for each in ids})
+        removed = kept_entries(connection, keys)
         for key in keys:
             path = label_path(self._store, key, ending)
-            if not named.get(key) or not self._store.path(key).is_dir():
+            said = [known_entries[each] for each in sorted(named.get(key, ())) if each in known_entries]
+            said += removed.get(key, [])
+            if not said or not self._store.path(key).is_dir():
                 remove_label(path)
                 continue
-            said = [known_entries[adapter_id] for adapter_id in sorted(named[key]) if adapter_id in known_entries]
             files = pending[key] or self._listing(key)
             write_label(
                 self._store,
@@ -148,6 +151,13 @@ class Labels:
             if files is not None:
                 return files
         return None
+
+
+def named_keys(connection: Connection) -> set[str]:
+    """The keys of all entries of the store that the catalogue or its trash names."""
+    column = locations.c.store_key
+    keys = connection.execute(select(column).where(column.is_not(None)).distinct()).scalars()
+    return {key for key in keys if key is not None} | kept_keys(connection)
 
 
 def _keys_of(connection: Connection, adapter_ids: Collection[int]) -> list[str]:

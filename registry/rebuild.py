@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, RowMapping, select
 
 from registry.database import Database
-from registry.entering import enter, enter_bases, enter_parents, named_base, relink
+from registry.entering import enter, enter_bases, enter_parents, label_of, named_base, relink
 from registry.entry_checks import Entry, LabelError, check_base, check_entry
 from registry.label_files import BASES, label_path, labels_of, own_suffix, read_label
-from registry.labels import Labels
+from registry.labels import Labels, named_keys
 from registry.names import printable
 from registry.records import Finding, Rebuilt
 from registry.store import Store
-from registry.tables import adapters, locations
+from registry.tables import adapters, removed_adapters
+from registry.trash_rows import put
 
 
 class Rebuild:
@@ -38,9 +40,12 @@ class Rebuild:
         with self._database.writing() as connection:
             named, lost, unnamed = self._sorted(connection)
             bases = enter_bases(connection, self._bases([entry for _, entry in lost]))
-            entered = [(*enter(connection, entry, key), entry) for key, entry in lost]
+            for key, entry in lost:
+                if entry.get("removed_at"):
+                    put(connection, entry, key, datetime.fromisoformat(entry["removed_at"]))
+            entered = [(*enter(connection, entry, key), entry) for key, entry in lost if not entry.get("removed_at")]
             for adapter_id, _, entry in entered:
-                relink(connection, adapter_id, entry)
+                relink(connection, adapter_id, label_of(entry), entry["sha256"])
             for adapter_id, _, entry in entered:
                 enter_parents(connection, adapter_id, entry)
             self._labels.touch_keys(connection, [*named, *(key for key, _ in lost), BASES])
@@ -55,16 +60,19 @@ class Rebuild:
         with self._database.reading() as connection:
             found: dict[str, tuple[str, ...]] = {}
             for key, entry in self._sorted(connection)[1]:
+                if entry.get("removed_at"):
+                    continue  # it was not wanted
                 found[key] = (*found.get(key, ()), label_of(entry))
             return found
 
     def _sorted(self, connection: Connection) -> tuple[list[str], list[tuple[str, Entry]], list[Finding]]:
         """The store's entries: the keys of those that rows name, what labels say that no row does, and what nothing names."""
         rows = connection.execute(select(*(adapters.c[name] for name in (*_IDENTITY, "version")))).all()
-        known = {_identity(row._mapping) for row in rows}
+        known = {_identity(row._mapping) for row in rows} | {
+            _identity(row.entry) for row in connection.execute(select(removed_adapters.c.entry))
+        }
         taken = {(row.name, row.version) for row in rows}
-        keys = select(locations.c.store_key).where(locations.c.store_key.is_not(None))
-        named = set(connection.execute(keys).scalars())
+        named = named_keys(connection)
         lost: list[tuple[str, Entry]] = []
         unnamed: list[Finding] = []
         for key in self._store.entries():
@@ -76,7 +84,7 @@ class Rebuild:
                 unnamed.append(self._unnamed(key, problem))
         # In the order in which they came, and those whose number is taken after all others, which keep theirs.
         lost.sort(key=lambda each: ((each[1]["name"], each[1]["version"]) in taken, each[1]["created_at"]))
-        return sorted(key for key in named if key is not None), lost, unnamed
+        return sorted(named), lost, unnamed
 
     def adapters_of(self, key: str) -> tuple[list[Entry], str]:
         """The adapters that an entry of the store is, by its labels; where there is none, why."""
@@ -134,14 +142,9 @@ _IDENTITY = ("name", "sha256", "kind", "rank", "alpha", "scaling")
 
 
 def _identity(facts: Mapping[str, Any] | RowMapping) -> tuple[Any, ...]:
-    scaling = facts["scaling"]
+    scaling = facts.get("scaling")
     plain = json.dumps(scaling, sort_keys=True) if isinstance(scaling, dict) else scaling
-    return (*(facts[name] for name in _IDENTITY[:-1]), plain)
-
-
-def label_of(entry: Entry) -> str:
-    """`name@version`, as the label says it."""
-    return f"{entry['name']}@{entry['version']}"
+    return (*(facts.get(name) for name in _IDENTITY[:-1]), plain)
 
 
 def _called(reference: str, entry: Entry) -> str:

@@ -146,6 +146,44 @@ class AdapterRecord(AdapterSummary):
     family: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemovedAdapter:
+    """One adapter in the trash. `entry` has all of its facts; `store_key` names its files' entry in the store, if any."""
+
+    id: int
+    name: str
+    version: int
+    kind: str
+    sha256: str
+    size_bytes: int
+    store_key: str | None
+    removed_at: datetime
+    entry: Mapping[str, Any]
+
+    @property
+    def reference(self) -> str:
+        """`name@version`, as it was called."""
+        return f"{self.name}@{self.version}"
+
+    def record(self) -> AdapterRecord:
+        """Its facts in the form of an entry of the catalogue, in which it is no more (`id` is 0)."""
+        facts: dict[str, Any] = {name: self.entry.get(name) for name in AdapterFacts.__dataclass_fields__}
+        places = [Location(kind="store", store_key=self.store_key)] if self.store_key else []
+        for place in self.entry["locations"]:
+            path = None if place["path"] is None else Path(place["path"])
+            places.append(Location(**place | {"path": path}))
+        known: dict[str, Any] = {
+            "id": 0,
+            "name": self.name,
+            "version": self.version,
+            "base": self.entry["base"],
+            "tags": tuple(self.entry["tags"]),
+            "created_at": datetime.fromisoformat(self.entry["created_at"]),
+            "locations": tuple(places),
+        }
+        return AdapterRecord(**(facts | known))
+
+
 def uncatalogued(name: str, facts: AdapterFacts) -> AdapterRecord:
     """Return the facts of an uncatalogued adapter in the form of a record."""
     known = {field: getattr(facts, field) for field in AdapterFacts.__dataclass_fields__}
@@ -236,13 +274,14 @@ class Freed:
 
     `entries` and `size_bytes` count what it removed from the store. `merges` counts the merges whose state it corrected,
     because their outputs are gone or back. `shared_with` names other catalogues with files in the store; if there are any,
-    nothing was removed.
+    nothing was removed. `emptied` names the adapters whose time in the trash was over.
     """
 
     entries: int
     size_bytes: int
     merges: int
     shared_with: tuple[str, ...] = ()
+    emptied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from registry.places import is_gone
 
-_ANY_ENTRY = "SELECT 1 FROM locations WHERE store_key IS NOT NULL LIMIT 1"
+_TABLES = ("locations", "removed_adapters")
+"""The tables whose rows may name an entry; a catalogue that was not opened for long lacks the trash."""
 
 
 def names_nothing(path: Path) -> bool:
@@ -21,7 +22,10 @@ def names_nothing(path: Path) -> bool:
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
             connection.execute("PRAGMA query_only = ON")
-            tables = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'locations'").fetchone()
-            return tables is None or connection.execute(_ANY_ENTRY).fetchone() is None
+            present = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            queries = [
+                f"SELECT 1 FROM {table} WHERE store_key IS NOT NULL LIMIT 1" for table in _TABLES if table in present
+            ]
+            return not any(connection.execute(query).fetchone() for query in queries)
     except sqlite3.Error:
         return False

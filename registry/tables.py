@@ -189,6 +189,18 @@ locations = Table(
     Column("path_in_repo", Text),
 )
 
+removed_adapters = Table(
+    "removed_adapters",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", _NAME, nullable=False, index=True),
+    Column("version", Integer, nullable=False),
+    Column("sha256", _DIGEST, nullable=False, index=True),
+    Column("store_key", _DIGEST, index=True),
+    Column("entry", _JSON, nullable=False),
+    Column("removed_at", UTCDateTime, nullable=False),
+)
+
 lineage = Table(
     "lineage",
     metadata,

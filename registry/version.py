@@ -1,6 +1,6 @@
 """The schema that this code reads and writes."""
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest revision in `registry/migrations/versions`, which matches the tables in `registry.tables`."""
 
 VERSION_TABLE = "registry_version"

@@ -256,7 +256,7 @@ def test_an_adapter_is_added_listed_shown_tagged_and_removed(llama: Path, pirate
     assert loratool.show("pirate").record == loratool.show(pirate).record == record
     assert loratool.tag("pirate@1", ["demo", "speech"]).tags == ("demo", "speech")
     assert loratool.tag("pirate", ["speech"], remove=True).tags == ("demo",)
-    (removed,) = loratool.remove("pirate")
+    (removed,) = loratool.remove("pirate", now=True)
     assert removed.reference == "pirate@1"
     assert loratool.list() == ()
     assert not list((home_of_its_own / "store").rglob("*.safetensors"))
@@ -700,7 +700,7 @@ def test_catalogues_that_share_a_store_do_not_free_each_others_files(
         assert (result.findings, stored()) == ((), 2)
         assert result.freed is not None
         assert any(str(tmp_path / "team.db") in each or "registry.db" in each for each in result.freed.shared_with)
-    loratool.remove("pirate")
+    loratool.remove("pirate", now=True)
     assert stored() == 2
     assert loratool.show("pirate", registry=url).record.name == "pirate"
     assert loratool.doctor(registry=url, deep=True).findings == ()

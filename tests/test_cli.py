@@ -540,7 +540,7 @@ def test_json_of_adapters_has_the_catalogues_words(run: Run, base: Path, adapter
     assert run("tag", "pirate", "speech", "--json").json()["tags"] == ["speech"]
     assert run("tag", "pirate", "speech", "--remove", "--json").json()["tags"] == []
     assert run("export", "pirate", "--out", tmp_path / "out", "--json").json() == {"out": str(tmp_path / "out")}
-    assert [entry.keys() for entry in run("remove", "pirate", "--json").json()] == [RECORD]
+    assert [entry.keys() for entry in run("remove", "pirate", "--json").json()] == [RECORD | {"children", "kept_until"}]
     assert run("list", "--json").json() == []
 
 
@@ -591,6 +591,7 @@ def test_json_of_the_doctor(catalogued: Run) -> None:
     assert said == {
         "bases": 1, "adapters": 1, "versions": 1, "merges": 0, "findings": [], "freed_bytes": 0, "noted_merges": 0,
         "shared_with": [], "rebuilt": [], "rebuilt_bases": [], "not_rebuilt": [],
+        "trash": [], "emptied": [],
     }  # fmt: skip
 
 

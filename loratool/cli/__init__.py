@@ -29,7 +29,8 @@ GROUPS: Final = {
         "show": "One adapter, in full",
         "tag": "Tag an adapter",
         "export": "Write an adapter out",
-        "remove": "Forget an adapter",
+        "remove": "Into the trash",
+        "restore": "Out of the trash again",
         "doctor": "Check the catalogue",
     },
     "Models": {

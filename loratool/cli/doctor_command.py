@@ -20,19 +20,29 @@ if TYPE_CHECKING:
 @click.option("--gc", is_flag=True, help="Free what nothing in the catalogue names; note which merged models are gone.")
 @click.option("--deep", is_flag=True, help="Read every stored file and compare its sha256.")
 @click.option("--rebuild", is_flag=True, help="Name again what the store has and the catalogue has lost.")
+@click.option(
+    "--trash-days",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    metavar="N",
+    help="With --gc: free what was removed N days ago.",
+)
 @click.option("--yes", is_flag=True, help="With --gc: free also what --rebuild could name, or most of the store.")
 @json_option
 @click.pass_obj
-def command(registry: str | None, gc: bool, deep: bool, rebuild: bool, yes: bool, as_json: bool) -> None:
+def command(
+    registry: str | None, gc: bool, deep: bool, rebuild: bool, trash_days: int, yes: bool, as_json: bool
+) -> None:
     """Check the catalogue against the disk. Exit status 1 where something is wrong."""
     from loratool.library.doctor import doctor
     from registry import NotSureError
 
     try:
-        result = doctor(gc=gc, deep=deep, rebuild=rebuild, yes=yes, registry=registry)
+        result = doctor(gc=gc, deep=deep, rebuild=rebuild, yes=yes, trash_days=trash_days, registry=registry)
     except NotSureError as doubt:
         _ask(doubt)
-        result = doctor(gc=gc, deep=deep, yes=True, registry=registry)
+        result = doctor(gc=gc, deep=deep, yes=True, trash_days=trash_days, registry=registry)
     if as_json:
         print_json(_to_json(result))
     else:
@@ -70,6 +80,8 @@ def _to_json(result: DoctorResult) -> dict[str, object]:
         "rebuilt": list(rebuilt.named) if rebuilt else [],
         "rebuilt_bases": list(rebuilt.bases) if rebuilt else [],
         "not_rebuilt": [str(finding.path) for finding in rebuilt.unnamed] if rebuilt else [],
+        "trash": [each.reference for each in result.trash],
+        "emptied": list(freed.emptied) if freed else [],
         "backups": [
             {"path": str(backup.path), "made_at": backup.made_at.isoformat(), "versions": backup.versions}
             for backup in result.backups
@@ -87,6 +99,8 @@ def _print(result: DoctorResult) -> None:
         _print_rebuilt(result)
     if result.freed is not None:
         click.echo(f"Freed {size(result.freed.size_bytes)} in {counted(result.freed.entries, 'unnamed folder')}")
+        if result.freed.emptied:
+            click.echo(f"Emptied the trash of {', '.join(map(shown, result.freed.emptied))}")
         if result.freed.merges:
             click.echo(f"Noted of {counted(result.freed.merges, 'merge')} what is gone or there again")
         others = ", ".join(map(shown, result.freed.shared_with))
@@ -94,6 +108,9 @@ def _print(result: DoctorResult) -> None:
             print_notes([f"the store also holds files of {others}, so nothing in it was freed"])
     for finding in result.findings:
         click.echo(click.style("problem: ", fg="red") + shown(finding.message))
+    if result.trash:
+        held = f"{counted(len(result.trash), 'adapter')}, {size(sum(each.size_bytes for each in result.trash))}"
+        click.echo(f"In the trash: {held}; 'loratool restore' lists them")
     if result.backups:
         newest = result.backups[0]
         click.echo(f"Newest backup: {shown(str(newest.path))} ({age(newest.made_at)} old), put back with")

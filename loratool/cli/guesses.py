@@ -14,6 +14,7 @@ MODEL: Final = (
 )
 HELP: Final = "'loratool --help' shows all commands, and 'loratool COMMAND --help' one"
 REMOVE: Final = "'loratool remove --help' says how an adapter is taken out of the catalogue"
+RESTORE: Final = "'loratool restore ADAPTER' brings back what was removed, and 'loratool restore' lists it"
 SEARCH: Final = "'loratool hub search TEXT' searches the Hub, and 'loratool list' the catalogue"
 COMPARE: Final = (
     "'loratool eval MODEL --data FILE --adapter ADAPTER' measures an adapter, and 'loratool show ADAPTER' its facts"
@@ -43,6 +44,7 @@ GUESSES: Final = {
     "help": HELP, "usage": HELP, "version": "'loratool --version' shows the version",
     "login": LOGIN, "whoami": LOGIN,
     "move": RENAME, "mv": RENAME, "rename": RENAME,
+    "recover": RESTORE, "trash": RESTORE, "undelete": RESTORE, "unremove": RESTORE,
     "publish": UPLOAD, "share": UPLOAD, "upload": UPLOAD,
     "finetune": "'loratool train' trains an adapter", "fine-tune": "'loratool train' trains an adapter",
     "revert": UNMERGE, "undo": UNMERGE,

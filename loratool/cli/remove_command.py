@@ -5,21 +5,42 @@ from __future__ import annotations
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import print_json
+from loratool.cli.rendering import listed, print_facts, print_json
 
 
-@click.command("remove", **example("loratool remove pirate@1"))
+@click.command("remove", **example("loratool remove pirate@1\nloratool remove pirate --all --now"))
 @click.argument("adapter")
 @click.option("--all", "all_versions", is_flag=True, help="Every version of it.")
+@click.option("--now", is_flag=True, help="Free its files at once, also of one that is in the trash already.")
 @json_option
 @click.pass_obj
-def command(registry: str | None, adapter: str, all_versions: bool, as_json: bool) -> None:
-    """Forget an adapter and free its files in the content store. Files elsewhere stay."""
-    from loratool.library.adapters import adapter_json, remove
+def command(registry: str | None, adapter: str, all_versions: bool, now: bool, as_json: bool) -> None:
+    """Move an adapter into the trash, from which 'loratool restore' brings it back.
 
-    removed = remove(adapter, all_versions=all_versions, registry=registry)
+    'loratool doctor --gc' frees what has been there for 30 days. Files outside the store stay.
+    """
+    from loratool.library.adapters import adapter_json
+    from loratool.library.removal import remove
+
+    removed = remove(adapter, all_versions=all_versions, now=now, registry=registry)
     if as_json:
-        print_json([adapter_json(record) for record in removed])
+        print_json(
+            [
+                adapter_json(record)
+                | {
+                    "children": list(record.children),
+                    "kept_until": None if record.kept_until is None else record.kept_until.isoformat(),
+                }
+                for record in removed
+            ]
+        )
         return
     for record in removed:
         click.echo(f"Removed {record.reference}")
+        print_facts(
+            [
+                ("children", listed(record.children)),
+                ("kept", "" if record.kept_until is None else f"until {record.kept_until:%Y-%m-%d}"),
+                ("undo", "" if record.kept_until is None else f"loratool restore {record.reference}"),
+            ]
+        )

@@ -1,4 +1,4 @@
-"""The catalogue of adapters: `loratool.add`, `list`, `show`, `tag`, `remove` and `export`."""
+"""The catalogue of adapters: `loratool.add`, `list`, `show`, `tag` and `export`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from registry import (
     check_name,
     home,
     is_name,
-    is_reference,
     registry_url,
 )
 from registry import (
@@ -366,11 +365,12 @@ def show(adapter: str | os.PathLike[str], *, alpha: float | None = None, registr
     Raises:
         LoratoolError, registry.RegistryError: there is no such adapter; the nearest names are listed.
     """
+    from loratool.library.adapter_entry import find_adapter_entry
     from loratool.library.opening import open_registry
     from loratool.library.resolve import resolve_adapter
 
     with open_registry(registry, read_only=True) as catalogue:
-        record = _find_entry(os.fspath(adapter), catalogue)
+        record = find_adapter_entry(os.fspath(adapter), catalogue)
         if record is None:
             return _uncatalogued(resolve_adapter(adapter, catalogue, alpha), catalogue)
         return ShowResult(
@@ -449,33 +449,12 @@ def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = 
     Raises:
         registry.RegistryError: there is no such adapter, a tag is not a name, or it has no such tag to take off.
     """
+    from loratool.library.adapter_entry import adapter_entry
     from loratool.library.opening import open_registry
 
     with open_registry(registry) as catalogue:
         change = catalogue.adapters.untag if remove else catalogue.adapters.tag
-        return change(_entry(os.fspath(adapter), catalogue).reference, *tags)
-
-
-def remove(adapter: str | os.PathLike[str], *, all_versions: bool = False,
-           registry: str | None = None) -> tuple[AdapterRecord, ...]:  # fmt: skip
-    """Forget an adapter and free its files in the content store; files elsewhere stay. Returns what was removed.
-
-    Args:
-        adapter: ``name@version``, ``name`` where it has one version only, or the path or Hub id of one that is catalogued.
-        all_versions: remove every version of ``name``.
-        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-
-    Raises:
-        registry.RegistryError: there is no such adapter, or it has several versions and none was chosen.
-    """
-    from loratool.library.opening import open_registry
-
-    with open_registry(registry) as catalogue:
-        named = os.fspath(adapter)
-        if not (is_reference(named) and catalogue.adapters.versions(named.partition("@")[0])):
-            entry = _entry(named, catalogue)
-            named = entry.name if all_versions else entry.reference
-        return catalogue.adapters.remove(named, all_versions=all_versions)
+        return change(adapter_entry(os.fspath(adapter), catalogue).reference, *tags)
 
 
 def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: float | None = None,
@@ -519,64 +498,6 @@ def adapter_json(record: AdapterSummary) -> dict[str, Any]:
     value["tags"] = list(record.tags)
     value["version"] = record.version or None
     return value
-
-
-def _entry(adapter: str, catalogue: Registry) -> AdapterRecord:
-    """The entry that a name, a path or a Hub id means.
-
-    Raises:
-        LoratoolError, registry.RegistryError: there is none; the message says how to make one, or what is near.
-    """
-    from loratool.errors import NotFoundError, quoted
-    from loratool.library.resolve import no_such_adapter
-    from loratool.library.user_path import HUB_ID, exists, user_path
-
-    found = _find_entry(adapter, catalogue)
-    if found is not None:
-        return found
-    path = user_path(adapter)
-    if HUB_ID.fullmatch(adapter) and not exists(path):
-        raise NotFoundError(f"{quoted(adapter)} is not in the catalogue; bring it in with 'loratool pull {adapter}'")
-    sha256 = _weights_sha256(adapter)
-    if sha256 is None:
-        raise no_such_adapter(adapter, catalogue)
-    known = catalogue.adapters.find_by_sha256(sha256)
-    if not known:
-        raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")
-    raise NotFoundError(
-        f"{quoted(path)} is not in the catalogue: its weights are those of {known[0].reference}, its configuration is "
-        "another; put it there with 'loratool add'"
-    )
-
-
-def _find_entry(adapter: str, catalogue: Registry) -> AdapterRecord | None:
-    """The entry that a name, a path or a Hub id means; None where the catalogue has none."""
-    from loratool.hub.address import HubAddress
-    from loratool.library.resolve import entry_at, pulled_from
-    from loratool.library.user_path import HUB_ID, exists, user_path
-
-    path = user_path(adapter)
-    if is_reference(adapter) and catalogue.adapters.versions(adapter.partition("@")[0]):
-        return catalogue.adapters.find(adapter)
-    if HUB_ID.fullmatch(adapter) and not exists(path):
-        return next(iter(pulled_from(HubAddress.parse(adapter), catalogue)), None)
-    sha256 = _weights_sha256(adapter)
-    known = () if sha256 is None else catalogue.adapters.find_by_sha256(sha256)
-    return entry_at(path, known) if known else None
-
-
-def _weights_sha256(adapter: str) -> str | None:
-    """The fingerprint of the adapter at a path, whether it can be read or not; None where there are no such files."""
-    from loratool.checkpoint.model import has_file
-    from loratool.formats.adapter_files import sha256_at
-    from loratool.formats.adapter_names import choose_weights
-    from loratool.library.user_path import exists, user_path
-
-    path = user_path(adapter)
-    if adapter and exists(path) and path.is_dir():
-        chosen = choose_weights([entry.name for entry in path.iterdir() if entry.is_file()])
-        path = path / chosen if chosen else path
-    return sha256_at(path) if adapter and has_file(path) else None
 
 
 def _edge_json(edge: LineageRecord) -> dict[str, Any]:

@@ -317,14 +317,15 @@ def _find_adapters(folder: Path, manifest: Manifest, catalogue: Registry) -> lis
 
 
 def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Manifest, catalogue: Registry) -> Adapter:
-    """An adapter of the merge: beside the undo file, in the catalogue, or where it was, by its sha256."""
+    """An adapter of the merge: beside the undo file, in the catalogue or its trash, or where it was, by its sha256."""
     if manifest.undo is not None:
         kept = _readable(folder / manifest.undo / adapter_file(index))
         if kept is not None and kept.sha256 in (manifest.undo_adapters[index : index + 1] or (kept.sha256,)):
             return kept
     known = catalogue.adapters.find_by_sha256(entry.sha256)
     places = [catalogue.adapters.files(record) for record in known if is_here(record, catalogue)]
-    for place in [*places, Path(entry.file)]:
+    trashed = [catalogue.trash.files(each) for each in catalogue.trash.list(sha256=entry.sha256)]
+    for place in [*places, *filter(None, trashed), Path(entry.file)]:
         adapter = _readable(place)
         if adapter is not None and entry.is_it(adapter):
             return adapter

@@ -50,8 +50,8 @@ def add_remove_collect(home: Path, number: int, barrier: Barrier) -> None:
                 record, _ = registry.adapters.add(f"pirate-{number}-{turn}", facts(), staged=staged)
             assert (registry.adapters.files(record) / "adapter_model.safetensors").stat().st_size == 100_000
             if turn < ROUNDS - 1:
-                registry.adapters.remove(record.reference)
-            registry.doctor.collect()
+                registry.adapters.remove(record.reference, now=bool(turn % 2))
+            registry.doctor.collect(trash_days=0)
 
 
 def stop_inside_a_transaction(home: Path, ready: Event) -> None:

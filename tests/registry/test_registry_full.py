@@ -62,11 +62,12 @@ def test_commits_that_stand_in_the_log_are_read_on_a_full_disk(tmp_path: Path) -
 def test_what_frees_space_works_on_a_full_disk(full_home: Path) -> None:
     for name in ("pirate", "parrot"):
         with Registry.open(full_home) as registry:
-            registry.adapters.remove(name)
+            registry.adapters.remove(name, now=name == "pirate")
         (full_home.parent / "filling").unlink()
         fill(full_home.parent)
     with Registry.open(full_home) as registry:
-        registry.doctor.collect()
+        registry.doctor.collect(trash_days=0)
+        assert list(registry.store.entries()) == []
     assert list_adapters(full_home) == ()
 
 

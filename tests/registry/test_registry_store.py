@@ -162,9 +162,9 @@ def test_removing_an_adapter_frees_its_files_unless_another_names_them(catalogue
     with catalogue.store.stage({"x": b"x"}) as staged:
         catalogue.adapters.add("three", facts("x"), staged=staged)
     assert len(list(catalogue.store.entries())) == 2
-    catalogue.adapters.remove("one")
+    catalogue.adapters.remove("one", now=True)
     assert catalogue.adapters.files(catalogue.adapters.find("two")).is_dir()
-    catalogue.adapters.remove("two")
+    catalogue.adapters.remove("two", now=True)
     assert list(catalogue.store.entries()) == [staged.key]
 
 

@@ -1,0 +1,107 @@
+"""The trash: adapters that were removed, whose files stay in the store until it is emptied.
+
+A removed adapter is one row with its entry as JSON (`registry.entries`), from which it is put back as it was: name, version,
+tags, base, places, lineage in both directions, and the merges that it went into.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from sqlalchemy import Connection, select
+
+from registry.database import Database
+from registry.entering import enter, enter_parents, label_of, relink
+from registry.entry_checks import LabelError, check_entry
+from registry.errors import InUseError, NotFoundError, RegistryError
+from registry.labels import Labels
+from registry.names import nearest_names, not_found_message, parse_reference
+from registry.records import RemovedAdapter
+from registry.store import Store
+from registry.tables import removed_adapters
+from registry.trash_rows import forget, is_named, rows
+from registry.trash_rows import removed as as_record
+
+KEPT_DAYS = 30
+"""How long what was removed is kept, unless it is freed before."""
+
+
+class Trash:
+    """The removed adapters of one catalogue."""
+
+    def __init__(self, database: Database, store: Store, labels: Labels) -> None:
+        self._database = database
+        self._store = store
+        self._labels = labels
+
+    def list(self, *, sha256: str | None = None) -> tuple[RemovedAdapter, ...]:
+        """What is in the trash, or of that what has these weights; the latest removed first."""
+        query = select(removed_adapters).order_by(removed_adapters.c.removed_at.desc(), removed_adapters.c.id.desc())
+        if sha256 is not None:
+            query = query.where(removed_adapters.c.sha256 == sha256)
+        with self._database.reading() as connection:
+            return tuple(as_record(row) for row in connection.execute(query).mappings())
+
+    def files(self, removed: RemovedAdapter) -> Path | None:
+        """The folder of the store with a removed adapter's files; None where it has none there."""
+        folder = None if removed.store_key is None else self._store.path(removed.store_key)
+        return folder if folder is not None and folder.is_dir() else None
+
+    def restore(self, reference: str, *, all_versions: bool = False) -> tuple[int, ...]:
+        """Puts one version back, or all of a name that are in the trash; their row ids in the catalogue.
+
+        A version whose number another adapter has by now gets the next one.
+
+        Raises InvalidNameError, NotFoundError where it is not in the trash or its files are gone, and InUseError where
+        `name` without a version has several there and `all_versions` is not given.
+        """
+        wanted = parse_reference(reference)
+        with self._database.writing() as connection:
+            found = rows(connection, is_named(wanted.name, wanted.version))
+            if not found:
+                raise self._not_found(connection, reference)
+            if wanted.version is None and len(found) > 1 and not all_versions:
+                newest = as_record(found[-1])
+                raise InUseError(
+                    f"the trash has {len(found)} versions of '{wanted.name}'; name one of them, as in "
+                    f"'{newest.reference}', or restore them all with --all"
+                )
+            put_back = []
+            for row in found:
+                removed = as_record(row)
+                if removed.store_key is not None and self.files(removed) is None:
+                    raise NotFoundError(
+                        f"the files of {removed.reference} are gone from the trash; add them again with 'loratool add'"
+                    )
+                try:
+                    entry = check_entry(row["entry"])
+                except LabelError as error:
+                    raise RegistryError(
+                        f"{removed.reference} cannot be restored from the trash ({error}); add it again with 'loratool add'"
+                    ) from None
+                forget(connection, [removed.id])
+                put_back.append((enter(connection, entry, removed.store_key)[0], entry))
+            for adapter_id, entry in put_back:
+                relink(connection, adapter_id, label_of(entry), entry["sha256"])
+            for adapter_id, entry in put_back:
+                enter_parents(connection, adapter_id, entry)
+            ids = tuple(adapter_id for adapter_id, _ in put_back)
+            self._labels.touch(connection, ids)
+            return ids
+
+    def empty(self, days: float = KEPT_DAYS) -> tuple[str, ...]:
+        """Forgets what was removed so many days ago, or longer: the references. Its files are then named by nothing."""
+        oldest = datetime.now(UTC) - timedelta(days=days)
+        with self._database.writing() as connection:
+            doomed = [as_record(row) for row in rows(connection, removed_adapters.c.removed_at <= oldest)]
+            forget(connection, [each.id for each in doomed])
+            # Their labels go with their entries; of entries that others name, too, they are written again.
+            self._labels.touch_keys(connection, [each.store_key for each in doomed if each.store_key is not None])
+            return tuple(each.reference for each in doomed)
+
+    def _not_found(self, connection: Connection, reference: str) -> NotFoundError:
+        names = connection.execute(select(removed_adapters.c.name).distinct()).scalars()
+        nearest = nearest_names(reference.partition("@")[0], names)
+        message = not_found_message("adapter", reference, nearest, "loratool restore")
+        return NotFoundError(message.replace("is in the catalogue", "is in the trash"), nearest)
