@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_exactly
+from loratool.checkpoint.file_state import FileState, refuse_changed_meanwhile
 from loratool.checkpoint.header import Header, TensorInfo
 from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.checkpoint.model import Checkpoint
@@ -48,7 +49,7 @@ def file_digest(file: Path) -> str:
 class DigestCache:
     """BLAKE3 digests of the tensors of files seen before, one small JSON file for each, in `folder`.
 
-    An entry counts only while the file's path, size, modification time and inode are the same. A cache that cannot be
+    An entry counts only while the file's path, size, times and inode are the same. A cache that cannot be
     read or written is no error: digests are then computed again.
     """
 
@@ -59,22 +60,28 @@ class DigestCache:
         """The digests of every tensor in the file of `header`, or None where they are not known."""
         try:
             entry = read_json_object(self._entry(header.file), LARGEST_LISTING)
-            if entry["file"] == file_identity(header.file) and set(entry["digests"]) == set(header.tensors):
+            if entry["file"] == _identity(FileState.of(header.file)) and set(entry["digests"]) == set(header.tensors):
                 return dict(entry["digests"])
         except (CheckpointError, OSError, ValueError, KeyError, TypeError):
             pass
         return None
 
     @whole
-    def put(self, header: Header, digests: Mapping[str, str], identity: FileIdentity) -> None:
-        """Remember the digests of the tensors of the file that was `identity` before its bytes were read."""
-        if time.time() - identity[2] / 1e9 < RACE_SECONDS or identity != file_identity(header.file):
+    def put(self, header: Header, digests: Mapping[str, str]) -> None:
+        """Remember the digests of the tensors of a file that is still as it was when its header was read."""
+        state = header.state
+        if state is None or time.time() - max(state.mtime_ns, state.ctime_ns) / 1e9 < RACE_SECONDS:
+            return
+        try:
+            if FileState.of(header.file) != state:
+                return
+        except OSError:
             return
         entry = self._entry(header.file)
         temporary = entry.with_suffix(f".{os.getpid()}.tmp")
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({"file": identity, "digests": dict(digests)}))
+            temporary.write_text(json.dumps({"file": _identity(state), "digests": dict(digests)}))
             temporary.replace(entry)
         except OSError:
             with suppress(OSError):
@@ -84,13 +91,9 @@ class DigestCache:
         return self.folder / f"{blake3(os.fsencode(file.resolve())).hexdigest()[:32]}.json"
 
 
-FileIdentity = list[Any]
-
-
-def file_identity(file: Path) -> FileIdentity:
-    """What tells whether a file is still the same: its path, size in bytes, modification time in ns, and inode."""
-    status = file.stat()
-    return [str(file.resolve()), status.st_size, status.st_mtime_ns, status.st_ino]
+def _identity(state: FileState) -> list[str | int]:
+    """Return what a file must have for its entry to count; its device is left out, whose number a restart changes."""
+    return [str(state.file.resolve()), state.size, state.mtime_ns, state.ctime_ns, state.inode]
 
 
 def tensor_digests(checkpoint: Checkpoint, cache: DigestCache | None = None, *,
@@ -98,20 +101,24 @@ def tensor_digests(checkpoint: Checkpoint, cache: DigestCache | None = None, *,
     """BLAKE3 of the bytes of every tensor of `checkpoint`, by name; one thread a core, files in `cache` are not read.
 
     `progress` is called with the number of bytes hashed since its last call.
+
+    Raises:
+        CheckpointError: a file cannot be read, or changed meanwhile.
     """
     known: dict[str, str] = {}
-    unknown: list[tuple[Header, FileIdentity]] = []
+    unknown: list[Header] = []
     for header in checkpoint.headers:
         digests = cache.get(header) if cache else None
         if digests is None:
-            unknown.append((header, file_identity(header.file)))
+            unknown.append(header)
         else:
             known |= digests
             progress(sum(info.nbytes for info in header.tensors.values()))
-    known |= _hash(_largest_first(header for header, _ in unknown), progress)
-    for header, identity in unknown:
+    known |= _hash(_largest_first(unknown), progress)
+    refuse_changed_meanwhile(checkpoint.states)
+    for header in unknown:
         if cache:
-            cache.put(header, {name: known[name] for name in header.tensors}, identity)
+            cache.put(header, {name: known[name] for name in header.tensors})
     return known
 
 

@@ -12,12 +12,13 @@ import os
 import shlex
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Final
 
 from loratool.checkpoint.dtypes import DTYPES
+from loratool.checkpoint.file_state import FileState
 from loratool.checkpoint.file_type import LOOKED_AT, type_by_content
 from loratool.checkpoint.json_text import broken_file, open_without_waiting, parse_json_object
 from loratool.errors import CheckpointError, printable, quoted
@@ -55,13 +56,17 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The checked header of one safetensors file of `size` bytes whose tensor data begin at `data_start`."""
+    """The checked header of one safetensors file of `size` bytes whose tensor data begin at `data_start`.
+
+    `state` is that of the file when its header was read; None where the file itself is not here.
+    """
 
     file: Path
     size: int
     data_start: int
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    state: FileState | None = None
 
 
 def read_header(file: Path) -> Header:
@@ -88,7 +93,7 @@ def read_header(file: Path) -> Header:
                 _refuse_other_type(file, stream)
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(file)}: {error.strerror}") from None
-    return parse_header(text, file, status.st_size)
+    return replace(parse_header(text, file, status.st_size), state=FileState.of(file, status))
 
 
 def _refuse_other_type(file: Path, stream: BinaryIO) -> None:

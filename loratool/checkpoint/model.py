@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
 from loratool.checkpoint.file_role import PICKLE_SUFFIXES, FileRole, role_of
+from loratool.checkpoint.file_state import FileState, states_of
 from loratool.checkpoint.header import JOURNAL, Header, TensorInfo, read_header
 from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.errors import CheckpointError, NotFoundError, quoted
 
 WEIGHTS_NAME: Final = "model.safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
+CONFIG_NAME: Final = "config.json"
 
 NAME_BYTES: Final = 255
 PATH_BYTES: Final = 4096
@@ -36,12 +38,14 @@ class Checkpoint:
         headers: the checked headers of its safetensors files, in name order.
         tensors: every tensor of the model by name.
         index: the index file that lists the shards, if there is one.
+        described: states, before they were read, of the files that say what the model is: its configuration and index.
     """
 
     path: Path
     headers: tuple[Header, ...]
     tensors: Mapping[str, TensorInfo]
     index: Path | None
+    described: tuple[FileState, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -60,15 +64,17 @@ class Checkpoint:
                 f"there is no model at {quoted(path)}; give a folder, a safetensors file or a known name"
             )
         index = path / choose_weights([file.name for file in path.iterdir()], path)
+        described = states_of([path / CONFIG_NAME, index])
         if not index.name.endswith(INDEX_SUFFIX):
-            return cls._of_files(path, (read_header(index),), None)
+            return replace(cls._of_files(path, (read_header(index),), None), described=described)
         shards = read_index(index)
         for shard in shards.values():
             if not has_file(path / shard):
                 raise CheckpointError(
                     f"{quoted(index)} names {quoted(shard)}, which is not there; download the model again"
                 )
-        return cls.of_headers(path, [read_header(path / name) for name in sorted(set(shards.values()))], index, shards)
+        headers = [read_header(path / name) for name in sorted(set(shards.values()))]
+        return replace(cls.of_headers(path, headers, index, shards), described=described)
 
     @classmethod
     def of_headers(
@@ -110,6 +116,11 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
+    def states(self) -> tuple[FileState, ...]:
+        """States of the files that it was read from, its weights among them, when they were opened."""
+        return (*self.described, *(header.state for header in self.headers if header.state is not None))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of tensor data in the model."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -117,7 +128,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The model's ``config.json``, or an empty mapping where there is none."""
-        file = self.path / "config.json"
+        file = self.path / CONFIG_NAME
         if not self.path.is_dir() or not file.is_file():
             return {}
         return read_json_object(file)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.architecture import module_of
+from loratool.checkpoint.file_state import FileState
 from loratool.checkpoint.header import TensorInfo
 from loratool.formats.lora_config import LoraConfig
 from loratool.updates import Ranked, Update
@@ -41,6 +42,7 @@ class Adapter:
         notes: what a user should know about how it was read.
         layout: how its file is laid out, where it is written in the same way again; None for PEFT's layout.
         whole: the modules that its configuration says it holds whole (``modules_to_save``).
+        states: of its files, when they were opened; none for one that was made in memory.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     layout: Layout | None = None
     whole: tuple[str, ...] = ()
+    states: tuple[FileState, ...] = ()
 
     @property
     def ranked(self) -> dict[str, Ranked]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from loratool.checkpoint.file_role import PICKLE_SUFFIXES
+from loratool.checkpoint.file_state import FileState, states_of
 from loratool.checkpoint.gguf import is_gguf, read_gguf_header
-from loratool.checkpoint.header import TensorInfo, read_header
+from loratool.checkpoint.header import Header, TensorInfo, read_header
 from loratool.checkpoint.json_text import parse_json, read_json_object
 from loratool.checkpoint.model import INDEX_SUFFIX, Checkpoint, has_file, read_index
 from loratool.errors import AdapterError, CheckpointError, ElsewhereError, NotFoundError, quoted
@@ -52,6 +53,7 @@ class AdapterFiles:
         facts: what loratool records: ``loratool.json``, or the JSON under ``loratool`` in the metadata.
         beside: the JSON files that belong to it, by name.
         index: the index of a sharded adapter.
+        states: of all these files, when they were opened.
     """
 
     name: str
@@ -63,6 +65,7 @@ class AdapterFiles:
     facts: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, Path] = field(default_factory=dict)
     index: Path | None = None
+    states: tuple[FileState, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -153,20 +156,21 @@ def _folder(folder: Path) -> AdapterFiles:
 def _in_folder(folder: Path, weights: str) -> AdapterFiles:
     """The adapter whose weights, or their index, are called so in a folder, with the JSON beside them."""
     beside = {name: folder / name for name in BESIDE if os.path.lexists(folder / name)}
+    states = states_of(beside.values())
     opened = _sharded(folder / weights) if weights.endswith(INDEX_SUFFIX) else _single(folder / weights)
     config = _json_file(beside[CONFIG_NAME]) if CONFIG_NAME in beside else opened.config
     facts = _json_file(folder / FACTS_NAME) if (folder / FACTS_NAME).is_file() else opened.facts
-    return AdapterFiles(
-        folder.resolve().name, opened.weights, opened.container, opened.tensors, opened.metadata, config, facts, beside,
-        opened.index,
-    )  # fmt: skip
+    return replace(
+        opened, name=folder.resolve().name, config=config, facts=facts, beside=beside, states=(*states, *opened.states)
+    )
 
 
 def _single(file: Path) -> AdapterFiles:
     try:
         if is_gguf(file):
+            states = states_of([file])
             found = read_gguf_header(file)
-            return AdapterFiles(file.stem, (file,), "gguf", found.tensors, found.metadata)
+            return AdapterFiles(file.stem, (file,), "gguf", found.tensors, found.metadata, states=states)
         header = read_header(file)
     except CheckpointError as error:
         raise AdapterError(str(error)) from None
@@ -178,11 +182,13 @@ def _single(file: Path) -> AdapterFiles:
         header.metadata,
         _metadata_json(header.metadata, CONFIG_KEY, file),
         _metadata_json(header.metadata, FACTS_KEY, file),
+        states=_states([header]),
     )
 
 
 def _sharded(index: Path) -> AdapterFiles:
     """The adapter whose tensors lie in several files, as transformers and PEFT shard them."""
+    described = states_of([index])
     try:
         shards = read_index(index)
         _refuse_missing(index, shards.values())
@@ -192,7 +198,13 @@ def _sharded(index: Path) -> AdapterFiles:
         raise AdapterError(str(error)) from None
     metadata = {key: value for header in reversed(headers) for key, value in header.metadata.items()}
     files = tuple(header.file for header in headers)
-    return AdapterFiles(index.name.removesuffix(INDEX_SUFFIX), files, "safetensors", tensors, metadata, index=index)
+    states = (*described, *_states(headers))
+    name = index.name.removesuffix(INDEX_SUFFIX)
+    return AdapterFiles(name, files, "safetensors", tensors, metadata, index=index, states=states)
+
+
+def _states(headers: Iterable[Header]) -> tuple[FileState, ...]:
+    return tuple(header.state for header in headers if header.state is not None)
 
 
 def _refuse_missing(index: Path, shards: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from loratool.errors import UnsupportedError, quoted
@@ -37,4 +38,4 @@ def read_files(files: AdapterFiles, alpha: Alpha | None = None) -> Adapter:
         raise UnsupportedError(
             f"{quoted(files.source)} is {kind.title} in the {found.title} format: {described.why_not or found.why_not}"
         )
-    return with_trained_beside(found.read(files, alpha))
+    return replace(with_trained_beside(found.read(files, alpha)), states=files.states)

@@ -11,6 +11,7 @@ from typing import Any
 
 from loratool.architecture import module_of
 from loratool.checkpoint.copying import copy_range
+from loratool.checkpoint.file_state import refuse_changed_meanwhile
 from loratool.checkpoint.header import TensorInfo, header_bytes
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_file, staged_folder, sync_file, sync_tree
@@ -37,6 +38,7 @@ def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadat
 
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
+        CheckpointError: a file of the adapter changed meanwhile.
     """
     with staged_folder(out, OutputKind.ADAPTER_FOLDER, force=force) as folder:
         _fill_folder(folder, adapter, keep_metadata=keep_metadata)
@@ -49,6 +51,7 @@ def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> No
 
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
+        CheckpointError: a file of the adapter changed meanwhile.
     """
     with staged_file(out, OutputKind.ADAPTER_FILE, force=force) as file:
         _fill_file(file, adapter)
@@ -92,6 +95,7 @@ def _fill_folder(folder: Path, adapter: Adapter, *, keep_metadata: bool = True) 
     (folder / CONFIG_NAME).write_text(_pretty(adapter.config), encoding="utf-8")
     if adapter.facts:
         (folder / FACTS_NAME).write_text(_pretty(adapter.facts), encoding="utf-8")
+    refuse_changed_meanwhile(adapter.states)
 
 
 def _fill_file(file: Path, adapter: Adapter) -> None:
@@ -104,6 +108,7 @@ def _fill_file(file: Path, adapter: Adapter) -> None:
     if adapter.facts:
         metadata[FACTS_KEY] = _compact(adapter.facts)
     _write_tensors(file, tensors, metadata)
+    refuse_changed_meanwhile(adapter.states)
 
 
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:

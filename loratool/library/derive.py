@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratool.checkpoint.file_state import FileState, refuse_changed_meanwhile
 from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
@@ -23,10 +24,12 @@ from registry import AdapterRecord, Registry, RegistryUnwritableError, uncatalog
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a new adapter came from: a catalogue entry, or the name of what is not catalogued, with its sha256."""
+    """What a new adapter came from: a catalogue entry, or the name of what is not catalogued, with its sha256 and the states of
+    its files when they were opened."""
 
     parent: AdapterRecord | str
     sha256: str | None = None
+    states: tuple[FileState, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,8 @@ def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, ori
         force: replace adapters that loratool wrote before.
 
     Raises:
-        LoratoolError: an output exists or cannot be written, or an adapter does not fit `base`.
+        LoratoolError: an output exists or cannot be written, an adapter does not fit `base`, or a file changed that one was
+            made from.
         registry.RegistryError: the catalogue cannot take one.
     """
     with ExitStack() as outputs:
@@ -84,6 +88,7 @@ def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, ori
             replace(outputs.enter_context(staged_adapter(child.adapter, child.out, force=force)), name=child.name)
             for child in children
         ]
+        refuse_changed_meanwhile(state for origin in origins for state in origin.states)
         try:
             with catalogue.for_writing() as writable, ExitStack() as stages:
                 entries = [stages.enter_context(staged_entry(adapter, writable, base=base)) for adapter in written]
@@ -114,7 +119,7 @@ def _record_lineage(
 
 def origin_of(parent: ResolvedAdapter) -> Origin:
     """An adapter as what another came from."""
-    return Origin(parent.record or parent.adapter.name, parent.adapter.sha256)
+    return Origin(parent.record or parent.adapter.name, parent.adapter.sha256, parent.adapter.states)
 
 
 def reference_of(parent: ResolvedAdapter) -> str:

@@ -122,7 +122,8 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
             adapter = draft.adapter(chosen, _config(plan, found, models[1]), facts)
             child = Child(replace(adapter, changes={**adapter.changes, **found.kept}), target, chosen, figures)
             owner = models[1].record.name if models[1].record and not changed[1] else None
-            (added,) = bring_up([child], catalogue, "extract", [Origin(models[0].name)], base=owner, force=force)
+            origin = Origin(models[0].name, states=tuple(state for model in checkpoints for state in model.states))
+            (added,) = bring_up([child], catalogue, "extract", [origin], base=owner, force=force)
     notes = (*changed[0], *changed[1], *_left_out_notes(found), *added.notes)
     return ExtractResult(target, added.record, models[0].name, models[1].name, found, notes)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Final
 
-from loratool.checkpoint.fingerprint import DigestCache, file_identity
+from loratool.checkpoint.fingerprint import DigestCache
 from loratool.checkpoint.model import Checkpoint
 from registry import home
 
@@ -19,14 +18,8 @@ def digest_cache() -> DigestCache:
     return DigestCache(home() / "digests")
 
 
-@contextmanager
-def remembered(checkpoint: Checkpoint, *, unless: bool) -> Iterator[Callable[[Mapping[str, str]], None]]:
-    """Give a function that caches the base's digests under what its files were before they were read."""
+def remember(checkpoint: Checkpoint, digests: Mapping[str, str]) -> None:
+    """Cache the digests of a base's tensors, whose files are as they were when they were opened."""
     cache = digest_cache()
-    before = [] if unless else [(header, file_identity(header.file)) for header in checkpoint.headers]
-
-    def remember(digests: Mapping[str, str]) -> None:
-        for header, identity in before:
-            cache.put(header, {name: digests[name] for name in header.tensors}, identity)
-
-    yield remember
+    for header in checkpoint.headers:
+        cache.put(header, {name: digests[name] for name in header.tensors})

@@ -26,7 +26,7 @@ from loratool.library.already_merged import refuse_again
 from loratool.library.calibration import calibrated, calibration_text
 from loratool.library.finished_before import finished_before
 from loratool.library.holding import hold
-from loratool.library.home_folder import remembered
+from loratool.library.home_folder import remember
 from loratool.library.merge_result import MergeResult, Outcome
 from loratool.library.no_change import refuse_no_change, refuse_unchanged
 from loratool.library.opening import open_registry
@@ -137,12 +137,12 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
             with (
                 Promised(PromisedMerge.of(target, merged, in_place=in_place), catalogue) as promised,
                 calibrated(plan, text, device, watcher) as plan,
-                remembered(checkpoint, unless=in_place or bool(digests)) as remember,
             ):
                 check = partial(refuse_unchanged, plan=plan, allow=allow_no_op)
                 report = _apply(plan, conversion, target, identity, in_place=in_place, undo=undo or text is not None,
                                 device=device, force=force, check=check, watcher=watcher)  # fmt: skip
-                remember(report.base_digests)
+                if not in_place and not digests:
+                    remember(checkpoint, report.base_digests)
                 result = outcome.of(report.manifest, time.monotonic() - started, notes)
                 return _recorded(result, catalogue, promised)
 

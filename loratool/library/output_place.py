@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from loratool.checkpoint.model import CONFIG_NAME
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_existing, refuse_impossible
 from loratool.errors import OutputError, quoted
 from loratool.library.resolve import ResolvedBase
-from loratool.merging.conversion import CONFIG_NAME
 
 
 def beside_base(base: ResolvedBase, name: str) -> Path:

@@ -14,7 +14,7 @@ from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_no_text
 from loratool.errors import LoratoolError, quoted
 from loratool.library.holding import hold
-from loratool.library.home_folder import remembered
+from loratool.library.home_folder import remember
 from loratool.library.model_entry import add_variant
 from loratool.library.opening import open_registry
 from loratool.library.output_place import beside_base, refuse_or_note_existing, refuse_overlap
@@ -139,7 +139,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
             watcher.begin("quantizing", plan.read_bytes)
             checked = list(inherited_files(checkpoint).notes)
             promise = _promise(name, source, target)
-            with Promised(promise, catalogue) as promised, remembered(checkpoint, unless=bool(digests)) as remember:
+            with Promised(promise, catalogue) as promised:
                 report = apply_conversion(
                     plan,
                     target,
@@ -148,7 +148,8 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
                     check=lambda made: checked.extend(refuse_changed(source, made.base_fingerprint, any_base=any_base)),
                     progress=watcher.advance,
                 )
-                remember(report.base_digests)
+                if not digests:
+                    remember(checkpoint, report.base_digests)
                 catalogued, notes = _catalogued(name, source, target, report, plan, catalogue, promised)
     return QuantizeResult(
         out=target,

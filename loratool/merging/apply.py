@@ -13,6 +13,7 @@ from typing import TypedDict
 
 from blake3 import blake3
 
+from loratool.checkpoint.file_state import FileState, refuse_changed_meanwhile, states_of
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tensor
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.inheritance import inherited_files
@@ -68,10 +69,12 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
         CheckpointError, AdapterError: a file changed or is damaged; nothing is written then.
     """
     others = inherited_files(plan.base).files
+    sources = _sources(plan.base, others, plan.adapters)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(plan.base, stage, plan.touched, others, progress) as copy:
             places = places_in(copy, plan.base, plan.touched)
             report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, (), others)
+        refuse_changed_meanwhile(sources)
         check(report.manifest)
         (stage / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
     return report
@@ -87,6 +90,8 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
         CheckpointError, AdapterError: a file changed or is damaged; nothing is written then.
     """
     kind = OutputKind.MERGED_MODEL if plan.merge else OutputKind.QUANTIZED_MODEL
+    merged = plan.merge.adapters if plan.merge else ()
+    sources = _sources(plan.base, plan.others, merged)
     with staged_folder(out, kind, force=force) as stage:
         converted = write_converted(plan, stage, device=device, known=base.digests or {}, progress=progress)
         before, written = fingerprint(plan.base.tensors, converted.before), Checkpoint.open(stage)
@@ -96,7 +101,7 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
             base_path=str(plan.base.path.absolute()),
             base_fingerprint=before,
             fingerprint=fingerprint(plan.layout.tensors, converted.after),
-            adapters=tuple(_merged_adapter(weighted) for weighted in plan.merge.adapters) if plan.merge else (),
+            adapters=tuple(_merged_adapter(weighted) for weighted in merged),
             options=_conversion_options(plan, device),
             versions=_versions(),
             changed={},
@@ -106,6 +111,7 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
             earlier=contents_of_base(plan.base.folder, before),
             **_survival(converted.survival),
         )
+        refuse_changed_meanwhile(sources)
         check(manifest)
         (stage / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return MergeReport(manifest, converted.before)
@@ -126,13 +132,20 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
     with Journal(plan.base.folder) as journal:
         places = reserve(journal, plan.targets)
         others = tuple(plan.base.other_files())
+        sources = _sources(plan.base, others, plan.adapters)
         report = _merge(
             plan, places, journal.new, base, device, True, progress, (), journal.ahead(), others, in_place=True
         )
         check(report.manifest)
         (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
-        journal.commit()
+        journal.commit(check=partial(refuse_changed_meanwhile, sources))
     return report
+
+
+def _sources(base: Checkpoint, others: Iterable[Path], adapters: Iterable[WeightedAdapter]) -> tuple[FileState, ...]:
+    """Return the states of the files that a model is made from: the base's, `others` in its folder, and the adapters'."""
+    of_adapters = (state for weighted in adapters for state in weighted.adapter.states)
+    return (*base.states, *states_of(base.folder / name for name in others), *of_adapters)
 
 
 def places_in(copy: Replica, base: Checkpoint, names: Iterable[str]) -> dict[str, Place]:

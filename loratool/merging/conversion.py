@@ -13,14 +13,12 @@ from loratool.checkpoint.file_role import FileRole, role_of
 from loratool.checkpoint.header import TensorInfo, nbytes
 from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.layout import Layout, NewTensor, plan_layout
-from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.model import CONFIG_NAME, Checkpoint
 from loratool.merging.plan import MergePlan, Target
 from loratool.weights.dense import DenseWeight
 from loratool.weights.making import Making, NewParameter, Option
 from loratool.weights.storages import MAKINGS, is_dense
 from loratool.weights.stored import StoredWeight
-
-CONFIG_NAME: Final = "config.json"
 
 Way = Literal["quantize", "base_as", "dequantize"]
 WAYS: Final[tuple[Way, ...]] = ("quantize", "base_as", "dequantize")

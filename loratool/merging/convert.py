@@ -22,10 +22,11 @@ from loratool.checkpoint.blocks import row_blocks
 from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.layout import Layout, NewFiles, new_files
+from loratool.checkpoint.model import CONFIG_NAME
 from loratool.errors import CheckpointError, quoted
 from loratool.merging.arithmetic import Merge, choose_device, overflow
 from loratool.merging.between import Reader, elements, turned
-from loratool.merging.conversion import CONFIG_NAME, Conversion, ConversionPlan
+from loratool.merging.conversion import Conversion, ConversionPlan
 from loratool.merging.outlet import Outlet
 from loratool.merging.plan import Target
 from loratool.merging.rewrite import Progress, opened

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loratool.checkpoint.blocks import read_exactly, row_blocks
+from loratool.checkpoint.file_state import refuse_changed_meanwhile, states_of
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tensor, tensor_digests
 from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.journal import Journal
@@ -164,6 +166,7 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
     inherited = inherited_files(merged)
     others = [name for name in inherited.files if str(name) not in own and str(name.parent) not in own]
     touched = frozenset(manifest.changed)
+    copied = states_of(merged.folder / name for name in others)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(merged, stage, touched, others, progress) as copy:
             places = places_in(copy, merged, touched)
@@ -175,6 +178,7 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
                 beside=copy.copies,
             )
         inexact = check_restored(digests, manifest, way)
+        refuse_changed_meanwhile([*merged.states, *copied])
         if manifest.previous is not None:
             (stage / MANIFEST_NAME).write_bytes(manifest.previous)
         report = _report(way, inexact, merged, manifest)
@@ -192,6 +196,7 @@ def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool
         OutputError: `out` exists, or cannot be written.
     """
     inherited = inherited_files(base)
+    files = states_of(base.folder / name for name in inherited.files)
     own = [name for name in base.other_files() if str(name) == MANIFEST_NAME]
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(base, stage, (), [*inherited.files, *own], progress) as copy:
@@ -199,6 +204,7 @@ def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool
         copied = Checkpoint.open(stage)
         if fingerprint(copied.tensors, tensor_digests(copied)) != manifest.base_fingerprint:
             raise RestoreError(f"{quoted(base.path)} changed while it was copied; run again")
+        refuse_changed_meanwhile([*base.states, *files])
     return UnmergeReport("base", (), inherited.notes)
 
 
@@ -217,7 +223,7 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
         if manifest.previous is not None:
             (journal.new / MANIFEST_NAME).write_bytes(manifest.previous)
         report = _report(way, inexact, merged, manifest)
-        journal.commit(remove=_own_files(merged, manifest))
+        journal.commit(remove=_own_files(merged, manifest), check=partial(refuse_changed_meanwhile, merged.states))
     return report
 
 

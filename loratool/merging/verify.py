@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from loratool.checkpoint.file_role import FileRole, may_be_loaded, role_of
+from loratool.checkpoint.file_state import refuse_changed_meanwhile
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint, can_be_file, has_file
 from loratool.errors import LoratoolError, VerificationError, quoted
@@ -90,12 +91,14 @@ def replay(
 
     Raises:
         VerificationError: names the first tensor that comes out otherwise under the torch that merged.
+        CheckpointError: a file of the base or of an adapter changed meanwhile.
     """
     weighted = [
         WeightedAdapter(entry.restored(a), entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)
     ]
     plan = plan_merge(weighted, base, manifest.options.get("seed")) if weighted else None
     digests, expected = _computed_again(base, manifest, plan, progress)
+    refuse_changed_meanwhile([*base.states, *(state for adapter in adapters for state in adapter.states)])
     for name in sorted(digests.keys() | expected.keys()):
         found, recorded = digests.get(name, "not merged"), expected.get(name, "not merged")
         merged_in_both = name in digests and name in expected
