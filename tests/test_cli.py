@@ -565,7 +565,7 @@ def test_json_of_a_merge_and_back(catalogued: Run, tmp_path: Path) -> None:
     keys = {
         "out", "base", "base_fingerprint", "adapters", "output_fingerprint", "undo_file", "tensors", "survival",
         "touched_bytes", "size_bytes", "output_size_bytes", "quantize", "base_as", "dequantize", "seconds", "dry_run",
-        "notes", "changed_tensors", "unchanged",
+        "notes", "changed_tensors", "unchanged", "tokenizer",
     }  # fmt: skip
     assert merged.keys() == planned.keys() == keys
     assert merged["tensors"] == planned["tensors"]

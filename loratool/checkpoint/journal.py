@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from loratool.checkpoint.copying import copy_range, flushing, sync_folder
+from loratool.checkpoint.file_role import FileRole, role_of
 from loratool.checkpoint.header import JOURNAL
 from loratool.checkpoint.json_text import LARGEST_LISTING, parse_json_object, read_limited
 from loratool.checkpoint.seal import Head, has_head, head_of, leased, seal, unseal
@@ -38,7 +39,7 @@ COMMIT: Final = "commit.json"
 REDO: Final = "redo"
 NEW: Final = "new"
 _OWN: Final = re.compile(r"loratool\.json|loratool-undo(/[0-9a-f]{12})?")
-"""What, beside ranges of weight files, an in-place change may add, replace or remove."""
+"""What of loratool's own an in-place change may add, replace or remove, beside ranges of weight files."""
 
 
 @contextmanager
@@ -355,18 +356,23 @@ def _checked(folder: Path, record: dict[str, Any]) -> _Record:
         _check_own_file(folder / file, stop)
     for path in (journal / NEW).rglob("*"):
         name = path.relative_to(journal / NEW)
-        if not (_OWN.fullmatch(str(name)) or _OWN.fullmatch(str(name.parent))):
+        if not (_OWN.fullmatch(str(name)) or _OWN.fullmatch(str(name.parent)) or _is_of_tokenizer(str(name))):
             raise ValueError(f"{quoted(name)} is in the way")
         for part in (name, *name.parents[:-1]):
             _refuse_link(folder / part)
     for name in record["remove"]:
-        if not _OWN.fullmatch(name):
+        if not (_OWN.fullmatch(name) or _is_of_tokenizer(name)):
             raise ValueError(f"{quoted(name)} is in the way")
         if "/" in name:
             _refuse_link((folder / name).parent)
     for name, head in record.get("heads", {}).items():
         _check_head(folder / name, head)
     return _Record(record["ranges"], record["remove"], record.get("heads", {}))
+
+
+def _is_of_tokenizer(name: str) -> bool:
+    """Whether a name is that of a tokenizer's file or a chat template in the folder itself, which a merge may bring along."""
+    return "/" not in name and role_of(name) in (FileRole.TOKENIZER, FileRole.CHAT_TEMPLATE)
 
 
 def _check_head(file: Path, head: dict[str, Any]) -> None:

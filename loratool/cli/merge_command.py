@@ -38,6 +38,7 @@ from loratool.weights.storages import MAKINGS
 
 if TYPE_CHECKING:
     from loratool.library.merge_result import MergeResult
+    from loratool.library.tokenizer_choice import TokenizerOf
     from loratool.merging.conversion import Conversion
 
 
@@ -89,6 +90,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Leave out what was trained with an adapter in files of its own (heads, projectors).",
 )
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["base", "adapter"]),
+    help="Whose tokenizer and chat template; by default the adapter's where it trained embeddings or says otherwise.",
+)
 @device_option
 @alpha_option
 @json_option
@@ -111,6 +117,7 @@ def command(
     again: bool,
     allow_no_op: bool,
     without_extras: bool,
+    tokenizer: TokenizerOf | None,
     device: str,
     alpha: float | None,
     as_json: bool,
@@ -148,6 +155,7 @@ def command(
             again=again,
             allow_no_op=allow_no_op,
             without_extras=without_extras,
+            tokenizer=tokenizer,
             device=device,
             alpha=alpha,
             registry=registry,
@@ -207,6 +215,7 @@ def _print_plan(result: MergeResult, *, in_place: bool) -> None:
         [
             ("changes", _changed(result)),
             ("stored anew", _stored_anew(result)),
+            ("tokenizer", shown(result.tokenizer.source or "")),
             ("in place" if in_place else "would write", shown_path(result.out)),
             ("takes about", duration(result.seconds)),
         ]
@@ -229,6 +238,7 @@ def _print_result(result: MergeResult, *, in_place: bool) -> None:
             ("in place" if in_place else "written to", out),
             ("changed", _changed(result)),
             ("stored anew", _stored_anew(result)),
+            ("tokenizer", shown(result.tokenizer.source or "")),
             ("survived", survived(**result.survival.to_json()) if result.survival else ""),
             ("time", duration(result.seconds)),
             ("undo", _undo(result)),
@@ -242,7 +252,7 @@ def _undo(result: MergeResult) -> str:
     """What it takes to take the merge out again: the undo file, and the copies of the adapters beside it."""
     if result.undo_file is None:
         return ""
-    copies = [file for file in result.undo_file.parent.iterdir() if file != result.undo_file]
+    copies = [file for file in result.undo_file.parent.iterdir() if file.suffix == ".st" and file != result.undo_file]
     whose = "the adapter's copy" if len(copies) == 1 else "the adapters' copies"
     return (
         f"{size(result.undo_file.stat().st_size)}, and {size(sum(each.stat().st_size for each in copies))} for {whose}"

@@ -256,6 +256,7 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
         LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
     """
     from loratool.formats.adapter_files import content_of_file
+    from loratool.formats.adapter_folder import tokenizer_files
     from loratool.library.no_change import no_change_notes
 
     facts, owner, notes = facts_of(adapter, catalogue, base=base, any_base=any_base, base_model=base_model)
@@ -265,6 +266,7 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
     }
     if adapter.facts:
         files["loratool.json"] = _json_bytes(adapter.facts)
+    files |= tokenizer_files(adapter)
     with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
         yield StagedEntry(catalogue, facts, owner, staged, (*adapter.notes, *no_change_notes(adapter)), tuple(notes))
 

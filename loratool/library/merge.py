@@ -36,6 +36,7 @@ from loratool.library.progress import Progress, Silent
 from loratool.library.promised import Promised, PromisedMerge
 from loratool.library.resolve import ResolvedAdapter, ResolvedBase, resolve_at_rank, resolve_base
 from loratool.library.right_base import check_base
+from loratool.library.tokenizer_choice import TokenizerChoice, TokenizerOf, choose_tokenizer
 from loratool.library.trained_beside import refuse_trained_beside
 from loratool.library.user_path import user_path
 from loratool.merging.apply import BaseIdentity, Check, MergeReport, apply_conversion, apply_merge, merge_in_place
@@ -57,7 +58,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
           in_place: bool = False, quantize: str | None = None, base_as: str | None = None, dequantize: bool = False,
           calibrate: PathLike | None = None,
           dry_run: bool = False, undo: bool = False, force: bool = False, any_base: bool = False,
-          again: bool = False, allow_no_op: bool = False, without_extras: bool = False, device: str = "auto",
+          again: bool = False, allow_no_op: bool = False, without_extras: bool = False,
+          tokenizer: TokenizerOf | None = None, device: str = "auto",
           alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
@@ -80,6 +82,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         again: add the update of an adapter that is in the base's weights already once more.
         allow_no_op: go on where an adapter, or the whole merge, changes nothing.
         without_extras: leave out weights that were trained with an adapter and lie beside it in files of their own.
+        tokenizer: ``base``, or ``adapter``: that of the first adapter that has one; by default the adapter's where it trained
+            the embeddings of tokens or its tokenizer or chat template says otherwise than the base's.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -120,13 +124,16 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
                 _refuse_in_place(checkpoint)
             with base.explained():
                 plan = plan_merge(weighted, checkpoint)
+            chosen = choose_tokenizer(resolved, plan, tokenizer) if base.headers is None else TokenizerChoice()
+            plan = replace(plan, files=chosen.files)
             conversion = None if change is None else plan_conversion(checkpoint, change, plan)
-            outcome = Outcome(target, base.name, merged, plan, conversion, in_place=in_place)
+            outcome = Outcome(target, base.name, merged, plan, conversion, in_place=in_place, tokenizer=chosen)
             done = finished_before(checkpoint, weighted, catalogue, watcher) if in_place and not dry_run else None
             if done is not None:
                 return _recorded(outcome.of(done, time.monotonic() - started, [FINISHED]), catalogue)
             digests, notes = _check(base, resolved, plan, catalogue, watcher, allowed, device=device,
                                     in_place=in_place, dry_run=dry_run)  # fmt: skip
+            notes += chosen.notes
             if not in_place:
                 kind = OutputKind.MERGED_MODEL
                 notes += refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratool.library.no_change import unchanged_notes
+from loratool.library.tokenizer_choice import TokenizerChoice
 from loratool.merging.conversion import ConversionPlan
 from loratool.merging.manifest import Manifest
 from loratool.merging.plan import MergePlan
@@ -32,6 +33,7 @@ class MergeResult:
         unchanged: names of planned tensors that kept the base's bytes: their update is zero or was lost by rounding.
         seconds: the time taken, or expected.
         conversion: what is stored otherwise than in the base; None where nothing is.
+        tokenizer: what the tokenizer and the chat template are from.
     """
 
     out: Path
@@ -49,6 +51,7 @@ class MergeResult:
     conversion: ConversionPlan | None = None
     unchanged: tuple[str, ...] = ()
     in_place: bool = False
+    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
 
     @property
     def changed_tensors(self) -> int | None:
@@ -92,6 +95,7 @@ class MergeResult:
             "output_size_bytes": self.output_size_bytes,
             "seconds": round(self.seconds, 3),
             "dry_run": self.dry_run,
+            "tokenizer": self.tokenizer.to_json(),
             "notes": list(self.notes),
         }
 
@@ -106,6 +110,7 @@ class Outcome:
     plan: MergePlan
     conversion: ConversionPlan | None
     in_place: bool
+    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
 
     def of(self, manifest: Manifest, seconds: float, notes: Sequence[str]) -> MergeResult:
         """The result that the manifest describes."""
@@ -121,6 +126,7 @@ class Outcome:
             seconds=seconds,
             dry_run=False,
             in_place=self.in_place,
+            tokenizer=self.tokenizer,
             survival=manifest.survival_of_all,
             survivals=manifest.survival,
             conversion=self.conversion,
@@ -142,6 +148,7 @@ class Outcome:
             dry_run=True,
             in_place=self.in_place,
             conversion=self.conversion,
+            tokenizer=self.tokenizer,
         )
 
 

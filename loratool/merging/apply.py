@@ -28,6 +28,7 @@ from loratool.formats.content import content_of
 from loratool.formats.facts import parents_of
 from loratool.formats.write import write_single_file
 from loratool.merging.arithmetic import Merge, choose_device
+from loratool.merging.changed_files import FileChanges
 from loratool.merging.contents import contents_of_base
 from loratool.merging.conversion import ConversionPlan
 from loratool.merging.convert import write_converted
@@ -68,12 +69,13 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
         OutputError: `out` exists, or cannot be written.
         CheckpointError, AdapterError: a file changed or is damaged; nothing is written then.
     """
-    others = inherited_files(plan.base).files
-    sources = _sources(plan.base, others, plan.adapters)
+    others = [name for name in inherited_files(plan.base).files if str(name) not in plan.files.names]
+    sources = _sources(plan.base, others, plan.adapters, plan.files)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with replica(plan.base, stage, plan.touched, others, progress) as copy:
             places = places_in(copy, plan.base, plan.touched)
             report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, (), others)
+        plan.files.write(stage)
         refuse_changed_meanwhile(sources)
         check(report.manifest)
         (stage / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
@@ -91,9 +93,11 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
     """
     kind = OutputKind.MERGED_MODEL if plan.merge else OutputKind.QUANTIZED_MODEL
     merged = plan.merge.adapters if plan.merge else ()
-    sources = _sources(plan.base, plan.others, merged)
+    files = plan.merge.files if plan.merge else FileChanges()
+    sources = _sources(plan.base, plan.others, merged, files)
     with staged_folder(out, kind, force=force) as stage:
         converted = write_converted(plan, stage, device=device, known=base.digests or {}, progress=progress)
+        files.write(stage)
         before, written = fingerprint(plan.base.tensors, converted.before), Checkpoint.open(stage)
         manifest = Manifest(
             kind="merge" if plan.merge else "quantization",
@@ -109,6 +113,7 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
             files=_file_digests(written, written.other_files()),
             unchanged=converted.unchanged,
             earlier=contents_of_base(plan.base.folder, before),
+            changed_files=files.recorded(plan.base.folder),
             **_survival(converted.survival),
         )
         refuse_changed_meanwhile(sources)
@@ -131,21 +136,25 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
     """
     with Journal(plan.base.folder) as journal:
         places = reserve(journal, plan.targets)
-        others = tuple(plan.base.other_files())
-        sources = _sources(plan.base, others, plan.adapters)
+        others = [name for name in plan.base.other_files() if str(name) not in plan.files.names]
+        sources = _sources(plan.base, others, plan.adapters, plan.files)
         report = _merge(
             plan, places, journal.new, base, device, True, progress, (), journal.ahead(), others, in_place=True
         )
+        plan.files.write(journal.new)
         check(report.manifest)
         (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
-        journal.commit(check=partial(refuse_changed_meanwhile, sources))
+        removed = tuple(sorted(plan.files.removed))
+        journal.commit(remove=removed, check=partial(refuse_changed_meanwhile, sources))
     return report
 
 
-def _sources(base: Checkpoint, others: Iterable[Path], adapters: Iterable[WeightedAdapter]) -> tuple[FileState, ...]:
+def _sources(base: Checkpoint, others: Iterable[Path], adapters: Iterable[WeightedAdapter],
+             files: FileChanges) -> tuple[FileState, ...]:  # fmt: skip
     """Return the states of the files that a model is made from: the base's, `others` in its folder, and the adapters'."""
     of_adapters = (state for weighted in adapters for state in weighted.adapter.states)
-    return (*base.states, *states_of(base.folder / name for name in others), *of_adapters)
+    brought = (content for content in files.written.values() if isinstance(content, Path))
+    return (*base.states, *states_of(base.folder / name for name in others), *of_adapters, *states_of(brought))
 
 
 def places_in(copy: Replica, base: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
@@ -205,13 +214,14 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         versions=_versions(),
         changed=changed,
         tensors=after,
-        files=_file_digests(plan.base, others),
+        files=_file_digests(plan.base, others) | plan.files.digests(),
         undo=undo_folder,
         undo_adapters=_undo_adapters(plan, folder, undo_folder),
         previous=previous,
         in_place=in_place,
         earlier=() if previous else contents_of_base(plan.base.folder, base_fingerprint),
         unchanged=tuple(target.name for target in plan.targets if _is_unchanged(target, changed)),
+        changed_files=plan.files.recorded(plan.base.folder),
         **_survival(survival),
     )
     return MergeReport(manifest, before)
@@ -250,6 +260,7 @@ def _undo_writer(plan: MergePlan, folder: Path, undo_folder: str | None) -> Abst
     target.mkdir(parents=True)
     for index, weighted in enumerate(plan.adapters):
         write_single_file(weighted.adapter, target / adapter_file(index))
+    plan.files.keep(plan.base.folder, target)
     return UndoWriter(target / UNDO_NAME)
 
 

@@ -198,6 +198,7 @@ class ConversionPlan:
         anew = {
             "" if self.config is None else CONFIG_NAME,
             "" if self.base.index is None else self.base.index.name,
+            *(() if self.merge is None else self.merge.files.names),
         }
         files = inherited_files(self.base).files
         return [name for name in files if str(name) not in anew and role_of(name) is not FileRole.OWN]

@@ -19,6 +19,7 @@ from loratool.checkpoint.json_text import LARGEST_LISTING, parse_json_object, re
 from loratool.errors import CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.dylora import KIND, at_rank
+from loratool.merging.changed_files import ChangedFile, may_change
 from loratool.merging.rewrite import Digests
 from loratool.merging.survival import Survival
 
@@ -110,6 +111,7 @@ class Manifest:
         survival: what of the update each quantized matrix carries.
         survival_of_all: the same of all of them together; None where there is none.
         kind: ``merge``, or ``quantization``, which has no adapters.
+        changed_files: the files beside the weights that are not the base's, by name: an adapter's tokenizer, say.
     """
 
     base_name: str
@@ -131,6 +133,7 @@ class Manifest:
     kind: str = "merge"
     unchanged: tuple[str, ...] = ()
     earlier: tuple[HeldAdapter, ...] = ()
+    changed_files: Mapping[str, ChangedFile] = field(default_factory=dict)
 
     @property
     def converted(self) -> bool:
@@ -174,6 +177,8 @@ class Manifest:
             "previous": None if self.previous is None else _pack(self.previous),
             "in_place": self.in_place,
         }
+        if self.changed_files:
+            value["changed_files"] = {name: asdict(each) for name, each in self.changed_files.items()}
         if self.survival_of_all is not None:
             each = {name: survival.to_json() for name, survival in self.survival.items()}
             value["survival"] = {"all": self.survival_of_all.to_json(), "tensors": each}
@@ -237,7 +242,20 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         kind=_text(value["kind"]),
         unchanged=tuple(_text(name) for name in value.get("unchanged", ())),
         earlier=tuple(_held(entry) for entry in value.get("earlier", ())),
+        changed_files={_plain(name): _changed_file(entry) for name, entry in value.get("changed_files", {}).items()},
     )
+
+
+def _changed_file(entry: Mapping[str, Any]) -> ChangedFile:
+    before = entry["before"]
+    return ChangedFile(_text(entry["source"]), None if before is None else _digest(before))
+
+
+def _plain(name: object) -> str:
+    """The name of a file that an unmerge may replace."""
+    if not may_change(_text(name)):
+        raise ValueError(name)
+    return _text(name)
 
 
 def _adapter(entry: Mapping[str, Any]) -> MergedAdapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.lora_config import ALL_LINEAR
 from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
 from loratool.formats.replacements import refuse_incomplete
+from loratool.merging.changed_files import FileChanges
 from loratool.merging.ties import is_tied_embedding, refuse_tied
 from loratool.merging.vocabulary import misfit_advice
 from loratool.updates import Update
@@ -79,6 +80,7 @@ class MergePlan:
         notes: what a user should know before it happens.
         seed: what all that is rounded by chance is seeded with, 64 hexadecimal digits.
         calibration: BLAKE3 of the text that the merge is calibrated on; "" where it is not.
+        files: what is written beside the weights in place of the base's files.
     """
 
     base: Checkpoint
@@ -87,6 +89,7 @@ class MergePlan:
     notes: tuple[str, ...]
     seed: str = ""
     calibration: str = ""
+    files: FileChanges = field(default_factory=FileChanges)
 
     @property
     def touched_bytes(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
 from loratool.merging.apply import places_in, reserve
 from loratool.merging.arithmetic import ApproximateUnmerge, ExactUnmerge, choose_device
+from loratool.merging.changed_files import KEPT, Originals, edited_since
 from loratool.merging.manifest import MANIFEST_NAME, Manifest
 from loratool.merging.plan import Target, WeightedAdapter, plan_merge
 from loratool.merging.rewrite import Change, Digests, Progress, bytes_of, opened, rewrite
@@ -45,6 +47,7 @@ class Restoration:
     method: str
     targets: tuple[Target, ...]
     change: Callable[[Target], Change]
+    originals: Originals = field(default_factory=lambda: Originals(None))
 
     @property
     def exact(self) -> bool:
@@ -88,7 +91,7 @@ def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto"
         except (AdapterError, CheckpointError) as error:
             raise RestoreError(f"an adapter beside the undo file is damaged: {error}") from None
 
-    return Restoration("undo", targets, change)
+    return Restoration("undo", targets, change, Originals(folder, KEPT))
 
 
 def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) -> Restoration:
@@ -103,7 +106,8 @@ def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) 
         if weight is None or stored_weight(base, name) is None or not _are_alike(weight, base):
             raise RestoreError(f"{quoted(name)} is not alike in {quoted(merged.path)} and {quoted(base.path)}")
         targets.append(Target(weight, (), transposed=False))
-    return Restoration("base", tuple(targets), lambda target: _CopyFrom(base, target))
+    originals = Originals(base.folder if base.path.is_dir() else None)
+    return Restoration("base", tuple(targets), lambda target: _CopyFrom(base, target), originals)
 
 
 def _are_alike(weight: StoredWeight, base: Checkpoint) -> bool:
@@ -164,7 +168,11 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
     """
     own = {MANIFEST_NAME} | ({manifest.undo} if manifest.undo else set())
     inherited = inherited_files(merged)
-    others = [name for name in inherited.files if str(name) not in own and str(name.parent) not in own]
+    others = [
+        name
+        for name in inherited.files
+        if str(name) not in own and str(name.parent) not in own and str(name) not in manifest.changed_files
+    ]
     touched = frozenset(manifest.changed)
     copied = states_of(merged.folder / name for name in others)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
@@ -178,10 +186,14 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
                 beside=copy.copies,
             )
         inexact = check_restored(digests, manifest, way)
+        missing, _ = way.originals.restore(manifest.changed_files, stage)
+        for name in missing:
+            if Path(name) in inherited.files:
+                shutil.copyfile(merged.folder / name, stage / name)
         refuse_changed_meanwhile([*merged.states, *copied])
         if manifest.previous is not None:
             (stage / MANIFEST_NAME).write_bytes(manifest.previous)
-        report = _report(way, inexact, merged, manifest)
+        report = _with_missing(_report(way, inexact, merged, manifest), missing)
         return replace(report, notes=(*report.notes, *inherited.notes))
 
 
@@ -220,11 +232,19 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
         places = reserve(journal, way.targets)
         digests = rewrite(way.targets, way.change, places, progress=progress, ahead=journal.ahead())
         inexact = check_restored(digests, manifest, way)
+        missing, added = way.originals.restore(manifest.changed_files, journal.new)
         if manifest.previous is not None:
             (journal.new / MANIFEST_NAME).write_bytes(manifest.previous)
-        report = _report(way, inexact, merged, manifest)
-        journal.commit(remove=_own_files(merged, manifest), check=partial(refuse_changed_meanwhile, merged.states))
+        report = _with_missing(_report(way, inexact, merged, manifest), missing)
+        removed = (*_own_files(merged, manifest), *added)
+        journal.commit(remove=removed, check=partial(refuse_changed_meanwhile, merged.states))
     return report
+
+
+def _with_missing(report: UnmergeReport, missing: Sequence[str]) -> UnmergeReport:
+    """The report with notes on files of the base that are not at hand."""
+    notes = [f"{quoted(name)} stays as the merge left it: the base's own is not at hand" for name in missing]
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def check_restored(digests: Mapping[str, Digests], manifest: Manifest, way: Restoration) -> tuple[str, ...]:
@@ -271,7 +291,8 @@ def _report(way: Restoration, inexact: tuple[str, ...], merged: Checkpoint, mani
     digests = in_threads(hash_tensor, alone, cpu_workers())
     changed = [info.name for info, digest in zip(alone, digests, strict=True) if digest != manifest.tensors[info.name]]
     notes = [f"{quoted(name)} was changed after the merge and is kept as it is now" for name in changed]
-    return UnmergeReport(way.method, (*inexact, *changed), (*notes, *_changed_files(merged, manifest)))
+    edited = edited_since(manifest.changed_files, manifest.files, merged.folder)
+    return UnmergeReport(way.method, (*inexact, *changed), (*notes, *edited, *_changed_files(merged, manifest)))
 
 
 def _changed_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
@@ -279,7 +300,7 @@ def _changed_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
     notes = []
     for name, digest in sorted(manifest.files.items()):
         file = merged.folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
+        if ".." in Path(name).parts or Path(name).is_absolute() or name in manifest.changed_files:
             continue
         if not has_file(file):
             notes.append(f"{quoted(name)} was removed after the merge")
