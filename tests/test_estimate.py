@@ -361,7 +361,7 @@ BAD_CONFIGS: dict[str, tuple[Any, str]] = {
     "a missing key": ({key: value for key, value in LLAMA.items() if key != "vocab_size"}, "has no 'vocab_size'"),
     "a negative number": (LLAMA | {"hidden_size": -4096}, "has 'hidden_size' '-4096'"),
     "nothing": (LLAMA | {"num_hidden_layers": 0}, "has 'num_hidden_layers' '0'"),
-    "a string": (LLAMA | {"hidden_size": "4096"}, "has 'hidden_size' '4096', which is no whole number"),
+    "a string": (LLAMA | {"hidden_size": "4096"}, "has 'hidden_size' '4096', which is not a whole number"),
     "a fraction": (LLAMA | {"intermediate_size": 1.5}, "has 'intermediate_size' '1.5'"),
     "a truth": (LLAMA | {"num_attention_heads": True}, "has 'num_attention_heads' 'True'"),
     "a huge number": (LLAMA | {"hidden_size": 10**30}, "1 to 16,777,216"),

@@ -1,4 +1,4 @@
-"""The configurations of models that papers speak of, in the words of transformers' ``config.json``."""
+"""Configurations of models that papers describe, with the keys of transformers' ``config.json``."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ KNOWN: Final[Mapping[str, Mapping[str, Any]]] = {
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
-    # Brown et al. 2020, arXiv:2005.14165, table 2.1. Its modules as OPT has them, with separate projections: the LoRA
-    # paper adapts W_q and W_v by themselves.
+    # Brown et al. 2020, arXiv:2005.14165, table 2.1. Modules are OPT's, with separate projections, because the LoRA
+    # paper adapts W_q and W_v separately.
     "gpt3-175b": {
         "model_type": "opt",
         "vocab_size": 50_257,
@@ -63,4 +63,4 @@ KNOWN: Final[Mapping[str, Mapping[str, Any]]] = {
     "mistral-7b": _llama(4096, 32, 32, 14_336, num_key_value_heads=8, max_position_embeddings=32_768)
     | {"model_type": "mistral"},
 }
-"""By the names that ``loratool estimate`` knows."""
+"""Configurations by the names that ``loratool estimate`` accepts."""

@@ -1,9 +1,9 @@
-"""How much memory training takes: weights, gradients, the optimizer's moments, and what a step keeps for its backward pass.
+"""The memory that training takes: weights, gradients, the optimizer's moments, and what a step keeps for its backward pass.
 
 Sources: Rajbhandari et al. 2020 (ZeRO, arXiv:1910.02054, section 3.1) for weights, gradients and moments; Dettmers et al.
 2023 (QLoRA, arXiv:2305.14314, sections 2 and 3) for weights in 4 bits; Korthikanti et al. 2022 (arXiv:2205.05198, equations
-1 and 2) for activations, whose way of counting is followed here for the layers of today: what autograd keeps of each
-operation. Needs no torch.
+1 and 2) for activations. The last count what autograd keeps of each operation; this module does the same for current layers.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged", "sgd"]
 Attention = Literal["sdpa", "eager"]
 
 MOMENTS: Final[Mapping[Optimizer, int]] = {"adamw": 8, "adamw-8bit": 2, "adamw-paged": 0, "sgd": 0}
-"""Bytes of each trained parameter: two moments of fp32; of 8 bits; of fp32 in the host's memory; none."""
+"""Bytes on the device per trained parameter: two fp32 moments; two of 8 bits; two fp32 paged to the host; none."""
 
 DTYPES: Final[Mapping[str, int]] = {"fp32": 4, "bf16": 2, "fp16": 2}
 BLOCK: Final = 64
 NESTED_BLOCK: Final = 256
 
 _KEPT_OF_ACTIVATIONS: Final[Mapping[str, int]] = {"relu": 0, "gelu_new": 4, "gelu_fast": 4, "gelu_python": 4}
-"""Tensors that autograd keeps of an activation beside its result: one input for most, all steps of one that is written out."""
+"""Tensors that autograd keeps of an activation besides its result. Most keep their input; one written out as several
+operations keeps the tensors between them."""
 
 _LOGIT_BYTES: Final = 12
-"""Of each logit at the beginning of the backward pass: the log-softmax in fp32, and two gradients of its size."""
+"""Bytes per logit as the backward pass begins: the log-softmax in fp32, and two gradients of the same size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that training takes; each attribute is at its largest, and the peak is at most their sum."""
+    """Bytes that training takes. Each attribute is the largest value over a step, so the peak is at most their sum."""
 
     weights: int
     gradients: int
@@ -43,20 +44,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """Sum of all attributes, in bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one pass of a step reads, and how.
+    """The batch that one forward and backward pass reads, and how it is computed.
 
     Attributes:
-        batch_size: rows; those of a batch are padded to one length.
-        length: tokens of a row.
-        compute: bytes of a number in the type that computes, and in which weights that are not in 4 bits are held.
-        attention: ``sdpa``, which keeps no scores, or ``eager``, which does.
-        checkpointing: only the input of each layer is kept, and the layer computed again (gradient checkpointing).
+        batch_size: rows of a batch, all padded to one length.
+        length: tokens in a row.
+        compute: bytes per number in the compute dtype, which is also the dtype of weights that are not in 4 bits.
+        attention: ``sdpa`` keeps no attention scores; ``eager`` keeps them.
+        checkpointing: True for gradient checkpointing: keep only each layer's input and compute the layer again.
     """
 
     batch_size: int
@@ -67,20 +68,26 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Of all rows."""
+        """Number of tokens in all rows."""
         return self.batch_size * self.length
 
 
 def adapter_parameters(shape: ModelShape, modules: Collection[str], rank: int, *, adalora: bool = False) -> int:
-    """Of A (rank, in) and B (out, rank) on each module, ``rank * (in + out)`` (LoRA, arXiv:2106.09685, section 4.1), and of
-    AdaLoRA also Lambda, ``rank`` (arXiv:2303.10512, equation 3)."""
+    """Return the number of parameters of an adapter on `modules`.
+
+    Each module has A (rank, in) and B (out, rank): ``rank * (in + out)`` parameters (LoRA, arXiv:2106.09685, section 4.1).
+    AdaLoRA adds Lambda, another ``rank`` (arXiv:2303.10512, equation 3).
+    """
     linears = [shape.linears[module] for module in modules]
     return sum(rank * (linear.in_features + linear.out_features + adalora) for linear in linears)
 
 
 def nf4_bytes(shape: ModelShape) -> int:
-    """Of the weights of linear modules in NF4 with double quantization: 4 bits, ``8 / 64`` of a block's scale, and
-    ``32 / (64 * 256)`` of a scale of scales (QLoRA, section 3): 4.127 bits a parameter."""
+    """Return the bytes of all linear weights in NF4 with double quantization.
+
+    A parameter takes 4.127 bits (QLoRA, section 3): 4 of its code, ``8 / 64`` of its block's scale, and ``32 / (64 * 256)``
+    of the scale of scales.
+    """
     total = 0
     for linear in shape.linears.values():
         blocks = -(-linear.parameters // BLOCK)
@@ -89,8 +96,10 @@ def nf4_bytes(shape: ModelShape) -> int:
 
 
 def full_memory(shape: ModelShape, step: Step, optimizer: Optimizer) -> Memory:
-    """Full fine-tuning: weights and gradients in the type that computes, moments of every parameter. In 16 bits with AdamW
-    12 bytes a parameter (QLoRA, section 1: more than 780 GB for 65 B)."""
+    """Return the memory of full fine-tuning: weights and gradients in the compute dtype, and moments of every parameter.
+
+    With 16-bit weights and AdamW that is 12 bytes per parameter (QLoRA, section 1: more than 780 GB for 65 B).
+    """
     return Memory(
         weights=shape.parameters * step.compute,
         gradients=shape.parameters * step.compute,
@@ -101,8 +110,11 @@ def full_memory(shape: ModelShape, step: Step, optimizer: Optimizer) -> Memory:
 
 def adapter_memory(shape: ModelShape, step: Step, optimizer: Optimizer, modules: Collection[str], rank: int, *,
                    method: Method, adapter_dtype: str, quantized: bool) -> Memory:  # fmt: skip
-    """LoRA and its like, or QLoRA where the base is `quantized`: gradients and moments of the adapter alone. AdaLoRA keeps
-    two moving averages of each parameter as well (arXiv:2303.10512, equations 9 and 10), counted with the moments."""
+    """Return the memory of training an adapter, whose parameters alone have gradients and moments.
+
+    With `quantized`, linear weights are in NF4 (QLoRA). AdaLoRA also keeps two fp32 moving averages per parameter
+    (arXiv:2303.10512, equations 9 and 10), which are counted with the moments.
+    """
     adapter = adapter_parameters(shape, modules, rank, adalora=method == "adalora")
     weights = shape.parameters * step.compute
     decoded = 0
@@ -120,14 +132,14 @@ def adapter_memory(shape: ModelShape, step: Step, optimizer: Optimizer, modules:
 
 
 def activation_bytes(shape: ModelShape, step: Step, ranks: Mapping[str, int] | None) -> int:
-    """What autograd keeps of one pass: of every layer and of the logits.
+    """Return the bytes that autograd keeps of one pass: of all layers and of the logits.
 
-    With gradient checkpointing, the input of every layer, and what is larger: one layer computed again (Korthikanti et al.,
-    section 5), or the logits, which are gone by then. Of the logits, those of every token are counted; a trainer that
-    scores completions alone makes fewer.
+    With gradient checkpointing, that is the input of every layer plus the larger of two: one recomputed layer (Korthikanti
+    et al., section 5), or the logits, which are freed before. Logits are counted for every token; a trainer that scores
+    only completions makes fewer.
 
     Args:
-        ranks: of the modules with an adapter; None for full fine-tuning, which keeps the input of every weight.
+        ranks: rank by adapted module; None for full fine-tuning, which keeps the input of every weight.
     """
     layer = step.tokens * layer_bytes(shape, step, ranks) + step.batch_size * _score_bytes(shape, step)
     layer += step.tokens * step.compute * sum((ranks or {}).values()) // shape.layers  # A x of each adapter
@@ -139,10 +151,10 @@ def activation_bytes(shape: ModelShape, step: Step, ranks: Mapping[str, int] | N
 
 
 def layer_bytes(shape: ModelShape, step: Step, ranks: Mapping[str, int] | None) -> int:
-    """What autograd keeps of one layer for each token, but the attention's scores.
+    """Return the bytes per token that autograd keeps of one layer, without the attention scores.
 
-    Of 16-bit GPT layers with dropout that is, with ``_score_bytes``, ``s b h (34 + 5 a s / h)`` (Korthikanti et al., equation
-    1), for s tokens, b rows, h the hidden size and a heads. A frozen weight keeps no input, unless an adapter on it does.
+    With ``_score_bytes``, a 16-bit GPT layer with dropout keeps ``s b h (34 + 5 a s / h)`` bytes (Korthikanti et al.,
+    equation 1), for s tokens, b rows, hidden size h and a heads. A frozen weight keeps no input, but an adapter on it does.
     """
     read = None if ranks is None else {module_input(module) for module in ranks}
 
@@ -150,7 +162,7 @@ def layer_bytes(shape: ModelShape, step: Step, ranks: Mapping[str, int] | None) 
         return read is None or what in read
 
     queries = shape.heads * shape.head_dim
-    # sdpa is given keys and values of as many heads as queries where a mask stands for padding.
+    # With a padding mask, transformers repeats keys and values to the number of query heads before it calls sdpa.
     is_spread = step.attention == "eager" or step.batch_size > 1
     keys = (shape.heads if is_spread else shape.kv_heads) * shape.head_dim
     elements = shape.hidden * (keeps("attention input") + keeps("mlp input"))
@@ -164,24 +176,30 @@ def layer_bytes(shape: ModelShape, step: Step, ranks: Mapping[str, int] | None) 
 
 
 def _mlp_elements(shape: ModelShape, *, keeps_product: bool) -> int:
-    """Of the intermediate size: what the activation keeps, both factors of a gate, and what the last module reads."""
+    """Return the elements per token that an MLP keeps: of its activation, of a gate's two factors, and its last input."""
     kept = _KEPT_OF_ACTIVATIONS.get(shape.activation, 1)
     if shape.gated:
         return shape.intermediate * (kept + 2 + keeps_product)
-    # A result that the activation keeps is the same tensor that the last module reads.
+    # If the activation keeps its result, that is the same tensor that the last module reads.
     return shape.intermediate * (kept + (keeps_product or kept == 0))
 
 
 def _norm_bytes(shape: ModelShape, step: Step, *, is_full: bool) -> int:
-    """An RMS norm of transformers keeps its input in fp32 and, for its weight's gradient, its result before the weight."""
+    """Return the bytes per token that a norm keeps.
+
+    transformers' RMS norm keeps its input in fp32 and, to compute its weight's gradient, the normalized input.
+    """
     if not shape.rms_norms:
         return shape.hidden * step.compute
     return shape.hidden * (4 + step.compute * is_full)
 
 
 def _score_bytes(shape: ModelShape, step: Step) -> int:
-    """Of one row: softmax, and with dropout its mask and result, ``5 a s^2`` bytes in 16 bits. All but GPT-2 make the softmax
-    in fp32, and keep it beside its 16-bit copy."""
+    """Return the bytes of attention scores that autograd keeps of one row.
+
+    The softmax, and with dropout its mask and result, take ``5 a s^2`` bytes in 16 bits. Every model except GPT-2 computes
+    the softmax in fp32 and keeps it next to its 16-bit copy.
+    """
     if step.attention == "sdpa":
         return 0
     width = step.compute + (step.compute + 1) * shape.dropout

@@ -1,12 +1,12 @@
-"""The shape of a causal language model, from its configuration alone: modules, parameters, and what its layers are made of.
+"""The shape of a causal language model from its configuration alone: modules, parameters, and the makeup of its layers.
 
-Needs no torch. The numbers of parameters are those of transformers' own modules of the same configuration.
+Needs no torch. Parameter counts equal those of the modules that transformers builds from the same configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from loratool.architecture import any_model
@@ -16,37 +16,37 @@ from loratool.errors import CheckpointError, UnsupportedError, quoted
 
 MOST: Final[Mapping[str, int]] = {"layers": 4096}
 LARGEST: Final = 1 << 24
-"""What a number in a configuration may be at most; a hidden size or vocabulary beyond it is a mistake."""
+"""The largest number accepted in a configuration; a larger hidden size or vocabulary is a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear module with a weight of `in_features` times `out_features`."""
+    """A linear module, whose weight has `in_features` times `out_features` elements."""
 
     in_features: int
     out_features: int
 
     @property
     def parameters(self) -> int:
-        """Of its weight."""
+        """Number of elements in its weight."""
         return self.in_features * self.out_features
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What of a model's shape decides how much memory its training takes.
+    """The parts of a model's shape that decide how much memory its training takes.
 
     Attributes:
-        hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary: as its configuration has them.
-        context: the most tokens that it reads, where it says so.
-        gated: a layer's MLP multiplies two products (SwiGLU and its like), else it has an activation alone.
-        activation: the MLP's, as transformers calls it.
-        rms_norms: a layer's norms are RMS norms, which transformers computes in fp32; else layer norms.
-        norms: of a layer, over the hidden size.
-        normed_heads: queries and keys have RMS norms of their own.
-        dropout: what the layers leave out in training is drawn; the masks are kept.
-        linears: every linear module but the output head, by name.
-        parameters: of the whole model, those of tied embeddings once.
+        hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary: the sizes in its configuration.
+        context: the most tokens it reads at once, or None if its configuration names no limit.
+        gated: True if each MLP multiplies two products (such as SwiGLU), False if it only applies an activation.
+        activation: the MLP's activation, by transformers' name.
+        rms_norms: True if the norms of a layer are RMS norms, which transformers computes in fp32; False for layer norms.
+        norms: number of norms in a layer that span the hidden size.
+        normed_heads: True if queries and keys have RMS norms of their own.
+        dropout: True if the layers apply dropout in training, whose masks autograd keeps.
+        linears: every linear module except the output head, by name.
+        parameters: number of parameters of the whole model; tied embeddings count once.
     """
 
     model_type: str
@@ -69,28 +69,29 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Of the weights of linear modules, which is what NF4 stores in 4 bits."""
+        """Number of parameters in the weights of linear modules: the ones that NF4 stores in 4 bits."""
         return sum(linear.parameters for linear in self.linears.values())
 
     def stored_as(self, linears: Mapping[str, Linear], parameters: int) -> ModelShape:
-        """The same with the modules and the number of parameters that a checkpoint has."""
+        """Return this shape with the linear modules and parameter count of a checkpoint."""
         return replace(self, linears=linears, parameters=parameters)
 
 
 def module_input(name: str) -> str | None:
-    """Return what the module called `name` reads, such as ``attention input``; None if it stands at no known part of a layer."""
+    """Return what the module called `name` reads, such as ``attention input``, or None if its name is not a known one."""
     return any_model().reads(f"{name}.weight")
 
 
 def read_shape(config: Mapping[str, Any], source: str) -> ModelShape:
-    """Return the shape of a model with this ``config.json``.
+    """Return the shape of the model that a ``config.json`` describes.
 
     Args:
-        source: where it comes from, for errors.
+        config: the parsed ``config.json``.
+        source: where the configuration comes from, for error messages.
 
     Raises:
         UnsupportedError: the layers of its ``model_type`` are not known.
-        CheckpointError: a number is missing or impossible.
+        CheckpointError: a number is missing or invalid.
     """
     nested = config.get("text_config")
     numbers = _Numbers(nested if isinstance(nested, Mapping) else config, source)
@@ -98,7 +99,7 @@ def read_shape(config: Mapping[str, Any], source: str) -> ModelShape:
     family = family_of(model_type) if isinstance(model_type, str) else None
     if family is None or family.layers is None:
         raise UnsupportedError(
-            f"{quoted(source)} is a model of type {quoted(model_type)}, whose modules are not known; known are "
+            f"{quoted(source)} is a model of type {quoted(model_type)}, whose modules are not known; known types are "
             f"{', '.join(models_with_layers())}"
         )
     build = _BUILDERS[family.layers.like]
@@ -107,7 +108,11 @@ def read_shape(config: Mapping[str, Any], source: str) -> ModelShape:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What is known of a type of model beside its configuration. `tied`: it ties its embeddings where that says nothing."""
+    """Facts about a model type that its configuration may leave out.
+
+    Attributes:
+        tied: whether embeddings are tied if the configuration does not say.
+    """
 
     model_type: str
     tied: bool
@@ -116,7 +121,7 @@ class _Kind:
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """The numbers of a configuration, checked; each method raises CheckpointError for one that cannot be."""
+    """The values of a configuration. Each method raises CheckpointError if a value is invalid."""
 
     content: Mapping[str, Any]
     source: str
@@ -129,8 +134,8 @@ class _Numbers:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise CheckpointError(
-                f"the configuration of {quoted(self.source)} has {quoted(key)} {quoted(value, 40)}, which is no whole number of "
-                f"1 to {most:,}; mend it"
+                f"the configuration of {quoted(self.source)} has {quoted(key)} {quoted(value, 40)}, which is not a whole number "
+                f"from 1 to {most:,}; fix it"
             )
         return value
 
@@ -145,23 +150,23 @@ class _Numbers:
         return next((value for key in keys if isinstance(value := self.content.get(key), str)), default)
 
     def positive(self, *keys: str) -> bool:
-        """Whether one of these is a number above zero."""
+        """Return whether any of these keys has a value above zero."""
         values = [self.content.get(key) for key in keys]
         return any(isinstance(value, int | float) and value > 0 for value in values)
 
     def heads(self, key: str, hidden: int) -> tuple[int, int]:
-        """How many heads there are, and how wide each is."""
+        """Return the number of heads and the width of each."""
         heads = self.whole(key)
         if self.content.get("head_dim") is None and hidden % heads:
             raise CheckpointError(
                 f"the configuration of {quoted(self.source)} has {heads:,} heads, which do not divide its hidden size of "
-                f"{hidden:,}; mend it"
+                f"{hidden:,}; fix it"
             )
         return heads, self.whole("head_dim", hidden // heads or 1)
 
 
 def _llama(numbers: _Numbers, kind: _Kind) -> ModelShape:
-    """Return the shape of Llama, and of models that differ from it in biases, norms and tied embeddings alone."""
+    """Return the shape of Llama or of a model that differs from it only in biases, norms and tied embeddings."""
     made = kind.layers
     hidden, layers = numbers.whole("hidden_size"), numbers.whole("num_hidden_layers", most=MOST["layers"])
     heads, head_dim = numbers.heads("num_attention_heads", hidden)
@@ -220,19 +225,17 @@ def _gpt2(numbers: _Numbers, kind: _Kind) -> ModelShape:
         "mlp.c_fc": Linear(hidden, inner),
         "mlp.c_proj": Linear(inner, hidden),
     }
-    return _of_layer_norms(
-        numbers,
-        kind,
-        hidden=hidden,
-        layers=numbers.whole("n_layer", most=MOST["layers"]),
-        heads="n_head",
-        inner=inner,
-        context=numbers.whole("n_positions"),
-        prefix="transformer.h",
-        layer=layer,
+    block = _Block(
+        linears=layer,
+        heads=numbers.heads("n_head", hidden),
+        intermediate=inner,
         activation=numbers.word("activation_function", default=kind.layers.activation),
         dropout=numbers.positive("resid_pdrop", "attn_pdrop"),
     )
+    layers = numbers.whole("n_layer", most=MOST["layers"])
+    context = numbers.whole("n_positions")
+    outside = _Outside(context=context, positions=context, embedded=hidden)
+    return _layer_normed(numbers, kind, hidden, _Stack("transformer.h", layers, block), outside)
 
 
 def _opt(numbers: _Numbers, kind: _Kind) -> ModelShape:
@@ -243,26 +246,24 @@ def _opt(numbers: _Numbers, kind: _Kind) -> ModelShape:
         "fc1": Linear(hidden, inner),
         "fc2": Linear(inner, hidden),
     }
-    outer = {"project_in": Linear(width, hidden), "project_out": Linear(hidden, width)} if width != hidden else {}
-    is_normed = numbers.flag("do_layer_norm_before", True) and not numbers.flag("_remove_final_layer_norm", False)
-    context = numbers.whole("max_position_embeddings")
-    return _of_layer_norms(
-        numbers,
-        kind,
-        hidden=hidden,
-        layers=numbers.whole("num_hidden_layers", most=MOST["layers"]),
-        heads="num_attention_heads",
-        inner=inner,
-        context=context,
-        prefix="model.decoder.layers",
-        layer=layer,
+    block = _Block(
+        linears=layer,
+        heads=numbers.heads("num_attention_heads", hidden),
+        intermediate=inner,
         activation=numbers.word("activation_function", default=kind.layers.activation),
         dropout=numbers.positive("dropout", "attention_dropout"),
-        embedded=width,
-        outer={f"model.decoder.{name}": linear for name, linear in outer.items()},
-        final_norm=is_normed,
-        positions=context + 2,
     )
+    layers = numbers.whole("num_hidden_layers", most=MOST["layers"])
+    projections = {"project_in": Linear(width, hidden), "project_out": Linear(hidden, width)} if width != hidden else {}
+    context = numbers.whole("max_position_embeddings")
+    outside = _Outside(
+        context=context,
+        positions=context + 2,
+        embedded=width,
+        linears={f"model.decoder.{name}": linear for name, linear in projections.items()},
+        final_norm=numbers.flag("do_layer_norm_before", True) and not numbers.flag("_remove_final_layer_norm", False),
+    )
+    return _layer_normed(numbers, kind, hidden, _Stack("model.decoder.layers", layers, block), outside)
 
 
 def _gpt_neox(numbers: _Numbers, kind: _Kind) -> ModelShape:
@@ -273,50 +274,82 @@ def _gpt_neox(numbers: _Numbers, kind: _Kind) -> ModelShape:
         "mlp.dense_h_to_4h": Linear(hidden, inner),
         "mlp.dense_4h_to_h": Linear(inner, hidden),
     }
-    return _of_layer_norms(
-        numbers,
-        kind,
-        hidden=hidden,
-        layers=numbers.whole("num_hidden_layers", most=MOST["layers"]),
-        heads="num_attention_heads",
-        inner=inner,
-        context=numbers.whole("max_position_embeddings"),
-        prefix="gpt_neox.layers",
-        layer=layer,
+    block = _Block(
+        linears=layer,
+        heads=numbers.heads("num_attention_heads", hidden),
+        intermediate=inner,
         activation=numbers.word("hidden_act", default=kind.layers.activation),
         dropout=numbers.positive("hidden_dropout", "attention_dropout"),
-        positions=0,
     )
+    layers = numbers.whole("num_hidden_layers", most=MOST["layers"])
+    outside = _Outside(context=numbers.whole("max_position_embeddings"), positions=0, embedded=hidden)
+    return _layer_normed(numbers, kind, hidden, _Stack("gpt_neox.layers", layers, block), outside)
 
 
-def _of_layer_norms(numbers: _Numbers, kind: _Kind, *, hidden: int, layers: int, heads: str, inner: int, context: int,
-                    prefix: str, layer: Mapping[str, Linear], activation: str, dropout: bool,
-                    embedded: int | None = None, outer: Mapping[str, Linear] | None = None, final_norm: bool = True,
-                    positions: int | None = None) -> ModelShape:  # fmt: skip
-    """A model with biases everywhere, layer norms and an MLP of two linear modules."""
-    vocabulary = numbers.whole("vocab_size")
-    count, head_dim = numbers.heads(heads, hidden)
-    linears = {**dict(_repeated(prefix, layers, layer)), **(outer or {})}
-    biases = layers * sum(linear.out_features for linear in layer.values())
-    tables = vocabulary * (embedded or hidden) * (1 if numbers.flag("tie_word_embeddings", kind.tied) else 2)
-    tables += (context if positions is None else positions) * hidden
-    norms = 2 * hidden * (2 * layers + final_norm)
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """One layer: its linear modules by name, its number of heads and their width, and its MLP."""
+
+    linears: Mapping[str, Linear]
+    heads: tuple[int, int]
+    intermediate: int
+    activation: str
+    dropout: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """`count` equal layers, whose modules are named ``prefix.number.name``."""
+
+    prefix: str
+    count: int
+    block: _Block
+
+
+@dataclass(frozen=True, slots=True)
+class _Outside:
+    """The parts of a model outside its layers.
+
+    Attributes:
+        context: the most tokens it reads at once.
+        positions: rows in its table of learned positions; 0 if it has none.
+        embedded: width of the token embeddings.
+        linears: linear modules except the output head, by name.
+        final_norm: whether a layer norm follows the last layer.
+    """
+
+    context: int
+    positions: int
+    embedded: int
+    linears: Mapping[str, Linear] = field(default_factory=dict)
+    final_norm: bool = True
+
+
+def _layer_normed(numbers: _Numbers, kind: _Kind, hidden: int, stack: _Stack, outside: _Outside) -> ModelShape:
+    """Return the shape of a model with biases everywhere, layer norms, and MLPs of two linear modules."""
+    block, vocabulary = stack.block, numbers.whole("vocab_size")
+    heads, head_dim = block.heads
+    linears = {**dict(_repeated(stack.prefix, stack.count, block.linears)), **outside.linears}
+    biases = stack.count * sum(linear.out_features for linear in block.linears.values())
+    tables = vocabulary * outside.embedded * (1 if numbers.flag("tie_word_embeddings", kind.tied) else 2)
+    tables += outside.positions * hidden
+    norms = 2 * hidden * (2 * stack.count + outside.final_norm)
     return ModelShape(
         model_type=kind.model_type,
         hidden=hidden,
-        layers=layers,
-        heads=count,
-        kv_heads=count,
+        layers=stack.count,
+        heads=heads,
+        kv_heads=heads,
         head_dim=head_dim,
-        intermediate=inner,
+        intermediate=block.intermediate,
         vocabulary=vocabulary,
-        context=context,
+        context=outside.context,
         gated=False,
-        activation=activation,
+        activation=block.activation,
         rms_norms=False,
         norms=2,
         normed_heads=False,
-        dropout=dropout,
+        dropout=block.dropout,
         linears=linears,
         parameters=sum(linear.parameters for linear in linears.values()) + biases + tables + norms,
     )
@@ -334,4 +367,4 @@ _BUILDERS: Final[Mapping[str, Callable[[_Numbers, _Kind], ModelShape]]] = {
     "opt": _opt,
     "gpt_neox": _gpt_neox,
 }
-"""By whose layers a model has."""
+"""Builders of a shape, by the model whose layers it has (`Layers.like`)."""
