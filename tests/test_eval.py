@@ -418,7 +418,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "not JSON": (b"nonsense", "is not JSON"),
     "not UTF-8": (b'{"text": "\xff"}', "is not JSON"),
     "too deep": (b"[" * 100_000, "is not JSON"),
-    "no object": (b'["text"]', "no object"),
+    "no object": (b'["text"]', "not an object"),
     "empty": (b"", "is empty"),
     "blank": (b"  \t", "is empty"),
     "none of the keys": (b'{"body": "x"}', "'text', or 'prompt' and 'completion', or 'messages'"),
@@ -426,10 +426,10 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "two kinds": (b'{"text": "x y", "messages": []}', "either"),
     "an empty text": (b'{"text": " "}', "empty 'text'"),
     "an empty completion": (b'{"prompt": "x", "completion": ""}', "empty 'completion'"),
-    "a text that is a number": (b'{"text": 3}', "no string"),
+    "a text that is a number": (b'{"text": 3}', "not a string"),
     "half a character": (b'{"text": "a\\ud800"}', "surrogate"),
-    "messages that are no list": (b'{"messages": "hello"}', "no list"),
-    "messages that are no objects": (b'{"messages": ["hello"]}', "no list of objects"),
+    "messages that are no list": (b'{"messages": "hello"}', "not a list"),
+    "messages that are no objects": (b'{"messages": ["hello"]}', "not a list of objects"),
     "a message without role": (b'{"messages": [{"content": "x"}]}', "role of message 1"),
     "a message without content": (b'{"messages": [{"role": "user"}]}', "content of message 1"),
     "no assistant": (b'{"messages": [{"role": "user", "content": "x"}]}', "'assistant'"),
@@ -630,7 +630,7 @@ def test_a_chat_that_its_template_cannot_hold_is_named(base: Path, tmp_path: Pat
     file = write_lines(tmp_path / "x.jsonl", {"messages": TURNS[1:]})
     templates = {
         "": "no chat template",
-        FORGETFUL: "message 2 an assistant's turn that the model's chat template writes otherwise",
+        FORGETFUL: "message 2 an assistant's turn that the model's chat template renders differently",
         "{{ raise_exception('roles must alternate') }}": "roles must alternate",
         "{% for": "does not fit the model's chat template",
     }

@@ -1,4 +1,4 @@
-"""The inputs of a model's layers on a text, for a rounding that knows them (`loratool.weights.coarse.feedback`)."""
+"""The inputs of a model's layers on a text, used by error-compensated rounding (`loratool.weights.coarse.feedback`)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 MOST_TOKENS: Final = 1024
 WINDOW: Final = 64
-"""Tokens of a piece of plain text; each piece has a first token of its own."""
+"""Tokens in a window of plain text. Each window has a first token of its own."""
 
 
 def calibration_samples(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[TokenizedSample]:
-    """The samples of a file as tokens, from its beginning, `MOST_TOKENS` in all at most.
+    """Return the first samples of a file as tokens, `MOST_TOKENS` in total at most.
 
     Raises:
-        DataError: a sample is longer than `max_length`, or the first one than `MOST_TOKENS`.
+        DataError: a sample is longer than `max_length`, or the first sample is longer than `MOST_TOKENS`.
     """
     windows = any(isinstance(sample, Document) for sample in data.samples)
     samples, count = [], 0
@@ -42,16 +42,17 @@ def calibration_samples(data: Data, tokenizer: PreTrainedTokenizerBase, max_leng
 
 def record_inputs(model: PreTrainedModel, modules: Collection[str], samples: Sequence[TokenizedSample], folder: Path, *,
                   device: str, progress: Callable[[int], None]) -> dict[str, Path]:  # fmt: skip
-    """Run the model once over all `samples` and keep the inputs of `modules`: files in `folder`, by module.
+    """Run the model once over all `samples` and save the inputs of `modules`; return a file in `folder` for each module.
 
-    A file holds an array of numpy's, fp32, (tokens, in_features). Modules that read the same share one. `progress` is told
-    of each module that is done.
+    A file holds a NumPy array, (tokens, in_features) fp32. Modules with the same input share one file. `progress` is called
+    with 1 after each module.
 
-    The first token of a sample counts as much as all others of it: it is multiplied by the root of their number. Attention
-    rests on it (Xiao et al. 2023, arXiv:2309.17453), so that an error of its keys and values is in every other token.
+    The first token of a sample weighs as much as all its other tokens together: its inputs are multiplied by the square
+    root of their number. It is an attention sink (Xiao et al. 2023, arXiv:2309.17453), so an error in its keys and values
+    reaches every other token.
 
     Raises:
-        PlacementError: the model, as transformers loads it, has no module of that name.
+        PlacementError: the model that transformers loads has no module of that name, or does not run it.
         LoratoolError: the inputs are not finite, or the device has too little memory.
     """
     import torch
@@ -88,12 +89,12 @@ def _layer(model: PreTrainedModel, module: str) -> Any:
         return model.get_submodule(module)
     except AttributeError:
         raise PlacementError(
-            f"the model, as transformers loads it, calls {quoted(module)} otherwise; merge without --calibrate"
+            f"the model has no module {quoted(module)} once transformers has loaded it; merge without --calibrate"
         ) from None
 
 
 class _Recorder:
-    """All samples as one batch, padded at their ends, and the files of what modules read of it."""
+    """All samples as one batch, padded at the end, and the files with the inputs of each module."""
 
     def __init__(self, samples: Sequence[TokenizedSample], folder: Path, device: str) -> None:
         import torch
@@ -114,7 +115,7 @@ class _Recorder:
         self._latest: tuple[torch.Tensor, Path] | None = None
 
     def record(self, module: str, inputs: torch.Tensor) -> None:
-        """Keep the inputs of a module, (samples, width, in_features), without those of the padding."""
+        """Save the inputs of a module, (samples, width, in_features), without padding."""
         import numpy as np
 
         if self._latest is None or self._latest[0] is not inputs:

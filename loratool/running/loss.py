@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 CHUNK: Final = 256
-"""Tokens whose logits are raised to fp32 at once; a vocabulary of 256,000 takes 256 MiB then."""
+"""Tokens whose logits are converted to fp32 at once. With a vocabulary of 256,000 that takes 256 MiB."""
 
 
 class NotFiniteError(LoratoolError):
-    """A loss, or its gradient, is no number."""
+    """A loss or its gradient is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How well a model foretells samples.
+    """How well a model predicts samples.
 
     Attributes:
-        loss: mean cross entropy in nats over the tokens that count, each foretold by all that stands before it.
-        tokens: how many count.
-        tokens_per_second: how many tokens the model read each second, those that do not count included, padding not.
+        loss: mean cross entropy in nats over the tokens that count; each is predicted from all tokens before it.
+        tokens: number of tokens that count.
+        tokens_per_second: tokens the model read per second, including those that do not count but not padding.
     """
 
     loss: float
@@ -49,9 +49,10 @@ class Score:
 
 def score(model: Module, samples: Sequence[TokenizedSample], *, batch_size: int, device: str,
           progress: Callable[[int], None]) -> Score:  # fmt: skip
-    """Score a causal language model on `samples`; `progress` is told how many more are done.
+    """Score a causal language model on `samples`.
 
-    Batches are made of samples of like length, the longest first, padded at their end.
+    Batches hold samples of similar length, the longest first, padded at the end. After each batch, `progress` is called
+    with its number of samples.
 
     Raises:
         NotFiniteError: the loss is not finite.
@@ -77,8 +78,8 @@ def score(model: Module, samples: Sequence[TokenizedSample], *, batch_size: int,
     loss = summed / tokens
     if not math.isfinite(loss):
         raise NotFiniteError(
-            f"the loss is {loss}: the model's numbers overflow or are not finite; check its weights, and the scaling of the "
-            "adapter where there is one"
+            f"the loss is {loss}: the model's numbers overflow or are not finite; check its weights, and the adapter's scaling "
+            "if there is an adapter"
         )
     return Score(loss, tokens, sum(len(sample.input_ids) for sample in samples) / seconds)
 
@@ -91,7 +92,7 @@ def _summed_loss(model: Module, batch: Sequence[TokenizedSample], device: str) -
     input_ids = _padded([sample.input_ids for sample in batch], width, 0).to(device)
     attention_mask = _padded([[1] * len(sample.input_ids) for sample in batch], width, 0).to(device)
     labels = _padded([sample.labels for sample in batch], width + 1, IGNORED).to(device)[:, 1:]
-    with torch.no_grad():  # what FSDP gathers in inference mode could not be trained through afterwards
+    with torch.no_grad():  # parameters that FSDP gathers in inference mode cannot be trained afterwards
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         logits, wanted = logits.flatten(0, 1), labels.flatten()
         losses = [
@@ -102,10 +103,10 @@ def _summed_loss(model: Module, batch: Sequence[TokenizedSample], device: str) -
 
 
 def summed_loss(model: Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The cross entropy summed over the tokens that count, with its gradient.
+    """Return the cross entropy in nats, summed over the tokens that count, as an fp32 scalar with a gradient.
 
-    `batch` is what `loratool.training.batches.collate` gives. Logits are made of the places alone from which a token that
-    counts is foretold: the output head is shown no others.
+    `batch` is what `loratool.training.batches.collate` returns. The output head computes logits only at positions that
+    predict a token that counts.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -122,7 +123,10 @@ def summed_loss(model: Module, batch: Mapping[str, torch.Tensor]) -> torch.Tenso
 
 @contextmanager
 def _head_sees(model: Any, places: torch.Tensor) -> Iterator[None]:
-    """Inside, the output head of `model` gets of its inputs (rows, tokens, features) those at `places` alone, as one row."""
+    """Cut the inputs of the output head inside this context: from (rows, tokens, features) to (1, len(places), features).
+
+    `places` index the flattened (rows x tokens).
+    """
     head = model.get_output_embeddings()
     if head is None:
         yield
@@ -135,7 +139,7 @@ def _head_sees(model: Any, places: torch.Tensor) -> Iterator[None]:
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int, filler: int) -> torch.Tensor:
-    """(len(rows), width) int64; short rows are filled at their end."""
+    """Return the rows as one tensor, (len(rows), width) int64; short rows are filled at the end."""
     import torch
 
     return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows])

@@ -1,11 +1,11 @@
-"""Loading a model, its tokenizer and an adapter through transformers and PEFT, from safetensors alone and without their chatter.
+"""Loading a model, its tokenizer and an adapter through transformers and PEFT, from safetensors only and without their output.
 
-No code that comes with a model is run (``trust_remote_code`` is False everywhere), and nothing is fetched.
+No code that comes with a model is executed (``trust_remote_code`` is False everywhere), and nothing is downloaded.
 
-On a CPU everything is computed in fp32, whatever the stored type. On SmolLM2-135M and 80 short chats that gives the loss
-of fp64 to 2e-7 nats and is a quarter quicker than bf16, whose loss is off by 1e-3. bitsandbytes' own NF4 kernel for CPUs
-with AVX512-BF16 is off by 2e-3, and the same model would have another loss on another CPU. On CUDA the stored type
-computes, or the one that an NF4 model names.
+On a CPU everything is computed in fp32, whatever the stored dtype. On SmolLM2-135M and 80 short chats, that gives the fp64
+loss to 2e-7 nats and takes a quarter less time than bf16, whose loss is off by 1e-3. bitsandbytes' NF4 kernel for CPUs with
+AVX512-BF16 is off by 2e-3, and would give the same model different losses on different CPUs. On CUDA, the stored dtype is
+the compute dtype; an NF4 model names its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ADAPTER_NAME: Final = "default"
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Import transformers and PEFT, and silence their warnings, load reports and progress bars inside.
+    """Import transformers and PEFT, and silence their warnings, load reports and progress bars inside this context.
 
     Raises:
         LoratoolError: they are not installed.
@@ -63,11 +63,11 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of the model in `folder`.
+    """Return the configuration of the model in `folder`.
 
     Raises:
         CheckpointError: transformers cannot read it.
-        UnsupportedError: its weights are quantized by another library than bitsandbytes.
+        UnsupportedError: its weights are quantized by a library other than bitsandbytes.
     """
     from transformers import AutoConfig
 
@@ -79,16 +79,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if quantization is not None and str(method) != "bitsandbytes":
         raise UnsupportedError(
-            f"{quoted(folder)} is quantized by {quoted(method)}, and loratool computes dense and bitsandbytes models only"
+            f"{quoted(folder)} is quantized by {quoted(method)}, but loratool runs only dense and bitsandbytes models"
         )
     return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model in `folder`.
+    """Return the tokenizer of the model in `folder`.
 
     Raises:
-        CheckpointError: there is none, or transformers cannot read it.
+        CheckpointError: there is no tokenizer, or transformers cannot read it.
     """
     from transformers import AutoTokenizer
 
@@ -102,10 +102,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(folder: Path, config: PreTrainedConfig, device: str, *, quantize: bool = False) -> PreTrainedModel:
-    """The causal language model in `folder`, on `device` (``cpu`` or ``cuda:N``), in evaluation mode.
+    """Load the causal language model in `folder` on `device` (``cpu`` or ``cuda:N``), in evaluation mode.
 
-    Its parameters are fp32 on a CPU, and as they are stored on CUDA. Weights in NF4 stay packed on either. With `quantize`
-    bitsandbytes puts a dense model's linear layers into NF4 with double quantization, to compute in bf16 on CUDA.
+    Parameters are fp32 on a CPU and keep their stored dtype on CUDA. NF4 weights stay packed on both. With `quantize`,
+    bitsandbytes quantizes the linear layers of a dense model to NF4 with double quantization; they compute in bf16 on CUDA
+    and in fp32 on a CPU.
 
     Raises:
         CheckpointError: transformers cannot load it, or the folder lacks some of its weights.
@@ -113,7 +114,7 @@ def load_model(folder: Path, config: PreTrainedConfig, device: str, *, quantize:
     from transformers import AutoModelForCausalLM
 
     on_cpu = device == "cpu"
-    loader: Any = AutoModelForCausalLM  # whose type does not know of the loading report
+    loader: Any = AutoModelForCausalLM  # its type hints lack the loading report
     try:
         model, report = loader.from_pretrained(
             folder,
@@ -131,7 +132,7 @@ def load_model(folder: Path, config: PreTrainedConfig, device: str, *, quantize:
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise CheckpointError(
-            f"{quoted(folder)} lacks {len(missing):,} of the tensors of a {type(model).__name__}, such as "
+            f"{quoted(folder)} lacks {len(missing):,} tensors of a {type(model).__name__}, such as "
             f"{quoted(missing[0])}; give a complete causal language model"
         )
     if on_cpu and (quantize or getattr(config, "quantization_config", None) is not None):
@@ -153,7 +154,7 @@ def _nf4(*, on_cpu: bool) -> Any:
 
 
 def _compute_in_fp32(model: PreTrainedModel) -> None:
-    """What stays as it is stored in an NF4 model although fp32 is asked for: its other weights, and its arithmetic."""
+    """Convert to fp32 what transformers leaves in the stored dtype of an NF4 model: other weights, and the compute dtype."""
     import torch
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
@@ -164,28 +165,26 @@ def _compute_in_fp32(model: PreTrainedModel) -> None:
         if isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
             module.compute_type_is_set = True
-            module.support_avx512bf16_for_cpu = False  # else its bf16 kernel computes whatever is asked for
+            module.support_avx512bf16_for_cpu = False  # otherwise its bf16 kernel ignores the compute dtype
             if isinstance(module.weight, Params4bit) and module.weight.quant_state is not None:
                 module.weight.quant_state.dtype = torch.float32
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """The most tokens that the model can read at once, where its configuration says so."""
+    """Return the most tokens that the model can read at once, or None if its configuration names no limit."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 
 def put_beside(model: PreTrainedModel, adapter: Adapter, device: str) -> PeftModel:
-    """The model with the adapter beside its weights, as PEFT computes it: ``W x + scaling * B (A x)``, factors in fp32.
-
-    The model's own modules are wrapped in place.
+    """Wrap the model's modules in place so that PEFT computes ``W x + scaling * B (A x)``, with fp32 factors; return it.
 
     Raises:
         PlacementError: not every tensor of the adapter lands on the model.
     """
     from peft import LoraConfig, PeftModel
 
-    # What an adapter was made for and begun from no longer matters, and PEFT would act on it.
+    # PEFT would act on the adapter's task and initialisation, which do not matter here.
     config = {**adapter.config, "task_type": "CAUSAL_LM", "init_lora_weights": True, "inference_mode": True}
     with tempfile.TemporaryDirectory(prefix="loratool-") as parent:
         folder = Path(parent) / "adapter"
@@ -210,7 +209,7 @@ def put_beside(model: PreTrainedModel, adapter: Adapter, device: str) -> PeftMod
 
 @contextmanager
 def beside(model: PreTrainedModel, adapter: Adapter, device: str) -> Iterator[PeftModel]:
-    """`put_beside`, and afterwards the model is by itself again, as it was."""
+    """Put the adapter beside the model's weights inside this context (see `put_beside`), and remove it afterwards."""
     wrapped = put_beside(model, adapter, device)
     try:
         yield wrapped
@@ -219,7 +218,7 @@ def beside(model: PreTrainedModel, adapter: Adapter, device: str) -> Iterator[Pe
 
 
 def _unfit(adapter: Adapter, problem: str) -> str:
-    return f"{quoted(adapter.name)} does not fit the model ({problem}); give the model that it was trained on"
+    return f"{quoted(adapter.name)} does not fit the model ({problem}); give the model it was trained on"
 
 
 def _not_loaded(what: str, folder: Path, error: Exception) -> CheckpointError:

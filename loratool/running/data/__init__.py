@@ -1,8 +1,13 @@
-"""A user's own text as a model reads it: files of samples, and of each sample the tokens that count.
+"""A user's own text as a model reads it: files of samples, and the tokens of each sample that count towards the loss.
 
-A sample has ``text``, of which every token counts; or ``prompt`` and ``completion``, or ``messages``, of which what the
-assistant says counts. It is an object of a JSONL file or of a JSON list, or a row of a CSV or Parquet file or of a data
-set of the Hub. A ``.txt`` file is one text, cut into windows. Other keys are left alone.
+A sample has one of these sets of keys:
+
+- ``text``: every token counts.
+- ``prompt`` and ``completion``: only the completion counts.
+- ``messages``: only the assistant's turns count.
+
+It is an object in a JSONL file or a JSON list, or a row of a CSV file, a Parquet file or a data set on the Hub. A ``.txt``
+file is one text that is cut into windows. Other keys are ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Files of samples: JSONL, JSON lists, CSV, Parquet, and plain text. None needs torch, and nothing in one is executed."""
+"""Files of samples: JSONL, JSON lists, CSV, Parquet, and plain text. Reading one needs no torch and executes nothing."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from loratool.errors import DataError, LoratoolError, NotFoundError, quoted
 from loratool.running.data.samples import KEYS, Data, Document, Place, Sample, check_columns, read_rows, sample_of
 
 FORMATS: Final = "a JSONL, JSON, CSV, Parquet or .txt file"
-ADVICE: Final = "write one JSON object a line, or name the file .txt where it is plain text"
+ADVICE: Final = "write one JSON object per line, or name the file .txt if it is plain text"
 SUFFIXES: Final = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _ROWS_AT_ONCE: Final = 1024
 _LONGEST_CELL: Final = 1 << 30
-"""Characters; Python's csv refuses cells of more than 131,072 unless it is told otherwise."""
+"""The longest cell of a CSV file, in characters. The default of Python's csv is 131,072."""
 
 
 def read_data(file: Path) -> Data:
-    """Read a file of samples: ``.csv``, ``.tsv``, ``.parquet``, ``.json``, ``.txt``, or else JSONL.
+    """Read a file of samples: ``.csv``, ``.tsv``, ``.parquet``, ``.json`` or ``.txt``; any other suffix is read as JSONL.
 
-    A JSON file that does not begin with a list is read as JSONL. In a CSV file, the first line names the columns, and
-    ``messages`` are JSON.
+    A JSON file that does not begin with a list is read as JSONL. The first line of a CSV file names the columns, and
+    ``messages`` in it are JSON.
 
     Raises:
-        NotFoundError: nothing is there.
-        DataError: the file cannot be read or is empty, or one of its lines, which is named, is no sample.
-        LoratoolError: a Parquet file, where pyarrow is not installed.
+        NotFoundError: the file does not exist.
+        DataError: the file cannot be read, is empty, or has an invalid sample; the message names its line.
+        LoratoolError: the file is Parquet, and pyarrow is not installed.
     """
     try:
         _refuse_no_file(file)
@@ -47,7 +47,10 @@ def read_data(file: Path) -> Data:
 
 
 def _refuse_no_file(file: Path) -> None:
-    """Refuse what could be read without end or never. An unnamed pipe, as ``<(...)`` of a shell gives, has a writer."""
+    """Refuse devices and named pipes, which could block or never end.
+
+    An unnamed pipe, which a shell makes for ``<(...)``, has a writer and is read.
+    """
     mode = file.stat().st_mode
     if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         raise DataError(f"{quoted(file)} is a device; give {FORMATS}")
@@ -77,7 +80,7 @@ def _lines(stream: BinaryIO, file: Path) -> Iterator[Sample]:
             raise place.wrong("is empty; remove it")
         entry = _parsed(content, place)
         if not isinstance(entry, dict):
-            raise place.wrong(f"is JSON and no object; {ADVICE}")
+            raise place.wrong(f"is JSON but not an object; {ADVICE}")
         yield sample_of(entry, place)
 
 
@@ -107,7 +110,7 @@ def _json(file: Path) -> Data:
         raise _not_utf8(file, content, error) from None
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{quoted(file)} is not JSON ({_json_problem(error)}); write a list of objects, or one object a line"
+            f"{quoted(file)} is not JSON ({_json_problem(error)}); write a list of objects, or one object per line"
         ) from None
     return Data(file, tuple(_entries(entries, file)), "entry")
 
@@ -116,7 +119,7 @@ def _entries(entries: list[object], file: Path) -> Iterator[Sample]:
     for number, entry in enumerate(entries, 1):
         place = Place(file, "entry", number)
         if not isinstance(entry, dict):
-            raise place.wrong("is no object; write a list of objects")
+            raise place.wrong("is not an object; write a list of objects")
         yield sample_of(entry, place)
 
 
@@ -143,7 +146,7 @@ def _long_cells() -> Iterator[None]:
 
 
 def _csv_rows(stream: Any, file: Path) -> Iterator[Sample]:
-    """The rows, each by the line on which it begins."""
+    """Yield the rows; the place of each is the line on which it begins."""
     separator = "\t" if file.suffix.lower() == ".tsv" else ","
     reader = csv.reader(stream, delimiter=separator, strict=True)
     line = 1
@@ -159,7 +162,7 @@ def _csv_rows(stream: Any, file: Path) -> Iterator[Sample]:
             yield sample_of(_csv_row(columns, cells, Place(file, "line", line)), Place(file, "line", line))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise Place(file, "line", line).wrong(f"is not CSV ({error}); mend its quotation marks") from None
+        raise Place(file, "line", line).wrong(f"is not CSV ({error}); fix its quotation marks") from None
 
 
 def _csv_row(columns: list[str], cells: list[str], place: Place) -> Mapping[str, Any]:
@@ -167,15 +170,15 @@ def _csv_row(columns: list[str], cells: list[str], place: Place) -> Mapping[str,
         raise place.wrong("is empty; remove it")
     if len(cells) != len(columns):
         raise place.wrong(
-            f"has {len(cells):,} {'cell' if len(cells) == 1 else 'cells'}, and the first line names {len(columns):,} "
-            f"{'column' if len(columns) == 1 else 'columns'}; put a text with a separator in quotation marks"
+            f"has {len(cells):,} {'cell' if len(cells) == 1 else 'cells'}, but the first line names {len(columns):,} "
+            f"{'column' if len(columns) == 1 else 'columns'}; put text that contains a separator in quotation marks"
         )
     row: dict[str, Any] = dict(zip(columns, cells, strict=True))
     if "messages" in row:
         try:
             row["messages"] = json.loads(row["messages"])
         except (ValueError, RecursionError) as error:
-            raise place.wrong(f"has 'messages' that are not JSON ({_json_problem(error)}); mend them") from None
+            raise place.wrong(f"has 'messages' that are not JSON ({_json_problem(error)}); fix them") from None
     return row
 
 
@@ -197,7 +200,9 @@ def _parquet(file: Path) -> Data:
             rows = (cast("Mapping[str, Any]", row) for batch in batches for row in batch.to_pylist())
             return read_rows(file, columns, rows)
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-            raise DataError(f"{quoted(file)} is no whole Parquet file ({_first_line(error)}); write it again") from None
+            raise DataError(
+                f"{quoted(file)} is not a complete Parquet file ({_first_line(error)}); write it again"
+            ) from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What a sample is, and whether an object of a file, or a row of a table, is one."""
+"""The kinds of samples, and the check that an object in a file or a row of a table is one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loratool.errors import DataError, quoted
 
 ASSISTANT: Final = "assistant"
 KINDS: Final = (frozenset({"text"}), frozenset({"prompt", "completion"}), frozenset({"messages"}))
-"""The keys of each kind of sample; one has those of exactly one."""
+"""The keys of each kind of sample. A sample has the keys of exactly one kind."""
 
 KEYS: Final = ("text", "prompt", "completion", "messages")
 WANTED: Final = "either 'text', or 'prompt' and 'completion', or 'messages'"
@@ -19,14 +19,14 @@ WANTED: Final = "either 'text', or 'prompt' and 'completion', or 'messages'"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text of any length, to be cut into windows."""
+    """A text of any length that is cut into windows."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text whose every token counts, from line `line` of the file."""
+    """A text in which every token counts, from line `line` of the file."""
 
     line: int
     text: str
@@ -34,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt, and its completion, which counts."""
+    """A prompt and its completion. Only the completion counts."""
 
     line: int
     prompt: str
@@ -43,7 +43,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation; what the assistant says in it counts."""
+    """A conversation. Only the assistant's turns count."""
 
     line: int
     messages: tuple[Mapping[str, Any], ...]
@@ -54,14 +54,14 @@ Sample = Text | Completion | Chat
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one sample stands: line, row or entry `number` of `source`, from 1."""
+    """The position of one sample: line, row or entry `number` of `source`, counted from 1."""
 
     source: Path
     unit: str
     number: int
 
     def wrong(self, problem: str) -> DataError:
-        """The error that says what is wrong with it, in the rest of a sentence that begins with the place."""
+        """Return an error whose message is this place followed by `problem`, such as ``is empty; remove it``."""
         return DataError(f"{self.unit} {self.number} of {quoted(self.source)} {problem}")
 
 
@@ -70,8 +70,8 @@ class Data:
     """The samples of one source, in its order.
 
     Attributes:
-        file: the file, or the id of a data set of the Hub.
-        unit: what the numbers of the samples count: ``line``, ``row`` or ``entry``.
+        file: the file, or the id of a data set on the Hub.
+        unit: what a sample's number counts: ``line``, ``row`` or ``entry``.
     """
 
     file: Path
@@ -79,15 +79,15 @@ class Data:
     unit: str = "line"
 
     def place(self, number: int) -> Place:
-        """The place of a sample that says its number."""
+        """Return the place of sample `number`."""
         return Place(self.file, self.unit, number)
 
 
 def read_rows(source: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Data:
-    """The samples of a table; a cell that is None is not there.
+    """Read the rows of a table as samples. A cell that is None counts as absent.
 
     Raises:
-        DataError: the table lacks the columns of a sample or has no row, or one of its rows, which is named, is no sample.
+        DataError: the table lacks the columns of a sample, has no rows, or has an invalid row; the message names it.
     """
     check_columns(source, columns)
     samples = tuple(
@@ -100,27 +100,27 @@ def read_rows(source: Path, columns: Sequence[str], rows: Iterable[Mapping[str, 
 
 
 def check_columns(source: Path, columns: Sequence[str], advice: str = "rename its columns") -> None:
-    """Raise DataError unless a table with these columns can hold a sample, each column once."""
+    """Raise DataError unless the columns include those of a sample, each of them once."""
     if not any(keys <= set(columns) for keys in KINDS):
         found = ", ".join(quoted(column, 40) for column in columns[:8]) + (", …" if len(columns) > 8 else "")
-        raise DataError(f"{quoted(source)} has the columns {found or '(none)'}, and must have {WANTED}; {advice}")
+        raise DataError(f"{quoted(source)} has the columns {found or '(none)'} but must have {WANTED}; {advice}")
     twice = next((column for column in KEYS if list(columns).count(column) > 1), None)
     if twice is not None:
         raise DataError(f"{quoted(source)} has two columns {quoted(twice)}; remove or rename one")
 
 
 def sample_of(entry: Mapping[str, Any], place: Place) -> Sample:
-    """The sample that an object or a row is.
+    """Parse an object or a row as a sample.
 
     Raises:
-        DataError: it is none.
+        DataError: it is not a valid sample.
     """
     return _Entry(entry, place).sample()
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One object or row; each method raises DataError for what is no sample."""
+    """One object or row. Each method raises DataError if a value is invalid."""
 
     content: Mapping[str, Any]
     place: Place
@@ -136,19 +136,19 @@ class _Entry:
                 completion = self._filled("completion", self.content["completion"])
                 return Completion(number, self._string("prompt", self.content["prompt"]), completion)
         found = " and ".join(quoted(key) for key in KEYS if key in self.content)
-        raise self.place.wrong(f"has {found or 'none of the keys that are read'}, and must have {WANTED}")
+        raise self.place.wrong(f"has {found or 'none of the known keys'} but must have {WANTED}")
 
     def _messages(self, messages: object) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise self.place.wrong("has 'messages' that are no list of objects with 'role' and 'content'; mend them")
-        # A table gives every message the keys of all.
+            raise self.place.wrong("has 'messages' that are not a list of objects with 'role' and 'content'; fix them")
+        # In a table every message has the keys of all messages, so absent ones are None.
         turns = tuple({key: value for key, value in turn.items() if value is not None} for turn in messages)
         for number, message in enumerate(turns, 1):
             self._filled(f"role of message {number}", message.get("role"))
             check = self._filled if message["role"] == ASSISTANT else self._string
             check(f"content of message {number}", message.get("content"))
         if not any(message["role"] == ASSISTANT for message in turns):
-            raise self.place.wrong("has no message of the role 'assistant', so there is nothing to score; add one")
+            raise self.place.wrong("has no message with the role 'assistant', so there is nothing to score; add one")
         return turns
 
     def _filled(self, what: str, value: object) -> str:
@@ -159,9 +159,9 @@ class _Entry:
 
     def _string(self, what: str, value: object) -> str:
         if not isinstance(value, str):
-            raise self.place.wrong(f"has a {quoted(what)} that is no string; write it as text")
+            raise self.place.wrong(f"has a {quoted(what)} that is not a string; write it as text")
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise self.place.wrong(f"has half of a surrogate pair in its {quoted(what)}; mend the character") from None
+            raise self.place.wrong(f"has half of a surrogate pair in its {quoted(what)}; fix the character") from None
         return value

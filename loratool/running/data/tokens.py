@@ -1,8 +1,8 @@
-"""Samples as tokens, and of each sample the tokens that count.
+"""Samples as tokens, with labels on the tokens that count towards the loss.
 
-Every sample becomes one text with marked stretches of characters, and that text is tokenized as a whole: its tokens are
-those that the text has anywhere else, and none of a seam between prompt and completion. A token counts if its last
-character lies in a marked stretch, so one that spans the end of the prompt counts with the completion that it reaches into.
+Every sample becomes one text with marked ranges of characters. The text is tokenized as a whole, so its tokens do not
+depend on where the prompt ends. A token counts if its last character is in a marked range; one that spans the end of the
+prompt therefore counts as part of the completion.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED: Final = -100
-"""The label of a token that does not count, as torch's cross entropy and transformers have it."""
+"""The label of a token that does not count, the same as in torch's cross entropy and transformers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class TokenizedSample:
     """A sample as token ids.
 
     Attributes:
-        line: where it stands in its file; 1 for the windows of a text file.
+        line: its line in the file; 1 for the windows of a text file.
         input_ids: its tokens.
-        labels: of the same length; the token itself where it counts, else `IGNORED`.
-        truncated: it was longer, and its end was cut off.
+        labels: for each token, the token itself if it counts, else `IGNORED`.
+        truncated: whether its end was cut off because it was too long.
     """
 
     line: int
@@ -39,37 +39,38 @@ class TokenizedSample:
 
     @property
     def scored_tokens(self) -> int:
-        """How many tokens count: those that are labelled, less the first, which nothing foretells."""
+        """Number of tokens that count: the labelled ones except the first, which nothing predicts."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 def tokenize_data(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, *,
                   plain: bool = False, truncate: bool = False) -> list[TokenizedSample]:  # fmt: skip
-    """Tokenize every sample; each has one token at least that counts.
+    """Tokenize every sample. Each result has at least one token that counts.
 
-    A text has the special tokens that the tokenizer puts around any text. ``messages`` stand in the tokenizer's chat
-    template, and so do ``prompt`` and ``completion``, as one turn of the user and one of the assistant, unless the
-    tokenizer has none or `plain` is set: then they follow one another as they are, and the tokenizer's end token follows
-    the completion and counts. Of an assistant's turn that counts which the template lets it say: its content and the
-    token that ends it, not the header before nor the blanks behind.
+    - A text gets the tokenizer's usual special tokens.
+    - ``messages`` are rendered by the tokenizer's chat template.
+    - ``prompt`` and ``completion`` are rendered by it as one turn of the user and one of the assistant. With `plain`, or
+      if there is no template, they are joined as they are and followed by the tokenizer's end token, which counts.
+    - A document is cut into windows of `max_length` tokens that do not overlap. Each begins with the tokenizer's first
+      special token, if it has one.
 
-    A document is cut into windows of `max_length` tokens that do not overlap, each begun by the tokenizer's own first
-    token if it has one.
+    In an assistant's turn, the content and the token that ends it count. The header before them and the whitespace after
+    them do not.
 
     Args:
-        max_length: the most tokens of a sample.
-        plain: read ``prompt`` and ``completion`` without the chat template.
-        truncate: cut the end off a sample that is too long, and say so in it, instead of refusing it. One that would keep
-            no token that counts is refused.
+        max_length: the most tokens in a sample.
+        plain: join ``prompt`` and ``completion`` without the chat template.
+        truncate: cut the end off a sample that is too long, and mark it as truncated, instead of refusing it. A sample
+            that would keep no token that counts is refused anyway.
 
     Raises:
-        DataError: a sample, whose line is named, is too long, leaves nothing to score or does not fit the template, or
-            the tokenizer cannot say where its tokens stand.
+        DataError: a sample is too long, has nothing to score, or does not fit the template; the message names its line.
+            Or the tokenizer does not report the positions of its tokens.
     """
     if not tokenizer.is_fast:
         raise DataError(
-            f"the tokenizer {type(tokenizer).__name__} does not say where in a text its tokens stand; save the model with a "
-            "tokenizer.json"
+            f"the tokenizer {type(tokenizer).__name__} does not report the positions of its tokens in a text; save the model "
+            "with a tokenizer.json"
         )
     tokenized: list[TokenizedSample] = []
     for sample in data.samples:
@@ -88,12 +89,12 @@ def tokenize_data(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: in
 
 
 class _UnfitError(Exception):
-    """Why a sample cannot be used: the rest of a sentence that begins with its line."""
+    """The reason why a sample cannot be used, as the rest of a sentence that begins with its line."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Marked:
-    """A text, the stretches of its characters that count, and whether the tokenizer's special tokens go around it."""
+    """A text, the ranges of its characters that count, and whether the tokenizer adds its special tokens."""
 
     text: str
     counted: Sequence[range]
@@ -136,7 +137,7 @@ def _mark(sample: Completion | Chat, tokenizer: PreTrainedTokenizerBase, *, plai
     if isinstance(sample, Chat):
         if not tokenizer.chat_template:
             raise _UnfitError(
-                "has 'messages', and the model has no chat template; give 'prompt' and 'completion' instead"
+                "has 'messages', but the model has no chat template; give 'prompt' and 'completion' instead"
             )
         return _marked_chat(sample.messages, tokenizer)
     if tokenizer.chat_template and not plain:
@@ -147,19 +148,19 @@ def _mark(sample: Completion | Chat, tokenizer: PreTrainedTokenizerBase, *, plai
 
 
 def _marked_chat(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> _Marked:
-    """A conversation in the chat template. An assistant's turn is what the template adds after its generation prompt."""
+    """Render a conversation and mark the assistant's turns: what the template adds after its generation prompt."""
     whole = _rendered(messages, tokenizer)
     counted = []
     for place, message in enumerate(messages):
         if message["role"] == ASSISTANT:
             if place == 0:
-                raise _UnfitError("begins with the assistant; put a message of the user before it")
+                raise _UnfitError("begins with the assistant; put a message from the user before it")
             before = _rendered(messages[:place], tokenizer, add_generation_prompt=True)
             through = _rendered(messages[: place + 1], tokenizer)
             if not (whole.startswith(through) and through.startswith(before)):
                 raise _UnfitError(
-                    f"has in message {place + 1} an assistant's turn that the model's chat template writes otherwise in its "
-                    "conversation than when it is generated; give each such turn a line of its own, or 'prompt' and "
+                    f"has in message {place + 1} an assistant's turn that the model's chat template renders differently within "
+                    "its conversation than when it is generated; give each such turn a line of its own, or 'prompt' and "
                     "'completion' with --plain"
                 )
             counted.append(range(len(before), len(through.rstrip())))
@@ -173,13 +174,13 @@ def _rendered(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeni
         return str(
             tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, tokenize=False)
         )
-    except Exception as error:  # a template comes with the model and raises what it likes
+    except Exception as error:  # a template comes with the model and can raise anything
         problem = str(error).strip().split("\n")[0]
-        raise _UnfitError(f"does not fit the model's chat template ({problem}); mend its messages") from None
+        raise _UnfitError(f"does not fit the model's chat template ({problem}); fix its messages") from None
 
 
 def _windows(document: Document, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[TokenizedSample]:
-    """Windows side by side; a last one of a single token is left out, since nothing in it foretells it."""
+    """Yield adjacent windows. A last window of a single token is skipped, since nothing in it predicts that token."""
     first = _ids("", tokenizer)[:1]
     first = first if first == (tokenizer.bos_token_id,) else ()
     tokens = tuple(tokenizer(document.text, add_special_tokens=False)["input_ids"])
