@@ -126,9 +126,23 @@ def cli(ctx: click.Context, registry: str | None, debug: bool) -> None:
     """Keep LoRA adapters the way git keeps source."""
     if registry == "":
         raise click.BadParameter("the URL is empty", ctx, param_hint="'--registry'")
+    _refuse_deleted_folder()
     ctx.obj = registry
     if os.environ.get("NO_COLOR"):
         ctx.color = False
+
+
+def _refuse_deleted_folder() -> None:
+    """Raise OutputError in a working folder that was deleted: no relative path has a meaning there, and torch does not load."""
+    try:
+        os.getcwd()
+    except OSError:
+        from loratool.errors import OutputError
+
+        raise OutputError(
+            "the folder that you are in was deleted or cannot be looked at; change to another, such as your home with 'cd', and "
+            "run again"
+        ) from None
 
 
 def main() -> None:
@@ -286,11 +300,12 @@ def _explained(error: Exception) -> str:
         from loratool.cli.elsewhere import commands_instead
 
         return _printable("\n  ".join([str(error), *commands_instead(error, sys.argv[1:])]))
-    if isinstance(error, OSError) and error.filename is not None:
-        return (
-            f"{quoted(error.filename)} cannot be used ({error.strerror}); check that it is there, that you may read and "
-            "write it, and that the disk is not full"
-        )
+    from loratool.cli.system_errors import OUT_OF_MEMORY, explain_system_error, is_out_of_memory
+
+    if isinstance(error, OSError):
+        return _printable(explain_system_error(error))
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
     if isinstance(error, UnicodeEncodeError):
         return f"{quoted(error.object)} is no valid text; write the name in UTF-8"
     return _printable(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints")

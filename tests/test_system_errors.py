@@ -1,0 +1,121 @@
+"""An error of the operating system reaches a user as a sentence that says what to do, wherever it comes from."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loratool.cli import main
+from loratool.cli.system_errors import ADVICE
+from registry import Registry
+
+NUMBERS = sorted({*ADVICE, errno.ENODEV, errno.EREMOTEIO, errno.EBADF})
+
+
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["loratool", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    out, err = capsys.readouterr()
+    assert (left.value.code, out) == (1, "")
+    return " ".join(err.split())
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("number", NUMBERS, ids=errno.errorcode.get)
+def test_each_is_named_and_comes_with_a_way_on(
+    number: int, named: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number), *(["/some/disk"] if named else []))
+
+    monkeypatch.setattr(Registry, "open", fail)
+    text = said(capsys, monkeypatch, "list")
+    assert text.startswith("Error: '/some/disk' cannot" if named else "Error: a file or device cannot")
+    assert os.strerror(number) in text and "unexpected" not in text and "--debug" not in text
+    assert text.split("; ", 1)[1], "what to do"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_ran_out_is_said(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Registry, "open", fail)
+    assert "not enough memory" in said(capsys, monkeypatch, "list")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["list", "merge pirate --out o", "truncate pirate --rank 1", "train --base b --data d --name n", "verify o"],
+)
+def test_no_command_begins_in_a_folder_that_was_deleted(words: str, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f"import os, sys; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); from loratool.__main__ import main; "
+    code += f"sys.argv = ['loratool', *{words.split()!r}]; main()"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path[1:]])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: the folder that you are in was deleted")
+
+
+@pytest.mark.parametrize("home", ["/etc/passwd", None])
+def test_a_home_that_is_none_is_said(
+    home: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LORATOOL_HOME")
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    if home is None:
+        # Python looks the user up then; here that user has no home either.
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        monkeypatch.delenv("HOME")
+    else:
+        monkeypatch.setenv("HOME", home)
+    text = said(capsys, monkeypatch, "list")
+    assert "unexpected" not in text and "set LORATOOL_HOME" in text
+
+
+def test_a_database_that_is_a_folder_is_said(
+    home_of_its_own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home_of_its_own / "registry.db").mkdir()
+    text = said(capsys, monkeypatch, "list")
+    assert "registry.db' should be the registry's file, but is a folder; move it away" in text
+
+
+COMMANDS = (
+    "add {}", "show {}", "merge {} --into {}", "base add b {}", "verify {}", "unmerge {}", "merge a --into b --out {}",
+    "eval {} --data {}", "quantize {}", "extract {} --base {} --rank 1 --out o", "train --base {} --data {} --name n",
+    "truncate {} --rank 1", "prune {} --budget 3", "combine {} {}=2 --method cat --out o.st", "estimate {} --rank 1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+@pytest.mark.parametrize("what", ["nobody's home", "a long name", "a circle of links", "a pipe", "a file as a folder"])
+def test_whatever_a_path_is_every_command_says_what_is_wrong(
+    what: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("")
+    path = {
+        "nobody's home": "~nosuchuser/x",
+        "a long name": "./" + "x" * 300,
+        "a circle of links": "./circle",
+        "a pipe": "./pipe",
+        "a file as a folder": "./file/below",
+    }[what]
+    text = said(capsys, monkeypatch, *words.format(*[path] * 2).split())
+    assert text.startswith("Error: ") and "unexpected" not in text
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["circle", "file", "pipe"]
