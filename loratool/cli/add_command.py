@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, any_base_option, example, json_option
+from loratool.cli.options import Alpha, PathType, alpha_option, any_base_option, example, json_option
 from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_notes, size, targets
 
 
@@ -31,7 +31,7 @@ def command(
     name: str | None,
     base: str | None,
     any_base: bool,
-    alpha: float | None,
+    alpha: Alpha | None,
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:

@@ -7,7 +7,7 @@ import shlex
 import click
 
 from loratool.cli.merge_command import parse_spec
-from loratool.cli.options import PathType, alpha_option, any_base_option, example, force_option, json_option
+from loratool.cli.options import Alpha, PathType, alpha_option, any_base_option, example, force_option, json_option
 from loratool.cli.rendering import (
     ProgressBar,
     catalogued,
@@ -57,7 +57,7 @@ def command(
     name: str | None,
     force: bool,
     any_base: bool,
-    alpha: float | None,
+    alpha: Alpha | None,
     as_json: bool,
 ) -> None:
     """Make one adapter of several, with weights; the numbers are those of PEFT's add_weighted_adapter.

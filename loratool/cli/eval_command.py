@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, device_option, example, json_option
+from loratool.cli.options import Alpha, PathType, alpha_option, device_option, example, json_option
 from loratool.cli.rendering import (
     ProgressBar,
     bar,
@@ -88,7 +88,7 @@ def command(
     truncate: bool,
     batch_size: int,
     device: str,
-    alpha: float | None,
+    alpha: Alpha | None,
     as_json: bool,
 ) -> None:
     """Loss and perplexity of a model on your own text, alone or with an adapter, also cut to ranks.

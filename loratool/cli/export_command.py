@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, example, force_option, json_option
+from loratool.cli.options import Alpha, PathType, alpha_option, example, force_option, json_option
 from loratool.cli.rendering import print_json, shown_path
 
 
@@ -15,7 +15,7 @@ from loratool.cli.rendering import print_json, shown_path
 @force_option
 @json_option
 @click.pass_obj
-def command(registry: str | None, adapter: str, out: str, alpha: float | None, force: bool, as_json: bool) -> None:
+def command(registry: str | None, adapter: str, out: str, alpha: Alpha | None, force: bool, as_json: bool) -> None:
     """Write an adapter as a PEFT folder, which PEFT and whatever reads PEFT load as it is, or as a single file."""
     from loratool.library.adapters import export
 

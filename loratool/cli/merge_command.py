@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import (
+    Alpha,
     PathType,
     alpha_option,
     any_base_option,
@@ -119,7 +120,7 @@ def command(
     without_extras: bool,
     tokenizer: TokenizerOf | None,
     device: str,
-    alpha: float | None,
+    alpha: Alpha | None,
     as_json: bool,
 ) -> None:
     """Merge adapters into the weights of a base model: computed in fp32, rounded once, streamed.

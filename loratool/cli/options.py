@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import click
+
+Alpha = float | Literal["rank"]
+"""What ``--alpha`` takes (`loratool.formats.alpha`, which is not imported to show a help)."""
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -18,6 +21,17 @@ class PathType(click.Path):
         if value == "":
             self.fail("the path is empty", param, ctx)
         return super().convert(value, param, ctx)
+
+
+def _check_alpha(ctx: click.Context, param: click.Parameter, value: str | None) -> Alpha | None:
+    if value is None:
+        return None
+    if value == "rank":
+        return "rank"
+    try:
+        return float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor 'rank'", ctx, param) from None
 
 
 def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -43,7 +57,10 @@ device_option: Decorator = click.option(
     help="Where to compute.",
 )
 alpha_option: Decorator = click.option(
-    "--alpha", type=float, metavar="X", help="lora_alpha of a bare file that does not say its own."
+    "--alpha",
+    callback=_check_alpha,
+    metavar="X|rank",
+    help="lora_alpha of a bare file that does not say its own; rank: each module's rank, a scaling of 1.",
 )
 
 

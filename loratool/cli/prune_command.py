@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, example, force_option, json_option
+from loratool.cli.options import Alpha, PathType, alpha_option, example, force_option, json_option
 from loratool.cli.rendering import catalogued, counted, print_facts, print_json, print_notes, shown, shown_path, size
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def command(
     as_: Literal["adalora", "lora"],
     out: str | None,
     name: str | None,
-    alpha: float | None,
+    alpha: Alpha | None,
     force: bool,
     as_json: bool,
 ) -> None:

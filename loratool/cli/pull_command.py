@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from loratool.cli.options import alpha_option, any_base_option, example, json_option
+from loratool.cli.options import Alpha, alpha_option, any_base_option, example, json_option
 from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_notes, ranks, size, targets
 
 EXAMPLES = """\
@@ -35,7 +35,7 @@ def command(
     path: str | None,
     base: str | None,
     any_base: bool,
-    alpha: float | None,
+    alpha: Alpha | None,
     update: bool,
     as_json: bool,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, example, json_option
+from loratool.cli.options import Alpha, PathType, alpha_option, example, json_option
 from loratool.cli.rendering import ProgressBar, counted, print_facts, print_json, print_notes, shown, size
 from loratool.cli.table import print_table
 
@@ -62,7 +62,7 @@ def command(
     base_model: str | None,
     dry_run: bool,
     yes: bool,
-    alpha: float | None,
+    alpha: Alpha | None,
     as_json: bool,
 ) -> None:
     """Put an adapter onto the Hugging Face Hub in one commit, with a card, as PEFT and serving engines load it.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from loratool.cli.family_tree import family_tree
-from loratool.cli.options import PathType, alpha_option, example, json_option
+from loratool.cli.options import Alpha, PathType, alpha_option, example, json_option
 from loratool.cli.rendering import (
     age,
     console,
@@ -56,7 +56,7 @@ def command(
     with_spectrum: bool,
     plot: str | None,
     force: bool,
-    alpha: float | None,
+    alpha: Alpha | None,
     as_json: bool,
 ) -> None:
     """One adapter: everything known of it, its family and the merges it went into.
@@ -77,7 +77,7 @@ def command(
         click.echo(f"Drew {shown_path(spectrum.plot)}")
 
 
-def _spectrum(adapter: str, plot: str | None, force: bool, alpha: float | None, registry: str | None) -> SpectrumResult:
+def _spectrum(adapter: str, plot: str | None, force: bool, alpha: Alpha | None, registry: str | None) -> SpectrumResult:
     from loratool.library.spectrum import spectrum
 
     return spectrum(adapter, plot=plot, force=force, alpha=alpha, registry=registry)

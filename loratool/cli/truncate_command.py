@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loratool.cli.options import PathType, alpha_option, example, force_option, json_option
+from loratool.cli.options import Alpha, PathType, alpha_option, example, force_option, json_option
 from loratool.cli.rendering import (
     ProgressBar,
     catalogued,
@@ -71,7 +71,7 @@ def command(
     scaling: str | None,
     out: str | None,
     name: str | None,
-    alpha: float | None,
+    alpha: Alpha | None,
     force: bool,
     as_json: bool,
 ) -> None:

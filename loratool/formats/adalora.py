@@ -17,12 +17,13 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_files import AdapterFiles
-from loratool.formats.alpha import Alpha, Statement, metadata_statements, settled
+from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, metadata_statements, settled
 from loratool.formats.bare import unstated
 from loratool.formats.builder import Builder, Factors
 from loratool.formats.kinds import KINDS
 from loratool.formats.lora import adapter_of
 from loratool.formats.lora_config import ConfigReader, LoraConfig
+from loratool.formats.metadata_config import whole_statements
 from loratool.formats.scalar import read_scalar
 from loratool.formats.tensor_keys import PREFIX, refuse_other_features
 from loratool.updates import Update
@@ -52,7 +53,6 @@ def pattern_key(module: str) -> str:
 _NOT_IN_ADALORA: Final = {"peft_type": "LORA", "r": 1, "rank_pattern": None, "alpha_pattern": None, "use_rslora": False}
 """What of LoRA's keys PEFT does not look at in an AdaLoRA, set so that it says nothing."""
 
-CONFIGURATION: Final = "its configuration"
 ALL: Final = "every module"
 
 
@@ -102,7 +102,7 @@ def read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
         AdapterError: it is damaged or incomplete, or does not state its alpha.
     """
     source = files.source
-    stated = metadata_statements(files.metadata, [ALL])
+    stated = [*metadata_statements(files.metadata, [ALL]), *whole_statements(files.metadata, ALL, source)]
     if not files.config:  # its alpha is asked for before its ranks are looked at
         settled({ALL: 1}, stated, given, source, unstated=unstated(files))
     config = files.config or bare_adalora_config(files.tensors, source)

@@ -21,6 +21,10 @@ Alpha = float | Literal["rank"]
 """Alpha as a user gives it: a number, or ``rank``: each module's own rank, so that its scaling is 1."""
 
 RANK: Final = "rank"
+CONFIGURATION: Final = "its configuration"
+"""The place of what a PEFT configuration states."""
+
+RANK_WORDS: Final = "each module's rank"
 _WORD: Final = re.compile(r"(?:[\w.-]+\.)?(?:lora_|network_)?alpha|ss_network_alpha|adapter\.lora\.alpha")
 """The metadata keys under which trainers state one alpha for all modules, some behind a component's name."""
 
@@ -110,15 +114,15 @@ def _contradicted(module: str, stated: tuple[Statement, float], given: Alpha | N
     place, value = stated
     return AdapterError(
         f"{quoted(source)} says its own alpha: {place.place} says {value:g} (for {quoted(module, 80)}) and --alpha says "
-        f"{given if given == RANK else f'{given:g}'}; leave --alpha out"
+        f"{RANK_WORDS if given == RANK else f'{given:g}'}; leave --alpha out"
     )
 
 
 def _notes(said: Mapping[str, Sequence[tuple[Statement, float]]], given: Alpha | None) -> tuple[str, ...]:
     silent = [module for module, stated in said.items() if not stated]
     if given is not None and silent:
-        what = f"alpha {given:g} is" if given != RANK else "each module's rank is its alpha,"
-        return (f"the file says nothing of its scaling: {what} as you gave it",)
+        what = f"alpha is {given:g}" if given != RANK else "alpha is each module's rank"
+        return (f"the file says nothing of its scaling: {what}, as you gave it",)
     if given is None and len(silent) == len(said):
         return ("the file states no alpha; in its format that means each module's own rank, a scaling of 1",)
     return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -10,8 +11,8 @@ from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import target_of
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_names import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
-from loratool.formats.alpha import Alpha, Statement, metadata_statements, settled
-from loratool.formats.lora_config import lora_config
+from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, metadata_statements, settled
+from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.metadata_config import statements
 from loratool.formats.scalar import read_scalar
 from loratool.formats.tensor_keys import alpha_tensors, pair_factors
@@ -30,6 +31,9 @@ def bare_config(files: AdapterFiles, given: Alpha | None, *,
     """
     ranks = {module: a.shape[0] for module, (a, _) in pair_factors(files.tensors, files.source).items()}
     stated, use_rslora = stated_alphas(files, ranks)
+    beside = config_statement(files, ranks)
+    if beside is not None:
+        stated, use_rslora = [beside, *stated], LoraConfig.parse(files.config, files.config_source).use_rslora
     alphas, notes = settled(ranks, stated, given, files.source, absent_is_rank=absent_is_rank, unstated=unstated(files))
     modules = {module: (rank, alphas[module]) for module, rank in ranks.items()}
     targets = sorted({target_of(module) for module in modules})
@@ -52,6 +56,38 @@ def stated_alphas(files: AdapterFiles, ranks: Mapping[str, int]) -> tuple[list[S
     return [
         *tensor_statements(files, ranks), *configured, *metadata_statements(files.metadata, ranks)
     ], use_rslora  # fmt: skip
+
+
+def config_statement(files: AdapterFiles, ranks: Mapping[str, int]) -> Statement | None:
+    """What a PEFT configuration states that lies beside tensors in another format; None where there is none that states alpha.
+
+    Raises:
+        UnsupportedError, AdapterError: it asks for what is not computed, or has a pattern that fits no module.
+    """
+    if files.config.get("lora_alpha") is None or "r" not in files.config:
+        return None
+    lora = LoraConfig.parse(files.config, files.config_source)
+    alphas = {module: float(lora.alpha_of(module)) for module in ranks}
+    lost = set(lora.alpha_pattern.values()) - set(alphas.values())
+    if lost:
+        raise AdapterError(
+            f"alpha_pattern in {quoted(files.config_source)} gives some module the alpha {min(lost):g}, and fits none in "
+            f"{quoted(files.source)}; save the adapter again"
+        )
+    return Statement(CONFIGURATION, alphas)
+
+
+def described_alpha(files: AdapterFiles, ranks: Mapping[str, int]) -> float | None:
+    """The alpha that metadata or a configuration state for most modules, in a format that is not read; None where none does."""
+    modules = ranks or {"": 1}
+    try:
+        configured, _ = statements(files.metadata, ranks, files.source)
+    except AdapterError:
+        configured = []
+    numbers = [
+        alpha for each in (*configured, *metadata_statements(files.metadata, modules)) for alpha in each.alphas.values()
+    ]
+    return Counter(numbers).most_common(1)[0][0] if numbers else None
 
 
 def tensor_statements(files: AdapterFiles, ranks: Mapping[str, int]) -> list[Statement]:

@@ -13,6 +13,7 @@ from loratool.formats.adapter import Adapter, target_of
 from loratool.formats.adapter_files import AdapterFiles, open_adapter
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha
+from loratool.formats.bare import described_alpha
 from loratool.formats.finite import refuse_not_finite, refuse_numbers_not_finite
 from loratool.formats.read import read_files
 from loratool.formats.table import format_of
@@ -137,7 +138,7 @@ def _described(files: AdapterFiles, found: AdapterFormat, said: Description, why
         adapter=None,
         why_not=why_not,
         ranks=dict(sorted(said.ranks.items())),
-        alpha=said.alpha,
+        alpha=said.alpha if said.alpha is not None else described_alpha(files, said.ranks),
         scaling=said.scaling,
         modules=said.modules,
         config=files.config,

@@ -19,11 +19,12 @@ from loratool.formats.adapter import Adapter, Layout, of_weights
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha, Statement, agree, metadata_statements, settled
-from loratool.formats.bare import tensor_statements
+from loratool.formats.bare import config_statement, tensor_statements
 from loratool.formats.describe import Split, kind_of, parts_of, ranks_of
 from loratool.formats.dylora import KIND
 from loratool.formats.kinds import LORA, NOT_YET, kind_named
 from loratool.formats.lora_config import LoraConfig, lora_config
+from loratool.formats.metadata_config import statements
 from loratool.formats.scalar import read_scalar
 from loratool.updates.low_rank import LowRank
 
@@ -84,6 +85,7 @@ def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
     stated = tensor_statements(files, ranks)
     if not stated or not _is_varied(files.metadata):
         stated = [*stated, *_of_metadata(files, ranks, stated)]
+    stated += _of_configurations(files, ranks)
     alphas, notes = settled(ranks, stated, given, source, absent_is_rank=True)
     config = lora_config(
         {module: (rank, alphas[module]) for module, rank in ranks.items()}, {"target_modules": list(ranks)}
@@ -115,6 +117,18 @@ def _of_metadata(files: AdapterFiles, ranks: Mapping[str, int], of_tensors: Sequ
         if not agreed:
             found.append(Statement(statement.place, by_metadata))
     return found
+
+
+def _of_configurations(files: AdapterFiles, ranks: Mapping[str, int]) -> list[Statement]:
+    """What a PEFT configuration in the metadata or beside the file states."""
+    configured, use_rslora = statements(files.metadata, ranks, files.source)
+    if use_rslora or files.config.get("use_rslora"):
+        raise UnsupportedError(
+            f"{quoted(files.source)} says use_rslora, which kohya's format has not: its scaling may be meant either way; save it "
+            "again in PEFT's format"
+        )
+    beside = config_statement(files, ranks)
+    return configured if beside is None else [beside, *configured]
 
 
 def _is_varied(metadata: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Final
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.adapter_files import AdapterFiles
-from loratool.formats.alpha import Alpha, Statement, settled
+from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, settled
 from loratool.formats.bare import bare_config, stated_alphas, unstated
 from loratool.formats.builder import Builder, Factors
 from loratool.formats.kinds import LORA, RECORDED
@@ -16,8 +16,6 @@ from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.tensor_keys import pair_factors, peft_key
 from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
-
-CONFIGURATION: Final = "its configuration"
 
 
 def read_pairs(files: AdapterFiles, given: Alpha | None, *, absent_is_rank: bool = False) -> Adapter:

@@ -27,6 +27,20 @@ def stated_configurations(metadata: Mapping[str, Any], source: str) -> dict[str,
     return {key: _components(_parsed(metadata[key], key, source)) for key in KEYS if isinstance(metadata.get(key), str)}
 
 
+def whole_statements(metadata: Mapping[str, Any], module: str, source: str) -> list[Statement]:
+    """What such configurations state of alpha for a whole adapter of another kind than LoRA, as the alpha of `module`.
+
+    Raises:
+        AdapterError: what stands there is no JSON object.
+    """
+    return [
+        Statement(f"its metadata {quoted(key)}", {module: float(config["lora_alpha"])})
+        for key, components in stated_configurations(metadata, source).items()
+        for config in components.values()
+        if isinstance(config.get("lora_alpha"), int | float) and not isinstance(config["lora_alpha"], bool)
+    ]
+
+
 def statements(metadata: Mapping[str, Any], ranks: Mapping[str, int], source: str) -> tuple[list[Statement], bool]:
     """What such configurations state of the alpha of each module of these `ranks`, and whether they are rsLoRA's.
 

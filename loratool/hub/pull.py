@@ -14,6 +14,7 @@ from loratool.checkpoint.file_role import PICKLE_SUFFIXES
 from loratool.errors import AdapterError, HubError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import CONFIG_NAME, FACTS_NAME, SINGLE_FILE_SUFFIXES, WEIGHTS_NAME
+from loratool.formats.alpha import Alpha
 from loratool.formats.facts import check_facts
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.read import read_adapter
@@ -43,7 +44,7 @@ class PulledAdapter:
         return next((name for name in named if is_hub_id(name)), named[0] if named else None)
 
 
-def pull_adapter(address: HubAddress, command: str, *, alpha: float | None = None, fresh: bool = False,
+def pull_adapter(address: HubAddress, command: str, *, alpha: Alpha | None = None, fresh: bool = False,
                  snapshot: Snapshot | None = None, watcher: Watcher | None = None) -> PulledAdapter:  # fmt: skip
     """Download the adapter at an address, check it, and read it.
 

@@ -35,6 +35,7 @@ from registry import (
 
 if TYPE_CHECKING:
     from loratool.formats.adapter import Adapter
+    from loratool.formats.alpha import Alpha
     from loratool.library.progress import Progress
     from loratool.library.resolve import ResolvedAdapter
     from loratool.merging.survival import Survival
@@ -123,7 +124,7 @@ def survival_of(merge: MergeRecord) -> Survival | None:
 
 
 def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os.PathLike[str] | None = None,
-        any_base: bool = False, alpha: float | None = None, tags: Sequence[str] = (), registry: str | None = None,
+        any_base: bool = False, alpha: Alpha | None = None, tags: Sequence[str] = (), registry: str | None = None,
         progress: Progress | None = None) -> AddResult:  # fmt: skip
     """Catalogue the adapter at `path`: its files are copied into the content store, under their sha256.
 
@@ -136,7 +137,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
             catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
             catalogued from the Hub id that it records.
         any_base: tie it to `base` though it records, or is tied to, another one.
-        alpha: for a bare file that does not say its own.
+        alpha: for a bare file that does not say its own: a number, or ``rank`` for each module's rank.
         tags: words to find it by.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes of a new base are fingerprinted.
@@ -356,12 +357,12 @@ def _base_name(base: str, registry: str | None) -> str:
         return base_entry(base, catalogue).name
 
 
-def show(adapter: str | os.PathLike[str], *, alpha: float | None = None, registry: str | None = None) -> ShowResult:
+def show(adapter: str | os.PathLike[str], *, alpha: Alpha | None = None, registry: str | None = None) -> ShowResult:
     """Everything known of one adapter: by the catalogue, or else by its own files.
 
     Args:
         adapter: ``name``, ``name@version``, a path or a Hub id.
-        alpha: for a bare file that is not catalogued and does not say its own.
+        alpha: for a bare file that is not catalogued and does not say its own: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
@@ -389,10 +390,10 @@ def show(adapter: str | os.PathLike[str], *, alpha: float | None = None, registr
 def _read_again(record: AdapterRecord, catalogue: Registry) -> Adapter | None:
     """A catalogued adapter as its files say; None where they cannot be read."""
     from loratool.errors import LoratoolError
-    from loratool.formats.read import read_adapter
+    from loratool.library.resolve import read_entry
 
     try:
-        return read_adapter(catalogue.adapters.files(record))
+        return read_entry(record, catalogue)
     except (LoratoolError, RegistryError, OSError):
         return None
 
@@ -459,14 +460,14 @@ def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = 
         return change(adapter_entry(os.fspath(adapter), catalogue).reference, *tags)
 
 
-def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: float | None = None,
+def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: Alpha | None = None,
            force: bool = False, registry: str | None = None) -> Path:  # fmt: skip
     """Write an adapter as a PEFT directory or as a single file; the path of what was written.
 
     Args:
         adapter: a catalogued name, a path or a Hub id.
         out: a folder, or a file where it ends in ``.safetensors`` or ``.st``.
-        alpha: for a bare adapter file that does not say its own.
+        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
         force: replace an adapter that loratool wrote before.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, WrongBaseError, quoted
+from loratool.formats.alpha import Alpha
 from loratool.formats.draft import Draft
 from loratool.formats.write import adapter_output
 from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
@@ -72,7 +73,7 @@ class CombineResult:
 
 
 def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, density: float | None = None,
-            rank: int | None = None, seed: int | None = None, name: str | None = None, alpha: float | None = None,
+            rank: int | None = None, seed: int | None = None, name: str | None = None, alpha: Alpha | None = None,
             force: bool = False, any_base: bool = False, registry: str | None = None,
             progress: Progress | None = None) -> CombineResult:  # fmt: skip
     """Make one adapter of several, with the numbers of PEFT's ``add_weighted_adapter``, and catalogue it as their child.
@@ -87,7 +88,7 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
         rank: of the result of ``svd``; by default the largest of the adapters.
         seed: of the two dare methods; by default made from what is combined, so that it gives the same bytes again.
         name: of the result in the catalogue; by default that of the file.
-        alpha: for a bare adapter file that does not say its own.
+        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
         force: replace an adapter that loratool wrote before.
         any_base: combine adapters that record different bases.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.

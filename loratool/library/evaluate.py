@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, LoratoolError, printable, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.alpha import Alpha
 from loratool.formats.draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import scaling_law
@@ -114,7 +115,7 @@ class EvalResult:
 def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
              adapter: str | os.PathLike[str] | None = None, ranks: Sequence[int] | None = None,
              plot: str | os.PathLike[str] | None = None, max_length: int | None = None, batch_size: int = 4,
-             plain: bool = False, truncate: bool = False, force: bool = False, device: str = "auto", alpha: float | None = None,
+             plain: bool = False, truncate: bool = False, force: bool = False, device: str = "auto", alpha: Alpha | None = None,
              registry: str | None = None, progress: Progress | None = None) -> EvalResult:  # fmt: skip
     """Measure the loss and the perplexity of a model on a file of samples; `loratool.eval`.
 
@@ -133,7 +134,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
         truncate: cut the end off a sample of more than `max_length` tokens instead of refusing it.
         force: replace a picture that loratool drew before.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        alpha: for a bare adapter file that does not say its own.
+        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many samples are done.
 

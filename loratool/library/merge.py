@@ -20,6 +20,7 @@ from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_no_text
 from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
+from loratool.formats.alpha import Alpha
 from loratool.formats.finite import refuse_not_finite
 from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
 from loratool.library.already_merged import refuse_again
@@ -60,7 +61,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
           dry_run: bool = False, undo: bool = False, force: bool = False, any_base: bool = False,
           again: bool = False, allow_no_op: bool = False, without_extras: bool = False,
           tokenizer: TokenizerOf | None = None, device: str = "auto",
-          alpha: float | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
+          alpha: Alpha | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
     Args:
@@ -85,7 +86,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         tokenizer: ``base``, or ``adapter``: that of the first adapter that has one; by default the adapter's where it trained
             the embeddings of tokens or its tokenizer or chat template says otherwise than the base's.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        alpha: for a bare adapter file that does not say its own.
+        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 

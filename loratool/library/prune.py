@@ -10,6 +10,7 @@ from typing import Any, Literal
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adalora import IMPORTANCE
+from loratool.formats.alpha import Alpha
 from loratool.formats.draft import Draft
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.write import adapter_output
@@ -76,7 +77,7 @@ class PruneResult:
 
 def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float | None = None,
           threshold: float | None = None, as_: Literal["adalora", "lora"] = "adalora", out: PathLike | None = None,
-          name: str | None = None, alpha: float | None = None, force: bool = False,
+          name: str | None = None, alpha: Alpha | None = None, force: bool = False,
           registry: str | None = None) -> PruneResult:  # fmt: skip
     """Drop the least of an AdaLoRA's triplets, over all modules together, and catalogue the result as its child.
 
@@ -90,7 +91,7 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
         as_: ``adalora``, or ``lora`` for an ordinary LoRA with E in its factors.
         out: the new file (``.safetensors``, ``.st``) or folder; by default ``<adapter>-b64`` beside the adapter.
         name: its name in the catalogue; by default the file's.
-        alpha: for a bare adapter file that does not say its own.
+        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
         force: replace an adapter that loratool wrote before.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 

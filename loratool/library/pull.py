@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loratool.errors import LoratoolError, NotFoundError, quoted
-from loratool.formats.read import read_adapter
+from loratool.formats.alpha import Alpha
 from loratool.hub.address import HubAddress
 from loratool.hub.pull import pull_adapter
 from loratool.hub.repository import Snapshot, look
@@ -17,7 +17,7 @@ from loratool.library.adapters import HubPlace, adapter_json, enter
 from loratool.library.opening import open_registry
 from loratool.library.owner import name_owner
 from loratool.library.progress import Progress
-from loratool.library.resolve import is_here, pulled_from
+from loratool.library.resolve import has_alpha, is_here, pulled_from, read_entry
 from loratool.library.user_path import exists, user_path
 from registry import AdapterRecord, Location, Registry, check_name
 
@@ -56,7 +56,7 @@ class PullResult:
 
 
 def pull(repo: str, *, name: str | None = None, path: str | None = None, base: str | os.PathLike[str] | None = None,
-         any_base: bool = False, alpha: float | None = None, update: bool = False, registry: str | None = None,
+         any_base: bool = False, alpha: Alpha | None = None, update: bool = False, registry: str | None = None,
          progress: Progress | None = None) -> PullResult:  # fmt: skip
     """Bring an adapter from the Hugging Face Hub into the catalogue: downloaded, checked, copied into the content store.
 
@@ -71,7 +71,7 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
             catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
             catalogued from the Hub id that its configuration or its card names.
         any_base: tie it to `base` though it records, or is tied to, another one.
-        alpha: for a bare file that does not say its own.
+        alpha: for a bare file that does not say its own: a number, or ``rank`` for each module's rank.
         update: follow the branch.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
@@ -119,10 +119,10 @@ def _look(address: HubAddress, given: str, command: str, *, fresh: bool) -> Snap
         raise
 
 
-def _kept(address: HubAddress, catalogue: Registry, name: str | None, alpha: float | None) -> AdapterRecord | None:
+def _kept(address: HubAddress, catalogue: Registry, name: str | None, alpha: Alpha | None) -> AdapterRecord | None:
     """The newest version from an address that is catalogued as it is wanted, if its files are here."""
     for record in pulled_from(address, catalogue):
-        if name in (None, record.name) and alpha in (None, record.alpha):
+        if name in (None, record.name) and has_alpha(record, alpha):
             return record if is_here(record, catalogue) else None
     return None
 
@@ -133,7 +133,7 @@ def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, base
     place = _place(record, address)
     notes: tuple[str, ...] = ()
     if base is not None or record.base is None:
-        adapter = replace(read_adapter(catalogue.adapters.files(record)), name=record.name)
+        adapter = read_entry(record, catalogue)
         owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress, any_base=any_base)
         there = HubPlace(place, record.base_model)
         added = enter(adapter, catalogue, name=record.name, base=owner, any_base=any_base, place=there)

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
+from loratool.formats.alpha import Alpha
 from loratool.hub.address import is_repository, repository_id
 from loratool.hub.client import ask_once
 from loratool.hub.errors import refuse_anonymous, refuse_offline
@@ -105,7 +106,7 @@ class PushResult:
 def push(adapter: str | os.PathLike[str] | None = None, repository: str | None = None, *, merged: bool = False,
          files: Sequence[str | os.PathLike[str]] = (), all_files: bool = False,
          private: bool = False, create_pr: bool = False, revision: str | None = None, message: str | None = None,
-         license: str | None = None, base_model: str | None = None, alpha: float | None = None,  # noqa: A002
+         license: str | None = None, base_model: str | None = None, alpha: Alpha | None = None,  # noqa: A002
          dry_run: bool = False, confirm: Confirm | None = None, progress: Progress | None = None,
          registry: str | None = None) -> PushResult:  # fmt: skip
     """Put an adapter onto the Hugging Face Hub as PEFT and whatever reads PEFT load it, with a card; in one commit.
@@ -126,7 +127,7 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         message: of the commit.
         license: as the Hub calls it (``apache-2.0``); what the card says otherwise stays.
         base_model: the Hub id of its base, where the catalogue does not know it; ``none`` where it is on no Hub.
-        alpha: for a bare file that does not say its own.
+        alpha: for a bare file that does not say its own: a number, or ``rank`` for each module's rank.
         dry_run: send nothing.
         confirm: asked before a public repository is made; nobody is asked by default.
         progress: told how far the check of a merged model is.
@@ -186,7 +187,7 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
 
 
 def _prepare(adapter: str | os.PathLike[str] | None, repository: str | None, revision: str | None, catalogue: Registry,
-             scratch: Path, *, merged: bool, alpha: float | None, files: Sequence[str | os.PathLike[str]],
+             scratch: Path, *, merged: bool, alpha: Alpha | None, files: Sequence[str | os.PathLike[str]],
              all_files: bool, wishes: Wishes, watcher: Progress) -> tuple[Remote, Upload]:  # fmt: skip
     """What is in the repository that is meant, and what is to be in it."""
     if merged:

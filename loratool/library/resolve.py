@@ -16,6 +16,7 @@ from typing import Final
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.alpha import RANK, Alpha
 from loratool.formats.dylora import at_rank
 from loratool.formats.lora_config import MOST_DIGITS
 from loratool.formats.read import read_adapter
@@ -94,7 +95,7 @@ class ResolvedBase:
             ) from None
 
 
-def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: float | None = None) -> ResolvedAdapter:
+def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha | None = None) -> ResolvedAdapter:
     """Find and read an adapter. One on the Hub is downloaded and checked as `pull` does, and not catalogued.
 
     Raises:
@@ -109,8 +110,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: flo
             record = registry.adapters.find(text)
             if alpha is not None:
                 raise AdapterError(f"{quoted(text)} says its own alpha; leave --alpha out")
-            # Its folder in the store has no name that a user would know.
-            return ResolvedAdapter(replace(read_adapter(registry.adapters.files(record)), name=record.name), record)
+            return ResolvedAdapter(read_entry(record, registry), record)
         if not exists(path):
             raise no_such_adapter(text, registry)
     if not is_plainly_a_path(text) and HUB_ID.fullmatch(text) and not exists(path):
@@ -152,7 +152,7 @@ def no_such_base(name: str, registry: Registry) -> Exception:
     return NotFoundError(f"base {quoted(found.name)} was catalogued just now; run the command again")
 
 
-def resolve_at_rank(name: str | os.PathLike[str], registry: Registry, alpha: float | None = None) -> ResolvedAdapter:
+def resolve_at_rank(name: str | os.PathLike[str], registry: Registry, alpha: Alpha | None = None) -> ResolvedAdapter:
     """The same, and of ``ADAPTER@rank=b`` the DyLoRA as it acts at rank b.
 
     Raises:
@@ -268,13 +268,13 @@ def _catalogued(record: BaseRecord, registry: Registry, progress: Progress | Non
     return ResolvedBase(record.path, record.name, record)
 
 
-def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: float | None) -> ResolvedAdapter:
+def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: Alpha | None) -> ResolvedAdapter:
     """An adapter by its Hub id: as it is catalogued, if it was pulled, else out of huggingface_hub's cache or the Hub."""
     from loratool.hub.pull import pull_adapter
 
     for record in pulled_from(address, registry):
-        if alpha in (None, record.alpha) and is_here(record, registry):
-            return ResolvedAdapter(replace(read_adapter(registry.adapters.files(record)), name=record.name), record)
+        if has_alpha(record, alpha) and is_here(record, registry):
+            return ResolvedAdapter(read_entry(record, registry), record)
     try:
         pulled = pull_adapter(address, f"loratool pull {address}", alpha=alpha)
     except NotFoundError as error:
@@ -285,9 +285,39 @@ def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: float | None
     return ResolvedAdapter(pulled.adapter, _entry_of(pulled.adapter, registry), hub_id=f"{address.repo}@{commit[:12]}")
 
 
+def has_alpha(record: AdapterRecord, alpha: Alpha | None) -> bool:
+    """Whether a catalogued adapter acts as one that is read with an alpha that is given."""
+    return record.scaling == 1 if alpha == RANK else alpha in (None, record.alpha)
+
+
 def _entry_of(adapter: Adapter, registry: Registry) -> AdapterRecord | None:
     """The entry of an adapter's content in the catalogue."""
     return next((each for each in registry.adapters.find_by_sha256(adapter.sha256) if is_entry_of(each, adapter)), None)
+
+
+def read_entry(record: AdapterRecord, registry: Registry) -> Adapter:
+    """Read a catalogued adapter from the store, as it acts by its entry, under the name that it has there.
+
+    A file that states no alpha, or two, was catalogued with one that was given.
+
+    Raises:
+        AdapterError, registry.RegistryError: its files are gone or damaged.
+    """
+    folder = registry.adapters.files(record)
+    problem: AdapterError | None = None
+    other: Adapter | None = None
+    for alpha in (None, record.alpha, RANK):
+        try:
+            adapter = read_adapter(folder, alpha)
+        except AdapterError as error:
+            problem = problem or error
+            continue
+        if is_entry_of(record, adapter):
+            return replace(adapter, name=record.name)
+        other = other or adapter
+    if other is None:
+        raise problem or AdapterError(f"{quoted(record.reference)} cannot be read; run 'loratool doctor'")
+    return replace(other, name=record.name)
 
 
 def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None:
@@ -300,7 +330,10 @@ def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None
         adapter = read_adapter(path)
     except AdapterError as problem:
         try:  # a bare file, which was catalogued with an alpha
-            return next((each for each in known if is_entry_of(each, read_adapter(path, each.alpha))), None)
+            given: Iterator[tuple[AdapterRecord, Alpha | None]] = (
+                (each, alpha) for each in known for alpha in (each.alpha, RANK)
+            )
+            return next((each for each, alpha in given if is_entry_of(each, read_adapter(path, alpha))), None)
         except AdapterError:
             raise problem from None
     return next((each for each in known if is_entry_of(each, adapter)), None)

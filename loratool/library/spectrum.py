@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import printable
 from loratool.formats.adapter import path_of
+from loratool.formats.alpha import Alpha
 from loratool.library.opening import open_registry
 from loratool.library.picture import drawn, refuse_picture
 from loratool.library.resolve import resolve_adapter
@@ -55,14 +56,14 @@ class SpectrumResult:
 
 
 def spectrum(adapter: str | os.PathLike[str], *, plot: str | os.PathLike[str] | None = None,
-             force: bool = False, alpha: float | None = None, registry: str | None = None) -> SpectrumResult:  # fmt: skip
+             force: bool = False, alpha: Alpha | None = None, registry: str | None = None) -> SpectrumResult:  # fmt: skip
     """The singular values of an adapter's updates, through QR of its factors.
 
     Args:
         adapter: a catalogued name, a path or a Hub id.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a heat map by layer and module, of ranks and of norms.
         force: replace a picture that loratool drew before.
-        alpha: for a bare file that does not say its own.
+        alpha: for a bare file that does not say its own: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.alpha import Alpha
 from loratool.formats.draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import LAWS, ScalingLaw, scaling_law
@@ -80,7 +81,7 @@ class TruncateResult:
 
 def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, energy: float | None = None,
              error: float | None = None, svd: bool = False, scaling: str | None = None, out: PathLike | None = None,
-             name: str | None = None, alpha: float | None = None, force: bool = False, registry: str | None = None,
+             name: str | None = None, alpha: Alpha | None = None, force: bool = False, registry: str | None = None,
              progress: Progress | None = None) -> tuple[TruncateResult, ...]:  # fmt: skip
     """Cut an adapter to a lower rank, write it, and catalogue it as the adapter's child; one result for each rank.
 
@@ -98,7 +99,7 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
         out: the new file (``.safetensors``, ``.st``) or folder; with several ranks ``-r4`` is added to its name. By default
             ``<adapter>-r4`` beside the adapter.
         name: its name in the catalogue, likewise; by default the file's.
-        alpha: for a bare adapter file that does not say its own.
+        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
         force: replace an adapter that loratool wrote before.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes of factors are done.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, NotFoundError, RestoreError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.alpha import RANK, Alpha
 from loratool.formats.read import read_adapter
 from loratool.library.holding import hold
 from loratool.library.home_folder import digest_cache
@@ -325,8 +327,9 @@ def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Mani
     known = catalogue.adapters.find_by_sha256(entry.sha256)
     places = [catalogue.adapters.files(record) for record in known if is_here(record, catalogue)]
     trashed = [catalogue.trash.files(each) for each in catalogue.trash.list(sha256=entry.sha256)]
-    for place in [*places, *filter(None, trashed), Path(entry.file)]:
-        adapter = _readable(place)
+    alphas: tuple[Alpha | None, ...] = (None, entry.alpha, RANK)
+    for place, alpha in product([*places, *filter(None, trashed), Path(entry.file)], alphas):
+        adapter = _readable(place, alpha)
         if adapter is not None and entry.is_it(adapter):
             return adapter
     raise NotFoundError(
@@ -335,10 +338,10 @@ def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Mani
     )
 
 
-def _readable(place: Path) -> Adapter | None:
-    """The adapter at `place`, or None where there is none that can be read."""
+def _readable(place: Path, alpha: Alpha | None = None) -> Adapter | None:
+    """The adapter at `place`, read with the alpha that was given; None where there is none that can be read so."""
     try:
-        return read_adapter(place) if exists(place) else None
+        return read_adapter(place, alpha) if exists(place) else None
     except LoratoolError:
         return None
 
