@@ -49,15 +49,17 @@ class LoadedScales:
     m: torch.Tensor
     transposed: bool
     outputs = inputs = None
+    keeps = False
 
     def _magnitudes(self, rows: range) -> torch.Tensor:
         return self.m[None, :] if self.transposed else self.m[rows.start : rows.stop, None]
 
-    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         self.product.apply(block, rows, scratch)
         block.mul_(self._magnitudes(rows))
+        return b""
 
-    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes) -> None:
         block.div_(self._magnitudes(rows))
         self.product.revert(block, rows, scratch)
 

@@ -326,7 +326,7 @@ BROKEN_CONFIGS: dict[str, tuple[str, str]] = {
     "layers as text": ('{"r": 4, "lora_alpha": 8, "layers_to_transform": "all"}', "layers_to_transform"),
     "rsLoRA as text": ('{"r": 4, "lora_alpha": 8, "use_rslora": "yes"}', "use_rslora"),
     "another type": ('{"r": 4, "lora_alpha": 8, "peft_type": "IA3"}', "IA3"),
-    "DoRA": ('{"r": 4, "lora_alpha": 8, "use_dora": true}', "DoRA"),
+    "DoRA": ('{"r": 4, "lora_alpha": 8, "use_dora": true}', "DoRA, has no lora_magnitude_vector"),
 }
 
 
@@ -398,7 +398,7 @@ def test_factors_that_do_not_fit_together_are_refused(
     ("key", "feature"),
     [
         ("lora_unet_down_blocks_0.hada_w1_a", "LoHa"),
-        ("q_proj.lora_magnitude_vector", "DoRA"),
+        ("q_proj.lora_diag", "KaSA"),
         ("q_proj.lora_B.bias", "lora_bias"),
         ("embed_tokens.lora_embedding_A", "embeddings"),
         ("lm_head.modules_to_save.weight", "modules_to_save"),

@@ -26,6 +26,7 @@ from tiny_models import load
 
 from loratool.checkpoint.gguf import TYPES, read_gguf_header
 from loratool.errors import AdapterError, CheckpointError, LoratoolError, UnsupportedError
+from loratool.formats.builders import BUILDERS
 from loratool.formats.identify import Identity, identify
 from loratool.formats.kinds import KINDS, OF_PEFT
 from loratool.formats.read import read_adapter
@@ -156,8 +157,11 @@ def test_a_type_that_the_tensors_contradict_is_refused_with_both(
         identify(false)
 
 
+def test_every_kind_has_a_builder_or_says_why_it_has_none() -> None:
+    assert set(BUILDERS) == {name for name, kind in KINDS.items() if kind.why_not is None}
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "DoRA": ("llama", {"use_dora": True}, "dora"),
     "aLoRA": ("llama", {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}, "alora"),
     "KaSA": ("llama", {"kasa_config": peft.tuners.lora.KasaConfig()}, "kasa"),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, "lora"),

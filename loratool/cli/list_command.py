@@ -9,8 +9,8 @@ import click
 from loratool.cli.options import example, json_option
 from loratool.cli.rendering import age, print_json, ranks, size, targets
 from loratool.cli.table import print_table
+from loratool.formats.kinds import KINDS
 
-KINDS = ["lora", "dylora", "adalora"]
 SORTS = ["name", "kind", "rank", "alpha", "base", "size", "age"]
 COLUMNS = {"size": "size_bytes", "age": "created_at"}
 """What the catalogue calls the columns that the table calls otherwise."""
@@ -30,7 +30,7 @@ class SortType(click.Choice[str]):
 @click.option(
     "--base", metavar="BASE", help="Only adapters of this base (a name, a folder or a Hub id) and its variants."
 )
-@click.option("--kind", type=click.Choice(KINDS), help="Only adapters of this kind.")
+@click.option("--kind", type=click.Choice(list(KINDS)), metavar="KIND", help="Only adapters of this kind.")
 @click.option("--tag", metavar="T", help="Only adapters with this tag.")
 @click.option(
     "--sort",

@@ -14,13 +14,13 @@ from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.errors import AdapterError, quoted
+from loratool.errors import AdapterError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, metadata_statements, settled
 from loratool.formats.bare import unstated
 from loratool.formats.builder import Builder, Factors
-from loratool.formats.kinds import KINDS
+from loratool.formats.kinds import KINDS, VARIANTS
 from loratool.formats.lora import adapter_of
 from loratool.formats.lora_config import ConfigReader, LoraConfig
 from loratool.formats.metadata_config import whole_statements
@@ -77,6 +77,12 @@ class AdaLoraConfig(LoraConfig):
         read = ConfigReader(config, source)
         init_r = read.positive_int("init_r")
         patterns = read.mapping("rank_pattern")
+        for variant in VARIANTS:
+            if variant.setting and config.get(variant.setting):
+                raise UnsupportedError(
+                    f"{quoted(source)} is an AdaLoRA that asks for {variant.title} ({variant.setting}), which PEFT has for LoRA "
+                    "alone; train it again without, or as a LoRA"
+                )
         own = {key: value for key, value in config.items() if key not in KINDS[NAME].keys}
         lora = LoraConfig.parse(own | _NOT_IN_ADALORA, source)
         return cls(

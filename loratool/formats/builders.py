@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from loratool.formats import adalora, lora
+from loratool.formats import adalora, dora, lora
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
 
@@ -14,5 +14,6 @@ BUILDERS: Final[Mapping[str, Builder]] = MappingProxyType({
     LORA: lora.BUILDER,
     **{kind.name: lora.BUILDER for kind in RECORDED},
     adalora.NAME: adalora.BUILDER,
+    dora.NAME: dora.BUILDER,
 })  # fmt: skip
 """Every computed kind of `formats.kinds` by its name."""

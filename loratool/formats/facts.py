@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loratool.errors import AdapterError, printable, quoted
+from loratool.formats.kinds import COMPUTED
 
 SCHEMA: Final = 1
-KINDS: Final = frozenset({"lora", "dylora", "adalora"})
 LARGEST_FACTS: Final = 1 << 20
 """Bytes as JSON."""
 
@@ -82,7 +82,7 @@ def _why_wrong(facts: Mapping[str, Any]) -> str | None:
     odd = _odd_text(facts)
     if odd is not None:
         return f"it holds control characters in {quoted(odd, 40)}"
-    for key, allowed in (("kind", KINDS), ("scaling", {"paper", "kohya"})):
+    for key, allowed in (("kind", COMPUTED), ("scaling", {"paper", "kohya"})):
         if key in facts and not (isinstance(facts[key], str) and facts[key] in allowed):
             return f"its {key} is {quoted(facts[key], 40)}"
     if "schema" in facts and type(facts["schema"]) is not int:

@@ -45,6 +45,7 @@ class Kind:
         nested: whether it acts at every rank up to its own.
         recorded: whether its files are those of a LoRA, and what loratool records beside them tells it.
         article: what stands before its title in English.
+        advice: what a person who finds one should know.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Kind:
     nested: bool = False
     recorded: bool = False
     article: str = "a"
+    advice: str = ""
 
 
 LORA: Final = "lora"
@@ -68,10 +70,15 @@ _LORA_RANKS: Final = (
 
 _ROWS: Final = (
     # Low rank
-    Kind("adalora", "AdaLoRA", "ADALORA", parts=("lora_E", "ranknum"), ranks=(("lora_A", 0),), article="an", keys=frozenset({
-        "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step", "rank_pattern"})),
-    Kind("dylora", "DyLoRA", ranks=_LORA_RANKS, nested=True, recorded=True),
-    Kind("dora", "DoRA", None, "use_dora", ("lora_magnitude_vector",), _LORA_RANKS, NOT_YET, ("magnitude", "dora_scale")),
+    Kind("adalora", "AdaLoRA", "ADALORA", parts=("lora_E", "ranknum"), ranks=(("lora_A", 0),), article="an",
+         keys=frozenset({"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+                         "rank_pattern"}),
+         advice="PEFT loads it. For engines that load only LoRA, convert it with `loratool prune --as lora`."),
+    Kind("dylora", "DyLoRA", ranks=_LORA_RANKS, nested=True, recorded=True, advice=(
+        "Its leading components stand by themselves: it can be cut to any rank up to its own without training. "
+        "PEFT and serving engines load it at its full rank.")),
+    Kind("dora", "DoRA", None, "use_dora", ("lora_magnitude_vector",), _LORA_RANKS,
+         other_parts=("magnitude", "dora_scale")),
     Kind("kasa", "KaSA", None, "kasa_config", ("lora_diag",), _LORA_RANKS, BY_BASE),
     Kind("qalora", "QALoRA", None, "use_qalora", (), _LORA_RANKS, UNDEFINED),
     Kind("bdlora", "BD-LoRA", None, "use_bdlora", (), _LORA_RANKS, NOT_YET),
@@ -142,6 +149,7 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType({kind.name: kind for kind in
 """Every kind by its name, a special one before that of which it is a variant."""
 
 OF_PEFT: Final[Mapping[str, Kind]] = MappingProxyType({kind.peft_type: kind for kind in _ROWS if kind.peft_type})
+COMPUTED: Final = frozenset(kind.name for kind in _ROWS if kind.why_not is None)
 RECORDED: Final = tuple(kind for kind in _ROWS if kind.recorded)
 VARIANTS: Final = tuple(kind for kind in _ROWS if kind.setting is not None)
 

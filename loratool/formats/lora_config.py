@@ -49,7 +49,7 @@ _OTHER_KEYS: Final = """
     lora_ga_config velora_config modules_to_save qalora_group_size runtime_config ensure_weight_tying task_type peft_type
     auto_mapping peft_version base_model_name_or_path revision inference_mode
 """
-KNOWN: Final = frozenset(REFUSED).union(_OTHER_KEYS.split())
+KNOWN: Final = frozenset(REFUSED).union(_OTHER_KEYS.split(), (kind.setting for kind in VARIANTS if kind.setting))
 """The keys of ``peft.LoraConfig``; those not spoken of elsewhere here concern training, or record where it came from."""
 
 _OTHER_KINDS_KEYS: Final = frozenset[str]().union(*(kind.keys for kind in KINDS.values()))

@@ -13,7 +13,7 @@ def why_no_change(adapter: Adapter) -> str | None:
     updates, ranked = adapter.changes.values(), adapter.ranked.values()
     if not updates or any(update.replaces for update in updates):
         return None
-    if len(ranked) == len(updates) and all(update.scaling == 0 for update in ranked):
+    if len(ranked) == len(updates) and all(update.scaling == 0 and not update.needs_weight for update in ranked):
         return "its alpha is 0"
     if all(update.vanishes() for update in updates):
         return "in every module one of its factors is all zeros, as before training"

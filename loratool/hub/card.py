@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from loratool.formats.kinds import kind_named
 from loratool.hub.address import is_repository
 from loratool.hub.markdown import code, plain, sections, table
 from loratool.hub.readme import FrontMatter
-
-KINDS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
-"""The name of each kind in a sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,7 @@ class AdapterCard:
         if not self.ranks:
             return ""
         least, most = min(self.ranks.values()), max(self.ranks.values())
-        if self.kind == "dylora":
+        if kind_named(self.kind).nested:
             return f"1 to {most}" if most > 1 else "1"
         return str(most) if least == most else f"{least} to {most}"
 
@@ -137,15 +135,10 @@ class AdapterCard:
 
     def _introduction(self) -> str:
         base = f"[{plain(self.base)}]({self.base_url})" if self.base else "a base model that is not on the Hub"
-        article = "An" if self.kind == "adalora" else "A"
-        text = f"{article} {KINDS[self.kind]} adapter of rank {self.rank} for {base}."
-        if self.kind == "dylora":
-            text += (
-                " Its leading components stand by themselves: it can be cut to any rank up to its own without training. "
-                "PEFT and serving engines load it at its full rank."
-            )
-        if self.kind == "adalora":
-            text += " PEFT loads it. For engines that load only LoRA, convert it with `loratool prune --as lora`."
+        kind = kind_named(self.kind)
+        text = f"{kind.article.capitalize()} {kind.title} adapter of rank {self.rank} for {base}."
+        if kind.advice:
+            text += f" {kind.advice}"
         for operation, parents in self.lineage[:1]:
             made_by, made_of = code(f"loratool {operation}"), ", ".join(map(code, parents[:MOST_TARGETS]))
             text += f" Made by {made_by} from {made_of}." if made_of else f" Made by {made_by}."
@@ -192,7 +185,7 @@ class AdapterCard:
         base = self.base or "path/to/the/base"
         cut = (
             f"\nloratool truncate {name} --rank {max(1, max(self.ranks.values()) // 2)}"
-            if self.kind == "dylora"
+            if kind_named(self.kind).nested
             else ""
         )
         return f"""With loratool, which checks that it is merged into the right base:

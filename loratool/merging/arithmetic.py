@@ -12,6 +12,7 @@ from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
 from loratool.merging.plan import Target
 from loratool.merging.residual import add_residual, pack_hint, residual, unpack_hint
 from loratool.merging.survival import SurvivalCount
+from loratool.updates import LoadedUpdate
 from loratool.weights.coarse.feedback import Feedback
 from loratool.weights.coarse.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding
@@ -91,6 +92,7 @@ class BlockArithmetic:
                 planned.update.load(transposed=transposed, weight=planned.weight, device=device)
                 for planned in target.updates
             ]
+            self._kept = [b""] * len(self._updates)
             self._rounding = self._rounding_of(target)
 
     def _rounding_of(self, target: Target) -> Rounding:
@@ -141,8 +143,7 @@ class BlockArithmetic:
             block.zero_()
         else:
             self.codec.decode(rows, parts, block)
-        for update in self._updates:
-            update.apply(block, rows, scratch)
+        self._kept = [update.apply(block, rows, scratch) for update in self._updates]
         if takes_change and not self._adds:
             self.codec.decode(rows, parts, scratch)
             block.sub_(scratch)
@@ -159,7 +160,10 @@ class BlockArithmetic:
             raise overflow(self.weight.name, rows, self.weight.storage)
 
     def revert(self, rows: range, parts: tuple[torch.Tensor, ...], hint: bytes | None) -> None:
-        """Take the updates out, last one first; the same bits on every machine, but not always those from before."""
+        """Take the updates out, last one first; the same bits on every machine, but not always those from before.
+
+        The updates kept of these rows what they need for it.
+        """
         import torch
 
         with self._on_stream():
@@ -171,12 +175,16 @@ class BlockArithmetic:
             else:
                 self.codec.decode(rows, on_device, block)
             merged = block.clone() if takes_change and not self._adds else None
-            for update in reversed(self._updates):
-                update.revert(block, rows, scratch)
+            for update, kept in zip(reversed(self._updates), reversed(self._kept), strict=True):
+                update.revert(block, rows, scratch, kept)
             if takes_change:  # what was added: W' less W as far as it can be told
                 block.neg_() if merged is None else torch.sub(merged, block, out=block)
             self.codec.recover(rows, block, on_device, self._rounding, hint)
             self._bring_back(on_device, parts)
+
+    def _pairs(self) -> Iterator[tuple[LoadedUpdate, bytes]]:
+        """Each update, and what it kept of the last rows."""
+        return zip(self._updates, self._kept, strict=True)
 
     def _on_stream(self) -> AbstractContextManager[object]:
         import torch
@@ -217,7 +225,8 @@ class Merge(BlockArithmetic):
         each = zip(originals, predicted, doubts, strict=True)
         width, level = self.weight.element_bytes, self.weight.undo_level
         missing = b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width, level) for o, p, d in each)
-        self._keep(rows, (pack_hint(hint) if self.weight.keeps_hint else b"") + missing)
+        kept = b"".join(pack_hint(each) for update, each in self._pairs() if update.keeps)
+        self._keep(rows, (pack_hint(hint) if self.weight.keeps_hint else b"") + kept + missing)
 
 
 class ApproximateUnmerge(BlockArithmetic):
@@ -247,6 +256,10 @@ class ExactUnmerge(BlockArithmetic):
             hint = b""
             if self.weight.keeps_hint:
                 hint, rest = unpack_hint(rest, 4 * max(self.weight.rows, self.weight.columns))
+            for place, update in enumerate(self._updates):
+                if update.keeps:
+                    self._kept[place], rest = unpack_hint(rest, 4 * len(rows))
+                    self._refuse_unfit(rows, self._kept[place])
             self.revert(rows, parts, hint)
             for part, doubt in zip(parts, self.codec.doubt(merged, parts), strict=True):
                 rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
@@ -257,3 +270,8 @@ class ExactUnmerge(BlockArithmetic):
                 f"{quoted(self.weight.name)} cannot be restored: {error}; the undo file is damaged, or the merged model "
                 "was changed since; unmerge from the base instead"
             ) from None
+
+    @staticmethod
+    def _refuse_unfit(rows: range, kept: bytes) -> None:
+        if len(kept) != 4 * len(rows):
+            raise RestoreError("a block of the undo file is damaged")

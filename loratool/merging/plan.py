@@ -190,6 +190,7 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
     replacing = next((planned for planned in updates if planned.update.replaces), None)
     if replacing is not None:
         return _replaced(name, replacing, updates, adapters, base)
+    _refuse_order(name, updates, adapters)
     weight = stored_weight(base, name)
     source = adapters[updates[0].adapter].adapter
     info = base.tensors[name]
@@ -214,7 +215,22 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
                 f"shape {list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; "
                 + misfit_advice(name, planned.update.shape, fitting, orientation.architecture)
             )
+        if planned.update.needs_outputs and transposed != weight.turned:
+            raise UnsupportedError(
+                f"{quoted(module_of(planned.parameter))} of {quoted(source.name)} is {planned.update.kind}, and {quoted(name)} "
+                "is stored as (in_features, out_features): loratool does not compute that yet; merge it with PEFT"
+            )
     return Target(weight, updates, transposed)
+
+
+def _refuse_order(name: str, updates: Sequence[PlannedUpdate], adapters: Sequence[WeightedAdapter]) -> None:
+    """Raise PlacementError where the order of several updates of one matrix would change what they do."""
+    needing = next((planned for planned in updates if planned.update.needs_weight), None)
+    if needing is not None and len(updates) > 1:
+        raise PlacementError(
+            f"{quoted(adapters[needing.adapter].adapter.name)} changes {quoted(name)} by {needing.update.kind}, which depends "
+            "on what is there, and another update changes it as well; merge one of them, and then the other into the result"
+        )
 
 
 def _refuse_weight(planned: PlannedUpdate, adapter: Adapter) -> None:

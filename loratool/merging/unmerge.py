@@ -121,8 +121,19 @@ def _are_alike(weight: StoredWeight, base: Checkpoint) -> bool:
 
 def restore_approximately(merged: Checkpoint, manifest: Manifest, adapters: list[Adapter],
                           device: str = "auto") -> Restoration:  # fmt: skip
-    """The way back by arithmetic alone, ``round(W' - delta)``: about one element in a hundred is off by a rounding."""
+    """The way back by arithmetic alone, ``round(W' - delta)``: about one element in a hundred is off by a rounding.
+
+    Raises:
+        RestoreError: an update depends on what was there, so that arithmetic cannot tell it.
+    """
     targets = _targets_of(adapters, merged, manifest)
+    for target in targets:
+        lost = next((planned.update for planned in target.updates if planned.update.needs_weight), None)
+        if lost is not None:
+            raise RestoreError(
+                f"{quoted(target.name)} was changed by {lost.kind}, which no arithmetic takes out; unmerge by an undo file or "
+                "from the base"
+            )
     return Restoration("approximate", targets, lambda target: ApproximateUnmerge(target, choose_device(device)))
 
 

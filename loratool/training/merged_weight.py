@@ -73,7 +73,7 @@ class MergedWeight:
     def _reverted(self, rows: range) -> Tensor:
         block = self._block(rows)
         numbers = block.to(torch.float32, copy=True)
-        self._update.revert(numbers, rows, torch.empty_like(numbers))
+        self._update.revert(numbers, rows, torch.empty_like(numbers), b"")
         return numbers.to(block.dtype)
 
     def _block(self, rows: range) -> Tensor:

@@ -37,6 +37,10 @@ class Update(Protocol):
         """Whether what it does depends on W: W' - W is not the same whatever W is."""
 
     @property
+    def needs_outputs(self) -> bool:
+        """Whether it changes a number of W by all of that output's weights, so that it needs them in one block."""
+
+    @property
     def replaces(self) -> bool:
         """Whether W' is the same whatever W is."""
 
@@ -94,8 +98,15 @@ class LoadedUpdate(Protocol):
     def inputs(self) -> torch.Tensor | None:
         """What the rows of the change are combinations of, fp32, (columns of W in blocks, r); None where it has no low rank."""
 
-    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
-        """Change `block`, fp32, the `rows` of W, in place. `scratch` has the shape of `block` and may be overwritten."""
+    @property
+    def keeps(self) -> bool:
+        """Whether `apply` returns something that `revert` needs and that an undo has to keep."""
 
-    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
-        """Take the change out of `block` in place, as well as fp32 arithmetic can."""
+    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
+        """Change `block`, fp32, the `rows` of W, in place. `scratch` has the shape of `block` and may be overwritten.
+
+        Returns what it `keeps`: 32-bit numbers, at most one a row.
+        """
+
+    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes) -> None:
+        """Take the change out of `block` in place, as well as fp32 arithmetic can; `kept` is what `apply` returned."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from loratool.checkpoint.dtypes import DENSE, DTYPES
 from loratool.checkpoint.header import TensorInfo
@@ -44,6 +44,10 @@ class LowRank:
 
     @property
     def needs_weight(self) -> bool:
+        return False
+
+    @property
+    def needs_outputs(self) -> bool:
         return False
 
     @property
@@ -100,6 +104,7 @@ class LoadedLowRank:
     b: torch.Tensor
     scaling: float
     transposed: bool
+    keeps: ClassVar[bool] = False
 
     @property
     def outputs(self) -> torch.Tensor:
@@ -111,24 +116,25 @@ class LoadedLowRank:
         """``A^T``, or of the transpose B."""
         return self.b if self.transposed else self.a.T
 
-    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """On a CPU in PEFT's order, each an fp32 operation: product, times scaling, plus W. On CUDA one addmm."""
         if block.is_cuda:
             left, right = self._factors(rows)
             block.addmm_(left, right, alpha=self.scaling)
-            return
+            return b""
         exact = self.scaling >= 1 and math.frexp(self.scaling)[0] == 0.5  # times 1, 2, 4, ... rounds nothing
         if exact and not self.transposed and fused_has_the_bits(*block.shape, len(self.a), self.scaling):
             left, right = self._factors(rows)
             block.addmm_(left, right, alpha=self.scaling)
-            return
+            return b""
         self.multiply(rows, scratch)
         if exact:
             block.add_(scratch, alpha=self.scaling)
         else:
             block.add_(scratch.mul_(self.scaling))
+        return b""
 
-    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
         """Subtract the update, the same bits on every machine, whatever its BLAS and the cut into blocks."""
         step = len(rows) if block.is_cuda else FIXED_ROWS
         for start in range(rows.start, rows.stop, step):

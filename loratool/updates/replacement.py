@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loratool.checkpoint.blocks import read_columns, read_exactly
 from loratool.checkpoint.dtypes import DTYPES
@@ -24,6 +24,10 @@ class Replacement:
     @property
     def needs_weight(self) -> bool:
         return True
+
+    @property
+    def needs_outputs(self) -> bool:
+        return False
 
     @property
     def replaces(self) -> bool:
@@ -64,6 +68,7 @@ class LoadedReplacement:
 
     tensor: TensorInfo
     transposed: bool = False
+    keeps: ClassVar[bool] = False
 
     @property
     def outputs(self) -> None:
@@ -73,7 +78,7 @@ class LoadedReplacement:
     def inputs(self) -> None:
         """R has no low rank."""
 
-    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """Put the `rows` of R into `block`.
 
         Raises:
@@ -98,6 +103,7 @@ class LoadedReplacement:
                 f"{quoted(self.tensor.name)} in {quoted(self.tensor.file)} holds NaN or infinity; "
                 "the training of this adapter failed"
             )
+        return b""
 
     def _read(self, fd: int, rows: range, content: memoryview) -> None:
         width, row_bytes = DTYPES[self.tensor.dtype].nbytes, self.tensor.nbytes // max(self.tensor.matrix[0], 1)
@@ -106,5 +112,5 @@ class LoadedReplacement:
         else:
             read_exactly(fd, content, self.tensor.start + rows.start * row_bytes)
 
-    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
         """Nothing: R tells nothing of W, so an undo file holds all of it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
@@ -38,6 +38,10 @@ class SingularValue:
 
     @property
     def needs_weight(self) -> bool:
+        return False
+
+    @property
+    def needs_outputs(self) -> bool:
         return False
 
     @property
@@ -99,6 +103,7 @@ class LoadedSingularValue:
     product: LoadedLowRank
     alpha: float
     divisor: torch.Tensor
+    keeps: ClassVar[bool] = False
 
     @property
     def outputs(self) -> torch.Tensor:
@@ -110,12 +115,13 @@ class LoadedSingularValue:
         """Those of the product."""
         return self.product.inputs
 
-    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+    def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """In PEFT's order, each an fp32 operation: product, times alpha, divided by the rank, plus W."""
         self.product.multiply(rows, scratch)
         block.add_(scratch.mul_(self.alpha).div_(self.divisor))
+        return b""
 
-    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+    def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
         """Subtract the update, the same bits on every machine; where rank 0 was added nothing is."""
         if len(self.product.a):
             self.product.revert(block, rows, scratch)
