@@ -28,7 +28,7 @@ extras: .venv/ready
 	$(BIN)/python .ci/extras.py
 
 bench: .venv/ready
-	for script in startup numerics undo_size speed scaling ranks combine quantize nf4_merge eval first_adapter train dylora adalora; do $(BIN)/python benchmarks/$$script.py --record; done
+	for script in startup numerics undo_size speed scaling ranks combine quantize nf4_merge eval first_adapter train dylora adalora doctor; do $(BIN)/python benchmarks/$$script.py --record; done
 
 # The environment is made anew when what it is made from changes.
 .venv/ready: pyproject.toml constraints.txt

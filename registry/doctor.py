@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from registry.adapters import Adapters
 from registry.bases import Bases
 from registry.database import Database
 from registry.errors import NotSureError
+from registry.examination import Examination, Watcher
 from registry.labels import Labels
 from registry.merges import Merges
 from registry.names import printable
-from registry.places import is_gone
 from registry.rebuild import Rebuild
-from registry.records import AdapterRecord, Finding, Freed, Rebuilt
+from registry.records import Finding, Freed, Rebuilt
 from registry.store import Store
 from registry.trash import KEPT_DAYS, Trash
 
@@ -30,15 +30,15 @@ class Doctor:
         self._trash = trash
         self._rebuild = Rebuild(database, store, labels)
 
-    def examine(self, *, deep: bool = False) -> tuple[Finding, ...]:
+    def examine(self, *, deep: bool = False, watcher: Watcher | None = None) -> tuple[Finding, ...]:
         """Everything wrong: adapters, bases, merge outputs and undo files that are gone, store entries nothing names.
 
-        `deep` also reads every file in the store again and compares its hash.
+        A file of a store's entry that is missing or has another size is found by the entry's label; `deep` also reads every
+        file in the store again and compares its hash. `watcher` is told how many adapters are checked, or bytes read.
         """
-        with self._database.reading():
-            found = [*self._missing_bases(), *self._missing_adapters(), *self._missing_merges()]
-        found += self._orphans()
-        return tuple([*found, *self._damaged()] if deep else found)
+        return Examination(self._database, self._store, self._bases, self._merges, self._rebuild, watcher).run(
+            deep=deep
+        )
 
     def collect(self, *, sure: bool = False, trash_days: float = KEPT_DAYS) -> Freed:
         """Removes from the store what no row names, and what killed processes left there a day ago or longer.
@@ -53,9 +53,7 @@ class Doctor:
                 self._refuse_doubtful(self._adapters.store_keys())
             merges = self._merges.note_gone()
             emptied = self._trash.empty(trash_days)
-        with (
-            self._database.writing()
-        ):  # rows first, then files: what is killed in between leaves files, and no row without
+        with self._database.writing():  # rows first, then files: a kill in between leaves files that nothing names
             entries, size_bytes = self._store.collect(self._adapters.store_keys())
             self._labels.refresh_all()
         return Freed(
@@ -76,7 +74,7 @@ class Doctor:
     def lost(self) -> dict[str, tuple[str, ...]]:
         """The store's entries that no row names and `rebuild` would name, by key, with the adapters' references."""
         named = self._adapters.store_keys()
-        return {key: names for key, names in self._rebuild.lost().items() if key not in named}
+        return self._rebuild.lost(key for key in self._store.entries() if key not in named)
 
     def _refuse_doubtful(self, named: Collection[str]) -> None:
         if self._store.other_catalogues():
@@ -98,98 +96,3 @@ class Doctor:
                 f"{len(sizes):,} entries, {freed:,} bytes), which nothing in {self._database.where} names; if that catalogue "
                 "was lost, put a backup of it in its place, else 'loratool doctor --gc --yes' frees it for good"
             )
-
-    def _missing_bases(self) -> Iterator[Finding]:
-        for base in self._bases.list():
-            # One whose files on the Hub are known is downloaded again when it is needed.
-            if base.path is not None and is_gone(base.path) and not (base.files and base.revision):
-                yield Finding(
-                    kind="base-missing",
-                    subject=base.name,
-                    path=base.path,
-                    message=f"the files of base '{base.name}' are gone; add it again from where they are, or remove "
-                    f"it with 'loratool base remove {base.name}'",
-                )
-
-    def _missing_adapters(self) -> Iterator[Finding]:
-        for summary in self._adapters.list():
-            record = self._adapters.get(summary.id)
-            if record is not None:
-                yield from self._missing_files(record)
-
-    def _missing_files(self, record: AdapterRecord) -> Iterator[Finding]:
-        """One finding where no place holds the files any more, or the store lost what another place still has."""
-        in_store = [self._store.path(place.store_key) for place in record.locations if place.store_key is not None]
-        elsewhere = [place.path for place in record.locations if place.path is not None]
-        lost = [path for path in (*in_store, *elsewhere) if is_gone(path)]
-        gone = len(lost) == len(in_store) + len(elsewhere) and not any(place.repo for place in record.locations)
-        if gone or any(path in in_store for path in lost):
-            yield Finding(
-                kind="adapter-files-missing",
-                subject=record.reference,
-                path=lost[0] if lost else None,
-                message=f"the files of {record.reference} are gone {'from everywhere' if gone else 'from the store'}; "
-                "add them again with 'loratool add', or remove it with 'loratool remove'",
-            )
-
-    def _missing_merges(self) -> Iterator[Finding]:
-        for merge in self._merges.list(state="merged"):
-            adapters = " + ".join(member.adapter for member in merge.adapters)
-            if is_gone(merge.output):
-                yield Finding(
-                    kind="merge-output-missing",
-                    subject=adapters,
-                    path=merge.output,
-                    message=f"the model merged from {adapters} is no longer at '{printable(str(merge.output), 400)}'; put it "
-                    "back or merge again if you need it, or let 'loratool doctor --gc' note that it is gone",
-                )
-            elif merge.undo_file is not None and is_gone(merge.undo_file):
-                yield Finding(
-                    kind="undo-file-missing",
-                    subject=adapters,
-                    path=merge.undo_file,
-                    message=f"the undo file of the merge of {adapters} is no longer at "
-                    f"'{printable(str(merge.undo_file), 400)}'; put it back, or let 'loratool doctor --gc' note that "
-                    "'loratool unmerge' needs the base instead",
-                )
-
-    def _orphans(self) -> Iterator[Finding]:
-        if self._store.other_catalogues():
-            return  # what this one does not name may be theirs
-        named = self._adapters.store_keys()
-        lost = self.lost()
-        way = "'loratool doctor --gc' frees it"
-        entries = [(key, self._store.path(key)) for key in self._store.entries() if key not in named]
-        for subject, path in [*entries, *((path.name, path) for path in self._store.abandoned())]:
-            shown = printable(str(path), 400)
-            message = f"nothing in the catalogue names '{shown}' in the store; {way}"
-            if subject in lost:
-                names = " and ".join(lost[subject])
-                message = (
-                    f"the catalogue has lost {names}, whose files are in '{shown}'; 'loratool doctor --rebuild' names what "
-                    "the store has again"
-                )
-            elif not named and len(entries) > 0:  # more likely a lost catalogue than a store of nothing but leftovers
-                message = (
-                    f"nothing in the catalogue names '{shown}' in the store; if {self._database.where} was lost, put a backup "
-                    f"of it in its place, else catalogue this with 'loratool add {shown} --name NAME', or free it for good "
-                    "with 'loratool doctor --gc --yes'"
-                )
-            yield Finding(
-                kind="store-orphan",
-                subject=subject,
-                path=path,
-                message=message,
-                size_bytes=self._store.size_bytes(path),
-            )
-
-    def _damaged(self) -> Iterator[Finding]:
-        for key in sorted(self._adapters.store_keys()):
-            if self._store.path(key).exists() and not self._store.is_whole(key):
-                yield Finding(
-                    kind="store-damaged",
-                    subject=key,
-                    path=self._store.path(key),
-                    message="the files of this entry of the store have changed; remove the folder, then add the "
-                    "adapter again",
-                )

@@ -7,9 +7,12 @@ newer ones, and what was rolled back is never labelled. A process killed in betw
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from itertools import chain
+from typing import Any
 
 from sqlalchemy import Connection, select
 
@@ -83,10 +86,7 @@ class Labels:
     def refresh_all(self, progress: Callable[[int], None] | None = None) -> None:
         """Writes every label that is missing or does not say what the rows do. Call it in a write transaction."""
         with self._database.reading() as connection:
-            keys = connection.execute(
-                select(locations.c.store_key).where(locations.c.store_key.is_not(None)).distinct()
-            )
-            named = [key for key in keys.scalars() if key is not None]
+            named = sorted(named_keys(connection))
             for place in range(0, len(named), AT_ONCE):
                 some = named[place : place + AT_ONCE]
                 self._write(connection, dict.fromkeys(some), durable=len(named) <= DURABLE)
@@ -133,24 +133,32 @@ class Labels:
             if not said or not self._store.path(key).is_dir():
                 remove_label(path)
                 continue
-            files = pending[key] or self._listing(key)
-            write_label(
-                self._store,
-                path,
-                {"key": key, "adapters": said, **({} if files is None else {"files": dict(files)})},
-                durable=durable,
-            )
+            label = {"key": key, "adapters": said} | self._files_of(key, pending[key])
+            write_label(self._store, path, label, durable=durable)
 
-    def _listing(self, key: str) -> Files | None:
-        """The files of an entry as any label of it says them."""
-        for path in labels_of(self._store, key):
+    def _files_of(self, key: str, made: Files | None) -> dict[str, Any]:
+        """The sha256 of an entry's `files` where they are known, of one that was just `made`, and the files' `sizes`."""
+        said = {} if made else self._said(key)
+        files, sizes = made or listing(said, key), said.get("sizes")
+        if not isinstance(sizes, dict):
+            with os.scandir(self._store.path(key)) as found:
+                sizes = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in found}
+        return {"sizes": sizes} if files is None else {"files": dict(files), "sizes": sizes}
+
+    def _said(self, key: str) -> dict[str, Any]:
+        """What a label of an entry says, of this catalogue if it can be read, or of another."""
+        own = label_path(self._store, key, own_suffix(self._store))
+        for path in chain([own], labels_of(self._store, key)):
             try:
-                files = listing(read_label(path), key)
+                label = read_label(path)
             except ValueError:
                 continue
-            if files is not None:
-                return files
-        return None
+            if label is not None:
+                return label
+        return {}
+
+    def _listing(self, key: str) -> Files | None:
+        return listing(self._said(key), key)
 
 
 def named_keys(connection: Connection) -> set[str]:

@@ -152,7 +152,7 @@ def _all(connection: Connection, query: Select[Any]) -> tuple[MergeRecord, ...]:
     found = connection.execute(
         select(merged_adapters, adapters.c.name, adapters.c.version)
         .select_from(merged_adapters.outerjoin(adapters, merged_adapters.c.adapter_id == adapters.c.id))
-        .where(merged_adapters.c.merge_id.in_(members))
+        .where(merged_adapters.c.merge_id.in_(query.with_only_columns(merges.c.id)))
         .order_by(merged_adapters.c.position)
     )
     for row in found:

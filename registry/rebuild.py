@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Rebuild:
         Raises RegistryError.
         """
         with self._database.writing() as connection:
-            named, lost, unnamed = self._sorted(connection)
+            named, lost, unnamed = self._sorted(connection, self._store.entries())
             bases = enter_bases(connection, self._bases([entry for _, entry in lost]))
             for key, entry in lost:
                 if entry.get("removed_at"):
@@ -55,18 +55,20 @@ class Rebuild:
             unnamed=tuple(unnamed),
         )
 
-    def lost(self) -> dict[str, tuple[str, ...]]:
-        """The entries that a rebuild would name, by key, with their references."""
+    def lost(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Those of these entries that a rebuild would name, by key, with their references."""
         with self._database.reading() as connection:
             found: dict[str, tuple[str, ...]] = {}
-            for key, entry in self._sorted(connection)[1]:
+            for key, entry in self._sorted(connection, keys)[1]:
                 if entry.get("removed_at"):
                     continue  # it was not wanted
                 found[key] = (*found.get(key, ()), label_of(entry))
             return found
 
-    def _sorted(self, connection: Connection) -> tuple[list[str], list[tuple[str, Entry]], list[Finding]]:
-        """The store's entries: the keys of those that rows name, what labels say that no row does, and what nothing names."""
+    def _sorted(
+        self, connection: Connection, keys: Iterable[str]
+    ) -> tuple[list[str], list[tuple[str, Entry]], list[Finding]]:
+        """Of these entries: the keys of all that rows name, what labels say that no row does, and what nothing names."""
         rows = connection.execute(select(*(adapters.c[name] for name in (*_IDENTITY, "version")))).all()
         known = {_identity(row._mapping) for row in rows} | {
             _identity(row.entry) for row in connection.execute(select(removed_adapters.c.entry))
@@ -75,7 +77,7 @@ class Rebuild:
         named = named_keys(connection)
         lost: list[tuple[str, Entry]] = []
         unnamed: list[Finding] = []
-        for key in self._store.entries():
+        for key in keys:
             found, problem = self.adapters_of(key)
             missing = [entry for entry in found if _identity(entry) not in known]
             known.update(map(_identity, missing))

@@ -82,6 +82,10 @@ class Store:
         others = {*self._listed(), self.own_catalogue} - {self.catalogue}
         return sorted(each for each in others if not (Path(each).is_absolute() and names_nothing(Path(each))))
 
+    def is_key(self, key: str) -> bool:
+        """Return whether an entry could have this key."""
+        return _KEY.fullmatch(key) is not None
+
     def path(self, key: str) -> Path:
         """The folder of an entry, whether it exists or not."""
         if _KEY.fullmatch(key) is None:

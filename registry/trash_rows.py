@@ -20,8 +20,9 @@ def keep(connection: Connection, adapter_ids: Collection[int]) -> None:
         locations.c.adapter_id.in_(found.keys()), locations.c.store_key.is_not(None)
     )
     keys = {row.adapter_id: row.store_key for row in connection.execute(query)}
-    for adapter_id, entry in found.items():
-        put(connection, entry, keys.get(adapter_id), datetime.now(UTC))
+    moment = datetime.now(UTC)
+    for adapter_id, entry in sorted(found.items()):
+        put(connection, entry, keys.get(adapter_id), moment)
 
 
 def put(connection: Connection, entry: Mapping[str, Any], store_key: str | None, removed_at: datetime) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import example, json_option
-from loratool.cli.rendering import age, counted, print_json, print_notes, shown, size
+from loratool.cli.rendering import ProgressBar, age, counted, print_json, print_notes, shown, size
 from loratool.cli.sentences import on_stderr
 
 if TYPE_CHECKING:
@@ -38,11 +38,23 @@ def command(
     from loratool.library.doctor import doctor
     from registry import NotSureError
 
+    def examined(sure: bool, rebuilding: bool) -> DoctorResult:
+        with ProgressBar("bytes" if deep else "adapters") as progress:
+            return doctor(
+                gc=gc,
+                deep=deep,
+                rebuild=rebuilding,
+                yes=sure,
+                trash_days=trash_days,
+                registry=registry,
+                progress=progress,
+            )
+
     try:
-        result = doctor(gc=gc, deep=deep, rebuild=rebuild, yes=yes, trash_days=trash_days, registry=registry)
+        result = examined(yes, rebuild)
     except NotSureError as doubt:
         _ask(doubt)
-        result = doctor(gc=gc, deep=deep, yes=True, trash_days=trash_days, registry=registry)
+        result = examined(True, False)
     if as_json:
         print_json(_to_json(result))
     else:
@@ -71,7 +83,12 @@ def _to_json(result: DoctorResult) -> dict[str, object]:
         "versions": counts.versions,
         "merges": counts.merges,
         "findings": [
-            {"kind": finding.kind, "subject": finding.subject, "message": finding.message}
+            {
+                "kind": finding.kind,
+                "subject": finding.subject,
+                "path": None if finding.path is None else str(finding.path),
+                "message": finding.message,
+            }
             for finding in result.findings
         ],
         "freed_bytes": freed.size_bytes if freed else 0,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from loratool.library.leftovers import clear_leftovers, find_leftovers
 from loratool.library.opening import open_registry
+from loratool.library.progress import Progress
 from registry import Backup, Counts, Finding, Freed, Rebuilt, Registry, RemovedAdapter
 from registry.backups import put_back
 from registry.trash import KEPT_DAYS
@@ -29,7 +30,8 @@ class DoctorResult:
 
 
 def doctor(*, gc: bool = False, deep: bool = False, rebuild: bool = False, yes: bool = False,
-           trash_days: float = KEPT_DAYS, registry: str | None = None) -> DoctorResult:  # fmt: skip
+           trash_days: float = KEPT_DAYS, registry: str | None = None,
+           progress: Progress | None = None) -> DoctorResult:  # fmt: skip
     """Check that what the catalogue names is on the disk, and that nothing in the store is unnamed or left by a killed run.
 
     Args:
@@ -40,6 +42,7 @@ def doctor(*, gc: bool = False, deep: bool = False, rebuild: bool = False, yes: 
         trash_days: with `gc`, free what has been in the trash for so many days.
         yes: free also what a rebuild could name, or most of the store.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+        progress: told how many adapters are checked, or with `deep` how many bytes are read.
 
     Raises:
         registry.RegistryError: the catalogue cannot be read, or with `gc` or `rebuild` not written; `registry.NotSureError`
@@ -49,7 +52,7 @@ def doctor(*, gc: bool = False, deep: bool = False, rebuild: bool = False, yes: 
         rebuilt = catalogue.doctor.rebuild() if rebuild else None
         freed = _freed(catalogue, yes, trash_days) if gc else None
         unnamed = {each.subject: each for each in rebuilt.unnamed} if rebuilt else {}  # these say why
-        examined = [unnamed.get(each.subject, each) for each in catalogue.doctor.examine(deep=deep)]
+        examined = [unnamed.get(each.subject, each) for each in catalogue.doctor.examine(deep=deep, watcher=progress)]
         found = (*examined, *find_leftovers())
         backups, file = catalogue.backups(), catalogue.file
         way = None if file is None or not backups else put_back(file, backups[0].path)

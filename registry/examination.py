@@ -1,0 +1,335 @@
+"""What is wrong with a catalogue: every row against the files that it names, and every entry of the store against the rows.
+
+The rows come by a handful of queries, however many there are; the rest is looking at the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from sqlalchemy import Connection, select
+
+from registry.bases import Bases
+from registry.database import Database
+from registry.label_files import label_path, listing, own_suffix, read_label
+from registry.labels import named_keys
+from registry.merges import Merges
+from registry.names import printable
+from registry.places import is_gone
+from registry.rebuild import Rebuild
+from registry.records import Finding, FindingKind
+from registry.store import Store, entry_key
+from registry.tables import adapters, locations, removed_adapters
+
+_CHUNK = 1 << 20
+_ADAPTERS = (
+    select(
+        adapters.c.id,
+        adapters.c.name,
+        adapters.c.version,
+        locations.c.store_key,
+        locations.c.path,
+        locations.c.repo,
+        locations.c.revision,
+        locations.c.path_in_repo,
+    )
+    .select_from(adapters.outerjoin(locations, locations.c.adapter_id == adapters.c.id))
+    .order_by(adapters.c.name, adapters.c.version, locations.c.id)
+)
+
+
+class _Place(NamedTuple):
+    """One place where an adapter lies; one without any for an adapter that lies nowhere."""
+
+    id: int
+    name: str
+    version: int
+    store_key: str | None
+    path: Path | None
+    repo: str | None
+    revision: str | None
+    path_in_repo: str | None
+
+
+class Watcher(Protocol):
+    """Receives how far an examination is."""
+
+    def begin(self, label: str, total: int) -> None:
+        """A step begins, of `total` adapters or, where files are read, bytes."""
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+
+
+class Nobody:
+    """A watcher that does not look."""
+
+    def begin(self, label: str, total: int) -> None:
+        pass
+
+    def advance(self, count: int) -> None:
+        pass
+
+
+class Examination:
+    """One look at a catalogue and its store. `watcher` is told of adapters; of bytes where files are read (`deep`)."""
+
+    def __init__(self, database: Database, store: Store, bases: Bases, merges: Merges, rebuild: Rebuild,
+                 watcher: Watcher | None = None) -> None:  # fmt: skip
+        self._database = database
+        self._store = store
+        self._bases, self._merges = bases, merges
+        self._rebuild = rebuild
+        self._watcher = watcher or Nobody()
+        self._entry_faults: dict[str, tuple[_Fault, ...]] = {}
+
+    def run(self, *, deep: bool = False) -> tuple[Finding, ...]:
+        """Everything wrong; `deep` reads every file of the store again and compares its sha256."""
+        with self._database.reading() as connection:
+            rows = [_Place(*row) for row in connection.execute(_ADAPTERS)]
+            found = [
+                *self._missing_bases(),
+                *self._adapters(rows, deep=deep),
+                *self._removed(connection),
+                *self._missing_merges(),
+            ]
+            named = named_keys(connection)
+        return (*found, *self._orphans(named))
+
+    # Adapters.
+
+    def _adapters(self, rows: Sequence[_Place], *, deep: bool) -> Iterator[Finding]:
+        keys = {row.store_key for row in rows if row.store_key is not None and self._store.is_key(row.store_key)}
+        if deep:
+            self._watcher.begin("reading the store", sum(self._store.size_bytes(self._store.path(key)) for key in keys))
+        else:
+            self._watcher.begin("checking", len({row.id for row in rows}))
+        for _, places in groupby(rows, key=lambda row: row.id):
+            yield from self._adapter(list(places), deep=deep)
+            if not deep:
+                self._watcher.advance(1)
+
+    def _adapter(self, places: Sequence[_Place], *, deep: bool) -> Iterator[Finding]:
+        """One finding where no place holds the files any more, or the store lost what another place still has; and one for
+        each file of the store's entry that is missing or another one."""
+        reference = f"{places[0].name}@{places[0].version}"
+        way = _way_back(places)
+        keys = [row.store_key for row in places if row.store_key is not None]
+        for key in keys:
+            if not self._store.is_key(key):
+                yield _finding(
+                    "adapter-files-missing",
+                    reference,
+                    None,
+                    f"the row of {reference} names '{printable(key)}', which is no entry of the store; {way}",
+                )
+        in_store = [self._store.path(key) for key in keys if self._store.is_key(key)]
+        elsewhere = [row.path for row in places if row.path is not None]
+        lost = [path for path in (*in_store, *elsewhere) if is_gone(path)]
+        gone = len(lost) == len(in_store) + len(elsewhere) and not any(row.repo for row in places)
+        if gone or any(path in in_store for path in lost):
+            where = "everywhere" if gone else "the store"
+            at = f" (they were at {_quoted(lost[0])})" if lost else ""
+            message = f"the files of {reference} are gone from {where}{at}; {way}"
+            yield _finding("adapter-files-missing", reference, lost[0] if lost else None, message)
+        for folder in in_store:
+            if folder not in lost:
+                for kind, path, fault in self._faults(folder, deep=deep):
+                    ending = way if kind == "adapter-files-missing" else f"delete {_quoted(folder)}, then {way}"
+                    yield _finding(kind, reference, path, f"{fault.format(reference=reference)}; {ending}")
+
+    def _faults(self, folder: Path, *, deep: bool) -> tuple[_Fault, ...]:
+        """What is wrong with an entry that is there; once for all adapters that it is."""
+        key = folder.name
+        if key not in self._entry_faults:
+            self._entry_faults[key] = tuple(self._look_at(folder, deep=deep))
+        return self._entry_faults[key]
+
+    def _look_at(self, folder: Path, *, deep: bool) -> Iterator[_Fault]:
+        files = _files_in(folder)
+        if files is None:
+            yield (
+                "store-damaged",
+                folder,
+                f"the entry of {{reference}}, {_literal(folder)}, is no folder that can be read",
+            )
+            return
+        digests, sizes = self._labelled(folder.name)
+        for name in sorted({*(digests or ()), *sizes}):
+            file = folder / name
+            if name not in files:
+                yield "adapter-files-missing", file, f"{{reference}} has lost the file {_literal(file)}"
+            elif files[name] != sizes.get(name, files[name]):
+                yield (
+                    "store-damaged",
+                    file,
+                    f"the file {_literal(file)} of {{reference}} has {files[name]:,} bytes instead of {sizes[name]:,}",
+                )
+        if not files and not sizes:
+            yield "adapter-files-missing", folder, f"the entry of {{reference}}, {_literal(folder)}, is empty"
+        elif files and deep:
+            yield from self._changed(folder, files, digests)
+
+    def _labelled(self, key: str) -> tuple[Mapping[str, str] | None, Mapping[str, int]]:
+        """The sha256 and sizes of an entry's files as its label says them; what it does not say is not compared."""
+        try:
+            label = read_label(label_path(self._store, key, own_suffix(self._store)))
+        except ValueError:
+            return None, {}
+        sizes = {} if label is None else label.get("sizes")
+        is_plain = isinstance(sizes, dict) and all(type(size) is int for size in sizes.values())
+        return listing(label, key), sizes if is_plain and isinstance(sizes, dict) else {}
+
+    def _changed(self, folder: Path, files: Mapping[str, int], expected: Mapping[str, str] | None) -> Iterator[_Fault]:
+        """The files whose content is another than the entry's key stands for."""
+        digests: dict[str, str] = {}
+        for name in sorted(files):
+            try:
+                digests[name] = self._sha256(folder / name)
+            except OSError as error:
+                reason = printable(error.strerror or str(error))
+                yield (
+                    "store-damaged",
+                    folder / name,
+                    f"the file {_literal(folder / name)} of {{reference}} cannot be read ({reason})",
+                )
+                return
+        if entry_key(digests) == folder.name:
+            return
+        changed = [name for name in sorted(digests) if expected is not None and expected.get(name) != digests[name]]
+        for name in changed:
+            was = (expected or {}).get(name)
+            now = f"its sha256 is {digests[name][:12]}… instead of {was[:12]}…" if was else "it was not there"
+            yield (
+                "store-damaged",
+                folder / name,
+                f"the file {_literal(folder / name)} of {{reference}} has changed: {now}",
+            )
+        if expected is None:
+            yield "store-damaged", folder, f"the files of {{reference}} in {_literal(folder)} have changed"
+
+    def _sha256(self, file: Path) -> str:
+        digest = hashlib.sha256()
+        with file.open("rb", buffering=0) as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                self._watcher.advance(len(chunk))
+        return digest.hexdigest()
+
+    def _removed(self, connection: Connection) -> Iterator[Finding]:
+        query = select(removed_adapters.c.name, removed_adapters.c.version, removed_adapters.c.store_key)
+        for row in connection.execute(query.where(removed_adapters.c.store_key.is_not(None))):
+            reference = f"{row.name}@{row.version}"
+            folder = self._store.path(row.store_key) if self._store.is_key(row.store_key) else None
+            if folder is None or is_gone(folder):
+                yield _finding(
+                    "adapter-files-missing",
+                    reference,
+                    folder,
+                    f"the files of {reference} are gone from the trash{'' if folder is None else f' ({_quoted(folder)})'}; "
+                    f"forget it with 'loratool remove {reference} --now'",
+                )
+
+    # Bases and merges.
+
+    def _missing_bases(self) -> Iterator[Finding]:
+        for base in self._bases.list():
+            # One whose files on the Hub are known is downloaded again when it is needed.
+            if base.path is not None and is_gone(base.path) and not (base.files and base.revision):
+                yield _finding(
+                    "base-missing",
+                    base.name,
+                    base.path,
+                    f"the files of base '{base.name}' are no longer at {_quoted(base.path)}; say where they are with "
+                    f"'loratool base add {base.name} FOLDER', or remove it with 'loratool base remove {base.name}'",
+                )
+
+    def _missing_merges(self) -> Iterator[Finding]:
+        for merge in self._merges.list(state="merged"):
+            merged = " + ".join(member.adapter for member in merge.adapters)
+            if is_gone(merge.output):
+                yield _finding(
+                    "merge-output-missing",
+                    merged,
+                    merge.output,
+                    f"the model merged from {merged} is no longer at {_quoted(merge.output)}; put it "
+                    "back or merge again if you need it, or let 'loratool doctor --gc' note that it is gone",
+                )
+            elif merge.undo_file is not None and is_gone(merge.undo_file):
+                yield _finding(
+                    "undo-file-missing",
+                    merged,
+                    merge.undo_file,
+                    f"the undo file of the merge of {merged} is no longer at {_quoted(merge.undo_file)}; put it back, or let "
+                    "'loratool doctor --gc' note that 'loratool unmerge' needs the base instead",
+                )
+
+    # What no row names.
+
+    def _orphans(self, named: set[str]) -> Iterator[Finding]:
+        if self._store.other_catalogues():
+            return  # what this one does not name may be theirs
+        entries = [(key, self._store.path(key)) for key in self._store.entries() if key not in named]
+        lost = self._rebuild.lost(key for key, _ in entries) if entries else {}
+        for subject, path in [*entries, *((path.name, path) for path in self._store.abandoned())]:
+            message = f"nothing in the catalogue names {_quoted(path)} in the store; 'loratool doctor --gc' frees it"
+            if subject in lost:
+                message = (
+                    f"the catalogue has lost {' and '.join(lost[subject])}, whose files are in {_quoted(path)}; "
+                    "'loratool doctor --rebuild' names what the store has again"
+                )
+            elif entries and not named:  # more likely a lost catalogue than a store of nothing but leftovers
+                message = (
+                    f"nothing in the catalogue names {_quoted(path)} in the store; if {self._database.where} was lost, put a "
+                    f"backup of it in its place, else catalogue this with 'loratool add {shlex.quote(str(path))} --name NAME', "
+                    "or free it for good with 'loratool doctor --gc --yes'"
+                )
+            yield _finding("store-orphan", subject, path, message, self._store.size_bytes(path))
+
+
+_Fault = tuple[FindingKind, Path, str]
+"""What is wrong with an entry: the kind, where, and a sentence in which `{reference}` stands for the adapter."""
+
+
+def _finding(kind: FindingKind, subject: str, path: Path | None, message: str, size_bytes: int = 0) -> Finding:
+    return Finding(kind=kind, subject=subject, path=path, message=message, size_bytes=size_bytes)
+
+
+def _quoted(path: Path) -> str:
+    return f"'{printable(str(path), 400)}'"
+
+
+def _literal(path: Path) -> str:
+    """A path in a sentence that is formatted once more."""
+    return _quoted(path).replace("{", "{{").replace("}", "}}")
+
+
+def _way_back(places: Sequence[_Place]) -> str:
+    """How to get the files of an adapter again, from where they may still be, or to do without it."""
+    name, reference = places[0].name, f"{places[0].name}@{places[0].version}"
+    again = f"add it again with 'loratool add PATH --name {name}'"
+    for row in places:
+        if row.path is not None and not is_gone(row.path):
+            again = f"add it again with 'loratool add {shlex.quote(str(row.path))} --name {name}'"
+        elif row.repo:
+            inside = f"/{row.path_in_repo}" if row.path_in_repo else ""
+            commit = f"@{row.revision}" if row.revision else ""
+            again = f"get it again with 'loratool pull {row.repo}{inside}{commit} --name {name}'"
+    return f"{again}, or remove it with 'loratool remove {reference}'"
+
+
+def _files_in(folder: Path) -> dict[str, int] | None:
+    """The sizes of the regular files in a folder, by name; None where it cannot be read."""
+    try:
+        with os.scandir(folder) as found:
+            facts = [(entry.name, entry.stat(follow_symlinks=False)) for entry in found]
+    except OSError:
+        return None
+    return {name: each.st_size for name, each in facts if stat.S_ISREG(each.st_mode)}
