@@ -22,7 +22,7 @@ import torch
 from models import smollm2
 from training_runs import BATCH, SEED, WARMUP, samples
 
-from loratool.formats.draft import Draft
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.write import write_peft
 from loratool.running.model import load_config, load_model, quiet_libraries
 from loratool.training.batches import Row, collate

@@ -12,7 +12,7 @@ from four_bit_models import save_by_transformers
 from tiny_models import VOCABULARY, TinyModels, load
 
 from loratool.formats.adapter import Adapter
-from loratool.formats.draft import Draft
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.write import write_peft
 from loratool.running.model import load_config, load_model
 from loratool.training.methods import Adaptation

@@ -16,7 +16,7 @@ from loratool.merging.residual import add_residual, residual
 from loratool.merging.survival import SurvivalCount
 from loratool.weights.coarse.feedback import Feedback
 from loratool.weights.coarse.output_feedback import OutputFeedback
-from loratool.weights.moves import Moves
+from loratool.weights.code_moves import Moves
 from loratool.weights.rounding import Rounding, noise_of
 
 STORAGES = {

@@ -33,8 +33,8 @@ from loratool.merging.survival import SurvivalCount
 from loratool.merging.workers import cpu_workers
 from loratool.weights.coarse.output_feedback import OutputFeedback
 from loratool.weights.coarse.short_steps import MOST_ROWS
+from loratool.weights.code_moves import Moves
 from loratool.weights.four_bit import SHORT_RULES, FourBitWeight
-from loratool.weights.moves import Moves
 from loratool.weights.rounding import Rounding, noise_of, philox
 from loratool.weights.storages import stored_weight
 from loratool.weights.stored import StoredWeight

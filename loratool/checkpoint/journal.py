@@ -176,7 +176,7 @@ class Journal:
                     raise _unwritable(self.folder, error) from None
 
     def ahead(self) -> list[Callable[[], None]]:
-        """Jobs that put the old bytes into the room reserved, which makes the new ones quicker to write (`Replica`)."""
+        """Jobs that put the old bytes into the room reserved, which makes the new ones quicker to write (`ModelCopy`)."""
         return [
             partial(self._copy_old, entry["file"], entry["start"], entry["stop"], entry["at"]) for entry in self._ranges
         ]

@@ -20,7 +20,7 @@ from loratool.checkpoint.dtypes import DTYPES
 from loratool.checkpoint.header import Header, TensorInfo, header_bytes, nbytes
 from loratool.checkpoint.json_text import LARGEST_LISTING, read_json_object
 from loratool.checkpoint.model import Checkpoint
-from loratool.checkpoint.replica import copy_file, pieces
+from loratool.checkpoint.model_copy import copy_file, pieces
 
 
 @dataclass(frozen=True, slots=True)

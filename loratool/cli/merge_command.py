@@ -34,13 +34,13 @@ from loratool.cli.rendering import (
     size,
     survived,
 )
-from loratool.library.torch_ahead import load_torch_ahead
+from loratool.library.preload_torch import preload_torch
 from loratool.weights.storages import MAKINGS
 
 if TYPE_CHECKING:
     from loratool.library.merge_result import MergeResult
     from loratool.library.tokenizer_choice import TokenizerOf
-    from loratool.merging.conversion import Conversion
+    from loratool.merging.conversion_plan import Conversion
 
 
 @click.command(
@@ -129,7 +129,7 @@ def command(
     DyLoRA acts at its full rank, or at rank B.
     """
     if not dry_run:
-        load_torch_ahead()
+        preload_torch()
     from loratool.library.merge import merge
 
     if in_place and out:

@@ -8,7 +8,7 @@ import click
 
 from loratool.cli.options import PathType, device_option, example, force_option, json_option
 from loratool.cli.rendering import ProgressBar, counted, duration, print_facts, print_json, print_notes, shown_path
-from loratool.library.torch_ahead import load_torch_ahead
+from loratool.library.preload_torch import preload_torch
 
 WORDS = {
     "undo": "by its undo file, bit for bit",
@@ -39,7 +39,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Take the last merge out of a merged model, bit for bit: by its undo file, else from the base."""
-    load_torch_ahead()
+    preload_torch()
     from loratool.library.unmerge import unmerge
 
     if in_place and out:

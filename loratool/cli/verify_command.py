@@ -16,7 +16,7 @@ from loratool.cli.rendering import (
     shown_path,
     survived,
 )
-from loratool.library.torch_ahead import load_torch_ahead
+from loratool.library.preload_torch import preload_torch
 
 if TYPE_CHECKING:
     from loratool.library.unmerge import VerifyResult
@@ -33,7 +33,7 @@ WORDS = {
 @click.pass_obj
 def command(registry: str | None, merged: str, as_json: bool) -> None:
     """Check a merged or quantized model against its manifest, byte by byte, and make it again."""
-    load_torch_ahead()
+    preload_torch()
     from loratool.library.unmerge import verify
 
     with ProgressBar() as progress:

@@ -149,8 +149,8 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
     from loratool.errors import AdapterError, NotFoundError, quoted
     from loratool.formats.finite import refuse_not_finite
     from loratool.formats.read import read_adapter
+    from loratool.library.base_of_adapter import name_base_of
     from loratool.library.opening import open_registry
-    from loratool.library.owner import name_owner
     from loratool.library.user_path import HUB_ID, exists, user_path
 
     source = user_path(path)
@@ -167,7 +167,9 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
     if name is not None:
         check_name(name)
     with open_registry(registry) as catalogue:
-        owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress, any_base=any_base)
+        owner, notes = (
+            (None, ()) if base is None else name_base_of(base, adapter, catalogue, progress, any_base=any_base)
+        )
         with staged_entry(adapter, catalogue, base=owner, any_base=any_base) as entry:
             chosen = _own_name(adapter, source, entry) if name is None else name
             with at_once(catalogue):
@@ -279,10 +281,10 @@ def facts_of(adapter: Adapter, catalogue: Registry, *, base: str | None = None, 
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`.
     """
-    from loratool.library.owner import find_owner
+    from loratool.library.base_of_adapter import find_base_of
 
     base_model = base_model or adapter.base_model
-    owner, notes = find_owner(adapter, base, base_model, catalogue, any_base=any_base)
+    owner, notes = find_base_of(adapter, base, base_model, catalogue, any_base=any_base)
     return replace(_facts(adapter, owner), base_model=base_model), owner, notes
 
 
@@ -420,10 +422,10 @@ def _of_files(adapter: Adapter | None) -> _OfFiles:
 
 def _uncatalogued(found: ResolvedAdapter, catalogue: Registry) -> ShowResult:
     """What the files of an adapter that is not catalogued say."""
-    from loratool.library.owner import recorded_owner
+    from loratool.library.base_of_adapter import recorded_base
 
     adapter = found.adapter
-    owner = recorded_owner(found, catalogue)
+    owner = recorded_base(found, catalogue)
     facts = _facts(adapter, owner)
     record = AdapterRecord(
         id=0,

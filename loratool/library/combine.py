@@ -10,8 +10,8 @@ from typing import Any
 
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, WrongBaseError, quoted
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
-from loratool.formats.draft import Draft
 from loratool.formats.write import adapter_output
 from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
 from loratool.library.adapters import adapter_json

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, LoratoolError, printable, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
-from loratool.formats.draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import scaling_law
 from loratool.library.holding import hold

@@ -12,7 +12,7 @@ from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, quoted
-from loratool.formats.draft import Draft
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.write import adapter_output
 from loratool.library.adapter_spec import PathLike
 from loratool.library.adapters import adapter_json

@@ -24,6 +24,7 @@ from loratool.formats.alpha import Alpha
 from loratool.formats.finite import refuse_not_finite
 from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
 from loratool.library.already_merged import refuse_again
+from loratool.library.base_of_adapter import base_of_all
 from loratool.library.calibration import calibrated, calibration_text
 from loratool.library.finished_before import finished_before
 from loratool.library.holding import hold
@@ -32,7 +33,6 @@ from loratool.library.merge_result import MergeResult, Outcome
 from loratool.library.no_change import refuse_no_change, refuse_unchanged
 from loratool.library.opening import open_registry
 from loratool.library.output_place import beside_base, refuse_or_note_existing, refuse_overlap
-from loratool.library.owner import owner_of_all
 from loratool.library.progress import Progress, Silent
 from loratool.library.promised import Promised, PromisedMerge
 from loratool.library.resolve import ResolvedAdapter, ResolvedBase, resolve_at_rank, resolve_base
@@ -42,9 +42,8 @@ from loratool.library.trained_beside import refuse_trained_beside
 from loratool.library.user_path import user_path
 from loratool.merging.apply import BaseIdentity, Check, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
-from loratool.merging.conversion import ConversionPlan, StorageChange
+from loratool.merging.conversion_plan import ConversionPlan, StorageChange, plan_conversion
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
-from loratool.merging.plan_conversion import plan_conversion
 from loratool.weights.storages import MAKINGS
 from registry import MergedAdapter, Registry, RegistryError
 
@@ -106,7 +105,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
     with open_registry(registry, read_only=True, settled=not in_place) as catalogue:
         resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
         base = resolve_base(
-            owner_of_all(resolved, catalogue) if into is None else into,
+            base_of_all(resolved, catalogue) if into is None else into,
             catalogue,
             watcher,
             download=not (dry_run or in_place),

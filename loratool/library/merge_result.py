@@ -9,7 +9,7 @@ from typing import Any
 
 from loratool.library.no_change import unchanged_notes
 from loratool.library.tokenizer_choice import TokenizerChoice
-from loratool.merging.conversion import ConversionPlan
+from loratool.merging.conversion_plan import ConversionPlan
 from loratool.merging.manifest import Manifest
 from loratool.merging.plan import MergePlan
 from loratool.merging.survival import LEAST_SHARE, Survival

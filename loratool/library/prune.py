@@ -10,8 +10,8 @@ from typing import Any, Literal
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adalora import IMPORTANCE
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
-from loratool.formats.draft import Draft
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.write import adapter_output
 from loratool.library.adapters import adapter_json

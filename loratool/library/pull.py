@@ -14,8 +14,8 @@ from loratool.hub.pull import pull_adapter
 from loratool.hub.repository import Snapshot, look
 from loratool.library.adapter_name import name_from, name_on_hub
 from loratool.library.adapters import HubPlace, adapter_json, enter
+from loratool.library.base_of_adapter import name_base_of
 from loratool.library.opening import open_registry
-from loratool.library.owner import name_owner
 from loratool.library.progress import Progress
 from loratool.library.resolve import has_alpha, is_here, pulled_from, read_entry
 from loratool.library.user_path import exists, user_path
@@ -103,7 +103,7 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
         )
         adapter = replace(pulled.adapter, name=chosen)
         owner, base_notes = (
-            (None, ()) if base is None else name_owner(base, adapter, catalogue, progress, any_base=any_base)
+            (None, ()) if base is None else name_base_of(base, adapter, catalogue, progress, any_base=any_base)
         )
         added = enter(adapter, catalogue, name=chosen, base=owner, any_base=any_base, place=place)
     notes = (*pulled.notes, *base_notes, *added.notes[len(pulled.adapter.notes) :])
@@ -134,7 +134,9 @@ def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, base
     notes: tuple[str, ...] = ()
     if base is not None or record.base is None:
         adapter = read_entry(record, catalogue)
-        owner, notes = (None, ()) if base is None else name_owner(base, adapter, catalogue, progress, any_base=any_base)
+        owner, notes = (
+            (None, ()) if base is None else name_base_of(base, adapter, catalogue, progress, any_base=any_base)
+        )
         there = HubPlace(place, record.base_model)
         added = enter(adapter, catalogue, name=record.name, base=owner, any_base=any_base, place=there)
         record, notes = added.record, (*notes, *added.notes)

@@ -24,8 +24,7 @@ from loratool.library.resolve import ResolvedBase, resolve_base
 from loratool.library.right_base import check_base, refuse_changed
 from loratool.library.user_path import user_path
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
-from loratool.merging.conversion import ConversionPlan, StorageChange
-from loratool.merging.plan_conversion import plan_conversion
+from loratool.merging.conversion_plan import ConversionPlan, StorageChange, plan_conversion
 from loratool.weights.storages import MAKINGS
 from registry import Registry, RegistryError, check_name, is_name
 

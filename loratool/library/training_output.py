@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_existing, staged_file
 from loratool.errors import LoratoolError
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
-from loratool.formats.draft import Draft
 from loratool.formats.write import adapter_output
 from loratool.library.derive import Child, bring_up, scratch_folder
 from loratool.library.training_inputs import TrainingInputs

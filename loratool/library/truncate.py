@@ -12,8 +12,8 @@ from typing import Any, Literal
 from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
-from loratool.formats.draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import LAWS, ScalingLaw, scaling_law
 from loratool.formats.finite import refuse_not_finite

@@ -19,8 +19,8 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import Checkpoint
+from loratool.checkpoint.model_copy import ModelCopy, model_copy
 from loratool.checkpoint.output_kind import UNDO_FOLDER, OutputKind
-from loratool.checkpoint.replica import Replica, replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.errors import CheckpointError, quoted
 from loratool.formats.adapter import sha256_of
@@ -30,11 +30,11 @@ from loratool.formats.write import write_single_file
 from loratool.merging.arithmetic import Merge, choose_device
 from loratool.merging.changed_files import FileChanges
 from loratool.merging.contents import contents_of_base
-from loratool.merging.conversion import ConversionPlan
-from loratool.merging.convert import write_converted
+from loratool.merging.conversion_plan import ConversionPlan
+from loratool.merging.conversion_stream import write_converted
 from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter
 from loratool.merging.plan import MergePlan, Target, WeightedAdapter
-from loratool.merging.rewrite import Digests, Place, Progress, rewrite
+from loratool.merging.stream import Digests, Place, Progress, stream
 from loratool.merging.survival import Survival, SurvivalCount
 from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
 from loratool.merging.workers import Job
@@ -72,7 +72,7 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
     others = [name for name in inherited_files(plan.base).files if str(name) not in plan.files.names]
     sources = _sources(plan.base, others, plan.adapters, plan.files)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
-        with replica(plan.base, stage, plan.touched, others, progress) as copy:
+        with model_copy(plan.base, stage, plan.touched, others, progress) as copy:
             places = places_in(copy, plan.base, plan.touched)
             report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, (), others)
         plan.files.write(stage)
@@ -157,10 +157,10 @@ def _sources(base: Checkpoint, others: Iterable[Path], adapters: Iterable[Weight
     return (*base.states, *states_of(base.folder / name for name in others), *of_adapters, *states_of(brought))
 
 
-def places_in(copy: Replica, base: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
+def places_in(copy: ModelCopy, base: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
     """The places of the base's tensors called `names` in its copy."""
     files = {name: base.tensors[name].file for name in names}
-    return {name: Place(copy.files[file], straight=copy.straight.get(file)) for name, file in files.items()}
+    return {name: Place(copy.files[file], direct=copy.direct.get(file)) for name, file in files.items()}
 
 
 def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:
@@ -190,7 +190,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
                 survival[target.name] = merge.survival
             return merge
 
-        changed = rewrite(
+        changed = stream(
             plan.targets,
             change,
             places,

@@ -20,7 +20,7 @@ from loratool.errors import CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.dylora import KIND, at_rank
 from loratool.merging.changed_files import ChangedFile, may_change
-from loratool.merging.rewrite import Digests
+from loratool.merging.stream import Digests
 from loratool.merging.survival import Survival
 
 MANIFEST_NAME: Final = "loratool.json"

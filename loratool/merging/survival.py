@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 if TYPE_CHECKING:
     import torch
 
-    from loratool.weights.moves import Moves
+    from loratool.weights.code_moves import Moves
 
 LEAST_SHARE: Final = 0.9
 """A merge that keeps less of its update than this is warned of."""

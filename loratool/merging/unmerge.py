@@ -15,8 +15,8 @@ from loratool.checkpoint.fingerprint import file_digest, fingerprint, hash_tenso
 from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.journal import Journal
 from loratool.checkpoint.model import Checkpoint, has_file
+from loratool.checkpoint.model_copy import model_copy
 from loratool.checkpoint.output_kind import OutputKind
-from loratool.checkpoint.replica import replica
 from loratool.checkpoint.staging import staged_folder
 from loratool.checkpoint.threads import in_threads
 from loratool.errors import AdapterError, CheckpointError, LoratoolError, RestoreError, VerificationError, quoted
@@ -27,7 +27,7 @@ from loratool.merging.arithmetic import ApproximateUnmerge, ExactUnmerge, choose
 from loratool.merging.changed_files import KEPT, Originals, edited_since
 from loratool.merging.manifest import MANIFEST_NAME, Manifest
 from loratool.merging.plan import Target, WeightedAdapter, plan_merge
-from loratool.merging.rewrite import Change, Digests, Progress, bytes_of, opened, rewrite
+from loratool.merging.stream import Change, Digests, Progress, bytes_of, opened, stream
 from loratool.merging.undo import UNDO_NAME, UndoFile, adapter_file
 from loratool.merging.workers import cpu_workers
 from loratool.weights.storages import parameter_name, stored_weight
@@ -187,9 +187,9 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
     touched = frozenset(manifest.changed)
     copied = states_of(merged.folder / name for name in others)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
-        with replica(merged, stage, touched, others, progress) as copy:
+        with model_copy(merged, stage, touched, others, progress) as copy:
             places = places_in(copy, merged, touched)
-            digests = rewrite(
+            digests = stream(
                 way.targets,
                 way.change,
                 places,
@@ -222,7 +222,7 @@ def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool
     files = states_of(base.folder / name for name in inherited.files)
     own = [name for name in base.other_files() if str(name) == MANIFEST_NAME]
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
-        with replica(base, stage, (), [*inherited.files, *own], progress) as copy:
+        with model_copy(base, stage, (), [*inherited.files, *own], progress) as copy:
             in_threads(lambda job: job(), copy.copies, cpu_workers())
         copied = Checkpoint.open(stage)
         if fingerprint(copied.tensors, tensor_digests(copied)) != manifest.base_fingerprint:
@@ -241,7 +241,7 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
     """
     with Journal(merged.folder) as journal:
         places = reserve(journal, way.targets)
-        digests = rewrite(way.targets, way.change, places, progress=progress, ahead=journal.ahead())
+        digests = stream(way.targets, way.change, places, progress=progress, ahead=journal.ahead())
         inexact = check_restored(digests, manifest, way)
         missing, added = way.originals.restore(manifest.changed_files, journal.new)
         if manifest.previous is not None:

@@ -14,12 +14,11 @@ from loratool.checkpoint.model import Checkpoint, can_be_file, has_file
 from loratool.errors import LoratoolError, VerificationError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.merging.arithmetic import Merge, choose_device
-from loratool.merging.conversion import StorageChange
-from loratool.merging.convert import compute_converted
+from loratool.merging.conversion_plan import StorageChange, plan_conversion
+from loratool.merging.conversion_stream import compute_converted
 from loratool.merging.manifest import Manifest
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
-from loratool.merging.plan_conversion import plan_conversion
-from loratool.merging.rewrite import Progress, rewrite
+from loratool.merging.stream import Progress, stream
 from loratool.merging.unmerge import Restoration, check_restored
 
 
@@ -115,7 +114,7 @@ def _computed_again(base: Checkpoint, manifest: Manifest, plan: MergePlan | None
     if manifest.converted:
         conversion = plan_conversion(base, _storage_change(manifest), plan)
         return compute_converted(conversion, device=device, progress=progress).after, manifest.tensors
-    digests = rewrite(
+    digests = stream(
         plan.targets if plan else (),
         lambda target: Merge(target, choose_device(device)),
         {},
@@ -141,7 +140,7 @@ def replay_undo(manifest: Manifest, way: Restoration, progress: Progress = lambd
     Raises:
         RestoreError: names the first tensor that comes out otherwise.
     """
-    digests = rewrite(way.targets, way.change, {}, progress=progress)
+    digests = stream(way.targets, way.change, {}, progress=progress)
     check_restored(digests, manifest, way)
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError, WrongBaseError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.draft import Draft
+from loratool.formats.adapter_draft import Draft
 from loratool.ranks.factors import factored, load_factors
 from loratool.ranks.methods import (
     DRAWING,

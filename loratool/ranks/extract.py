@@ -19,9 +19,9 @@ from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, nearest, quoted
-from loratool.formats.draft import Draft
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.names import SUFFIX, Landing, land
-from loratool.merging.rewrite import opened
+from loratool.merging.stream import opened
 from loratool.merging.ties import is_tied_embedding, tied
 from loratool.merging.vocabulary import misfit_advice
 from loratool.ranks.difference import Difference

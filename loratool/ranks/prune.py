@@ -10,7 +10,7 @@ from typing import Any, Literal
 from loratool.errors import AdapterError, LoratoolError, quoted
 from loratool.formats.adalora import IMPORTANCE, AdaLoraConfig, pattern_key
 from loratool.formats.adapter import Adapter
-from loratool.formats.draft import Draft
+from loratool.formats.adapter_draft import Draft
 from loratool.ranks.factors import factored, load_factors
 from loratool.ranks.truncate import targeting
 from loratool.ranks.unit_scaling import unit_config

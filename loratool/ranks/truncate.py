@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import AdapterError, LoratoolError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.draft import Draft
+from loratool.formats.adapter_draft import Draft
 from loratool.formats.dylora import KIND as DYLORA
 from loratool.formats.dylora import ScalingLaw, module_alphas
 from loratool.formats.kinds import kind_named

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loratool.errors import LoratoolError
 from loratool.formats.adalora import IMPORTANCE, PEFT_TYPE, pattern_key
 from loratool.formats.adapter import Adapter
-from loratool.formats.draft import Draft
+from loratool.formats.adapter_draft import Draft
 from loratool.training.budget import BudgetSchedule, budget_schedule, most_important
 from loratool.training.layers import AdaptedLinear, fill_randomly, new_factor
 from loratool.training.lora import TASK, LowRankAdaptation

@@ -15,7 +15,7 @@ from loratool.training.options import DyLoRA, Initialisation, LoRA
 from loratool.training.targets import Targets
 
 if TYPE_CHECKING:
-    from loratool.formats.draft import Draft
+    from loratool.formats.adapter_draft import Draft
 
 TASK: Final = "CAUSAL_LM"
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from loratool.formats.adapter import Adapter
-    from loratool.formats.draft import Draft
+    from loratool.formats.adapter_draft import Draft
 
 
 class Adaptation(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from loratool.checkpoint.dtypes import Dtype
 from loratool.checkpoint.header import TensorInfo
-from loratool.weights.moves import Moves
+from loratool.weights.code_moves import Moves
 from loratool.weights.rounding import Rounding
 
 if TYPE_CHECKING:

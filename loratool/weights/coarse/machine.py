@@ -13,7 +13,7 @@ from loratool.weights.coarse.least_error import LeastError
 from loratool.weights.coarse.levels import LevelTable, level_table
 from loratool.weights.coarse.manner import PLAIN, Habit, Manner
 from loratool.weights.coarse.tiles import Area, Scaling
-from loratool.weights.moves import Moves
+from loratool.weights.code_moves import Moves
 from loratool.weights.stored import StoredWeight
 
 if TYPE_CHECKING:

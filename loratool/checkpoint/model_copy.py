@@ -11,29 +11,29 @@ from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.copying import begin_to_write, copy_range
+from loratool.checkpoint.direct_io import open_direct
 from loratool.checkpoint.header import Header
 from loratool.checkpoint.model import Checkpoint
-from loratool.checkpoint.straight import open_straight
 
 PIECE_BYTES: Final = 1 << 26
 """Ranges are copied in pieces of this many bytes, so that several workers share them evenly."""
 
 
 @dataclass(frozen=True, slots=True)
-class Replica:
+class ModelCopy:
     """The new weight files, open for writing, by the path of their original; and the jobs that copy the rest.
 
-    `straight` has the same files, open for writing past the page cache, where the file system can.
+    `direct` has the same files, open for writing past the page cache, where the file system can.
     """
 
     files: dict[Path, int]
-    straight: dict[Path, int]
+    direct: dict[Path, int]
     copies: list[Callable[[], None]]
 
 
 @contextmanager
-def replica(checkpoint: Checkpoint, folder: Path, changing: Collection[str], others: Collection[Path],
-            progress: Callable[[int], None]) -> Iterator[Replica]:  # fmt: skip
+def model_copy(checkpoint: Checkpoint, folder: Path, changing: Collection[str], others: Collection[Path],
+               progress: Callable[[int], None]) -> Iterator[ModelCopy]:  # fmt: skip
     """Make the weight files of `checkpoint` in the empty `folder`, with the bytes of `changing` tensors left open.
 
     `others` are the paths, relative to the model's folder, of the other files to copy.
@@ -41,7 +41,7 @@ def replica(checkpoint: Checkpoint, folder: Path, changing: Collection[str], oth
     with ExitStack() as stack:
         files: dict[Path, int] = {}
         copies: list[Callable[[], None]] = []
-        straight: dict[Path, int] = {}
+        direct: dict[Path, int] = {}
         for header in checkpoint.headers:
             source = os.open(header.file, os.O_RDONLY)
             stack.callback(os.close, source)
@@ -51,15 +51,15 @@ def replica(checkpoint: Checkpoint, folder: Path, changing: Collection[str], oth
             for start, stop in _changing_ranges(header, changing):
                 os.posix_fallocate(target, start, stop - start)
             files[header.file] = target
-            past_cache = open_straight(folder / header.file.name)
+            past_cache = open_direct(folder / header.file.name)
             if past_cache is not None:
                 stack.callback(os.close, past_cache)
-                straight[header.file] = past_cache
+                direct[header.file] = past_cache
             copies += [
                 partial(_copy, source, target, start, stop, progress) for start, stop in _kept_pieces(header, changing)
             ]
         copies += [partial(copy_file, checkpoint.folder / name, folder / name) for name in sorted(others)]
-        yield Replica(files, straight, copies)
+        yield ModelCopy(files, direct, copies)
 
 
 def _copy(source: int, target: int, start: int, stop: int, progress: Callable[[int], None]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from loratool.checkpoint import straight
-from loratool.checkpoint.straight import PAGE_BYTES, SLACK_BYTES, TensorWriter, open_straight, skip_to_lie_as_at
+from loratool.checkpoint import direct_io
+from loratool.checkpoint.direct_io import PAGE_BYTES, SLACK_BYTES, TensorWriter, open_direct, skip_to_lie_as_at
 from loratool.errors import OutputError
 
 FILE_BYTES = 1 << 20
@@ -32,7 +32,7 @@ def files(tmp_path: Path) -> Iterator[tuple[int, int, Path]]:
     file = tmp_path / "weights"
     fd = os.open(file, os.O_RDWR | os.O_CREAT)
     os.posix_fallocate(fd, 0, FILE_BYTES)
-    past_cache = open_straight(file)
+    past_cache = open_direct(file)
     if past_cache is None:
         pytest.skip("this file system has no way past the page cache")
     yield past_cache, fd, file
@@ -101,6 +101,6 @@ def test_a_full_disk_is_an_error(content: bytes, files: tuple[int, int, Path], m
     def full(target: int, view: memoryview, offset: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(straight.os, "pwrite", full)
+    monkeypatch.setattr(direct_io.os, "pwrite", full)
     with pytest.raises(OutputError, match="No space left on device; free some space"):
         write_all(content, past_cache, fd, 0)

@@ -21,7 +21,7 @@ from loratool.merging.plan import WeightedAdapter, plan_merge
 from registry import AdapterRecord, BaseRecord, Registry, check_name, is_name
 
 
-def find_owner(adapter: Adapter, base: str | None, base_model: str | None, catalogue: Registry, *,
+def find_base_of(adapter: Adapter, base: str | None, base_model: str | None, catalogue: Registry, *,
                any_base: bool = False) -> tuple[BaseRecord | None, list[str]]:  # fmt: skip
     """The catalogued base that the adapter belongs to, checked by names and shapes, and notes on how it was found.
 
@@ -62,7 +62,7 @@ def find_owner(adapter: Adapter, base: str | None, base_model: str | None, catal
     return None, [_how_to_tie(base_model, known_by_content=bool(recorded), unfit=bool(named))]
 
 
-def name_owner(base: str | os.PathLike[str], adapter: Adapter, catalogue: Registry, progress: Progress | None = None, *,
+def name_base_of(base: str | os.PathLike[str], adapter: Adapter, catalogue: Registry, progress: Progress | None = None, *,
                any_base: bool = False) -> tuple[str, tuple[str, ...]]:  # fmt: skip
     """Return the catalogued name of the base that a user gives by name, path or Hub id, and notes.
 
@@ -99,13 +99,13 @@ def _free_name(stem: str, catalogue: Registry) -> str:
     return next(each for each in chain([name], numbered) if catalogue.bases.get(each) is None)
 
 
-def owner_of_all(adapters: Sequence[ResolvedAdapter], catalogue: Registry) -> str:
+def base_of_all(adapters: Sequence[ResolvedAdapter], catalogue: Registry) -> str:
     """Return the catalogued name of the base that adapters are tied to, as the catalogue or their files record it.
 
     Raises:
         LoratoolError: they are tied to no catalogued base, or to different ones.
     """
-    found_owners = [(found.reference, recorded_owner(found, catalogue)) for found in adapters]
+    found_owners = [(found.reference, recorded_base(found, catalogue)) for found in adapters]
     owners = [(reference, owner) for reference, owner in found_owners if owner is not None]
     if owners and all(_is_same(owners[0][1], owner, catalogue) for _, owner in owners):
         return owners[0][1].name
@@ -126,7 +126,7 @@ def _is_same(base: BaseRecord, other: BaseRecord, catalogue: Registry) -> bool:
     return catalogue.bases.same_family(base.fingerprint, other.fingerprint)
 
 
-def recorded_owner(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | None:
+def recorded_base(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | None:
     """The catalogued base of an adapter: of its entry, else by the fingerprint or the name that its files record."""
     if found.record is not None and found.record.base is not None:
         return catalogue.bases.get(found.record.base)

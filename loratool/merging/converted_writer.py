@@ -13,13 +13,13 @@ from loratool.checkpoint.blocks import write_columns, write_exactly
 from loratool.checkpoint.fingerprint import hash_range
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.layout import Layout, NewFiles
-from loratool.merging.rewrite import bytes_of
+from loratool.merging.stream import bytes_of
 
 if TYPE_CHECKING:
     import torch
 
 
-class Outlet:
+class ConvertedWriter:
     """Writes one matrix's tensors to their places, and makes their digests.
 
     Where there are no files it digests alone; a tensor that is not written in the order of its bytes takes a temporary one.

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_BYTES: Final = 4096
-"""What is written straight begins and ends at a multiple of this, in the file and in memory (open(2), O_DIRECT)."""
+"""What is written past the page cache begins and ends at a multiple of this, in the file and in memory (open(2), O_DIRECT)."""
 
 SLACK_BYTES: Final = 2 * PAGE_BYTES
 
 
-def open_straight(file: Path) -> int | None:
+def open_direct(file: Path) -> int | None:
     """`file` open for writing past the page cache; None where the file system cannot (tmpfs, some network ones)."""
     try:
         return os.open(file, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW)
@@ -43,13 +43,13 @@ def skip_to_lie_as_at(buffer: torch.Tensor, offset: int) -> int:
 class TensorWriter:
     """Writes the bytes of one tensor, block after block in their order, to the open file `fd`.
 
-    Where `straight` is the same file open for writing past the page cache, whole pages go there. A page that a block begins
+    Where `direct` is the same file open for writing past the page cache, whole pages go there. A page that a block begins
     and the next one ends waits for that; what the tensor has of its first and its last page goes to `fd`. So no page is
     written both ways.
     """
 
-    def __init__(self, fd: int, straight: int | None) -> None:
-        self._fd, self._straight = fd, straight
+    def __init__(self, fd: int, direct: int | None) -> None:
+        self._fd, self._direct = fd, direct
         self._begun, self._at = b"", 0
 
     def write(self, buffer: memoryview, block: slice, offset: int) -> None:
@@ -58,7 +58,7 @@ class TensorWriter:
         Raises:
             OutputError: the disk takes no more.
         """
-        if self._straight is None:
+        if self._direct is None:
             write_exactly(self._fd, buffer[block], offset)
             return
         start = block.start - len(self._begun)
@@ -68,18 +68,18 @@ class TensorWriter:
         if first >= last or (_address(view) + first) % PAGE_BYTES:
             first = last = len(view)
         write_exactly(self._fd, view[:first], at)
-        self._write_pages(self._straight, view[first:last], at + first)
+        self._write_pages(self._direct, view[first:last], at + first)
         self._begun, self._at = bytes(view[last:]), at + last
 
     def close(self) -> None:
         """Write what is left when the tensor's last block is written."""
         write_exactly(self._fd, self._begun, self._at)
 
-    def _write_pages(self, straight: int, pages: memoryview, offset: int) -> None:
+    def _write_pages(self, direct: int, pages: memoryview, offset: int) -> None:
         done = 0
         try:
             while done < len(pages):
-                done += os.pwrite(straight, pages[done:], offset + done)
+                done += os.pwrite(direct, pages[done:], offset + done)
         except OSError as error:
             if error.errno != errno.EINVAL:  # the disk wants to have it otherwise than in pages of this size
                 raise out_of_room(error) from None

@@ -25,11 +25,11 @@ from loratool.checkpoint.layout import Layout, NewFiles, new_files
 from loratool.checkpoint.model import CONFIG_NAME
 from loratool.errors import CheckpointError, quoted
 from loratool.merging.arithmetic import Merge, choose_device, overflow
-from loratool.merging.between import Reader, elements, turned
-from loratool.merging.conversion import Conversion, ConversionPlan
-from loratool.merging.outlet import Outlet
+from loratool.merging.conversion_plan import Conversion, ConversionPlan
+from loratool.merging.converted_writer import ConvertedWriter
+from loratool.merging.dense_reader import Reader, elements, turned
 from loratool.merging.plan import Target
-from loratool.merging.rewrite import Progress, opened
+from loratool.merging.stream import Progress, opened
 from loratool.merging.survival import SurvivalCount
 from loratool.merging.workers import Job, cpu_workers, work_through
 from loratool.weights.making import Quantizer
@@ -129,7 +129,7 @@ class _Stream:
         self._differs = False
         self._conversion, self._device = conversion, device
         self._progress, self._stop = progress, stop
-        self._outlet = Outlet(layout, new)
+        self._outlet = ConvertedWriter(layout, new)
         self._sources: Mapping[Path, int] = {}
         self._read_digest = blake3()
         self._stack = ExitStack()

@@ -13,7 +13,7 @@ from typing import Final
 LIBRARY: Final = "lib/libtorch_cpu.so"
 
 
-def load_torch_ahead() -> None:
+def preload_torch() -> None:
     """Begin to map and to link torch's largest library on a thread of its own, for a command that will import torch.
 
     That takes a quarter of a second, in which ``import torch`` would let nothing else run.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_exactly
-from loratool.checkpoint.straight import SLACK_BYTES, TensorWriter, skip_to_lie_as_at
+from loratool.checkpoint.direct_io import SLACK_BYTES, TensorWriter, skip_to_lie_as_at
 from loratool.errors import CheckpointError, quoted
 from loratool.merging.plan import Target
 from loratool.merging.workers import Job, cpu_workers, work_through
@@ -49,15 +49,15 @@ class Change(Protocol):
 class Place:
     """Where a tensor's new bytes go: the open file `fd`, at their offset in the source plus `shift`.
 
-    `straight` is the same file, open for writing past the page cache, where it can be (`loratool.checkpoint.straight`).
+    `direct` is the same file, open for writing past the page cache, where it can be (`loratool.checkpoint.direct_io`).
     """
 
     fd: int
     shift: int = 0
-    straight: int | None = None
+    direct: int | None = None
 
     def writer(self) -> TensorWriter:
-        return TensorWriter(self.fd, self.straight)
+        return TensorWriter(self.fd, self.direct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,9 @@ class Digests:
     after: str
 
 
-def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], places: Mapping[str, Place], *,
-            progress: Progress, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),
-            known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Digests]:  # fmt: skip
+def stream(targets: Iterable[Target], change: Callable[[Target], Change], places: Mapping[str, Place], *,
+           progress: Progress, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),
+           known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Digests]:  # fmt: skip
     """Stream every target through its change and write each of its tensors to its place; those without are digested.
 
     `beside` and `ahead` are other jobs of the same workers (`work_through`). `known` are digests, by name, that tensors are
@@ -88,7 +88,7 @@ def rewrite(targets: Iterable[Target], change: Callable[[Target], Change], place
         workers=cpu_workers(computing=2 * computing > sum(target.nbytes for target in targets)),
         beside=beside,
         ahead=ahead,
-        files={place.fd for place in places.values() if place.straight is None},
+        files={place.fd for place in places.values() if place.direct is None},
     )
     return digests
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from loratool.checkpoint.blocks import read_columns, read_exactly
-from loratool.merging.conversion import Conversion
-from loratool.merging.rewrite import bytes_of
+from loratool.merging.conversion_plan import Conversion
+from loratool.merging.stream import bytes_of
 from loratool.weights.dense import DenseWeight
 from loratool.weights.storages import is_dense
 
