@@ -210,7 +210,7 @@ def test_a_bare_file_needs_alpha_and_says_so(tmp_path: Path) -> None:
     adapter = read_adapter(file, 6.0)
     assert {update.scaling for update in adapter.ranked.values()} == {6.0 / 4}
     assert len(adapter.notes) == 1
-    assert "alpha 6" in adapter.notes[0]
+    assert "alpha is 6" in adapter.notes[0]
 
 
 def test_a_bare_file_of_uneven_ranks_scales_each_module_by_its_own_rank_and_is_read_by_peft(tmp_path: Path) -> None:
