@@ -210,4 +210,4 @@ def test_the_same_base_under_another_name_is_said(tiny_models: TinyModels, tmp_p
     first = CliRunner().invoke(cli, ["base", "add", "llama", str(folder)])
     again = CliRunner().invoke(cli, ["base", "add", "other", str(tmp_path / "copy")])
     assert "same content" not in first.output
-    assert "the same content is catalogued as 'llama' already" in " ".join(again.output.split())
+    assert "the same content is already catalogued as 'llama'" in " ".join(again.output.split())

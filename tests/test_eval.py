@@ -848,7 +848,7 @@ def test_ranks_that_are_no_numbers_are_wrong_usage(
 ) -> None:
     done = run(base, "--data", data, "--adapter", adapter, f"--ranks={ranks}")
     assert (done.status, done.out) == (2, "")
-    assert "whole numbers with commas between them: 1,2,4,8" in done.err
+    assert "whole numbers separated by commas: 1,2,4,8" in done.err
 
 
 def test_no_rank_at_all_is_refused(base: Path, adapter: Path, data: Path) -> None:

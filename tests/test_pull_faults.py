@@ -236,7 +236,7 @@ def test_a_cut_download_is_one_line_on_stderr_that_is_no_terminal(
     done = subprocess.run([sys.executable, "-m", "loratool", "pull", "ada/pirate"], env=environment(hub, tmp_path),
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0
-    assert done.stderr.splitlines()[0] == "note: the connection broke; trying again"
+    assert done.stderr.splitlines()[0] == "note: the connection broke off; trying again"
     assert len(done.stderr.splitlines()) == 2  # and that it is tied to no base
 
 

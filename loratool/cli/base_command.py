@@ -33,10 +33,12 @@ command = base
 @click.option(
     "--variant-of",
     metavar="BASE",
-    help="The base (a name, a folder or a Hub id) that this is the same model as, stored differently.",
+    help="The base (a name, a folder or a Hub id) of which this is the same model in a different storage.",
 )
-@click.option("--hub-id", metavar="ID", help="The Hub model that the folder holds; adapters that are pushed name it.")
-@click.option("--download", is_flag=True, help="Get a base on the Hub at once, not when it is first needed.")
+@click.option(
+    "--hub-id", metavar="ID", help="The Hub model that the folder holds. Pushed adapters name it as their base."
+)
+@click.option("--download", is_flag=True, help="Download a base on the Hub now instead of at its first use.")
 @json_option
 @click.pass_obj
 def add_base(
@@ -50,7 +52,7 @@ def add_base(
 ) -> None:
     """Catalogue the model in a folder or at a Hub id under NAME, with the fingerprint of its content.
 
-    A base on the Hub is catalogued by what the Hub and its headers say, and downloaded when its weights are needed.
+    For a base on the Hub, only headers are read at first. Its weights are downloaded when they are needed.
     """
     from loratool.errors import quoted
     from loratool.library.bases import base_add, base_json
@@ -76,7 +78,7 @@ def add_base(
             ("size", size(record.size_bytes or 0)),
             ("fingerprint", f"{record.fingerprint[:16]}…" if record.fingerprint else ""),
             ("from", "" if record.revision is None else f"{record.source}@{record.revision[:12]}"),
-            ("weights", "not downloaded: when they are needed, or with --download" if is_away(record) else ""),
+            ("weights", "not downloaded yet; --download gets them now" if is_away(record) else ""),
             ("at", shown_path(record.path) if record.path and not is_away(record) else ""),
             ("variant of", record.variant_of or ""),
             ("next", f"loratool add ADAPTER --base {record.name}"),
@@ -84,14 +86,14 @@ def add_base(
     )
     if record.same_as:
         names = " and ".join(map(quoted, record.same_as))
-        print_notes([f"the same content is catalogued as {names} already; the adapters of one are those of the other"])
+        print_notes([f"the same content is already catalogued as {names}; all its names have the same adapters"])
 
 
 @base.command("list", **example("loratool base list"))
 @json_option
 @click.pass_obj
 def list_bases(registry: str | None, as_json: bool) -> None:
-    """The catalogued bases."""
+    """List the catalogued bases."""
     from loratool.library.bases import base_json, base_list
     from loratool.library.hub_bases import is_away
 
@@ -131,7 +133,7 @@ def list_bases(registry: str | None, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def show_base(registry: str | None, name: str, as_json: bool) -> None:
-    """One base: everything known of it, its adapters and the merges into it. BASE is its name, its folder or its Hub id."""
+    """Show a base, its adapters and the merges into it. BASE is its name, its folder or its Hub id."""
     from loratool.library.bases import base_show
     from loratool.library.hub_bases import is_away
 
@@ -177,7 +179,7 @@ def verify_base(registry: str | None, name: str, as_json: bool) -> None:
 
 @base.command("remove", **example("loratool base remove smollm2"))
 @click.argument("name", metavar="BASE")
-@click.option("--force", is_flag=True, help="Also while adapters belong to it; they keep its fingerprint.")
+@click.option("--force", is_flag=True, help="Forget it even if adapters belong to it. They keep its fingerprint.")
 @json_option
 @click.pass_obj
 def remove_base(registry: str | None, name: str, force: bool, as_json: bool) -> None:

@@ -34,11 +34,13 @@ from loratool.ranks.methods import METHODS, Method
     "--method",
     required=True,
     type=click.Choice(METHODS),
-    help="How: cat is the exact weighted sum, svd its best approximation of one rank; the others are on the factors.",
+    help="cat: the exact weighted sum; svd: its best approximation of one rank; the others combine the factors.",
 )
-@click.option("--density", type=float, metavar="D", help="The share of numbers kept by ties, dare and magnitude-prune.")
-@click.option("--rank", type=int, metavar="R", help="The rank of svd; by default the largest of the adapters.")
-@click.option("--seed", type=int, metavar="N", help="Seed of dare; by default made from what is combined.")
+@click.option(
+    "--density", type=float, metavar="D", help="The share of numbers that ties, dare and magnitude-prune keep."
+)
+@click.option("--rank", type=int, metavar="R", help="The rank of svd; by default the adapters' largest.")
+@click.option("--seed", type=int, metavar="N", help="The seed of dare; by default derived from the adapters.")
 @click.option("--out", required=True, type=PathType(), metavar="FILE", help="A file (.safetensors, .st) or a folder.")
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the file's name.")
 @force_option
@@ -60,10 +62,10 @@ def command(
     alpha: Alpha | None,
     as_json: bool,
 ) -> None:
-    """Make one adapter of several, with weights; the numbers are those of PEFT's add_weighted_adapter.
+    """Combine several adapters into one, with weights and with the results of PEFT's add_weighted_adapter.
 
-    They may differ in ranks, alphas and target modules. WEIGHT multiplies an adapter's update and may be negative. A
-    DyLoRA acts at its full rank, or at rank B as ADAPTER@rank=B.
+    Their ranks, alphas and target modules may differ. WEIGHT multiplies an adapter's update and may be negative. A DyLoRA
+    is combined at its full rank, or at rank B with ADAPTER@rank=B.
     """
     from loratool.library.combine import combine
 

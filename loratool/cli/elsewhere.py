@@ -1,4 +1,4 @@
-"""What to type instead, where a path on the command line holds no adapter and others near it do."""
+"""Corrected command lines for a path that holds no adapter while others near it do."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from loratool.errors import ElsewhereError
 from loratool.library.user_path import user_path
 
 MOST_SHOWN: Final = 3
-"""Of more places the last: of a training's checkpoints the newest."""
+"""The number of places to show. They are the last, which for the checkpoints of a training are the newest."""
 
 
 def commands_instead(error: Exception, words: Sequence[str]) -> list[str]:
-    """Return the command line of these `words` with each of the places that an error names in the place of the one given.
+    """Return the command line `words` once for each place that the error names, with that place instead of the given path.
 
-    None for other errors, or where no word is that place.
+    The list is empty for other errors, or if no word is the given path.
     """
     if not isinstance(error, ElsewhereError):
         return []
@@ -32,7 +32,7 @@ def commands_instead(error: Exception, words: Sequence[str]) -> list[str]:
 
 
 def _naming(given: Path, words: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """Each word that names the place: where it stands, and what it has before and behind that (``--out=``, ``=0.5``)."""
+    """Yield each word that holds the path: its position, and the text before and after the path (``--out=``, ``=0.5``)."""
     for at, word in enumerate(words):
         option, sign, value = word.partition("=") if word.startswith("--") else ("", "", word)
         name, equals, weight = value.rpartition("=")

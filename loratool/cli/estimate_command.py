@@ -34,41 +34,45 @@ METHODS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
     ),
 )
 @click.argument("base")
-@click.option("--method", type=click.Choice(list(METHODS)), default="lora", show_default=True, help="What is trained.")
 @click.option(
-    "--rank", type=int, default=8, show_default=True, metavar="R", help="DyLoRA's largest, AdaLoRA's average."
+    "--method", type=click.Choice(list(METHODS)), default="lora", show_default=True, help="The method of training."
 )
-@click.option("--initial-rank", type=int, metavar="R", help="AdaLoRA's at first; by default 1.25 times the rank.")
+@click.option(
+    "--rank", type=int, default=8, show_default=True, metavar="R", help="The rank: DyLoRA's largest, AdaLoRA's average."
+)
+@click.option(
+    "--initial-rank", type=int, metavar="R", help="AdaLoRA's rank at the start; by default 1.25 times --rank."
+)
 @click.option("--targets", metavar="T", help="q_proj,v_proj, a pattern, or all-linear (the default).")
 @click.option("--batch-size", type=int, default=4, show_default=True, metavar="N", help="Rows computed at once.")
-@click.option("--max-length", "--length", type=int, metavar="N", help="Tokens of a row; by default 512.")
+@click.option("--max-length", "--length", type=int, metavar="N", help="Tokens in a row; by default 512.")
 @click.option(
     "--optimizer",
     type=click.Choice(["adamw", "adamw-8bit", "adamw-paged", "sgd"]),
     default="adamw",
     show_default=True,
-    help="What keeps moments, and where.",
+    help="The optimizer, which decides the memory for moments.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["bf16", "fp32"]),
     default="bf16",
     show_default=True,
-    help="Weights and arithmetic.",
+    help="The type of the weights and of the arithmetic.",
 )
 @click.option(
     "--adapter-dtype",
     type=click.Choice(["fp32", "bf16", "fp16"]),
     default="fp32",
     show_default=True,
-    help="What the adapter is trained and saved in.",
+    help="The type of the adapter in training and in its file.",
 )
 @click.option(
     "--attention",
     type=click.Choice(["sdpa", "eager"]),
     default="sdpa",
     show_default=True,
-    help="Eager keeps every score.",
+    help="The attention code. eager keeps all scores in memory.",
 )
 @json_option
 @click.pass_obj
@@ -87,12 +91,12 @@ def command(
     attention: str,
     as_json: bool,
 ) -> None:
-    """What training an adapter takes, before you spend it: parameters, the adapter's file, and memory.
+    """Estimate the parameters, the file size and the memory of training an adapter.
 
-    Beside it stand full fine-tuning and the same on a base in NF4 (QLoRA). BASE is a catalogued name, a folder, a
-    config.json, a Hub id, or a known shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3-175b, llama-7b, llama-13b,
-    llama-33b, llama-65b, llama3-8b, llama3-70b, llama3-405b, mistral-7b. Nothing is loaded or downloaded but a
-    configuration.
+    For comparison, the memory of full fine-tuning and of training on a base in NF4 (QLoRA) is shown too. BASE is a
+    catalogued name, a folder, a config.json, a Hub id, or a known shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl, gpt3-175b,
+    llama-7b, llama-13b, llama-33b, llama-65b, llama3-8b, llama3-70b, llama3-405b, mistral-7b. Only a configuration is loaded
+    or downloaded.
     """
     from loratool.library.estimate import estimate
 

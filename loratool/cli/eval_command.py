@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 BAR_CELLS: Final = 40
 FIGURES_CELLS: Final = 30
-"""What the columns before the bars take of a terminal."""
+"""The width of the columns before the bars."""
 
 
 def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
     if value is None:
         return None
     if re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", value) is None:
-        raise click.BadParameter(f"{value!r} must be whole numbers with commas between them: 1,2,4,8", ctx, param)
+        raise click.BadParameter(f"{value!r} must be whole numbers separated by commas: 1,2,4,8", ctx, param)
     return tuple(map(int, value.split(",")))
 
 
@@ -52,11 +52,11 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) 
     required=True,
     type=PathType(),
     metavar="FILE",
-    help="Samples: JSONL, JSON, CSV, Parquet, a data set of the Hub (owner/name:split), or a text (.txt).",
+    help="Samples: JSONL, JSON, CSV, Parquet, a data set on the Hub (owner/name:split), or a text (.txt).",
 )
-@click.option("--adapter", metavar="A", help="Measure the model also with this adapter beside it.")
+@click.option("--adapter", metavar="A", help="Also measure the model with this adapter.")
 @click.option(
-    "--ranks", callback=_parse_ranks, metavar="R,R,...", help="Measure the adapter also cut to each of these ranks."
+    "--ranks", callback=_parse_ranks, metavar="R,R,...", help="Also measure the adapter cut to each of these ranks."
 )
 @click.option("--plot", type=PathType(), metavar="FILE", help="Draw the loss by rank: a .png, .svg or .pdf.")
 @click.option("--force", is_flag=True, help="Replace a picture that loratool drew.")
@@ -65,12 +65,10 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) 
     "--max-length",
     type=int,
     metavar="N",
-    help="The most tokens of a sample, and the length of a text's windows; by default the model's context, but 2048 at most.",
+    help="Maximum tokens in a sample, or in a window of a text; by default the model's context, at most 2048.",
 )
 @click.option("--truncate", is_flag=True, help="Cut longer samples instead of refusing them.")
-@click.option(
-    "--batch-size", type=int, default=4, show_default=True, metavar="N", help="Samples that are computed at once."
-)
+@click.option("--batch-size", type=int, default=4, show_default=True, metavar="N", help="Samples computed at once.")
 @device_option
 @alpha_option
 @json_option
@@ -91,14 +89,13 @@ def command(
     alpha: Alpha | None,
     as_json: bool,
 ) -> None:
-    """Loss and perplexity of a model on your own text, alone or with an adapter, also cut to ranks.
+    """Measure loss and perplexity of a model on your own text, alone or with an adapter, also at lower ranks.
 
-    A line or row of FILE has "text"; or "prompt" and "completion", of which the completion counts; or "messages", of
-    which what the assistant says counts. Prompt and completion stand in the model's chat template if it has one. A text
-    file is cut into windows side by side. The loss is the mean of the tokens that count, in nats; on a CPU it is
-    computed in fp32.
+    A line or row of FILE has "text", or "prompt" and "completion", or "messages". All of a text counts towards the loss; of
+    the others, only the completion or the assistant's turns. The model's chat template is used if it has one. A text file is
+    cut into consecutive windows. The loss is the mean over the tokens that count, in nats. On a CPU it is computed in fp32.
 
-    Cut to a rank, a DyLoRA is its first components, and any other LoRA the best approximation of that rank.
+    At a lower rank, a DyLoRA is its first components, and any other LoRA is its best approximation of that rank.
     """
     from loratool.library.evaluate import evaluate
 
@@ -161,7 +158,7 @@ def _print_scores(result: EvalResult) -> None:
 
 
 def _print_ranks(ranks: Sequence[RankScore], alone: Score) -> None:
-    """A row for the model alone and one for each rank, with the loss as a bar that begins at 0."""
+    """Print a row for the model alone and one for each rank, with the loss as a bar from 0."""
     scores = [("none", alone), *((str(each.rank), each.score) for each in ranks)]
     largest = max(score.loss for _, score in scores) or 1
     cells = max(8, min(BAR_CELLS, shutil.get_terminal_size().columns - FIGURES_CELLS))

@@ -16,7 +16,7 @@ from loratool.cli.rendering import print_json, shown_path
 @json_option
 @click.pass_obj
 def command(registry: str | None, adapter: str, out: str, alpha: Alpha | None, force: bool, as_json: bool) -> None:
-    """Write an adapter as a PEFT folder, which PEFT and whatever reads PEFT load as it is, or as a single file."""
+    """Write an adapter as a PEFT folder, for PEFT and all programs that read its format, or as a single file."""
     from loratool.library.adapters import export
 
     path = export(adapter, out, alpha=alpha, force=force, registry=registry)

@@ -31,12 +31,12 @@ from loratool.cli.rendering import (
     ),
 )
 @click.argument("tuned")
-@click.option("--base", required=True, metavar="BASE", help="The model that it was made from.")
+@click.option("--base", required=True, metavar="BASE", help="The model that TUNED was trained from.")
 @click.option("--rank", type=int, metavar="R", help="The rank of every module.")
-@click.option("--energy", type=float, metavar="E", help="Instead: the share of each difference's energy to keep.")
 @click.option(
-    "--keep-full", is_flag=True, help="Keep norms, embeddings and biases that changed whole (modules_to_save)."
+    "--energy", type=float, metavar="E", help="Instead of --rank: the share of each difference's energy to keep."
 )
+@click.option("--keep-full", is_flag=True, help="Keep changed norms, embeddings and biases whole (modules_to_save).")
 @click.option("--out", required=True, type=PathType(), metavar="FILE", help="A file (.safetensors, .st) or a folder.")
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the file's name.")
 @force_option
@@ -56,14 +56,14 @@ def command(
     any_base: bool,
     as_json: bool,
 ) -> None:
-    """Make an adapter of the difference of a fine-tuned model and its base, streamed, with its error measured.
+    """Make an adapter from the difference between a fine-tuned model and its base, and measure its error.
 
-    TUNED and BASE are catalogued names, folders, safetensors files or Hub ids.
+    TUNED and BASE are catalogued names, folders, safetensors files or Hub ids. They are streamed, not loaded whole.
     """
     from loratool.library.extract import extract
 
     if (rank is None) == (energy is None):
-        raise click.UsageError("give --rank or --energy, one of them")
+        raise click.UsageError("give one of --rank and --energy")
     with ProgressBar() as progress:
         result = extract(
             tuned,

@@ -1,4 +1,4 @@
-"""The family of an adapter as a tree in a terminal: what it came from above it, what came from it below."""
+"""The family of an adapter as a tree in a terminal: its ancestors above it, its descendants below."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 MOST_ENTRIES: Final = 40
 MOST_NAMES: Final = 3
 LEAST_TEXT: Final = 24
-"""Cells of a line that are kept for its text, however deep the family is."""
+"""Cells of a line reserved for its text, however deep the family is."""
 
 FIGURES: Final = ("rank", "scaling", "energy", "error", "budget", "as", "density")
-"""What is said of an operation, in its own words, where the catalogue has it."""
+"""The recorded details of an operation to show, by their names."""
 
 Node = int | tuple[str, str | None]
-"""An adapter: its row in the catalogue, or where it is not there its name and sha256."""
+"""An adapter: its row id in the catalogue, or without one, its name and sha256."""
 
 
 def family_tree(record: AdapterRecord, edges: Sequence[LineageRecord], width: int) -> str:
-    """The lines of the tree, from those of which no parent is known down; empty for an adapter without a family.
+    """Return the lines of the tree, starting with adapters without known parents; empty for an adapter without a family.
 
-    An adapter that came from several stands below the first, which says the others. Lines are wrapped to `width` cells so
-    that the branches stay whole.
+    An adapter with several parents stands below the first, and its line names the others. Lines are wrapped to `width` cells
+    within their branches.
     """
     entries = list(_Family(record.id, edges).entries())
     more = len(entries) - MOST_ENTRIES
@@ -37,14 +37,14 @@ def family_tree(record: AdapterRecord, edges: Sequence[LineageRecord], width: in
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One adapter in the tree: what stands before it in its first line, before it in the lines below, and its text."""
+    """One adapter in the tree: the prefix of its first line, the prefix of its further lines, and its text."""
 
     branch: str
     stem: str
     text: str
 
     def lines(self, width: int) -> Iterator[str]:
-        """Its text between the branches, words kept whole where they fit; of a branch too deep for that, the end."""
+        """Yield the lines, wrapped between words. Of a prefix that leaves too little room, only the end is shown."""
         branch, stem = (_end_of(each, width - LEAST_TEXT) for each in (self.branch, self.stem))
         before, line = branch, ""
         for word in self.text.split(" "):
@@ -58,13 +58,13 @@ class _Entry:
 
 
 def _end_of(branches: str, cells: int) -> str:
-    """The end of what stands before a text, where it takes more than so many cells."""
+    """Return the last `cells` cells of a prefix, with a mark if it was cut."""
     return branches if len(branches) <= cells else f"⋯{branches[1 - cells :]}"
 
 
 @dataclass
 class _Family:
-    """The edges around the adapter `this`: those to its ancestors, nearest first, then those to its descendants."""
+    """The edges around the adapter `this`: first those to its ancestors, nearest first, then those to its descendants."""
 
     this: int
     edges: Sequence[LineageRecord]
@@ -80,20 +80,20 @@ class _Family:
     def entries(self) -> Iterator[_Entry]:
         for root in self._roots():
             edges = self.children[root]
-            # One whose children stand below another parent is named there.
+            # A root whose children all stand below other parents is named on their lines.
             if root == self.this or any(edge.child_id not in self.drawn for edge in edges):
                 yield _Entry("", "│  ", self._named(edges[0].parent, root))
                 yield from self._below(root)
 
     def _roots(self) -> list[Node]:
-        """The adapters of which no parent is known, those from the most generations ago first."""
+        """Return the adapters without known parents, those of the earliest generation first."""
         generations: dict[Node, int] = {self.this: 0}
         for edge in self.edges:
             generations.setdefault(_parent(edge), generations.get(edge.child_id, 0) + 1)
         return sorted((node for node in self.children if node not in self.parents), key=lambda root: -generations[root])
 
     def _below(self, root: Node) -> Iterator[_Entry]:
-        """Everything that came from `root`; a stack instead of recursion, as a family may be deep."""
+        """Yield all descendants of `root`. A stack replaces recursion, since a family may be deep."""
         waiting = self._siblings(root, "")
         while waiting:
             edge, indent, last = waiting.pop()
@@ -108,12 +108,12 @@ class _Family:
             waiting += self._siblings(edge.child_id, below)
 
     def _siblings(self, parent: Node, indent: str) -> list[tuple[LineageRecord, str, bool]]:
-        """The edges to the children of `parent`, last one first, each with its indent and whether it is the last."""
+        """Return the edges to the children of `parent`, last first, each with its indent and whether it is the last."""
         edges = self.children.get(parent, [])
         return [(edge, indent, edge is edges[-1]) for edge in reversed(edges)]
 
     def _others(self, edge: LineageRecord) -> str:
-        """``, with terse@1``: what else an adapter came from."""
+        """Return the other parents of an adapter, as in ``, with terse@1``."""
         others = [other for other in self.parents[edge.child_id] if _parent(other) != _parent(edge)]
         weights = [_weight(other) for other in others]
         names = [
@@ -132,7 +132,7 @@ def _parent(edge: LineageRecord) -> Node:
 
 
 def _operation(edge: LineageRecord) -> str:
-    """``combine svd, rank 4, lost 24.9%``."""
+    """Return the operation with its details, such as ``combine svd, rank 4, lost 24.9%``."""
     details: Mapping[str, Any] = edge.details or {}
     method, lost = details.get("method"), details.get("lost")
     parts = [f"{edge.operation} {method}" if isinstance(method, str) else edge.operation]
@@ -142,7 +142,7 @@ def _operation(edge: LineageRecord) -> str:
 
 
 def _weight(edge: LineageRecord) -> float:
-    """What multiplied the parent where several were combined; else 1."""
+    """Return the weight of the parent in a combination; otherwise 1."""
     recorded = (edge.details or {}).get("weights")
     for each in recorded if isinstance(recorded, list) else ():
         if isinstance(each, dict) and each.get("sha256") == edge.parent_sha256:

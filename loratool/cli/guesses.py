@@ -1,4 +1,4 @@
-"""What to type instead of a command that does not exist: for words of other tools, and for slips of the fingers."""
+"""Hints for commands that do not exist: words of other tools, and typing errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODEL: Final = (
     "loratool runs no model; 'loratool merge ADAPTER' writes one that transformers, vLLM or llama.cpp's converter load"
 )
 HELP: Final = "'loratool --help' shows all commands, and 'loratool COMMAND --help' one"
-REMOVE: Final = "'loratool remove --help' says how an adapter is taken out of the catalogue"
+REMOVE: Final = "'loratool remove --help' shows how to remove an adapter from the catalogue"
 RESTORE: Final = "'loratool restore ADAPTER' brings back what was removed, and 'loratool restore' lists it"
 SEARCH: Final = "'loratool hub search TEXT' searches the Hub, and 'loratool list' the catalogue"
 COMPARE: Final = (
@@ -25,9 +25,9 @@ UNMERGE: Final = "'loratool unmerge MERGED' takes a merge out again"
 CHECK: Final = "'loratool doctor' checks the catalogue, and 'loratool verify MERGED' a merged model"
 COPY: Final = "'loratool export ADAPTER --out PATH' writes an adapter's files"
 BASE: Final = "'loratool base list' lists bases, and 'loratool base add NAME SOURCE' adds one"
-UPDATE: Final = "'loratool pull REPO --update' looks for something newer on the Hub"
+UPDATE: Final = "'loratool pull REPO --update' looks for a newer version on the Hub"
 LOGIN: Final = "'hf auth login' logs you in to the Hub"
-UPLOAD: Final = "'loratool push ADAPTER' puts an adapter onto the Hub"
+UPLOAD: Final = "'loratool push ADAPTER' uploads an adapter to the Hub"
 
 GUESSES: Final = {
     "base-add": BASE, "bases": BASE, "model": BASE, "models": BASE,
@@ -51,24 +51,24 @@ GUESSES: Final = {
     "svd": "'loratool truncate ADAPTER --rank R' lowers the rank of an adapter",
     "update": UPDATE, "upgrade": UPDATE,
 }  # fmt: skip
-"""The hint for each word that people who know other tools type."""
+"""The hint for each word that other tools use."""
 
 ASKED_FOR: Final = 0.8
-"""How much a word has to look like a command that removes something to be taken for it."""
+"""The least similarity of a word to a command that removes something for a hint at that command."""
 
 LIKE: Final = 0.6
-"""How much a word has to look like any other command."""
+"""The least similarity to any other command."""
 
 
 def hint_for(word: str, group: str, commands: Iterable[str]) -> str:
-    """What to try instead of `word`, of the `commands` of a group (``loratool`` or ``loratool base``).
+    """Return a hint for an unknown `word` among the `commands` of a group (``loratool`` or ``loratool base``).
 
-    Nothing that it says, typed as it is, removes anything.
+    No command in a hint removes anything if it is typed as shown.
     """
     word, others = word.lower(), [name for name in commands if name != "remove"]
     if group == "loratool" and word in GUESSES:
         return GUESSES[word]
     if difflib.SequenceMatcher(a=word, b="remove").ratio() >= ASKED_FOR:
-        return f"'{group} remove --help' says what it does"
+        return f"'{group} remove --help' explains that command"
     near = difflib.get_close_matches(word, others, n=1, cutoff=LIKE)
     return f"did you mean '{group} {near[0]}'?" if near else f"'{group} --help' shows all commands"

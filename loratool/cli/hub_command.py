@@ -24,22 +24,27 @@ command = hub
 @click.option(
     "--base",
     metavar="BASE",
-    help="Adapters of this base: the name or folder of one from the Hub, or a Hub id.",
+    help="List adapters of this base: a Hub id, or the name or folder of a base from the Hub.",
 )
 @click.option(
-    "--limit", type=click.IntRange(1, 1000), default=20, show_default=True, metavar="N", help="How many to list."
+    "--limit",
+    type=click.IntRange(1, 1000),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="The largest number of adapters to list.",
 )
 @click.option(
     "--sort",
     type=click.Choice(SORTS),
     default="downloads",
     show_default=True,
-    help="The most or newest first; downloads are those of the last 30 days.",
+    help="The order, highest or newest first. Downloads are those of the last 30 days.",
 )
 @json_option
 @click.pass_obj
 def search(registry: str | None, text: str | None, base: str | None, limit: int, sort: str, as_json: bool) -> None:
-    """List adapters on the Hub: those whose names hold TEXT, those of a base, or both."""
+    """List adapters on the Hub whose names contain TEXT, those of a base, or both."""
     from loratool.library.hub import hub_search
 
     if not text and base is None:
@@ -49,7 +54,7 @@ def search(registry: str | None, text: str | None, base: str | None, limit: int,
         print_json([each.to_json() for each in found])
         return
     if not found:
-        click.echo("The Hub knows no such adapter.")
+        click.echo("The Hub has no such adapter.")
         return
     rows = [
         [
@@ -66,6 +71,6 @@ def search(registry: str | None, text: str | None, base: str | None, limit: int,
         columns, rows, right=("DOWNLOADS", "LIKES", "UPDATED"), give_way=("LICENSE", "LIKES", "UPDATED", "DOWNLOADS")
     )
     if len(found) == limit:
-        click.echo(f"The first {limit}; --limit shows more. Bring one in with 'loratool pull REPO'.")
+        click.echo(f"These are the first {limit}; --limit shows more. Get one with 'loratool pull REPO'.")
     else:
-        click.echo("Bring one in with 'loratool pull REPO'.")
+        click.echo("Get one with 'loratool pull REPO'.")

@@ -1,4 +1,4 @@
-"""Options that several commands share, documented once, and how a command's help ends."""
+"""Options that several commands share, and the examples at the end of each command's help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class PathType(click.Path):
-    """A path as it was typed; an empty one, as an unset shell variable gives it, would mean the working folder."""
+    """A path as typed. An empty one is refused: it comes from an unset shell variable and would mean the working folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -46,7 +46,7 @@ force_option: Decorator = click.option(
     "--force", is_flag=True, help="Replace an output of the same kind that loratool wrote."
 )
 any_base_option: Decorator = click.option(
-    "--any-base", is_flag=True, help="Go on with another base than is recorded, by its fingerprint."
+    "--any-base", is_flag=True, help="Allow a base whose fingerprint differs from the recorded one."
 )
 device_option: Decorator = click.option(
     "--device",
@@ -60,12 +60,12 @@ alpha_option: Decorator = click.option(
     "--alpha",
     callback=_check_alpha,
     metavar="X|rank",
-    help="lora_alpha of a bare file that does not say its own; rank: each module's rank, a scaling of 1.",
+    help="lora_alpha for a bare file that records none; rank: each module's rank, a scaling of 1.",
 )
 
 
 class ExampleCommand(click.Command):
-    """A command whose help ends with a section of examples, one a line of its epilog."""
+    """A command whose help ends with a section of examples, one per line of its epilog."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         lines = (self.epilog or "").split("\n")
@@ -74,7 +74,7 @@ class ExampleCommand(click.Command):
 
 
 class ExampleGroup(ExampleCommand, click.Group):
-    """The same for a group of commands, which also says what to type instead of a command that it does not have."""
+    """A group of commands whose help ends with examples, and which answers an unknown command with a hint."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -91,5 +91,5 @@ class ExampleGroup(ExampleCommand, click.Group):
 
 
 def example(text: str) -> dict[str, Any]:
-    """Settings of a command whose help ends with these examples."""
+    """Return the settings of a command whose help ends with these examples."""
     return {"cls": ExampleCommand, "epilog": text}

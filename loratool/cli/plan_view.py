@@ -1,4 +1,4 @@
-"""The tensors of a plan: summed up by module (``q_proj x 30``), or all of them, in the order in which a person counts."""
+"""The tensors of a plan in a table, grouped by module (``q_proj x 30``) or one by one, in numerical order of layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loratool.cli.table import print_table
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor's name, what happens to it, a word a column, and its sizes in bytes, one a column."""
+    """A tensor's name, one word per column on what happens to it, and its sizes in bytes, one per column."""
 
     name: str
     words: tuple[str, ...]
@@ -33,7 +33,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def _summed(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
-    """A line for the tensors of the same module in all layers to which the same happens."""
+    """Group tensors of the same module in different layers if the same happens to them."""
     groups: dict[tuple[str, tuple[str, ...]], list[PlannedTensor]] = {}
     for tensor in tensors:
         groups.setdefault((_module(tensor.name), tensor.words), []).append(tensor)
@@ -48,7 +48,7 @@ def _summed(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
 
 
 def _module(name: str) -> str:
-    """The module that a tensor belongs to, without its place: ``q_proj``, ``embed_tokens``; ``q_proj.bias`` for a bias."""
+    """Return the last component of a tensor's module: ``q_proj``, ``embed_tokens``; ``q_proj.bias`` for a bias."""
     parts = name.removesuffix(".weight").split(".")
     place = len(parts) - (2 if parts[-1] == "bias" and parts[1:] else 1)
     return ".".join(parts[place:])

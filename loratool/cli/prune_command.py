@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     ),
 )
 @click.argument("adapter")
-@click.option("--budget", type=int, metavar="TOTAL", help="How many ranks stay, over all modules together.")
-@click.option("--average-rank", type=float, metavar="R", help="Instead: how many stay in a module on average.")
-@click.option("--threshold", type=float, metavar="T", help="Instead: those stay that score above T.")
+@click.option("--budget", type=int, metavar="TOTAL", help="The number of ranks to keep in all modules together.")
+@click.option(
+    "--average-rank", type=float, metavar="R", help="Instead of --budget: the average number to keep per module."
+)
+@click.option("--threshold", type=float, metavar="T", help="Instead of --budget: keep ranks that score above T.")
 @click.option(
     "--as",
     "as_",
     type=click.Choice(["adalora", "lora"]),
     default="adalora",
     show_default=True,
-    help="What to write; an ordinary LoRA has E in its factors.",
+    help="The kind of the result. In a LoRA, E is multiplied into the factors.",
 )
 @click.option("--out", type=PathType(), metavar="FILE", help="A file or folder; by default ADAPTER-bTOTAL beside it.")
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the file's name.")
@@ -50,9 +52,10 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Drop the least ranks of an AdaLoRA, over all modules together.
+    """Drop the least important ranks of an AdaLoRA.
 
-    They are ranked by the importance scores of its training where the file has them, else by the singular values |E|.
+    The ranks of all modules are compared by the importance scores of the training if the file has them, else by the singular
+    values |E|.
     """
     from loratool.library.prune import prune
 

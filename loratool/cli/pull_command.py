@@ -21,11 +21,11 @@ loratool pull someone/pirate --update"""
 @click.option(
     "--base",
     metavar="BASE",
-    help="The base that it belongs to: a catalogued name, a folder (then catalogued), or a Hub id.",
+    help="Its base: a catalogued name, a folder (which is then catalogued), or a Hub id.",
 )
 @any_base_option
 @alpha_option
-@click.option("--update", is_flag=True, help="Follow the branch: what is new becomes the next version.")
+@click.option("--update", is_flag=True, help="Look for changes on the branch; a change becomes the next version.")
 @json_option
 @click.pass_obj
 def command(
@@ -39,10 +39,10 @@ def command(
     update: bool,
     as_json: bool,
 ) -> None:
-    """Bring an adapter from the Hugging Face Hub into the catalogue.
+    """Download an adapter from the Hugging Face Hub into the catalogue.
 
-    REPO is owner/name or owner/name@revision, also with a folder or file inside: owner/name/path. Every byte is checked
-    against what the Hub says of it. Pulling again does nothing and needs no network; --update looks for something newer.
+    REPO is owner/name or owner/name@revision, also with a folder or file inside: owner/name/path. Every file is checked
+    against the hash that the Hub lists. Pulling again uses no network, unless --update looks for a newer version.
     """
     from loratool.library.pull import pull
 

@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     multiple=True,
     type=PathType(),
     metavar="FILE",
-    help="With --merged: send a file that you added, too.",
+    help="With --merged: also send this file that you added.",
 )
-@click.option("--all-files", is_flag=True, help="With --merged: send all files that you added.")
-@click.option("--private", is_flag=True, help="Make the repository private, where it is made.")
-@click.option("--create-pr", is_flag=True, help="Propose it in a pull request.")
-@click.option("--revision", metavar="R", help="The branch; it is made where it is missing.")
+@click.option("--all-files", is_flag=True, help="With --merged: also send all files that you added.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--create-pr", is_flag=True, help="Propose the files in a pull request.")
+@click.option("--revision", metavar="R", help="The branch, which is made if it is missing.")
 @click.option("--message", metavar="M", help="The commit's message.")
 @click.option("--license", metavar="L", help="The license, as the Hub calls it: apache-2.0, mit, ...")
 @click.option(
-    "--base-model", metavar="ID", help="The Hub id of its base, where it is not known; 'none' where it is on no Hub."
+    "--base-model", metavar="ID", help="The Hub id of its base, if it is not known; 'none' for a base that has none."
 )
 @click.option("--dry-run", is_flag=True, help="Show the files and the card; send nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask before a public repository is made.")
+@click.option("--yes", is_flag=True, help="Make a public repository without asking.")
 @alpha_option
 @json_option
 @click.pass_obj
@@ -65,10 +65,10 @@ def command(
     alpha: Alpha | None,
     as_json: bool,
 ) -> None:
-    """Put an adapter onto the Hugging Face Hub in one commit, with a card, as PEFT and serving engines load it.
+    """Upload an adapter to the Hugging Face Hub in one commit, with a card, in the form that PEFT and serving engines load.
 
-    Without ADAPTER it is the newest of the catalogue; without REPO it goes to your own repository of the same name. What is
-    there already is not sent again. A README that somebody wrote is kept: only loratool's own part of it is renewed.
+    ADAPTER is by default the newest in the catalogue, REPO your own repository of the same name. Files that the repository
+    already has are not sent again. An existing README is kept, except for loratool's own part.
     """
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -153,6 +153,6 @@ def _print_result(result: PushResult) -> None:
 
 
 def _next(result: PushResult) -> str:
-    """What somebody else does with it."""
+    """Return the command with which other people get it."""
     name = result.repository.rpartition("/")[2]
     return f"loratool base add {name} {result.repository}" if result.merged else f"loratool pull {result.repository}"

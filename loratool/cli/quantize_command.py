@@ -30,15 +30,22 @@ if TYPE_CHECKING:
 )
 @click.argument("base")
 @click.option("--out", type=PathType(), metavar="DIR", help="The new folder; by default BASE-nf4 beside the base.")
-@click.option("--name", metavar="N", help="Catalogue it under this name; a catalogued base's default is BASE-nf4.")
-@click.option("--blocksize", type=int, default=64, show_default=True, metavar="B", help="Elements that share a scale.")
+@click.option("--name", metavar="N", help="Its name in the catalogue; by default BASE-nf4 if BASE is catalogued.")
 @click.option(
-    "--double-quant/--no-double-quant", default=True, show_default=True, help="Store the scales in 8 bits, too."
+    "--blocksize",
+    type=int,
+    default=64,
+    show_default=True,
+    metavar="B",
+    help="The number of elements that share a scale.",
+)
+@click.option(
+    "--double-quant/--no-double-quant", default=True, show_default=True, help="Also store the scales in 8 bits."
 )
 @click.option(
     "--compute-dtype",
     type=click.Choice([DTYPES[name].title for name in DENSE]),
-    help="What the loaded model multiplies in; by default the base's own.",
+    help="The type in which the loaded model computes; by default the base's.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
 @verbose_option
@@ -60,9 +67,10 @@ def command(
     any_base: bool,
     as_json: bool,
 ) -> None:
-    """Store the linear modules of a full model in NF4, streamed, with the bits that bitsandbytes gives.
+    """Quantize the linear modules of a full model to NF4, with the same bits as bitsandbytes.
 
-    transformers loads the result as a 4-bit model. BASE is a catalogued name, a folder, or a Hub id.
+    transformers loads the result as a 4-bit model. BASE is a catalogued name, a folder, or a Hub id. It is streamed, not
+    loaded whole.
     """
     from loratool.library.quantize import quantize
 

@@ -1,4 +1,4 @@
-"""How facts look in a terminal: sizes, ages, names, cards, JSON and progress."""
+"""Formatting for the terminal: sizes, ages, names, facts, JSON and progress."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def print_json(value: Any) -> None:
-    """One JSON value on stdout and nothing else. In ASCII: no name can drive a terminal or break an encoding."""
+    """Print one JSON value on stdout. It is ASCII, so that no name can control the terminal or break an encoding."""
     click.echo(json.dumps(value, indent=2))
 
 
 def console() -> Console:
-    """A console on stdout; where that is no terminal, as wide as it needs, so that nothing is cut off."""
+    """Return a console on stdout. If that is not a terminal, it is wide enough that nothing is cut."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 200
@@ -39,7 +39,7 @@ def console() -> Console:
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people: ``512 B``, ``1.2 MB``, ``2.20 GB`` (powers of 1,000)."""
+    """Format a number of bytes: ``512 B``, ``1.2 MB``, ``2.20 GB`` (powers of 1,000)."""
     value, unit = float(nbytes), "B"
     for bigger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:
@@ -49,7 +49,7 @@ def size(nbytes: int) -> str:
 
 
 def count(number: int | None) -> str:
-    """Parameters for people: ``135 M``, ``1.1 B``."""
+    """Format a number of parameters: ``135 M``, ``1.1 B``."""
     if number is None:
         return "-"
     value, unit = float(number), ""
@@ -61,7 +61,7 @@ def count(number: int | None) -> str:
 
 
 def age(moment: datetime) -> str:
-    """How long ago, in one unit: ``now``, ``5 min``, ``3 h``, ``12 d``, ``2 y``."""
+    """Format the time since a moment in one unit: ``now``, ``5 min``, ``3 h``, ``12 d``, ``2 y``."""
     seconds = (datetime.now(UTC) - moment).total_seconds()
     for unit, length in (("y", 31_557_600), ("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= length:
@@ -70,25 +70,25 @@ def age(moment: datetime) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: ``0.8 s``, ``12 s``, ``3 min 20 s``."""
+    """Format a number of seconds: ``0.8 s``, ``12 s``, ``3 min 20 s``."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{round(seconds) // 60} min {round(seconds) % 60} s"
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 base``, ``2 bases``."""
+    """Format a number with its noun: ``1 base``, ``2 bases``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def listed(items: Sequence[str], most: int = 8) -> str:
-    """The first of `items`, one a line, and how many more there are."""
+    """Return the first of `items`, one per line, and the number of further ones."""
     more = len(items) - most
     return "\n".join([*items[:most], *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def percent(share: float, digits: int = 3) -> str:
-    """A share of a whole: ``12.345%``; what is not nothing is never called 0."""
+    """Format a share as ``12.345%``. A share above 0 is never shown as 0."""
     least = 10.0 ** -(digits + 2)
     return f"<{least:.{digits}%}" if 0 < share < least else f"{share:.{digits}%}"
 
@@ -99,7 +99,7 @@ def survived(share: float, noise: float, changed: float) -> str:
 
 
 def bar(share: float, cells: int) -> str:
-    """A bar of `share` (0 to 1) of `cells`, to an eighth of a cell; of ``#`` where the terminal has no such letters."""
+    """Return a bar over a `share` (0 to 1) of `cells`, to an eighth of a cell; of ``#`` if stdout cannot encode blocks."""
     whole, eighths = divmod(round(share * cells * 8), 8)
     drawn = "█" * whole + "▏▎▍▌▋▊▉"[max(0, eighths - 1) : eighths]
     try:
@@ -110,14 +110,14 @@ def bar(share: float, cells: int) -> str:
 
 
 def shown_path(path: Path | str) -> str:
-    """A path as a person would type it from here: relative where it lies below the working folder."""
+    """Format a path for the user: relative if it is inside the working folder."""
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
     return shown(absolute if relative == ".." or relative.startswith("../") else relative)
 
 
 def shown_adapter(reference: str) -> str:
-    """A catalogued adapter's reference, or the path of another: of its folder, where that is what PEFT calls by name."""
+    """Return the reference of a catalogued adapter, or the path of another; for a PEFT folder, the folder's path."""
     path = Path(reference)
     if path.suffix not in {".safetensors", ".st"}:
         return reference
@@ -125,7 +125,7 @@ def shown_adapter(reference: str) -> str:
 
 
 def shown(text: str) -> str:
-    """`text` without what could drive a terminal."""
+    """Return `text` without characters that could control the terminal."""
     if text.isprintable():
         return text
     from loratool.errors import printable
@@ -134,19 +134,19 @@ def shown(text: str) -> str:
 
 
 def catalogued(record: AdapterSummary) -> str:
-    """The reference of an adapter's entry, or that it has none."""
+    """Return the reference of an adapter's entry, or ``no`` without one."""
     return record.reference if record.is_catalogued else "no"
 
 
 def ranks(kind: str, rank: int | None) -> str:
-    """The rank of an adapter; a DyLoRA acts at every one up to its own: ``1..8``."""
+    """Format the rank of an adapter. A DyLoRA has all ranks up to its largest: ``1..8``."""
     if rank is None:
         return "-"
     return f"1..{rank}" if kind == "dylora" and rank > 1 else str(rank)
 
 
 def targets(modules: Sequence[str] | str | None) -> str:
-    """Target modules, short: ``q k v o gate up down``."""
+    """Format target modules in short: ``q k v o gate up down``."""
     if modules is None:
         return "-"
     names = [modules] if isinstance(modules, str) else modules
@@ -156,7 +156,7 @@ def targets(modules: Sequence[str] | str | None) -> str:
 
 
 def fitted(cell: str, width: int, *, right: bool = False) -> str:
-    """A cell cut or padded to `width`; a wide character takes two places."""
+    """Cut or pad a cell to `width`. A wide character takes two cells."""
     if cells_of(cell) > width:
         if cell.isascii():
             cell = cell[: width - 1] + "…"
@@ -169,7 +169,7 @@ def fitted(cell: str, width: int, *, right: bool = False) -> str:
 
 
 def cells_of(text: str) -> int:
-    """How many places of a terminal `text` takes."""
+    """Return the number of terminal cells that `text` takes."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -178,9 +178,9 @@ def cells_of(text: str) -> int:
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Print pairs of a word and what it says, aligned, two spaces in; a line of its own for each line.
+    """Print pairs of a label and a value, aligned and indented by two spaces.
 
-    Empty ones are left out. On a terminal, lines are wrapped between words; a command stays on one line, to be copied.
+    Empty values are left out. On a terminal, long values are wrapped between words; commands stay on one line for copying.
     """
     pairs = [(key, value) for key, value in facts if value]
     width = max((len(key) for key, _ in pairs), default=0)
@@ -192,7 +192,7 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 def _wrapped(line: str, room: int) -> list[str]:
-    """The line in parts of at most `room` cells, as far as its words allow."""
+    """Split a line between words into parts of at most `room` cells where possible."""
     if cells_of(line) <= room or line.startswith("loratool "):
         return [line]
     parts = [""]
@@ -206,7 +206,7 @@ def _wrapped(line: str, room: int) -> list[str]:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Notes, on stderr, so that what is printed on stdout stays what was asked for."""
+    """Print notes on stderr, so that stdout holds only the result."""
     for note in notes:
         said = on_stderr(f"note: {shown(note)}").removeprefix("note: ")
         click.echo(click.style("note: ", fg="yellow") + said, err=True)
@@ -214,17 +214,17 @@ def print_notes(notes: Iterable[str]) -> None:
 
 BAR_CELLS: Final = 16
 FIGURES_CELLS: Final = 53
-"""What bar, bytes, speed and time left take of a line of progress at most; the rest is its label's."""
+"""The largest width of bar, bytes, speed and time left in a line of progress. The label gets the rest."""
 
 LEAST_LABEL_CELLS: Final = 8
 SECONDS_ESTIMATED_FROM: Final = 3600.0
-"""How far back the time left is estimated from: steps that take minutes have one too."""
+"""Seconds of history for the estimate of the time left: long enough for steps that take minutes."""
 
 
 class ProgressBar(AbstractContextManager["ProgressBar"]):
-    """Progress on stderr, with time left; silent where stderr is no terminal.
+    """Progress on stderr, with the time left; silent if stderr is not a terminal.
 
-    It counts bytes, and shows how many a second, or what `unit` names.
+    It counts bytes and shows their rate, or counts the `unit` given.
     """
 
     def __init__(self, unit: str = "bytes") -> None:
@@ -286,7 +286,7 @@ class ProgressBar(AbstractContextManager["ProgressBar"]):
             self._bars.update(self._task, description=self._fitting(f"{self._label}, try {tries + 1}"))
         elif not self._has_said_so:
             self._has_said_so = True
-            print_notes(["the connection broke; trying again"])
+            print_notes(["the connection broke off; trying again"])
 
     def _fitting(self, label: str) -> str:
         room = FIGURES_CELLS if self._bars is None else self._bars.console.width - FIGURES_CELLS

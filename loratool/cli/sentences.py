@@ -1,4 +1,4 @@
-"""Errors and notes on a terminal: wrapped between words; what is quoted, such as a command to copy, stays in one piece."""
+"""Wrapping of errors and notes on a terminal. Quoted text, such as a command to copy, stays on one line."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from typing import Final
 
 PIECE: Final = re.compile(r"(?:(?<!\w)'[^']*'(?!\w)|\S)+")
-"""A word, or what stands in quotes with what touches it; an apostrophe is no quote."""
+"""A word, or a quoted text with the characters that touch it. An apostrophe inside a word is not a quote."""
 
 
 def on_stderr(text: str) -> str:
-    """`text` as it is, or where stderr is a terminal wrapped to its width."""
+    """Return `text`, wrapped to the width of the terminal if stderr is one."""
     if not sys.stderr.isatty():
         return text
     columns = shutil.get_terminal_size().columns

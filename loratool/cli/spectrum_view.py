@@ -1,4 +1,4 @@
-"""How a spectrum looks in a terminal of 80 columns: its singular values as bars, and the energy that each rank keeps."""
+"""A spectrum in a terminal of 80 columns: the singular values as bars, and the energy that each rank keeps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 BARS: Final = "▁▂▃▄▅▆▇█"
 MOST_BARS: Final = 24
 MOST_RANKS: Final = 16
-"""More ranks than this are not all shown, but those at which a person would cut."""
+"""Up to this many ranks all are shown; otherwise only a selection."""
 
 ENERGY_WIDTH: Final = 8
 GROUPS_IN_A_TABLE: Final = 8
 
 
 def print_spectrum(result: SpectrumResult) -> None:
-    """Print the singular values of each group of modules, and the energy kept at each rank by each and by all."""
+    """Print the singular values of each group of modules, and the energy kept at each rank, by group and in total."""
     names = {group.name: targets([group.name]) for group in result.groups}
     width = min(16, max(len(name) for name in names.values()))
     bars = max(len(_bars(group)) for group in result.groups)
@@ -40,7 +40,7 @@ def print_spectrum(result: SpectrumResult) -> None:
 
 
 def _values(group: Group, width: int) -> str:
-    """``1.24 █▅▃▂▁ 0.01  30 modules``; the bars are relative to the first, and take `width` cells."""
+    """Format a group as ``1.24 █▅▃▂▁ 0.01  30 modules``. The bars are relative to the first value and take `width` cells."""
     first, last = (group.values[0], group.values[-1]) if group.values else (0, 0)
     bars = click.style(f"{_bars(group):{width}}", fg="cyan")
     return f"{first:8.3g} {bars} {last:<8.2g} {counted(group.modules, 'module')}"
@@ -65,7 +65,7 @@ def _table(groups: Sequence[Group], most: int) -> Iterator[str]:
 
 
 def _energy(group: Group, rank: int) -> str:
-    """One cell: the share that `rank` keeps, brighter the more it is; nothing beyond the rank that keeps all."""
+    """Format the share that `rank` keeps, colored by its size; blank beyond the group's largest rank."""
     if rank > len(group.energy):
         return " " * ENERGY_WIDTH
     kept = group.energy[rank - 1]
@@ -76,13 +76,13 @@ def _energy(group: Group, rank: int) -> str:
 
 
 def _percent(share: float) -> str:
-    """``97.3%``; only what is whole is called 100%."""
+    """Format a share as ``97.3%``. Only a whole is shown as 100%."""
     text = f"{share:.1%}"
     return "<100%" if text == "100.0%" and share < 1 - 1e-9 else text
 
 
 def chosen_ranks(most: int) -> list[int]:
-    """All ranks up to `most`, or where those are many 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and the last."""
+    """Return all ranks up to `most`, or if these are many, 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and `most`."""
     if most <= MOST_RANKS:
         return list(range(1, most + 1))
     powers = [2**place for place in range(1, most.bit_length())]

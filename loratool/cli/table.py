@@ -1,4 +1,4 @@
-"""Tables in a terminal. What a user types, a name, is never cut: other columns give way."""
+"""Tables in a terminal. Names are never cut, since users type them; other columns are shortened instead."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import click
 from loratool.cli.rendering import cells_of, fitted, shown
 
 LONGEST_NAME: Final = 32
-"""A name of more cells stands on a line of its own where the table would be too wide."""
+"""If the table would be too wide, a name of more cells than this gets a line of its own."""
 
 LEAST_CELLS: Final = 8
-"""What is left of a text that is cut."""
+"""The least width to which a text is cut."""
 
 GAP: Final = 2
 
@@ -23,10 +23,11 @@ GAP: Final = 2
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = (), give_way: Sequence[str] = ()
 ) -> None:
-    """Print a table: on a terminal no wider than it, as far as the names in it allow; elsewhere whole.
+    """Print a table. On a terminal it is made to fit the width as far as its names allow.
 
-    The first column holds names. Columns that stand to the `right` hold numbers and are never cut. Where the table is too
-    wide, texts of the columns in `give_way` are cut, and then as few of these columns as need be are left out, in that order.
+    The first column holds names. Columns in `right` hold numbers, are aligned to the right and never cut. In a table that is
+    too wide, texts in the `give_way` columns are cut. If that is not enough, these columns are left out, in their order, until
+    it fits.
     """
     cells = [[shown(cell) for cell in row] for row in rows]
     widths = [max(map(cells_of, column)) for column in zip(columns, *cells, strict=True)]
@@ -50,9 +51,9 @@ def print_table(
 
 def _narrowed(widths: Sequence[int], least: Mapping[int, int], order: Sequence[int], room: int, *,
               drop: bool = False) -> list[int]:  # fmt: skip
-    """Widths of the columns that fit into `room`, 0 for one that is left out; none where they would not fit.
+    """Return widths of the columns that fit into `room`, 0 for one that is left out; an empty list if none fit.
 
-    `least` is what is left of a text that is cut. With `drop`, columns are left out in the `order` given.
+    `least` holds the least width of each column that may be cut. With `drop`, columns may be left out, in this `order`.
     """
     for dropped in range(len(order) + 1 if drop else 1):
         fitting = [0 if place in order[:dropped] else width for place, width in enumerate(widths)]

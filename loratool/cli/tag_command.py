@@ -11,11 +11,11 @@ from loratool.cli.rendering import print_json
 @click.command("tag", **example("loratool tag pirate speech demo"))
 @click.argument("adapter")
 @click.argument("tags", nargs=-1, required=True, metavar="TAG...")
-@click.option("--remove", is_flag=True, help="Take the tags off instead.")
+@click.option("--remove", is_flag=True, help="Remove the tags instead.")
 @json_option
 @click.pass_obj
 def command(registry: str | None, adapter: str, tags: tuple[str, ...], remove: bool, as_json: bool) -> None:
-    """Put tags on an adapter, or take them off."""
+    """Add tags to an adapter, or remove them."""
     from loratool.library.adapters import adapter_json, tag
 
     record = tag(adapter, tags, remove=remove, registry=registry)

@@ -66,7 +66,7 @@ SECTIONS: Final = {
 
 
 class TrainCommand(ExampleCommand):
-    """A command whose options stand under headings."""
+    """A command whose help groups the options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         records = {
@@ -85,75 +85,89 @@ class TrainCommand(ExampleCommand):
     "--data",
     type=PathType(),
     metavar="FILE",
-    help="Samples: JSONL, JSON, CSV, Parquet, a data set of the Hub (owner/name:split), or a text (.txt).",
+    help="Samples: JSONL, JSON, CSV, Parquet, a data set on the Hub (owner/name:split), or a text (.txt).",
 )
 @click.option("--name", metavar="N", help="The adapter's name in the catalogue.")
 @click.option("--out", type=PathType(), metavar="FILE", help="A file or folder; by default N.safetensors.")
-@click.option("--resume", is_flag=True, help="Go on with the run N where its last state was kept.")
+@click.option("--resume", is_flag=True, help="Continue the run N from its last saved state.")
 @click.option("--force", is_flag=True, help="Replace an unfinished run and its outputs; make the next version of N.")
 @click.option("--method", type=click.Choice(["lora", "dylora", "adalora"]), help="By default lora.")
-@click.option(
-    "--rank", type=int, metavar="R", help="Of each module; DyLoRA's largest, AdaLoRA's average. By default 8."
-)
+@click.option("--rank", type=int, metavar="R", help="The rank: DyLoRA's largest, AdaLoRA's average. By default 8.")
 @click.option("--alpha", type=float, metavar="A", help="lora_alpha; by default twice the rank.")
 @click.option("--targets", metavar="T", help="q_proj,v_proj, a pattern, or all-linear (the default).")
-@click.option("--dropout", type=float, metavar="P", help="Share of an adapter's inputs that a step leaves out.")
+@click.option("--dropout", type=float, metavar="P", help="The share of an adapter's inputs to drop in a step.")
 @click.option("--rslora", is_flag=True, default=None, help="Scale by alpha / sqrt(rank).")
-@click.option("--initialisation", type=click.Choice(["kaiming", "gaussian"]), help="How A begins; B begins at zero.")
-@click.option("--quantize", type=click.Choice(["nf4"]), help="QLoRA: hold the base in 4 bits while training.")
-@click.option("--least-rank", type=int, metavar="R", help="The smallest rank that is trained; by default 1.")
-@click.option("--distribution", type=click.Choice(["uniform", "geometric"]), help="How a step's rank is drawn.")
-@click.option("--geometric-p", type=float, metavar="P", help="Of the geometric distribution; by default 0.15.")
 @click.option(
-    "--update", type=click.Choice(["leading", "frozen"]), help="Train a rank's components, or its last alone."
+    "--initialisation", type=click.Choice(["kaiming", "gaussian"]), help="How A is initialized; B starts at zero."
+)
+@click.option("--quantize", type=click.Choice(["nf4"]), help="QLoRA: keep the base in 4 bits during training.")
+@click.option("--least-rank", type=int, metavar="R", help="The smallest rank to train; by default 1.")
+@click.option("--distribution", type=click.Choice(["uniform", "geometric"]), help="How a step's rank is drawn.")
+@click.option(
+    "--geometric-p", type=float, metavar="P", help="The parameter of the geometric distribution; by default 0.15."
+)
+@click.option(
+    "--update", type=click.Choice(["leading", "frozen"]), help="Train all of a rank's components, or only its last."
 )
 @click.option(
     "--scaling-law", type=click.Choice(["paper", "kohya"]), help="How rank b is scaled; by default alpha / b."
 )
-@click.option("--initial-rank", type=int, metavar="R", help="Of each module at first; by default 1.25 times the rank.")
-@click.option("--initial-steps", type=int, metavar="N", help="Before pruning begins; by default a tenth of all.")
-@click.option("--final-steps", type=int, metavar="N", help="After it has ended; by default three tenths.")
-@click.option("--allocation-steps", type=int, metavar="N", help="From one pruning to the next; by default a hundredth.")
-@click.option("--orthogonality", type=float, metavar="X", help="The weight of its penalty; by default 0.5.")
-@click.option("--beta1", type=float, metavar="X", help="Of the average of sensitivity; by default 0.85.")
-@click.option("--beta2", type=float, metavar="X", help="Of the average of its uncertainty; by default 0.85.")
-@click.option("--steps", type=int, metavar="N", help="Steps of the optimizer.")
-@click.option("--epochs", type=int, metavar="E", help="Instead: times through the samples.")
+@click.option(
+    "--initial-rank", type=int, metavar="R", help="Each module's rank at the start; by default 1.25 times the rank."
+)
+@click.option("--initial-steps", type=int, metavar="N", help="Steps before pruning; by default a tenth of all.")
+@click.option("--final-steps", type=int, metavar="N", help="Steps after pruning; by default three tenths of all.")
+@click.option(
+    "--allocation-steps", type=int, metavar="N", help="Steps between prunings; by default a hundredth of all."
+)
+@click.option(
+    "--orthogonality", type=float, metavar="X", help="The weight of the orthogonality penalty; by default 0.5."
+)
+@click.option("--beta1", type=float, metavar="X", help="The decay of the average of sensitivity; by default 0.85.")
+@click.option("--beta2", type=float, metavar="X", help="The decay of the average of its uncertainty; by default 0.85.")
+@click.option("--steps", type=int, metavar="N", help="The number of optimizer steps.")
+@click.option("--epochs", type=int, metavar="E", help="Instead of --steps: passes over the samples.")
 @click.option(
     "--batch-size",
     type=int,
     metavar="N",
-    help="Samples of a step, of all processes; by default 4, and 16 where there are many.",
+    help="Samples in a step, over all processes; by default 4, or 16 if there are many samples.",
 )
-@click.option("--accumulate", type=int, metavar="N", help="Passes in which a step takes its samples; saves memory.")
+@click.option("--accumulate", type=int, metavar="N", help="Passes into which a step is split, to save memory.")
 @click.option("--lr", type=float, metavar="X", help="The largest learning rate; by default 0.001.")
 @click.option("--schedule", type=click.Choice(["cosine", "linear", "constant"]), help="By default cosine.")
-@click.option("--warmup", type=int, metavar="N", help="Steps in which the learning rate rises; by default a tenth.")
+@click.option(
+    "--warmup", type=int, metavar="N", help="Steps during which the learning rate rises; by default a tenth of all."
+)
 @click.option("--weight-decay", type=float, metavar="X", help="AdamW's; by default 0.")
 @click.option(
-    "--clip", type=float, metavar="X", help="The norm that gradients are cut to; by default 1, and 0 for none."
+    "--clip", type=float, metavar="X", help="The largest norm of the gradients; by default 1; 0 turns clipping off."
 )
-@click.option("--seed", type=int, metavar="S", help="Of everything that is drawn; by default 0.")
-@click.option(
-    "--max-length", type=int, metavar="N", help="The most tokens of a sample; by default the model's context."
-)
+@click.option("--seed", type=int, metavar="S", help="The random seed; by default 0.")
+@click.option("--max-length", type=int, metavar="N", help="Maximum tokens in a sample; by default the model's context.")
 @click.option("--truncate", is_flag=True, default=None, help="Cut longer samples instead of refusing them.")
 @click.option("--plain", is_flag=True, default=None, help="Join prompt and completion without the chat template.")
-@click.option("--pack", is_flag=True, default=None, help="Put several samples into a row, apart from one another.")
-@click.option("--validation", type=int, metavar="N", help="Samples to hold out; by default a tenth, of few none.")
+@click.option(
+    "--pack", is_flag=True, default=None, help="Pack several samples into a row. They do not see one another."
+)
+@click.option(
+    "--validation", type=int, metavar="N", help="Samples to hold out; by default a tenth, or none if there are few."
+)
 @click.option("--eval-every", type=int, metavar="N", help="Steps between evaluations; by default a sixth of all.")
 @click.option(
-    "--keep", type=click.Choice(["best", "last"]), help="Which parameters; by default the best on held-out ones."
+    "--keep",
+    type=click.Choice(["best", "last"]),
+    help="Which parameters to keep; by default the best on held-out samples.",
 )
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="By default bf16 on CUDA and fp32 on a CPU.")
 @click.option(
     "--gradient-checkpointing",
     is_flag=True,
     default=None,
-    help="Keep few activations: less memory, more time.",
+    help="Recompute activations to save memory. Takes more time.",
 )
 @click.option(
-    "--save-every", type=click.IntRange(min=1), metavar="N", help="Keep a state every N steps, not every minute."
+    "--save-every", type=click.IntRange(min=1), metavar="N", help="Save a state every N steps instead of every minute."
 )
 @device_option
 @json_option
@@ -174,10 +188,10 @@ def command(
 ) -> None:
     """Train an adapter on your own samples, and catalogue it with its base, its recipe and its loss.
 
-    The samples are those of 'loratool eval': lines with "text", "prompt" and "completion", or "messages". What is not
-    said has defaults that suit 50 to 10,000 samples. Ctrl-C keeps the state of the run, as does every minute;
-    --resume goes on from there. Several processes, launched as
-    'torchrun --nproc_per_node 2 -m loratool train ...' or by accelerate, share each step's samples.
+    The samples are those of 'loratool eval': lines with "text", "prompt" and "completion", or "messages". The defaults suit
+    50 to 10,000 samples. The state of the run is saved every minute and on Ctrl-C, and --resume continues from it. Several
+    processes, launched with 'torchrun --nproc_per_node 2 -m loratool train ...' or accelerate, share the samples of each
+    step.
     """
     _refuse_missing({"--base": base, "--data": data, "--name": name}, resume=resume, registry=registry)
     from loratool.library.train import TrainingStopped, train
@@ -214,7 +228,7 @@ def command(
 
 
 def _refuse_missing(options: dict[str, str | None], *, resume: bool, registry: str | None) -> None:
-    """Raise UsageError for what is missing, with an example of the user's own base where there is one."""
+    """Raise UsageError for missing options, with an example that uses the user's own base if there is one."""
     needed = {"--name"} if resume else set(options)
     missing = [option for option, value in options.items() if option in needed and not value]
     if not missing:
@@ -271,7 +285,7 @@ def _print_result(result: TrainResult) -> None:
 
 
 def _rank(record: AdapterRecord) -> str:
-    """The rank; where modules have several, the average that an AdaLoRA's budget gives, and their range."""
+    """Format the rank; if modules differ, as the average and the range."""
     by_module = list((record.ranks or {}).values())
     if len(set(by_module)) < 2:
         return ranks(record.kind, record.rank)

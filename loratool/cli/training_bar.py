@@ -1,4 +1,4 @@
-"""How far a training run is: a bar on a terminal, a line now and then elsewhere; on stderr."""
+"""Progress of a training run on stderr: a bar on a terminal, or an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES: Final = 20.0
 BAR_CELLS: Final = 12
 BESIDE_FIGURES: Final = len("training") + BAR_CELLS + len("12:34:56") + 4
-"""What stands in the line of a training beside its figures and the count of its steps: the time left stays whole."""
+"""The width of the progress line without the figures and the step count."""
 
 SMOOTHING: Final = 0.9
-"""Of the loss that is shown: the share of what was shown before."""
+"""The weight of the previous value in the moving average of the displayed loss."""
 
 
 def _fitting(figures: Sequence[str], room: int) -> str:
-    """As many of the figures as fit, the first ones first."""
+    """Join as many of the first figures as fit."""
     fitting = next((count for count in range(len(figures), 0, -1) if len("  ".join(figures[:count])) <= room), 0)
     return "  ".join(figures[:fitting])
 
@@ -58,7 +58,7 @@ class TrainingBar(ProgressBar):
         self._steps = steps
         super().__exit__(None, None, None)
         if done:
-            self._say(f"Going on after step {done:,} of {steps:,}")
+            self._say(f"Continuing after step {done:,} of {steps:,}")
         if not sys.stderr.isatty():
             return
         from rich.console import Console
@@ -95,7 +95,7 @@ class TrainingBar(ProgressBar):
             self._say(f"step {step:,} of {self._steps:,}: held-out loss {loss:.4f}")
 
     def stopping(self) -> None:
-        self._say("Stopping after this step; once more to stop at once")
+        self._say("Stopping after this step; press again to stop at once")
 
     def _say(self, line: str) -> None:
         self._said_at = time.monotonic()

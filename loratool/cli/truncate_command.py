@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...] | None:
-    """``8``, or several ranks: ``1,2,4,8``."""
+    """Parse ``8``, or several ranks such as ``1,2,4,8``."""
     if value is None:
         return None
     words = [word.strip() for word in value.split(",")]
     if not all(word.isdecimal() and len(word) < 10 for word in words):
-        raise click.BadParameter(f"{value!r} is no rank; write 8, or several as 1,2,4,8", ctx, param)
+        raise click.BadParameter(f"{value!r} is not a rank; write 8, or several as 1,2,4,8", ctx, param)
     return tuple(map(int, words))
 
 
@@ -45,15 +45,18 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) 
 )
 @click.argument("adapter")
 @click.option("--rank", callback=_parse_ranks, metavar="R[,R...]", help="The new rank; several give one file each.")
-@click.option("--energy", type=float, metavar="E", help="Instead: the share of each module's energy to keep.")
+@click.option("--energy", type=float, metavar="E", help="Instead of --rank: the share of each module's energy to keep.")
 @click.option(
-    "--error", type=float, metavar="X", help="Instead: the share of its Frobenius norm that each module may lose."
+    "--error",
+    type=float,
+    metavar="X",
+    help="Instead of --rank: the share of its Frobenius norm that a module may lose.",
 )
 @click.option("--svd", is_flag=True, help="Cut a DyLoRA by its best approximation instead of its leading components.")
 @click.option(
     "--scaling",
     type=click.Choice(["paper", "kohya"]),
-    help="Cut to the leading components under this law, whatever the file says.",
+    help="Cut to the leading components with this scaling law instead of the file's.",
 )
 @click.option("--out", type=PathType(), metavar="FILE", help="A file or folder; by default ADAPTER-rR beside it.")
 @click.option("--name", metavar="N", help="Its name in the catalogue; by default the file's name.")
@@ -77,8 +80,8 @@ def command(
 ) -> None:
     """Cut an adapter to a lower rank.
 
-    A DyLoRA to any rank, exactly, by its leading components; any other by the best approximation of each module, from the
-    factors alone.
+    A DyLoRA is cut to its leading components, which is exact at any rank. For any other adapter, each module gets its best
+    approximation, computed from the factors alone.
     """
     from loratool.library.truncate import truncate
 
@@ -139,7 +142,7 @@ def _print_results(results: tuple[TruncateResult, ...]) -> None:
 
 
 def _rank(result: TruncateResult) -> str:
-    """Its rank, or where modules differ the least and the largest: ``2 to 7``."""
+    """Format the rank, or the range if modules differ: ``2 to 7``."""
     by_module = set((result.record.ranks or {}).values())
     if len(by_module) > 1:
         return f"{min(by_module)} to {max(by_module)}"

@@ -22,7 +22,7 @@ WORDS = {
 @click.option("--out", type=PathType(), metavar="DIR", help="The new folder; by default MERGED-unmerged beside it.")
 @click.option("--in-place", is_flag=True, help="Restore the merged model's own files.")
 @click.option(
-    "--approximate", is_flag=True, help="Without undo file and base: subtract, off by a rounding here and there."
+    "--approximate", is_flag=True, help="Without undo file and base: subtract the update, with rounding errors."
 )
 @force_option
 @device_option
@@ -38,7 +38,7 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Take the last merge out of a merged model, bit for bit: by its undo file, else from the base."""
+    """Take the last merge out of a merged model, bit for bit, with its undo file or else from the base."""
     preload_torch()
     from loratool.library.unmerge import unmerge
 

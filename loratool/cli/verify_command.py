@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loratool.library.unmerge import VerifyResult
 
 WORDS = {
-    "base": "made again from the base, it has the same bytes",
+    "base": "merging into the base again gives identical bytes",
     "undo": "taking the merge out gives the base's bytes",
 }
 
@@ -32,7 +32,7 @@ WORDS = {
 @json_option
 @click.pass_obj
 def command(registry: str | None, merged: str, as_json: bool) -> None:
-    """Check a merged or quantized model against its manifest, byte by byte, and make it again."""
+    """Check a merged or quantized model against its manifest, byte by byte, and replay its merge."""
     preload_torch()
     from loratool.library.unmerge import verify
 
@@ -50,7 +50,7 @@ def command(registry: str | None, merged: str, as_json: bool) -> None:
             ),
             (
                 "edited",
-                ", ".join(result.edited) + ", which decide nothing of what it computes" if result.edited else "",
+                ", ".join(result.edited) + ", which do not affect its results" if result.edited else "",
             ),
             ("survived", survived(**result.survival.to_json()) if result.survival else ""),
             ("least", _least(result)),
@@ -62,7 +62,7 @@ def command(registry: str | None, merged: str, as_json: bool) -> None:
 
 
 def _least(result: VerifyResult) -> str:
-    """The quantized matrix that carries the least of its update."""
+    """Format the quantized matrix that carries the smallest share of its update."""
     if not result.survivals:
         return ""
     name, survival = min(result.survivals.items(), key=lambda item: item[1].share)
