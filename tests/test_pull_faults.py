@@ -273,7 +273,7 @@ def test_bytes_that_stay_wrong_are_refused_and_not_kept(file: str, hub: HubStand
         loratool.pull("ada/pirate")
     hub.faults.clear()
     assert loratool.pull("ada/pirate").new
-    loratool.remove("pirate")
+    loratool.remove("pirate", now=True)
 
 
 def test_what_was_damaged_in_the_cache_is_got_again(
