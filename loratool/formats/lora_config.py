@@ -17,6 +17,7 @@ import regex
 
 from loratool.errors import AdapterError, UnsupportedError, quoted
 from loratool.formats.kinds import FEATURES, KINDS, NOT_YET, OF_PEFT, VARIANTS
+from loratool.formats.loadable import whole
 
 ALL_LINEAR: Final = "all-linear"
 MATCH_SECONDS: Final = 1.0
@@ -198,11 +199,6 @@ def lora_config(
     }
 
 
-def _whole(value: object) -> object:
-    """``4`` for ``4.0``, as programs without whole numbers write it; everything else as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
 def _repeats(pattern: str) -> int:
     """The product of all counts in a pattern."""
     return math.prod(max(1, int(count[:9] or 0)) for pair in _COUNTS.findall(pattern) for count in pair)
@@ -221,7 +217,7 @@ def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
     if bias != "none":
         raise AdapterError(f"'bias' in {quoted(source)} is {quoted(bias, 40)} and must be none, all or lora_only")
     init = config.get("init_lora_weights", True)
-    if init not in HARMLESS_INITS:
+    if init and init not in HARMLESS_INITS:
         raise UnsupportedError(
             f"{quoted(source)} was initialised with {quoted(init)}, so it is no update of the original base; save it with "
             "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) to make it one"
@@ -248,7 +244,7 @@ class ConfigReader:
 
     def positive_int(self, key: str, value: object = None) -> int:
         value = self.config.get(key) if value is None else value
-        value = _whole(value)
+        value = whole(value)
         if type(value) is not int or value < 1:
             raise self._wrong(key, value, "a whole number of at least 1")
         return value
@@ -287,10 +283,13 @@ class ConfigReader:
     def layers(self, key: str) -> tuple[int, ...]:
         value = self.config.get(key)
         value = [] if value is None else value if isinstance(value, list) else [value]
-        layers = [_whole(item) for item in value]
+        layers = [whole(item) for item in value]
         if not all(type(layer) is int for layer in layers):
             raise self._wrong(key, self.config.get(key), "a list of layer numbers")
         return tuple(layers)  # type: ignore[arg-type]
 
     def _wrong(self, key: str, value: object, expected: str) -> AdapterError:
-        return AdapterError(f"{quoted(key)} in {quoted(self.source)} is {quoted(value, 40)} and must be {expected}")
+        text = "the text " if isinstance(value, str) else ""
+        return AdapterError(
+            f"{quoted(key)} in {quoted(self.source)} is {text}{quoted(value, 40)} and must be {expected}"
+        )

@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any, Final
 
 from loratool.errors import AdapterError, quoted
-from loratool.formats.adapter import Adapter
+from loratool.formats.adapter import Adapter, target_of
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha
 from loratool.formats.builders import BUILDERS
 from loratool.formats.describe import NEVER_ALONE, kind_of, parts_of, ranks_of
 from loratool.formats.kinds import KINDS, LORA, OF_PEFT, RECORDED, VARIANTS, Kind, kind_named
+from loratool.formats.loadable import loadable
 from loratool.formats.lora_config import other_type
 from loratool.formats.replacements import split_replacements
 from loratool.formats.tensor_keys import PREFIX, split_peft
@@ -67,8 +68,11 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
     builder = BUILDERS.get(LORA if is_other else kind.name) or (BUILDERS[LORA] if is_lora else None)
     if builder is None:
         raise other_type(peft_type, source)
-    config = {**files.config, "peft_type": peft_type} if files.config else {}
+    config = {**loadable(files.config, files.config_source), "peft_type": peft_type} if files.config else {}
     factors, replaced = split_replacements(files.tensors, config, source)
+    if config and config.get("target_modules") is None and not config.get("target_parameters"):
+        # PEFT has targets of its own for each type of model, and would leave out what has tensors beside them.
+        config["target_modules"] = sorted({target_of(module) for module in parts_of(factors, split_peft) if module})
     own = replace(files, tensors=factors, config=config)
     notes: tuple[str, ...] = ()
     if replaced:
