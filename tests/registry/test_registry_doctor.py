@@ -10,6 +10,7 @@ from catalogued import digest, facts
 from sqlalchemy import event, update
 
 from registry import Location, MergedAdapter, Registry
+from registry.label_files import own_suffix
 from registry.tables import locations
 
 
@@ -122,7 +123,7 @@ def test_a_deep_look_names_the_adapter_the_file_and_the_way_back(catalogue: Regi
     assert (changed.kind, changed.subject) == ("store-damaged", "pirate@1")
     assert changed.path == folder / "adapter_model.safetensors"
     assert "'loratool pull me/pirate@abc --name pirate'" in changed.message
-    (folder.with_name(f"{folder.name}.json")).unlink()  # without its label the file cannot be told
+    folder.with_name(f"{folder.name}{own_suffix(catalogue.store)}").unlink()  # without its label the file cannot be told
     (changed,) = catalogue.doctor.examine(deep=True)
     assert (changed.subject, changed.path) == ("pirate@1", folder)
 
