@@ -123,7 +123,8 @@ def test_a_deep_look_names_the_adapter_the_file_and_the_way_back(catalogue: Regi
     assert (changed.kind, changed.subject) == ("store-damaged", "pirate@1")
     assert changed.path == folder / "adapter_model.safetensors"
     assert "'loratool pull me/pirate@abc --name pirate'" in changed.message
-    folder.with_name(f"{folder.name}{own_suffix(catalogue.store)}").unlink()  # without its label the file cannot be told
+    # Without the label, the changed file cannot be named.
+    folder.with_name(f"{folder.name}{own_suffix(catalogue.store)}").unlink()
     (changed,) = catalogue.doctor.examine(deep=True)
     assert (changed.subject, changed.path) == ("pirate@1", folder)
 
