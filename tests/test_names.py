@@ -403,7 +403,7 @@ def test_a_head_that_is_tied_and_not_stored_is_refused(
     assert "lm_head" in refusal(adapter, base, tmp_path / "work")
 
 
-@pytest.mark.parametrize(("head", "advice"), [("embed_out", "is it the right base"), ("norm", "untie them first")])
+@pytest.mark.parametrize(("head", "advice"), [("embed_out", "is it the right base"), ("norm", "--untie")])
 def test_a_head_is_said_to_be_tied_only_where_the_base_has_none(head: str, advice: str, tmp_path: Path) -> None:
     base = plain_base(tmp_path / "base", ["layers.0.q", head])
     adapter = save_plain_adapter(tmp_path / "adapter", {"layers.0.q": (24, 16), "lm_head": (24, 16)})

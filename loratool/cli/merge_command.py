@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     help="Into NF4: keep more of the update, by a short text like those that the model will read (.jsonl or .txt, at most "
     "1,024 tokens are used). Runs the model once: takes its memory (4-bit weights stay packed) and 'loratool[train]'.",
 )
+@click.option("--untie", is_flag=True, help="Give a head that the base ties to its embedding a tensor of its own.")
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
 @verbose_option
@@ -119,6 +120,7 @@ def command(
     allow_no_op: bool,
     without_extras: bool,
     tokenizer: TokenizerOf | None,
+    untie: bool,
     device: str,
     alpha: Alpha | None,
     as_json: bool,
@@ -157,6 +159,7 @@ def command(
             allow_no_op=allow_no_op,
             without_extras=without_extras,
             tokenizer=tokenizer,
+            untie=untie,
             device=device,
             alpha=alpha,
             registry=registry,

@@ -268,7 +268,7 @@ def _not_landed(rest: Mapping[str, Shape], exchange: Exchange,
     if len(missing) > SHOWN:
         lines.append(f"  and {len(missing) - SHOWN} more")
     tied = all(is_tied_head(name, tensors) for name in missing)
-    advice = "the base seems to tie it to its input embedding; untie them first" if tied else "is it the right base?"
+    advice = "the base seems to tie it to its input embedding: merge with --untie" if tied else "is it the right base?"
     return _NotAllLandError(
         f"{len(missing)} of the modules of {quoted(source)} land on no tensor of the base, so nothing was merged; "
         f"{advice}\n" + "\n".join(lines)

@@ -18,6 +18,7 @@ from loratool.library.resolve import ResolvedAdapter, is_entry_of, no_such_base,
 from loratool.library.stated_base import other_base_notes
 from loratool.library.user_path import exists, user_path
 from loratool.merging.plan import WeightedAdapter, plan_merge
+from loratool.merging.untied import untied
 from registry import AdapterRecord, BaseRecord, Registry, check_name, is_name
 
 
@@ -198,5 +199,11 @@ def _refuse_unfit(adapter: Adapter, record: BaseRecord) -> None:
 
 
 def _refuse_unlanded(adapter: Adapter, checkpoint: Checkpoint) -> None:
-    """Raise PlacementError if the adapter does not land on these tensors."""
-    plan_merge([WeightedAdapter(adapter)], checkpoint)
+    """Raise PlacementError if the adapter does not land on these tensors, nor on those of the base untied."""
+    try:
+        plan_merge([WeightedAdapter(adapter)], checkpoint)
+    except PlacementError as error:
+        try:
+            plan_merge([WeightedAdapter(adapter)], untied(checkpoint, [adapter]))
+        except LoratoolError:
+            raise error from None

@@ -42,8 +42,10 @@ from loratool.library.trained_beside import refuse_trained_beside
 from loratool.library.user_path import user_path
 from loratool.merging.apply import BaseIdentity, Check, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
+from loratool.merging.changed_files import FileChanges
 from loratool.merging.conversion_plan import ConversionPlan, StorageChange, plan_conversion
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
+from loratool.merging.untied import UntiedCheckpoint, stored_of, untied
 from loratool.weights.storages import MAKINGS
 from registry import MergedAdapter, Registry, RegistryError
 
@@ -59,7 +61,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
           calibrate: PathLike | None = None,
           dry_run: bool = False, undo: bool = False, force: bool = False, any_base: bool = False,
           again: bool = False, allow_no_op: bool = False, without_extras: bool = False,
-          tokenizer: TokenizerOf | None = None, device: str = "auto",
+          tokenizer: TokenizerOf | None = None, untie: bool = False, device: str = "auto",
           alpha: Alpha | None = None, registry: str | None = None, progress: Progress | None = None) -> MergeResult:  # fmt: skip
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
@@ -84,6 +86,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         without_extras: leave out weights that were trained with an adapter and lie beside it in files of their own.
         tokenizer: ``base``, or ``adapter``: that of the first adapter that has one; by default the adapter's where it trained
             the embeddings of tokens or its tokenizer or chat template says otherwise than the base's.
+        untie: give the output head, which the base ties to its input embedding, a tensor of its own in the new folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -96,6 +99,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
     change = _storage_change(quantize, base_as, dequantize=dequantize)
     _refuse_beside_change(change, in_place=in_place, undo=undo)
+    _refuse_untying(untie, change, in_place=in_place, calibrated=calibrate is not None)
     text = calibration_text(calibrate, otherwise_stored=change is not None)
     started = time.monotonic()
     watcher = progress or Silent()
@@ -123,9 +127,11 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
             if in_place:
                 _refuse_in_place(checkpoint)
             with base.explained():
-                plan = plan_merge(weighted, checkpoint)
+                into_what = untied(checkpoint, [each.adapter for each in weighted]) if untie else checkpoint
+                plan = plan_merge(weighted, into_what)
             chosen = choose_tokenizer(resolved, plan, tokenizer) if base.headers is None else TokenizerChoice()
-            plan = replace(plan, files=chosen.files)
+            if base.headers is None:
+                plan = replace(plan, files=_changed_files(plan, chosen))
             conversion = None if change is None else plan_conversion(checkpoint, change, plan)
             outcome = Outcome(target, base.name, merged, plan, conversion, in_place=in_place, tokenizer=chosen)
             done = finished_before(checkpoint, weighted, catalogue, watcher) if in_place and not dry_run else None
@@ -177,13 +183,13 @@ def _check(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], plan: MergeP
         LoratoolError: says what is wrong.
     """
     refuse_trained_beside([found.adapter for found in adapters], without=allowed.without_extras)
-    repeats = refuse_again(adapters, plan.base, catalogue, watcher, again=allowed.again)
+    repeats = refuse_again(adapters, stored_of(plan.base), catalogue, watcher, again=allowed.again)
     for found in adapters if dry_run else ():  # a merge looks when it reads them
         refuse_not_finite(found.adapter)
     if device.startswith("cuda"):
         choose_device(device)  # raises where there is none, before anything is copied
     no_ops = refuse_no_change(plan.adapters, allow=allowed.no_op)
-    digests, notes = check_base(base, adapters, plan.base, catalogue, watcher, any_base=allowed.any_base)
+    digests, notes = check_base(base, adapters, stored_of(plan.base), catalogue, watcher, any_base=allowed.any_base)
     left_out = () if in_place else inherited_files(plan.base).notes
     return digests, [*notes, *repeats, *no_ops, *plan.notes, *left_out]
 
@@ -220,6 +226,21 @@ def _storage_change(quantize: str | None, base_as: str | None, *, dequantize: bo
     if base_as:
         return StorageChange("base_as", MAKINGS[base_as]({}))
     return StorageChange("dequantize") if dequantize else None
+
+
+def _refuse_untying(untie: bool, change: StorageChange | None, *, in_place: bool, calibrated: bool) -> None:
+    """Raise LoratoolError for what cannot be made of a model whose head is untied on the way."""
+    option = "--in-place" if in_place else "--calibrate" if calibrated else None
+    if untie and (option or change is not None):
+        raise LoratoolError(
+            "--untie writes a model with a tensor more, in the base's own storage, to a new folder; leave "
+            f"{option or '--quantize, --base-as and --dequantize'} out, or merge twice"
+        )
+
+
+def _changed_files(plan: MergePlan, chosen: TokenizerChoice) -> FileChanges:
+    """What is written beside the weights in place of the base's files."""
+    return chosen.files.joined(plan.base.files()) if isinstance(plan.base, UntiedCheckpoint) else chosen.files
 
 
 def _refuse_beside_change(change: StorageChange | None, *, in_place: bool, undo: bool) -> None:

@@ -88,14 +88,14 @@ def _taken(found: ResolvedAdapter, files: TokenizerFiles, own: TokenizerFiles, p
     if files.is_whole:
         _refuse_too_many(name, files, plan.base)
         written = {each: files.folder / each for each in files.names}
-        changes = FileChanges(written, name, frozenset(own.names) - frozenset(files.names))
+        changes = FileChanges(written, dict.fromkeys(written, name), frozenset(own.names) - frozenset(files.names))
         what = "tokenizer and chat template are" if files.template is not None else "the tokenizer is"
         note = f"{what} those of {quoted(name)}{how}: --tokenizer base keeps the base's"
         return TokenizerChoice(changes, found.reference, differences, (note,))
     if files.template is None or files.template == own.template:
         return TokenizerChoice(notes=(f"the tokenizer files of {quoted(name)} have no vocabulary and are left out",))
     content = files.folder / TEMPLATE_NAME if TEMPLATE_NAME in files.names else files.template.encode()
-    changes = FileChanges({TEMPLATE_NAME: content}, name)
+    changes = FileChanges({TEMPLATE_NAME: content}, {TEMPLATE_NAME: name})
     note = f"the chat template is that of {quoted(name)}: --tokenizer base keeps the base's"
     return TokenizerChoice(changes, found.reference, ("another chat template",), (note,))
 

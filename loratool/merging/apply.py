@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -32,11 +32,12 @@ from loratool.merging.changed_files import FileChanges
 from loratool.merging.contents import contents_of_base
 from loratool.merging.conversion_plan import ConversionPlan
 from loratool.merging.conversion_stream import write_converted
-from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter
+from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter, Untied
 from loratool.merging.plan import MergePlan, Target, WeightedAdapter
 from loratool.merging.stream import Digests, Place, Progress, stream
 from loratool.merging.survival import Survival, SurvivalCount
 from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
+from loratool.merging.untied import NewWeights, UntiedCheckpoint, keep_heads, sizes_of, stored_of, untied_files
 from loratool.merging.workers import Job
 
 
@@ -72,9 +73,8 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
     others = [name for name in inherited_files(plan.base).files if str(name) not in plan.files.names]
     sources = _sources(plan.base, others, plan.adapters, plan.files)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
-        with model_copy(plan.base, stage, plan.touched, others, progress) as copy:
-            places = places_in(copy, plan.base, plan.touched)
-            report = _merge(plan, places, stage, base, device, undo, progress, copy.copies, (), others)
+        with _new_weights(plan, stage, others, progress) as new:
+            report = _merge(plan, new.places, stage, base, device, undo, progress, new.copies, (), others)
         plan.files.write(stage)
         refuse_changed_meanwhile(sources)
         check(report.manifest)
@@ -157,6 +157,17 @@ def _sources(base: Checkpoint, others: Iterable[Path], adapters: Iterable[Weight
     return (*base.states, *states_of(base.folder / name for name in others), *of_adapters, *states_of(brought))
 
 
+@contextmanager
+def _new_weights(plan: MergePlan, folder: Path, others: Collection[Path], progress: Progress) -> Iterator[NewWeights]:
+    """The weight files of the merged model: laid out as the base's, or with a tensor more where it is untied."""
+    if isinstance(plan.base, UntiedCheckpoint):
+        with untied_files(plan.base, folder, plan.touched, others, progress) as new:
+            yield new
+    else:
+        with model_copy(plan.base, folder, plan.touched, others, progress) as copy:
+            yield NewWeights(places_in(copy, plan.base, plan.touched), copy.copies)
+
+
 def places_in(copy: ModelCopy, base: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
     """The places of the base's tensors called `names` in its copy."""
     files = {name: base.tensors[name].file for name in names}
@@ -201,7 +212,7 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         )
     before = digests | {name: pair.before for name, pair in changed.items()}
     after = digests | {name: pair.after for name, pair in changed.items()}
-    base_fingerprint = fingerprint(plan.base.tensors, before)
+    base_fingerprint = fingerprint(stored_of(plan.base).tensors, before)
     manifest = Manifest(
         base_name=base.name,
         base_path=str(plan.base.path.absolute()),
@@ -222,9 +233,14 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         earlier=() if previous else contents_of_base(plan.base.folder, base_fingerprint),
         unchanged=tuple(target.name for target in plan.targets if _is_unchanged(target, changed)),
         changed_files=plan.files.recorded(plan.base.folder),
+        untied=_untied(plan.base),
         **_survival(survival),
     )
     return MergeReport(manifest, before)
+
+
+def _untied(base: Checkpoint) -> Untied | None:
+    return Untied(base.head, base.embedding, sizes_of(base)) if isinstance(base, UntiedCheckpoint) else None
 
 
 def _is_unchanged(target: Target, digests: Mapping[str, Digests]) -> bool:
@@ -261,6 +277,8 @@ def _undo_writer(plan: MergePlan, folder: Path, undo_folder: str | None) -> Abst
     for index, weighted in enumerate(plan.adapters):
         write_single_file(weighted.adapter, target / adapter_file(index))
     plan.files.keep(plan.base.folder, target)
+    if isinstance(plan.base, UntiedCheckpoint):
+        keep_heads(plan.base, target)
     return UndoWriter(target / UNDO_NAME)
 
 

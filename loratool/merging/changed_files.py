@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from loratool.checkpoint.file_role import FileRole, role_of
 from loratool.checkpoint.fingerprint import file_digest
-from loratool.checkpoint.model import has_file
+from loratool.checkpoint.model import INDEX_SUFFIX, has_file
 from loratool.errors import quoted
 
 KEPT: Final = "base."
@@ -28,7 +28,9 @@ _ROLES: Final = {FileRole.TOKENIZER, FileRole.CHAT_TEMPLATE, FileRole.CONFIGURAT
 
 def may_change(name: str) -> bool:
     """Whether a merge may write a file of this name otherwise than the base has it: no weights, no file of a folder's."""
-    return bool(name) and not set(name) & set("/\\\0") and role_of(name) in _ROLES
+    if not name or set(name) & set("/\\\0"):
+        return False
+    return role_of(name) in _ROLES or name.endswith(INDEX_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +50,24 @@ class FileChanges:
 
     Attributes:
         written: the new content, or the file that has it.
-        source: what they are from, as a manifest says it.
+        sources: what each is from, as a manifest says it.
         removed: the base's files that have no counterpart.
     """
 
     written: Mapping[str, Path | bytes] = field(default_factory=dict)
-    source: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
     removed: frozenset[str] = frozenset()
 
     @property
     def names(self) -> frozenset[str]:
         """The names of all that is not as the base has it."""
         return frozenset(self.written) | self.removed
+
+    def joined(self, other: FileChanges) -> FileChanges:
+        """Return both changes together; they are of different files."""
+        return FileChanges(
+            {**self.written, **other.written}, {**self.sources, **other.sources}, self.removed | other.removed
+        )
 
     def write(self, folder: Path) -> None:
         """Write the new files into `folder`."""
@@ -86,7 +94,7 @@ class FileChanges:
         """What a manifest is to say of them; `base` is the base's folder."""
         return {
             name: ChangedFile(
-                self.source if name in self.written else "",
+                self.sources.get(name, ""),
                 file_digest(base / name) if has_file(base / name) else None,
             )
             for name in sorted(self.names)

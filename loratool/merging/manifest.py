@@ -85,6 +85,15 @@ class MergedAdapter:
         return self.scaling is None or self.restored(adapter).scaling == self.scaling
 
 
+@dataclass(frozen=True, slots=True)
+class Untied:
+    """An output head that got a tensor of its own, beside the embedding that it was tied to; the `sizes` of the base's files."""
+
+    head: str
+    embedding: str
+    sizes: Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a merge did, or a quantization.
@@ -111,6 +120,7 @@ class Manifest:
         survival: what of the update each quantized matrix carries.
         survival_of_all: the same of all of them together; None where there is none.
         kind: ``merge``, or ``quantization``, which has no adapters.
+        untied: how the head was untied from the embedding; None where it was not.
         changed_files: the files beside the weights that are not the base's, by name: an adapter's tokenizer, say.
     """
 
@@ -134,6 +144,7 @@ class Manifest:
     unchanged: tuple[str, ...] = ()
     earlier: tuple[HeldAdapter, ...] = ()
     changed_files: Mapping[str, ChangedFile] = field(default_factory=dict)
+    untied: Untied | None = None
 
     @property
     def converted(self) -> bool:
@@ -179,6 +190,8 @@ class Manifest:
         }
         if self.changed_files:
             value["changed_files"] = {name: asdict(each) for name, each in self.changed_files.items()}
+        if self.untied is not None:
+            value["untied"] = asdict(self.untied)
         if self.survival_of_all is not None:
             each = {name: survival.to_json() for name, survival in self.survival.items()}
             value["survival"] = {"all": self.survival_of_all.to_json(), "tensors": each}
@@ -242,7 +255,16 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         kind=_text(value["kind"]),
         unchanged=tuple(_text(name) for name in value.get("unchanged", ())),
         earlier=tuple(_held(entry) for entry in value.get("earlier", ())),
+        untied=None if value.get("untied") is None else _untied(value["untied"]),
         changed_files={_plain(name): _changed_file(entry) for name, entry in value.get("changed_files", {}).items()},
+    )
+
+
+def _untied(entry: Mapping[str, Any]) -> Untied:
+    return Untied(
+        _text(entry["head"]),
+        _text(entry["embedding"]),
+        {_text(name): int(size) for name, size in entry["sizes"].items()},
     )
 
 

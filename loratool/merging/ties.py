@@ -7,6 +7,7 @@ one of the two cannot be merged: the change would be lost, or would reach the ot
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from loratool.architecture import Architecture, Role, architecture_of
 from loratool.checkpoint.fingerprint import hash_tensor
@@ -14,13 +15,15 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import PlacementError, quoted
 
+UNTIE_ADVICE: Final = "merge with --untie, which gives each a tensor of its own in the new model"
+
 
 def refuse_tied(targets: Iterable[str], base: Checkpoint, architecture: Architecture | None = None) -> None:
     """Raise PlacementError if one of the tensors named in `targets` shares its values with an input embedding."""
     for name, embedding in tied(targets, base, architecture).items():
         raise PlacementError(
             f"{quoted(name)} is tied to the embedding {quoted(embedding)}: a change of one would be lost or "
-            "would change the other; untie them (tie_word_embeddings: false) before merging into it"
+            f"would change the other; {UNTIE_ADVICE}"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,15 @@ from loratool.checkpoint.model_copy import model_copy
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import staged_folder
 from loratool.checkpoint.threads import in_threads
-from loratool.errors import AdapterError, CheckpointError, LoratoolError, RestoreError, VerificationError, quoted
+from loratool.errors import (
+    AdapterError,
+    CheckpointError,
+    LoratoolError,
+    OutputError,
+    RestoreError,
+    VerificationError,
+    quoted,
+)
 from loratool.formats.adapter import Adapter
 from loratool.formats.read import read_adapter
 from loratool.merging.apply import places_in, reserve
@@ -29,6 +38,7 @@ from loratool.merging.manifest import MANIFEST_NAME, Manifest
 from loratool.merging.plan import Target, WeightedAdapter, plan_merge
 from loratool.merging.stream import Change, Digests, Progress, bytes_of, opened, stream
 from loratool.merging.undo import UNDO_NAME, UndoFile, adapter_file
+from loratool.merging.untied import NewWeights, heads_of, kept_heads, tied_files, untied_as
 from loratool.merging.workers import cpu_workers
 from loratool.weights.storages import parameter_name, stored_weight
 from loratool.weights.stored import StoredWeight
@@ -48,6 +58,7 @@ class Restoration:
     targets: tuple[Target, ...]
     change: Callable[[Target], Change]
     originals: Originals = field(default_factory=lambda: Originals(None))
+    heads: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -91,7 +102,8 @@ def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto"
         except (AdapterError, CheckpointError) as error:
             raise RestoreError(f"an adapter beside the undo file is damaged: {error}") from None
 
-    return Restoration("undo", targets, change, Originals(folder, KEPT))
+    heads = kept_heads(folder, manifest.untied.sizes) if manifest.untied else {}
+    return Restoration("undo", targets, change, Originals(folder, KEPT), heads)
 
 
 def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) -> Restoration:
@@ -100,6 +112,8 @@ def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) 
     Raises:
         RestoreError: `base` does not have the changed tensors.
     """
+    if manifest.untied:
+        base = untied_as(base, manifest.untied.embedding, manifest.untied.head)
     targets = []
     for name in dict.fromkeys(map(parameter_name, manifest.changed)):
         weight = stored_weight(merged, name)
@@ -107,7 +121,7 @@ def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) 
             raise RestoreError(f"{quoted(name)} is not alike in {quoted(merged.path)} and {quoted(base.path)}")
         targets.append(Target(weight, (), transposed=False))
     originals = Originals(base.folder if base.path.is_dir() else None)
-    return Restoration("base", tuple(targets), lambda target: _CopyFrom(base, target), originals)
+    return Restoration("base", tuple(targets), lambda target: _CopyFrom(base, target), originals, heads_of(base))
 
 
 def _are_alike(weight: StoredWeight, base: Checkpoint) -> bool:
@@ -124,8 +138,10 @@ def restore_approximately(merged: Checkpoint, manifest: Manifest, adapters: list
     """The way back by arithmetic alone, ``round(W' - delta)``: about one element in a hundred is off by a rounding.
 
     Raises:
-        RestoreError: an update depends on what was there, so that arithmetic cannot tell it.
+        RestoreError: an update depends on what was there, so that arithmetic cannot tell it; or the model was untied.
     """
+    if manifest.untied:
+        raise RestoreError(f"{quoted(merged.path)} was untied, which arithmetic alone does not take back")
     targets = _targets_of(adapters, merged, manifest)
     for target in targets:
         lost = next((planned.update for planned in target.updates if planned.update.needs_weight), None)
@@ -184,18 +200,10 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
         for name in inherited.files
         if str(name) not in own and str(name.parent) not in own and str(name) not in manifest.changed_files
     ]
-    touched = frozenset(manifest.changed)
     copied = states_of(merged.folder / name for name in others)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
-        with model_copy(merged, stage, touched, others, progress) as copy:
-            places = places_in(copy, merged, touched)
-            digests = stream(
-                way.targets,
-                way.change,
-                places,
-                progress=progress,
-                beside=copy.copies,
-            )
+        with _restored_files(merged, manifest, way, stage, others, progress) as new:
+            digests = stream(way.targets, way.change, new.places, progress=progress, beside=new.copies)
         inexact = check_restored(digests, manifest, way)
         missing, _ = way.originals.restore(manifest.changed_files, stage)
         for name in missing:
@@ -206,6 +214,19 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
             (stage / MANIFEST_NAME).write_bytes(manifest.previous)
         report = _with_missing(_report(way, inexact, merged, manifest), missing)
         return replace(report, notes=(*report.notes, *inherited.notes))
+
+
+@contextmanager
+def _restored_files(merged: Checkpoint, manifest: Manifest, way: Restoration, folder: Path, others: Sequence[Path],
+                    progress: Progress) -> Iterator[NewWeights]:  # fmt: skip
+    """The weight files of the base: laid out as the merged model's, or without the head that was untied."""
+    touched = frozenset(manifest.changed)
+    if manifest.untied:
+        with tied_files(merged, way.heads, manifest.untied.sizes, folder, touched, others, progress) as new:
+            yield new
+    else:
+        with model_copy(merged, folder, touched, others, progress) as copy:
+            yield NewWeights(places_in(copy, merged, touched), copy.copies)
 
 
 def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool = False,
@@ -239,6 +260,8 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
         RestoreError: the bytes that came out are not the base's; nothing has changed then.
         OutputError: there is no room for the change; nothing has changed then.
     """
+    if manifest.untied:
+        raise OutputError(f"{quoted(merged.path)} was untied, so the base has other files; unmerge with --out instead")
     with Journal(merged.folder) as journal:
         places = reserve(journal, way.targets)
         digests = stream(way.targets, way.change, places, progress=progress, ahead=journal.ahead())

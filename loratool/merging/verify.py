@@ -20,6 +20,7 @@ from loratool.merging.manifest import Manifest
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.stream import Progress, stream
 from loratool.merging.unmerge import Restoration, check_restored
+from loratool.merging.untied import untied_as
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ def replay(
     weighted = [
         WeightedAdapter(entry.restored(a), entry.weight) for a, entry in zip(adapters, manifest.adapters, strict=True)
     ]
+    if manifest.untied:
+        base = untied_as(base, manifest.untied.embedding, manifest.untied.head)
     plan = plan_merge(weighted, base, manifest.options.get("seed")) if weighted else None
     digests, expected = _computed_again(base, manifest, plan, progress)
     refuse_changed_meanwhile([*base.states, *(state for adapter in adapters for state in adapter.states)])
