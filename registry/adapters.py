@@ -101,13 +101,13 @@ class Adapters:
             return _record(connection, row)
 
     def get(self, adapter_id: int) -> AdapterRecord | None:
-        """The adapter with this row id, or None."""
+        """Return the adapter with this row id, or None."""
         with self._database.reading() as connection:
             row = connection.execute(_adapters.where(adapters.c.id == adapter_id)).one_or_none()
             return None if row is None else _record(connection, row)
 
     def find_by_sha256(self, sha256: str) -> tuple[AdapterRecord, ...]:
-        """All versions, of whatever name, with these weights; the newest first."""
+        """Return all versions under any name with these weights, newest first."""
         with self._database.reading() as connection:
             query = _adapters.where(adapters.c.sha256 == sha256).order_by(adapters.c.id.desc())
             return tuple(_record(connection, row) for row in connection.execute(query).all())
@@ -126,7 +126,7 @@ class Adapters:
             return tuple(_record(connection, row) for row in connection.execute(query).all())
 
     def versions(self, name: str) -> tuple[AdapterRecord, ...]:
-        """All versions of one name, the oldest first; none where the name is unknown."""
+        """Return all versions of one name, oldest first; none if the name is unknown."""
         with self._database.reading() as connection:
             query = _adapters.where(adapters.c.name == name).order_by(adapters.c.version)
             return tuple(_record(connection, row) for row in connection.execute(query).all())
@@ -337,7 +337,7 @@ def _values(facts: AdapterFacts) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as every database's JSON can hold it: NaN and infinity become their names."""
+    """Return `value` in a form that every database's JSON can hold: NaN and infinity become their names."""
     match value:
         case float() if not math.isfinite(value):
             return str(value)
@@ -376,7 +376,7 @@ def _is_same(facts: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
 
 
 def _same_version(connection: Connection, name: str, values: Mapping[str, Any]) -> int | None:
-    """The newest version of `name` with these weights and numbers."""
+    """Return the id of the newest version of `name` with these weights and numbers, or None."""
     rows = connection.execute(
         select(adapters.c.id, *(adapters.c[column] for column in _NUMBERS))
         .where(adapters.c.name == name, adapters.c.sha256 == values["sha256"])

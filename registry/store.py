@@ -78,7 +78,7 @@ class Store:
         self.catalogue = catalogue or self.own_catalogue
 
     def other_catalogues(self) -> list[str]:
-        """The other catalogues with files here, sorted; a SQLite file that is gone, or names no entry, is none."""
+        """Return the other catalogues with files here, sorted. SQLite files that are gone or name no entry are left out."""
         others = {*self._listed(), self.own_catalogue} - {self.catalogue}
         return sorted(each for each in others if not (Path(each).is_absolute() and names_nothing(Path(each))))
 
@@ -87,9 +87,9 @@ class Store:
         return _KEY.fullmatch(key) is not None
 
     def path(self, key: str) -> Path:
-        """The folder of an entry, whether it exists or not."""
+        """Return the folder of an entry, which may not exist."""
         if _KEY.fullmatch(key) is None:
-            raise RegistryError(f"'{printable(key)}' is no key of the store; run 'loratool doctor'")
+            raise RegistryError(f"'{printable(key)}' is not a key of the store; run 'loratool doctor'")
         return self.root / key[:2] / key
 
     def stage(self, files: Mapping[str, Source], sha256: Mapping[str, str] | None = None) -> Staged:
@@ -156,7 +156,7 @@ class Store:
             return staged.key
 
     def entries(self) -> Iterator[str]:
-        """The keys of all entries, sorted."""
+        """Yield the keys of all entries, sorted."""
         for shard in _entries(self.root):
             if len(shard.name) == 2 and shard.is_dir(follow_symlinks=False):
                 for entry in _entries(Path(shard.path)):
@@ -177,7 +177,7 @@ class Store:
         return sum(entry.stat(follow_symlinks=False).st_size for entry in _entries(folder))
 
     def is_whole(self, key: str) -> bool:
-        """Reads the entry's files again: whether they still have the content that the key stands for."""
+        """Read the entry's files again, and return whether they still have the content of the key."""
         try:
             digests = {entry.name: _sha256(Path(entry.path)) for entry in _entries(self.path(key))}
         except OSError:
@@ -217,11 +217,11 @@ class Store:
         except (OSError, UnicodeDecodeError) as error:
             raise RegistryError(
                 f"'{printable(str(self.root / _CATALOGUES), 400)}' cannot be read ({error}); it lists the catalogues with "
-                "files in the store, one a line: mend it"
+                "files in the store, one per line: correct it"
             ) from None
 
     def _enlist(self) -> None:
-        """Notes that the catalogue has files here."""
+        """Add the catalogue to the list of those with files here."""
         if self.catalogue in (self.own_catalogue, *self._listed()):
             return
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -237,13 +237,13 @@ class Store:
                 Path(path.path).unlink(missing_ok=True)
 
     def _set_aside(self, folder: Path) -> None:
-        """Removes an entry so that nobody ever sees half of it: out of its place first."""
+        """Remove an entry. It is moved away first, so that nobody sees half of it."""
         aside = self.folder(STAGING) / f"{secrets.token_hex(8)}.removed"
         folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
     def folder(self, name: str) -> Path:
-        """A folder of the store, made if need be, and known to be no link."""
+        """Return a folder of the store, made if it is missing, after checking that it is not a link."""
         for folder in (self.root, self.root / name):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ class Store:
 
 
 def entry_key(sha256: Mapping[str, str]) -> str:
-    """The key of an entry with these files (name -> hex digest): the sha256 of their listing."""
+    """Return the key of an entry with these files (name -> hex digest): the sha256 of their listing."""
     listing = "".join(f"{sha256[name]}  {name}\n" for name in sorted(sha256))
     return hashlib.sha256(listing.encode()).hexdigest()
 
@@ -326,7 +326,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_like(entry: Path, staged: Path) -> bool:
-    """Whether an entry has the files of its staged twin, by name and size."""
+    """Whether an entry has the same files as the staged folder, by name and size."""
     if entry.is_symlink() or not entry.is_dir():
         return False
     sizes = [
