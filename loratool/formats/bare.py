@@ -13,7 +13,7 @@ from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_names import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME
 from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, metadata_statements, settled
 from loratool.formats.lora_config import LoraConfig, lora_config
-from loratool.formats.metadata_config import statements
+from loratool.formats.metadata_config import refuse_variants, statements
 from loratool.formats.scalar import read_scalar
 from loratool.formats.tensor_keys import alpha_tensors, pair_factors
 
@@ -67,6 +67,7 @@ def config_statement(files: AdapterFiles, ranks: Mapping[str, int]) -> Statement
     if files.config.get("lora_alpha") is None or "r" not in files.config:
         return None
     lora = LoraConfig.parse(files.config, files.config_source)
+    refuse_variants(files.config, quoted(files.config_source))
     alphas = {module: float(lora.alpha_of(module)) for module in ranks}
     lost = set(lora.alpha_pattern.values()) - set(alphas.values())
     if lost:

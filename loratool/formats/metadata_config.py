@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from loratool.checkpoint.json_text import parse_json
-from loratool.errors import AdapterError, quoted
+from loratool.errors import AdapterError, UnsupportedError, quoted
 from loratool.formats.alpha import Statement
+from loratool.formats.kinds import VARIANTS
 from loratool.formats.lora_config import LoraConfig
 
 KEYS: Final = ("lora_adapter_metadata", "peft_config", "lora_config")
@@ -41,6 +42,16 @@ def whole_statements(metadata: Mapping[str, Any], module: str, source: str) -> l
     ]
 
 
+def refuse_variants(config: Mapping[str, Any], place: str) -> None:
+    """Raise UnsupportedError if a configuration asks for a variant of LoRA, which only PEFT's own format has the tensors of."""
+    variant = next((kind for kind in VARIANTS if kind.setting and config.get(kind.setting)), None)
+    if variant is not None:
+        raise UnsupportedError(
+            f"{place} says {variant.title} ({variant.setting}), which loratool reads in PEFT's own format alone; save it again "
+            "with PEFT's save_pretrained"
+        )
+
+
 def statements(metadata: Mapping[str, Any], ranks: Mapping[str, int], source: str) -> tuple[list[Statement], bool]:
     """What such configurations state of the alpha of each module of these `ranks`, and whether they are rsLoRA's.
 
@@ -53,6 +64,7 @@ def statements(metadata: Mapping[str, Any], ranks: Mapping[str, int], source: st
         alphas = {}
         for prefix, config in components.items():
             lora = LoraConfig.parse(config, source)
+            refuse_variants(config, f"the metadata {quoted(key)} of {quoted(source)}")
             rslora.add(lora.use_rslora)
             for module in _of(prefix, components, ranks):
                 name = module.removeprefix(prefix)

@@ -144,7 +144,8 @@ def restore_approximately(merged: Checkpoint, manifest: Manifest, adapters: list
         raise RestoreError(f"{quoted(merged.path)} was untied, which arithmetic alone does not take back")
     targets = _targets_of(adapters, merged, manifest)
     for target in targets:
-        lost = next((planned.update for planned in target.updates if planned.update.needs_weight), None)
+        depends = (p.update for p in target.updates if p.update.needs_weight and not p.update.replaces)
+        lost = next(depends, None)
         if lost is not None:
             raise RestoreError(
                 f"{quoted(target.name)} was changed by {lost.kind}, which no arithmetic takes out; unmerge by an undo file or "
