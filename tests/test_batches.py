@@ -120,7 +120,7 @@ def test_batches_of_like_length_pad_little_and_packed_rows_less() -> None:
 
 
 def test_what_cannot_be_planned_is_an_error() -> None:
-    with pytest.raises(ValueError, match="line 2 has 9 tokens, a row 8"):
+    with pytest.raises(ValueError, match="line 2 has 9 tokens, but a row holds 8"):
         plan_epoch(samples(5, 9), batch_size=1, row_length=8, seed=0, epoch=0)
     with pytest.raises(ValueError, match="0 rows"):
         plan_epoch(samples(5), batch_size=0, row_length=None, seed=0, epoch=0)

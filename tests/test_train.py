@@ -523,7 +523,9 @@ def test_a_state_that_was_damaged_is_refused_and_force_begins_anew(run: Callable
     state = run_folder("cat").state
     state.write_bytes(state.read_bytes()[:-100])
     for options in ({"resume": True}, {}):
-        with pytest.raises(LoratoolError, match="no state of a training run; remove its folder and train anew"):
+        with pytest.raises(
+            LoratoolError, match="is not the state of a training run; remove its folder and train again"
+        ):
             run(**options)
     assert len(steps_of(run(force=True))) == STEPS
 

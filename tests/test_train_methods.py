@@ -324,7 +324,7 @@ def test_buffers_of_another_adapter_are_refused(tiny_models: TinyModels) -> None
     (lambda: LoRA(alpha=math.nan), "alpha is nan"),
     (lambda: LoRA(dropout=1), "the dropout is 1 and"),
     (lambda: LoRA(initialisation="pissa"), "the initialisation is 'pissa' and must be kaiming or gaussian"),
-    (lambda: DyLoRA(rank=4, least_rank=5), "the least rank is 5 and must be among 1 to 4"),
+    (lambda: DyLoRA(rank=4, least_rank=5), "the least rank is 5 and must be from 1 to 4"),
     (lambda: DyLoRA(distribution="poisson"), "the distribution is 'poisson'"),
     (lambda: DyLoRA(geometric_p=1), "p is 1 and must be between 0 and 1"),
     (lambda: DyLoRA(update="all"), "the update is 'all' and must be leading or frozen"),

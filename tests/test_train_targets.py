@@ -61,8 +61,8 @@ def test_names_may_stand_in_one_string(tiny_models: TinyModels) -> None:
     ("q_prj", NotFoundError, "no module of LlamaForCausalLM is called 'q_prj'; the nearest are 'q_proj'"),
     ("q_proj,zzz", NotFoundError, "is called 'zzz'; the nearest are 'q_proj', 'k_proj'"),
     ("layers.7.self_attn.q_proj", NotFoundError, "nearest are 'model.layers.1.self_attn.q_proj'"),
-    (".*query.*", NotFoundError, "matches the pattern '.*query.*'; a pattern has to match a whole name, such as 'model.lay"),
-    ("mlp", UnsupportedError, "'model.layers.0.mlp' is a LlamaMLP, and adapters go on linear layers only"),
+    (".*query.*", NotFoundError, "matches the pattern '.*query.*'; a pattern must match a whole name, such as 'model.lay"),
+    ("mlp", UnsupportedError, "'model.layers.0.mlp' is a LlamaMLP, but adapters go only on linear layers"),
     ("embed_tokens", UnsupportedError, "'model.embed_tokens' is a Embedding"),
     ([], LoratoolError, "no target is named"),
     ("*proj", AdapterError, "'*proj' in 'targets' is not a valid pattern"),
@@ -86,7 +86,7 @@ def test_a_second_adapter_is_refused(tiny_models: TinyModels) -> None:
     model = tiny(tiny_models, "llama")
     first = attach(model, LoRA(), targets="v_proj")
     for targets in (None, "v_proj", "q_proj"):
-        with pytest.raises(LoratoolError, match=r"an adapter at 'model\.layers\.0\.self_attn\.v_proj' already"):
+        with pytest.raises(LoratoolError, match=r"'model\.layers\.0\.self_attn\.v_proj' already has an adapter"):
             attach(model, LoRA(), targets=targets)
     first.detach()
     attach(model, LoRA())
@@ -95,7 +95,7 @@ def test_a_second_adapter_is_refused(tiny_models: TinyModels) -> None:
 def test_a_layer_that_its_model_never_calls_is_left_out() -> None:
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "out": nn.Linear(8, 8)})
     assert list(choose_targets(model).modules) == ["out"]
-    with pytest.raises(NotFoundError, match="has no linear layer but its head"):
+    with pytest.raises(NotFoundError, match="has no linear layer except its head"):
         choose_targets(nn.Sequential(nn.LayerNorm(3)))
 
 

@@ -1,9 +1,11 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): ``h = W x + alpha / r * P (Lambda * (Q x))``, ranks shared out by importance.
+"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): ``h = W x + alpha / r * P (Lambda * (Q x))``, ranks allocated by importance.
 
-P, Lambda and Q (equation 3) are B (out_features, r), E (r, 1) and A (r, in_features) of the files. The constants are those of
-the authors' code and of PEFT, which leave the formulas as the paper has them but for two: the regularization (equation 4)
-is the mean of norms, not the sum of their squares, and the budget falls from t_i on, not from ``t_i + t_f``. Factors begin as
-LoRA's do, Q random, P zero and Lambda one, and learn at LoRA's rates; the paper's begin with Lambda zero, P and Q random.
+P, Lambda and Q (equation 3) are B (out_features, r), E (r, 1) and A (r, in_features) in the files. Constants are those of the
+authors' code and of PEFT, which differ from the paper in two formulas: the regularization (equation 4) is a mean of norms
+instead of a sum of their squares, and the budget falls from t_i on instead of from ``t_i + t_f``.
+
+Factors begin as LoRA's do, with Q random, P zero and Lambda one, and use LoRA's learning rates. In the paper, Lambda begins
+with zero, and P and Q are random.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
 
     Attributes:
         schedule: how the budget falls.
-        kept: of each module, (r,) bool, which components the last allocation left.
-        sensitivity, uncertainty: of each factor, by its name as in `parameters`, the moving averages of equations 9 and 10.
+        kept: for each module, (r,) bool, the components that the last allocation kept.
+        sensitivity, uncertainty: the moving averages of equations 9 and 10, by the factor's name in `parameters`.
     """
 
     method = "adalora"
@@ -73,7 +75,7 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
         self.uncertainty: dict[str, Tensor] = {}
 
     def penalty(self) -> Tensor | None:
-        """``gamma`` times the mean over all P and Q of ``|| P^T P - I ||_F`` and ``|| Q Q^T - I ||_F`` (equation 4)."""
+        """Return ``gamma`` times the mean over all P and Q of ``|| P^T P - I ||_F`` and ``|| Q Q^T - I ||_F`` (equation 4)."""
         if self.options.orthogonality == 0:
             return None
         alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -104,7 +106,7 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Keep the components of the greatest importance, as many as the budget has (equation 6), Lambda's others zero."""
+        """Keep the most important components, as many as the budget allows; set the others in Lambda to zero (equation 6)."""
         if self.schedule.allocates(step):
             self.kept = most_important(self.importance(), self.schedule.budget(step))
         elif step <= self.schedule.last_allocation:
@@ -114,8 +116,10 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
 
     @torch.no_grad()
     def importance(self) -> dict[str, Tensor]:
-        """Of each module's components, (r,) fp32 on the CPU: ``s(Lambda) + mean s(P) + mean s(Q)`` (equation 7), where
-        ``s = sensitivity * uncertainty`` (equation 11)."""
+        """Return the importance of each module's components, (r,) fp32 on the CPU.
+
+        It is ``s(Lambda) + mean s(P) + mean s(Q)`` (equation 7) with ``s = sensitivity * uncertainty`` (equation 11).
+        """
 
         def score(name: str, factor: Tensor) -> Tensor:
             if name not in self.sensitivity:
@@ -139,7 +143,7 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
         averaged = [name for name in factors if f"{name}.sensitivity" in buffers]
         expected = len(kept) + 2 * len(averaged)
         if len(buffers) != expected or any(mask is None for mask in kept.values()):
-            raise LoratoolError("the checkpoint holds the state of another adapter than this AdaLoRA")
+            raise LoratoolError("the checkpoint holds the state of a different adapter than this AdaLoRA")
         self.kept = {name: mask.cpu().bool() for name, mask in kept.items() if mask is not None}
         for average, what in ((self.sensitivity, "sensitivity"), (self.uncertainty, "uncertainty")):
             average.clear()
@@ -176,7 +180,7 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
         }
 
     def facts(self) -> dict[str, Any]:
-        """The importance of each component that a file holds, which `loratool.ranks.prune` goes by."""
+        """Return the importance of each component in the file, by which `loratool.ranks.prune` chooses."""
         if not self.sensitivity:
             return {}
         present = self._present()
@@ -192,7 +196,7 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
         return draft.adapter(name, self.config() | dict(config or {}), self.facts() | dict(facts or {}))
 
     def _present(self) -> dict[str, Tensor]:
-        """Which components a file holds: those that are kept, and between allocations those that a step revived."""
+        """Return the mask of components in the file: those kept, and those that a step between allocations made nonzero."""
         return {
             name: self.kept[name] | (layer.lora_E.detach().cpu().squeeze(1) != 0) for name, layer in self.layers.items()
         }
@@ -201,10 +205,10 @@ class AdaLoRAAdaptation(LowRankAdaptation[AdaLoRALinear, AdaLoRA]):
 def attach_adalora(
     model: nn.Module, targets: Targets, options: AdaLoRA, seed: int, total_steps: int
 ) -> AdaLoRAAdaptation:
-    """Put an AdaLoRA on the targets.
+    """Wrap the targets in AdaLoRA layers.
 
     Raises:
-        LoratoolError: its schedule does not fit into `total_steps`.
+        LoratoolError: the schedule does not fit into `total_steps`.
     """
     schedule = budget_schedule(options, len(targets.modules), total_steps)
     adaptation = AdaLoRAAdaptation(model, targets, options, schedule)

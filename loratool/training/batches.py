@@ -1,13 +1,13 @@
-"""What a training step reads: samples in rows, rows in batches, batches as tensors.
+"""The batches of a training run: samples in rows, rows in batches, batches as tensors.
 
-An epoch is planned before it begins, as a pure function of the samples, a seed and the number of the epoch, so that a run
-that goes on from a checkpoint draws the batches that it would have drawn.
+An epoch is planned before it begins, as a pure function of the samples, a seed and the epoch's number. A run resumed from a
+checkpoint therefore draws the same batches.
 
-A row is one sample, or several packed side by side, which fills a row of a fixed length and wastes no work on padding.
-Packed samples do not see one another: the positions of each begin at 0 again, and where a batch has no attention mask,
-transformers takes that for a boundary in its block-diagonal causal mask (``find_packed_sequence_indices`` in its
-``masking_utils``). It does so only without a cache: a model must be called with ``use_cache=False``, which is not its default.
-Nor does every model go through that code or have positions at all; `packs_cleanly` tries it.
+A row holds one sample, or several packed side by side, so that little work is wasted on padding. Packed samples do not
+attend to one another: the positions of each start at 0 again, and in a batch without an attention mask, transformers makes
+its causal mask block-diagonal at these boundaries (``find_packed_sequence_indices`` in its ``masking_utils``). It does so
+only without a cache, so call a model with ``use_cache=False``, which is not its default. Some models do not run that code,
+or have no positions; `packs_cleanly` tests a model.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PACKED_TOGETHER: Final = 1024
-"""Samples among which the fillings of a row are sought: many enough to fill 98% of it, few enough to differ by epoch."""
+"""Samples that are packed into rows together: enough to fill 98% of a row, and few enough that rows differ by epoch."""
 
 GROUPED_BATCHES: Final = 50
-"""Batches at most whose samples are sorted by length together, as transformers' ``LengthGroupedSampler`` has it."""
+"""The most batches whose samples are sorted by length together, as in transformers' ``LengthGroupedSampler``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a batch: one sample, or several side by side."""
+    """One row of a batch: one sample, or several packed side by side."""
 
     samples: tuple[TokenizedSample, ...]
 
     @property
     def tokens(self) -> int:
-        """How many tokens it holds."""
+        """Number of tokens in the row, without padding."""
         return sum(len(sample.input_ids) for sample in self.samples)
 
     @property
     def scored_tokens(self) -> int:
-        """How many of them count in the loss."""
+        """Number of tokens that count towards the loss."""
         return sum(sample.scored_tokens for sample in self.samples)
 
 
 def split_validation(samples: Sequence[TokenizedSample], count: int,
                      seed: int) -> tuple[list[TokenizedSample], list[TokenizedSample]]:  # fmt: skip
-    """The samples to train on, and `count` drawn at random to validate with; both in their order.
+    """Split samples into those to train on and `count` random ones to validate with. Both keep their order.
 
     Raises:
         ValueError: `count` is negative, or leaves no sample to train on.
@@ -67,12 +67,12 @@ def split_validation(samples: Sequence[TokenizedSample], count: int,
 
 def plan_epoch(samples: Sequence[TokenizedSample], *, batch_size: int, row_length: int | None, seed: int,
                epoch: int) -> list[tuple[Row, ...]]:  # fmt: skip
-    """The batches of one epoch: every sample exactly once, in an order that `seed` and `epoch` decide.
+    """Return the batches of one epoch: every sample exactly once, in an order that depends on `seed` and `epoch`.
 
     Args:
-        batch_size: rows of a batch; the last drawn may have fewer.
-        row_length: pack samples into rows of at most so many tokens. None gives each sample a row of its own, among
-            others of about its length.
+        batch_size: rows in a batch. One batch may have fewer.
+        row_length: the most tokens in a row that samples are packed into. None gives each sample its own row and puts
+            samples of similar length into a batch.
 
     Raises:
         ValueError: a sample is longer than `row_length`, or `batch_size` is not positive.
@@ -89,7 +89,7 @@ def plan_epoch(samples: Sequence[TokenizedSample], *, batch_size: int, row_lengt
 
 
 def _of_like_length(samples: Sequence[TokenizedSample], batch_size: int) -> Iterator[tuple[Row, ...]]:
-    """Batches of samples that are sorted by length within groups; four groups at least, so that epochs differ."""
+    """Yield batches of samples that are sorted by length within groups. There are four groups or more, so epochs differ."""
     group = batch_size * max(1, min(GROUPED_BATCHES, len(samples) // (4 * batch_size)))
     for first in range(0, len(samples), group):
         rows = [Row((sample,)) for sample in _longest_first(samples[first : first + group])]
@@ -98,14 +98,14 @@ def _of_like_length(samples: Sequence[TokenizedSample], batch_size: int) -> Iter
 
 
 def _packed(samples: Sequence[TokenizedSample], row_length: int) -> Iterator[Row]:
-    """Best fit, longest first: each sample goes into the fullest row that has room for it."""
+    """Yield rows packed by best fit, longest first: each sample goes into the fullest row that has room for it."""
     for first in range(0, len(samples), PACKED_TOGETHER):
         rows: list[list[TokenizedSample]] = []
         rooms: list[tuple[int, int]] = []  # the room left in a row and the row's number, least room first
         for sample in _longest_first(samples[first : first + PACKED_TOGETHER]):
             length = len(sample.input_ids)
             if length > row_length:
-                raise ValueError(f"the sample of line {sample.line} has {length} tokens, a row {row_length}")
+                raise ValueError(f"the sample in line {sample.line} has {length} tokens, but a row holds {row_length}")
             place = bisect_left(rooms, (length, -1))
             if place < len(rooms):
                 room, row = rooms.pop(place)
@@ -122,21 +122,21 @@ def _longest_first(samples: Sequence[TokenizedSample]) -> list[TokenizedSample]:
 
 
 def _shuffled(items: Sequence[T], seed: str) -> list[T]:
-    """`items` by random keys: of Python's generators, ``random()`` alone is promised to stay the same."""
+    """Return `items` in random order. Only ``random()`` is used, since Python guarantees its sequence across versions."""
     draw = random.Random(seed).random
     return [item for _, _, item in sorted((draw(), place, item) for place, item in enumerate(items))]
 
 
 def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """The arguments of a causal language model of transformers, each (rows, longest row) int64 on the CPU.
+    """Return the arguments for a causal language model of transformers, each (rows, longest row) int64 on the CPU.
 
-    ``input_ids``: 0 where a row has ended. ``labels``: the tokens that count, else `IGNORED`; a sample's first token never
-    counts, so that none is foretold by the sample before it, and as many count as `Row.scored_tokens` says.
+    - ``input_ids``: the tokens, then 0 as padding.
+    - ``labels``: the tokens that count, `IGNORED` elsewhere. The first token of a sample never counts, because the sample
+      before it would predict it; `Row.scored_tokens` tokens count in total.
+    - ``attention_mask``, if no row holds more than one sample: 1 for tokens, 0 for padding.
+    - ``position_ids``, otherwise: they start at 0 with each sample and with the padding.
 
-    They are to be given together with ``use_cache=False``: with a cache, packed samples see one another.
-
-    Where no row holds more than one sample, ``attention_mask``: 1 for tokens, 0 where a row has ended. Else
-    ``position_ids`` and no mask: they begin at 0 with each sample, and where the row has ended.
+    Call the model with ``use_cache=False``: with a cache, packed samples attend to one another.
     """
     import torch
 
@@ -163,10 +163,10 @@ def _positions(row: Row, width: int) -> list[int]:
 
 
 def packs_cleanly(model: Module) -> bool:
-    """Whether each of two samples packed side by side has the logits in `model` that it has alone.
+    """Return whether two samples packed side by side have the same logits in `model` as each has alone.
 
-    It is tried on a few tokens, since it depends on the architecture and on the attention that is used. Every module
-    stays in its mode, and no random number is drawn.
+    This depends on the architecture and the attention implementation, so it is tested on a few tokens. Every module keeps
+    its mode, and no random number is drawn.
     """
     import torch
 
@@ -188,7 +188,7 @@ def packs_cleanly(model: Module) -> bool:
 
 
 def _logits(model: Module, *samples: tuple[int, ...]) -> torch.Tensor:
-    """(1, tokens, vocabulary) in the model's type."""
+    """Return the logits of packed samples, (1, tokens, vocabulary) in the model's dtype."""
     import torch
 
     device = next(model.parameters()).device

@@ -1,8 +1,8 @@
-"""The state of a run between two steps, as one safetensors file: from it the run goes on bit for bit.
+"""The state of a run between two steps, as one safetensors file, from which the run resumes bit for bit.
 
-It holds the trainable parameters, what the optimizer knows of them, the method's buffers, the best parameters so far,
-and in the file's metadata, as JSON, the step and the recipe. No random state is kept: every step draws from a seed made of
-the recipe's and its own number. A file replaces the one before it in one rename, so there is always a whole one.
+The file holds the trainable parameters, the optimizer's state, the method's buffers and the best parameters so far. Its
+metadata hold the step and the recipe as JSON. No random state is kept: every step draws from a seed that is made of the
+recipe's seed and the step's number. A new file replaces the old one by a rename, so there is always a complete one.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ SCHEMA: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class TrainingState:
-    """What a run has become after `step` steps.
+    """The state of a run after `step` steps.
 
     Attributes:
-        step: the last that is done; 0 for none.
-        parameters: the trainable ones, by name.
-        moments: of each parameter, what the optimizer keeps of it.
-        buffers: the method's own.
-        best: parameters and buffers with the least validation loss, under ``parameters.`` and ``buffers.``; may be empty.
-        facts: figures that go on, such as the losses on the validation samples.
+        step: the number of steps done.
+        parameters: trainable parameters by name.
+        moments: the optimizer's state of each parameter.
+        buffers: the method's buffers.
+        best: parameters and buffers with the lowest validation loss, named ``parameter NAME`` and ``buffer NAME``; may be
+            empty.
+        facts: figures that accumulate over the run, such as the losses on the validation samples.
     """
 
     step: int
@@ -48,10 +49,10 @@ class TrainingState:
 
 
 def save_state(state: TrainingState, recipe: Mapping[str, Any], file: Path) -> None:
-    """Write a state as `file`, in place of an older one, durable before it has the name.
+    """Write a state as `file`. An older file is replaced only once the new one is durable.
 
     Raises:
-        OutputError: it cannot be written; what was there before is there still.
+        OutputError: the state cannot be written; an older file is still there.
     """
     import torch
 
@@ -76,10 +77,10 @@ def save_state(state: TrainingState, recipe: Mapping[str, Any], file: Path) -> N
 
 
 def read_recipe(file: Path) -> tuple[int, dict[str, Any]]:
-    """The step and the recipe of a saved state, without its tensors.
+    """Return the step and the recipe of a saved state, without reading its tensors.
 
     Raises:
-        CheckpointError: `file` is no state of a run.
+        CheckpointError: `file` is not the state of a training run.
     """
     record = _record(file)
     return record["step"], record["recipe"]
@@ -89,7 +90,7 @@ def load_state(file: Path) -> TrainingState:
     """Read a saved state.
 
     Raises:
-        CheckpointError: `file` is no state of a run.
+        CheckpointError: `file` is not the state of a training run.
     """
     from safetensors.torch import load_file
 
@@ -127,6 +128,6 @@ def _record(file: Path) -> dict[str, Any]:
     except (LoratoolError, KeyError, ValueError, TypeError):
         whole = False
     if not whole:
-        raise CheckpointError(f"{quoted(file)} is no state of a training run; remove its folder and train anew")
+        raise CheckpointError(f"{quoted(file)} is not the state of a training run; remove its folder and train again")
     found: dict[str, Any] = record
     return found

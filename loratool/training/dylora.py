@@ -1,4 +1,4 @@
-"""DyLoRA (Valipour et al. 2022, arXiv:2210.07558): each step trains the leading b components of a LoRA, b drawn anew.
+"""DyLoRA (Valipour et al. 2022, arXiv:2210.07558): each step draws a rank b and trains the first b components of a LoRA.
 
 ``h = W x + alpha / b * B[:, :b] A[:b] x`` (equations 5 to 7).
 """
@@ -25,8 +25,8 @@ from loratool.training.targets import Targets
 class DyLoRALinear(LoRALinear):
     """A LoRA layer that acts through its first `active` components.
 
-    With `frozen`, only the last of them is trained: the others take part in the forward pass as constants, so that a step
-    leaves them as they are but for the optimizer's own momentum.
+    With `frozen`, only the last of them is trained. The others are constants in the forward pass, so only the optimizer's
+    momentum changes them.
     """
 
     def __init__(self, base: nn.Module, options: DyLoRA) -> None:
@@ -61,7 +61,7 @@ class DyLoRAAdaptation(LowRankAdaptation[DyLoRALinear, DyLoRA]):
     def act_at(self, rank: int) -> None:
         if rank not in self.ranks:
             raise LoratoolError(
-                f"the DyLoRA acts at the ranks {self.ranks[0]} to {self.ranks[-1]}; {rank} is none of them"
+                f"the DyLoRA acts at the ranks {self.ranks[0]} to {self.ranks[-1]}, and {rank} is not one of them"
             )
         for layer in self.layers.values():
             layer.active, layer.scaling = rank, self.options.scaling_at(rank)
@@ -83,12 +83,12 @@ class DyLoRAAdaptation(LowRankAdaptation[DyLoRALinear, DyLoRA]):
 
 
 def attach_dylora(model: nn.Module, targets: Targets, options: DyLoRA, seed: int) -> DyLoRAAdaptation:
-    """Put a DyLoRA on the targets."""
+    """Wrap the targets in DyLoRA layers."""
     return DyLoRAAdaptation(model, targets, options, seed)
 
 
 def drawn_rank(options: DyLoRA, seed: int, step: int) -> int:
-    """The rank of a step: algorithm 1's ``b ~ p_B``, the same wherever it is asked for."""
+    """Return the rank of a step: ``b ~ p_B`` of algorithm 1. It depends only on the options, the seed and the step."""
     digest = hashlib.blake2b(f"rank {seed} {step}".encode(), digest_size=8).digest()
     shares = list(accumulate(_weights(options)))
     place = int.from_bytes(digest) / 2**64 * shares[-1]

@@ -1,4 +1,4 @@
-"""A linear layer with low-rank factors beside its frozen weight: what the layers of all methods have in common."""
+"""A linear layer with low-rank factors beside its frozen weight: the base class of the layers of all methods."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from loratool.updates.low_rank import LoadedLowRank
 class AdaptedLinear(nn.Module):
     """``y = base(x) + scaling * B (A x)`` around an nn.Linear, a Conv1D or a Linear4bit.
 
-    A method says by `leading_product` what A, B and the scaling are at the moment.
+    A method defines the current A, B and scaling by `leading_product`.
 
     Attributes:
-        base: the layer itself, which computes its part as it always does.
-        in_features, out_features: of the base.
-        dropout: the probability with which an input of A is zero in training.
+        base: the wrapped layer.
+        in_features, out_features: the sizes of the base.
+        dropout: the probability with which an input of A is set to zero in training.
     """
 
     letters: ClassVar[tuple[str, ...]] = ("A", "B")
@@ -39,16 +39,16 @@ class AdaptedLinear(nn.Module):
         self.train(base.training)
 
     def leading_product(self) -> tuple[Tensor, Tensor, float]:
-        """A (r, in_features), B (out_features, r) and the scaling."""
+        """Return A (r, in_features), B (out_features, r) and the scaling that act now."""
         raise NotImplementedError
 
     @property
     def merged(self) -> bool:
-        """Whether the base's weight holds the update."""
+        """Whether the base's weight contains the update."""
         return self._merged_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of x (..., in_features), y (..., out_features), computed in the type of what the base gives."""
+        """Return y (..., out_features) of x (..., in_features), in the dtype of the base's output."""
         y: Tensor = self.base(x)
         if self.merged:
             return y
@@ -57,36 +57,36 @@ class AdaptedLinear(nn.Module):
         if self.dropout and self.training:
             x = functional.dropout(x, self.dropout)
         hidden = functional.linear(x, a.to(y.dtype))
-        # One product that begins from y: nothing of y's size is made but the result.
+        # addmm adds to y directly, so the result is the only other tensor of y's size.
         return torch.addmm(
             y.reshape(-1, self.out_features), hidden.reshape(-1, len(a)), b.to(y.dtype).T, alpha=scaling
         ).view(y.shape)
 
     def merge(self) -> None:
-        """Add the update to the base's weight, as it is now, rounded once; the base's part is all from then on."""
+        """Add the current update to the base's weight, rounded once. From then on only the base computes."""
         if self._merged_weight is None:
             self._merged_weight = MergedWeight(self.weight, self.loaded_update())
 
     def unmerge(self) -> None:
-        """Give the base's weight the bits that it had."""
+        """Restore the base's weight bit for bit."""
         if self._merged_weight is not None:
             self._merged_weight.restore()
             self._merged_weight = None
 
     @torch.no_grad()
     def loaded_update(self) -> LoadedUpdate:
-        """A copy of the update as it is now."""
+        """Return a copy of the current update."""
         a, b, scaling = self.leading_product()
         return LoadedLowRank(a.clone(), b.clone(), scaling, is_conv1d(self.base))
 
     def factors(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The factors by their letters, in the order of `letters`."""
+        """Yield the factors with their letters, in the order of `letters`."""
         for letter in self.letters:
             yield letter, getattr(self, f"lora_{letter}")
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, which some models look at."""
+        """The base's weight, which some models read directly."""
         return self.base.get_parameter("weight")
 
     @property
@@ -100,15 +100,15 @@ class AdaptedLinear(nn.Module):
 
 
 def new_factor(shape: tuple[int, int], device: torch.device) -> nn.Parameter:
-    """A factor of zeros, fp32."""
+    """Return a factor of zeros, fp32."""
     return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
 
 def fill_randomly(factor: nn.Parameter, name: str, seed: int, *, uniform: float | None = None,
                   normal: float | None = None) -> None:  # fmt: skip
-    """Fill a factor with random numbers: `uniform` within plus and minus that, or `normal` with that standard deviation.
+    """Fill a factor with random numbers: uniform between ``-uniform`` and ``uniform``, or normal with deviation `normal`.
 
-    They depend on the seed and the factor's name alone, not on the device nor on what else is filled.
+    The numbers depend only on the seed and the factor's name, not on the device or on other factors.
     """
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
@@ -122,7 +122,7 @@ def fill_randomly(factor: nn.Parameter, name: str, seed: int, *, uniform: float 
 
 
 def _features(base: nn.Module) -> tuple[int, int]:
-    """in_features and out_features; a Conv1D stores its weight as (in_features, out_features)."""
+    """Return in_features and out_features. A Conv1D stores its weight as (in_features, out_features)."""
     if is_conv1d(base):
         rows, columns = base.get_parameter("weight").shape
         return rows, columns

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, the recipe first, then each step, each evaluation and the end."""
+"""The log of a run, one JSON object per line: the recipe first, then each step, each evaluation, and the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loratool.errors import OutputError, quoted
 
 
 class Log:
-    """Appends to the log `file`, from its byte `size` on; what lies behind is of steps that a kill has undone."""
+    """A log that is appended to from byte `size` of `file` on. Later bytes, of steps lost in a kill, are cut off."""
 
     def __init__(self, file: Path, size: int = 0) -> None:
         self.file = file
@@ -31,10 +31,10 @@ class Log:
         self._stream.close()
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Append one line; a number that is not finite becomes null.
+        """Append one line. Numbers that are not finite become null.
 
         Raises:
-            OutputError: the disk is full.
+            OutputError: the line cannot be written, for example because the disk is full.
         """
         try:
             self._stream.write((json.dumps(_plain(entry)) + "\n").encode())
@@ -43,10 +43,10 @@ class Log:
             raise _not_written(self.file, error) from None
 
     def synced(self) -> int:
-        """Make all lines durable; their size in bytes.
+        """Make all lines durable and return their size in bytes.
 
         Raises:
-            OutputError: the disk is full.
+            OutputError: the lines cannot be written, for example because the disk is full.
         """
         try:
             os.fsync(self._stream.fileno())
@@ -56,7 +56,7 @@ class Log:
 
 
 def read_log(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log, as far as they are whole."""
+    """Yield the lines of a log up to the first incomplete one."""
     with open(file, "rb") as stream:
         for line in stream:
             try:

@@ -1,7 +1,7 @@
-"""The training loop: steps over batches, evaluations, and states to go on from.
+"""The training loop: steps over batches, evaluations, and states to resume from.
 
-Every random choice is a function of the recipe's seed and the number of the epoch or step, so a run that goes on from the
-state after a step is the run that never stopped.
+Every random choice depends only on the recipe's seed and the number of the epoch or step. A run that is resumed from a
+state therefore gives the same result as one that never stopped.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from loratool.training.recipe import Recipe
 EVALUATION_BATCH: Final = 8
 MOST_RANKS: Final = 16
 SAMPLES_BY_RANK: Final = 64
-"""Samples that a DyLoRA is scored on by rank, where none are held out."""
+"""Training samples on which a DyLoRA is scored at each rank if no samples are held out."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What there is to say of a step.
+    """The figures of one step.
 
     Attributes:
-        step: from 1.
+        step: its number, from 1.
         loss: mean cross entropy in nats over the tokens that count, of all processes, before the step.
-        gradient_norm: before it was clipped.
-        tokens: that the model read; padding not.
-        seconds: of the step.
-        figures: the method's own.
+        gradient_norm: L2 norm of all gradients, before clipping.
+        tokens: tokens that the model read, without padding.
+        seconds: duration of the step.
+        figures: the method's own figures.
     """
 
     step: int
@@ -57,7 +57,7 @@ class StepReport:
     figures: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The step as the log has it."""
+        """Return the step as an entry of the log."""
         return {
             "step": self.step,
             "loss": self.loss,
@@ -72,35 +72,36 @@ class StepReport:
 
 
 class Observer(Protocol):
-    """Who is told of a run, and may end it."""
+    """The receiver of a run's events, which may also stop the run."""
 
     def stepped(self, report: StepReport) -> None:
-        """A step is made."""
+        """Receive the report of each step."""
 
     def evaluated(self, step: int, loss: float) -> None:
-        """After `step` steps the validation samples had this loss."""
+        """Receive the loss of the validation samples after `step` steps."""
 
     def wants_state(self, step: int) -> bool:
-        """Whether the state after `step` steps should be kept."""
+        """Return whether the state after `step` steps should be kept."""
 
     def keep(self, state: TrainingState) -> None:
-        """Keep a state to go on from."""
+        """Keep a state to resume from."""
 
     def wants_to_stop(self) -> bool:
-        """Whether the run should end here; all processes ask after each step."""
+        """Return whether the run should stop here. Every process calls this after each step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run has come to.
+    """The result of a run.
 
     Attributes:
-        loss, loss_before: mean cross entropy in nats on the samples that were held out, of the adapter that is kept and of the
-            model before training; where none were held out, of the last and of the first step's own samples.
-        is_held_out: which of the two.
-        loss_by_rank: of a DyLoRA, the loss at each of its ranks.
-        seconds, tokens: spent in steps, and read in them, padding not.
-        peak_memory_bytes: the most that this process has taken.
+        loss, loss_before: mean cross entropy in nats. With held-out samples, it is measured on those, with the adapter that
+            is kept and with the model before training. Without, it is that of the last and the first step's own samples.
+        is_held_out: whether samples were held out.
+        loss_by_rank: the loss at each measured rank of a DyLoRA; empty for other methods.
+        seconds: time spent in steps.
+        tokens: tokens read in steps, without padding.
+        peak_memory_bytes: the peak memory of this process.
     """
 
     loss: float
@@ -113,16 +114,16 @@ class Outcome:
 
     @property
     def perplexity(self) -> float:
-        """``exp(loss)``, finite."""
+        """``exp(loss)``, with a loss above 700 taken as 700 so that it stays finite."""
         return math.exp(min(self.loss, 700.0))
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens that steps have read each second."""
+        """Tokens that steps have read per second."""
         return round(self.tokens / self.seconds, 1) if self.seconds else 0.0
 
     def losses(self) -> dict[str, Any]:
-        """What equal runs have in common, as JSON."""
+        """Return the figures that equal runs share, as JSON."""
         by_rank = {str(rank): loss for rank, loss in self.loss_by_rank.items()}
         return {
             "loss": self.loss,
@@ -133,7 +134,7 @@ class Outcome:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, as the catalogue has it."""
+        """Return all figures, as JSON for the catalogue."""
         return self.losses() | {
             "tokens_per_second": self.tokens_per_second,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -143,7 +144,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class Training:
-    """A model with its adapter, what it is trained and validated on, and how far it is."""
+    """A model with its adapter, its samples for training and validation, and the progress of the run."""
 
     recipe: Recipe
     model: torch.nn.Module
@@ -160,10 +161,11 @@ class Training:
     step_losses: tuple[float, float] = (0.0, 0.0)
 
     def run(self, observer: Observer) -> bool:
-        """Train to the recipe's last step; False where the observer stopped it before, with its state kept.
+        """Train to the recipe's last step. Return False if the observer stopped the run before; its state is kept.
 
         Raises:
-            NotFiniteError: with the state before the step kept.
+            NotFiniteError: a step's loss or gradient is not finite; the state before that step is kept.
+            LoratoolError: the device has too little memory.
         """
         recipe = self.recipe
         if self.held_out and not self.losses:
@@ -190,10 +192,10 @@ class Training:
         return self.step == recipe.steps
 
     def make_step(self, rows: Sequence[Row]) -> StepReport:
-        """One step of the optimizer on `rows`: the loss is the mean over all tokens of theirs that count.
+        """Make one optimizer step on `rows`. The loss is the mean over all their tokens that count.
 
         Raises:
-            NotFiniteError: nothing was changed.
+            NotFiniteError: the loss or the gradient is not finite; no parameter was changed.
         """
         began, recipe, parameters = time.perf_counter(), self.recipe, self.adaptation.parameters()
         self.model.train()
@@ -227,14 +229,15 @@ class Training:
         return self._stepped(float(loss), rate, float(norm), rows, time.perf_counter() - began)
 
     def evaluate(self, observer: Observer) -> None:
-        """Score the samples that were held out, at the full rank, and remember the best parameters."""
+        """Score the held-out samples at the full rank, and remember the parameters if they are the best so far."""
         try:
             loss = self.score_at(self.adaptation.ranks[-1], self.held_out)
         except NotFiniteError:
             if not self.step:
-                raise  # the model itself
+                raise  # the model itself has no finite loss
             raise NotFiniteError(
-                f"after step {self.step} the loss of what is held out is no number; begin anew with a smaller --lr and --force"
+                f"after step {self.step} the loss on the held-out samples is not finite; start again with a smaller --lr and "
+                "--force"
             ) from None
         if (
             self.recipe.keep == "best"
@@ -247,7 +250,7 @@ class Training:
 
     def score_at(self, rank: int, samples: Sequence[TokenizedSample],
                  progress: Callable[[int], None] = lambda count: None) -> float:  # fmt: skip
-        """The loss of `samples` with the adapter acting at `rank`."""
+        """Return the loss of `samples`, mean cross entropy in nats, with the adapter acting at `rank`."""
         self.model.eval()
         self.adaptation.act_at(rank)
         with self._autocast():
@@ -258,7 +261,7 @@ class Training:
 
     @property
     def scored_at_the_end(self) -> int:
-        """How many samples `outcome` scores: of an adapter of several ranks, the same ones at each."""
+        """Number of samples that `outcome` scores. An adapter with several ranks is scored on the same ones at each."""
         return len(self._ranks_measured) * len(self._samples_measured)
 
     @property
@@ -271,7 +274,7 @@ class Training:
         return self.held_out or self.samples[:SAMPLES_BY_RANK]
 
     def outcome(self, progress: Callable[[int], None] = lambda count: None) -> Outcome:
-        """Take the adapter that is to be kept, and say what it has come to; `progress` counts `scored_at_the_end`."""
+        """Load the parameters to keep and return the result of the run. `progress` counts up to `scored_at_the_end`."""
         self._take_best()
         by_rank = {rank: self.score_at(rank, self._samples_measured, progress) for rank in self._ranks_measured}
         if self.held_out:
@@ -284,7 +287,7 @@ class Training:
         )
 
     def _take_best(self) -> None:
-        """Go back to the parameters of the least validation loss, where they were kept."""
+        """Load the parameters with the lowest validation loss, if any were kept."""
         parameters = self.adaptation.parameters()
         buffers = {}
         for name, tensor in self.best.items():
@@ -298,7 +301,7 @@ class Training:
             self.adaptation.load_buffers(buffers)
 
     def state(self) -> TrainingState:
-        """How far it is, as tensors of its own."""
+        """Return the current state of the run."""
         parameters = self.adaptation.parameters()
         facts = {name: getattr(self, name) for name in _FACTS}
         return TrainingState(
@@ -306,7 +309,7 @@ class Training:
         )
 
     def load(self, state: TrainingState) -> None:
-        """Take back a state."""
+        """Restore a state."""
         parameters = self.adaptation.parameters()
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -318,7 +321,7 @@ class Training:
         self.step = state.step
         for name in _FACTS:
             setattr(self, name, state.facts[name])
-        self.losses = [(step, loss) for step, loss in self.losses]  # JSON made lists of them
+        self.losses = [(step, loss) for step, loss in self.losses]  # JSON turned the tuples into lists
 
     def _adapter(self) -> dict[str, torch.Tensor]:
         parameters = {f"parameter {name}": each.detach() for name, each in self.adaptation.parameters().items()}
@@ -351,14 +354,14 @@ _FACTS: Final = ("losses", "seconds", "tokens", "step_losses")
 
 
 def thinned(ranks: Sequence[int]) -> Sequence[int]:
-    """All ranks where they are few, else the powers of two among them and the last."""
+    """Return all ranks if there are at most `MOST_RANKS`, or else the powers of two among them and the last."""
     if len(ranks) <= MOST_RANKS:
         return ranks
     return [rank for rank in ranks if rank & (rank - 1) == 0 or rank == ranks[-1]]
 
 
 def batches(samples: Sequence[TokenizedSample], recipe: Recipe, *, skip: int = 0) -> Iterator[tuple[Row, ...]]:
-    """The rows of each step, without an end, from the step after `skip` on."""
+    """Yield the rows of each step without end, after skipping the first `skip` steps."""
     row_length = recipe.max_length if recipe.pack else None
     epoch = 0
     while True:
@@ -371,7 +374,7 @@ def batches(samples: Sequence[TokenizedSample], recipe: Recipe, *, skip: int = 0
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed of its own for each step and process."""
+    """Return a different seed for each step and process; `rank` is the process's number."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {step} {rank}".encode(), digest_size=8).digest()) >> 1
 
 
@@ -384,6 +387,6 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
 def _not_finite(step: int, loss: float, norm: float) -> NotFiniteError:
     what = f"the loss is {loss:g}" if not math.isfinite(loss) else f"the gradient's norm is {norm:g}"
     return NotFiniteError(
-        f"{what} at step {step}, so the step was not made and the state before it is kept; begin anew with a smaller --lr and "
+        f"{what} at step {step}, so the step was not made and the state before it is kept; start again with a smaller --lr and "
         "--force"
     )

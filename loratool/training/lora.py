@@ -34,7 +34,7 @@ class LoRALinear(AdaptedLinear):
         return self.lora_A, self.lora_B, self.scaling
 
     def fill(self, name: str, initialisation: Initialisation, seed: int) -> None:
-        """Fill A; B stays zero."""
+        """Fill A with random numbers. B stays zero."""
         if initialisation == "gaussian":
             fill_randomly(self.lora_A, f"{name}.A", seed, normal=1 / len(self.lora_A))
         else:
@@ -46,8 +46,10 @@ Chosen = TypeVar("Chosen")
 
 
 class LowRankAdaptation(Generic[Layer, Chosen]):
-    """The layers of one adapter in a model, by their modules' names: `loratool.training.methods.Adaptation`, with nothing to
-    do between steps."""
+    """The layers of one adapter in a model, by the names of their modules.
+
+    It implements `loratool.training.methods.Adaptation` for a method that does nothing between steps.
+    """
 
     method = ""
 
@@ -66,26 +68,26 @@ class LowRankAdaptation(Generic[Layer, Chosen]):
 
     def act_at(self, rank: int) -> None:
         if rank not in self.ranks:
-            raise LoratoolError(f"the adapter acts at rank {self.ranks[-1]} only, and {rank} is asked for")
+            raise LoratoolError(f"the adapter acts only at rank {self.ranks[-1]}, not at {rank}")
 
     def begin_step(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def penalty(self) -> Tensor | None:
         return None
 
     def after_backward(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def after_step(self, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def buffers(self) -> dict[str, Tensor]:
         return {}
 
     def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         if buffers:
-            raise LoratoolError(f"the checkpoint holds the state of another method than {self.method}")
+            raise LoratoolError(f"the checkpoint holds the state of a different method than {self.method}")
 
     def figures(self) -> dict[str, Any]:
         return {}
@@ -107,7 +109,7 @@ class LowRankAdaptation(Generic[Layer, Chosen]):
         if packed:
             raise UnsupportedError(
                 f"{quoted(packed[0])} is stored in 4 bits, where rounding would lose most of the update; save the adapter and "
-                "merge it by 'loratool merge', which keeps it"
+                "merge it with 'loratool merge', which delivers it"
             )
         for layer in self.layers.values():
             layer.merge()
@@ -131,7 +133,7 @@ class LoRAAdaptation(LowRankAdaptation[LoRALinear, LoRA]):
 
 
 def attach_lora(model: nn.Module, targets: Targets, options: LoRA, seed: int) -> LoRAAdaptation:
-    """Put a LoRA on the targets."""
+    """Wrap the targets in LoRA layers."""
     adaptation = LoRAAdaptation(
         model, targets, options, lambda base: LoRALinear(base, options.rank, options.scaling, options.dropout)
     )
@@ -141,7 +143,7 @@ def attach_lora(model: nn.Module, targets: Targets, options: LoRA, seed: int) ->
 
 
 def peft_lora_config(options: LoRA | DyLoRA, targets: Targets) -> dict[str, Any]:
-    """The ``peft.LoraConfig`` of a LoRA, or of a DyLoRA at its full rank, as JSON."""
+    """Return the ``peft.LoraConfig`` of a LoRA, or of a DyLoRA at its full rank, as JSON."""
     return {
         "peft_type": "LORA",
         "task_type": TASK,

@@ -1,4 +1,4 @@
-"""How much memory a run has taken."""
+"""The peak memory of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import resource
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: on CUDA the most that torch has allocated there, else the most that this process has had in memory."""
+    """Return the peak memory in bytes: torch's peak allocation on CUDA, or this process's peak resident size on a CPU."""
     if device.startswith("cuda"):
         import torch
 

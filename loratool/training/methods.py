@@ -1,4 +1,4 @@
-"""An adapter at work in a model: what the training loop sees of a method, and how one is put there."""
+"""The interface between the training loop and a method, and the function that puts a method's layers into a model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class Adaptation(Protocol):
     """A model's adapter while it is trained. Steps are those of the optimizer, counted from 0.
 
-    A step is `begin_step`, then forward and backward passes, with `penalty` added once and whole to the loss of one of
-    them, then `after_backward`, then clipping and the optimizer, then `after_step`. What a step draws is a function of the
-    seed and the step, so resuming needs the parameters, the optimizer and `buffers` alone, and all processes draw the same.
+    A step consists of `begin_step`; forward and backward passes; one backward pass of `penalty`; `after_backward`; clipping
+    and the optimizer; `after_step`. What a step draws depends only on the seed and the step. Resuming therefore needs only
+    the parameters, the optimizer and `buffers`, and all processes draw the same.
     """
 
     @property
@@ -29,82 +29,90 @@ class Adaptation(Protocol):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that it can act at, ascending: those of a DyLoRA, else its one (an AdaLoRA's initial) rank."""
+        """The ranks it can act at, ascending: all of a DyLoRA's, or the only one of others (an AdaLoRA's initial rank)."""
 
     def parameters(self) -> Mapping[str, torch.nn.Parameter]:
-        """What is trained, fp32: module and factor (``model.layers.0.self_attn.q_proj.A``), in the model's order."""
+        """Return the trained parameters, fp32, in the model's order.
+
+        Names are a module and a factor, such as ``model.layers.0.self_attn.q_proj.A``.
+        """
 
     def act_at(self, rank: int) -> None:
-        """Act at one of `ranks` from now on, until the next `begin_step`; for evaluation."""
+        """Act at one of `ranks` until the next `begin_step`. Evaluation uses this."""
 
     def begin_step(self, step: int) -> None:
-        """Make ready for the forward passes of `step`: a DyLoRA draws its rank."""
+        """Prepare the forward passes of `step`. A DyLoRA draws its rank here."""
 
     def penalty(self) -> torch.Tensor | None:
-        """What a step adds to the loss, a scalar with a gradient: an AdaLoRA's weighted regularization; or None."""
+        """Return a scalar with a gradient to add to the loss, or None. An AdaLoRA returns its weighted regularization."""
 
     def after_backward(self, step: int) -> None:
-        """Take note of the gradients, as they are before they are clipped: an AdaLoRA's importance."""
+        """Read the gradients before they are clipped. An AdaLoRA updates its importance here."""
 
     def after_step(self, step: int) -> None:
-        """Mend the parameters after the optimizer changed them: an AdaLoRA keeps within its budget."""
+        """Adjust the parameters after the optimizer changed them. An AdaLoRA cuts down to its budget here."""
 
     def buffers(self) -> Mapping[str, torch.Tensor]:
-        """What a checkpoint holds beside parameters and optimizer; empty but for AdaLoRA. On its parameters' device."""
+        """Return what a checkpoint holds besides parameters and optimizer, on the parameters' device.
+
+        It is empty for every method except AdaLoRA.
+        """
 
     def load_buffers(self, buffers: Mapping[str, torch.Tensor]) -> None:
-        """Take `buffers` back.
+        """Restore `buffers`.
 
         Raises:
-            LoratoolError: they are those of another adapter.
+            LoratoolError: they belong to a different adapter.
         """
 
     def figures(self) -> Mapping[str, Any]:
-        """What the log should say of the step: of a DyLoRA ``rank``, drawn; of an AdaLoRA ``budget`` (the total of its
-        ranks) and ``ranks`` by module."""
+        """Return the method's figures of this step for the log.
+
+        A DyLoRA has the ``rank`` that was drawn. An AdaLoRA has its ``budget`` (the sum of its ranks) and ``ranks`` by module.
+        """
 
     def config(self) -> dict[str, Any]:
-        """The PEFT configuration that its files have, without what the loop knows (``base_model_name_or_path``, ...)."""
+        """Return the PEFT configuration for its files, without what the loop adds (``base_model_name_or_path``, ...)."""
 
     def facts(self) -> dict[str, Any]:
-        """What ``loratool.json`` must say for its files to be read as what they are: ``kind`` and ``scaling`` of a DyLoRA.
+        """Return the facts that ``loratool.json`` needs so that the files are read as this method's.
 
-        Of an AdaLoRA also the ``importance`` of its components.
+        A DyLoRA has ``kind`` and ``scaling``. An AdaLoRA has the ``importance`` of its components.
         """
 
     def adapter(self, draft: Draft, name: str, config: Mapping[str, Any] | None = None,
                 facts: Mapping[str, Any] | None = None) -> Adapter:  # fmt: skip
-        """The adapter as it is now, its factors in `draft`, fp32, cut to the ranks that are left.
+        """Return the adapter in its current state, with its fp32 factors in `draft`, cut to the ranks that remain.
 
         `config` and `facts` are added to its own.
         """
 
     def merge(self) -> None:
-        """Add the update to the model's own weights, rounded once to their type; the layers then compute those alone.
+        """Add the update to the model's own weights, rounded once to their dtype. The layers then use only these weights.
 
         Raises:
             UnsupportedError: a weight is in 4 bits.
         """
 
     def unmerge(self) -> None:
-        """Take the update out of the weights again, bit for bit."""
+        """Remove the update from the weights, which are restored bit for bit."""
 
     def detach(self) -> None:
-        """Give the model its own modules back. It stays frozen."""
+        """Put the model's own modules back. Its parameters stay frozen."""
 
 
 def attach(model: torch.nn.Module, options: Options, *, targets: str | Sequence[str] | None = None, seed: int = 0,
            total_steps: int = 1) -> Adaptation:  # fmt: skip
-    """Freeze `model` and wrap its target modules in place with the layers of a method; the model computes what it did.
+    """Freeze `model` and wrap its target modules in place with the layers of a method. Its outputs stay the same.
 
     Args:
-        targets: names, a pattern, ``all-linear`` or None for that (see `choose_targets`).
-        seed: of the factors, and of what steps draw.
-        total_steps: of the optimizer; AdaLoRA's schedule is made of it.
+        targets: names, a pattern, or ``all-linear``, the default (see `choose_targets`).
+        seed: the seed of the factors' initial numbers and of what steps draw.
+        total_steps: the number of optimizer steps, which AdaLoRA's schedule depends on.
 
     Raises:
-        NotFoundError: a target is no module of the model.
-        UnsupportedError: a target is no linear layer, or is in 8 bits.
+        NotFoundError: a target is not a module of the model.
+        UnsupportedError: a target is not a linear layer, or is in 8 bits.
         LoratoolError: the schedule of an AdaLoRA does not fit into `total_steps`.
     """
     chosen = choose_targets(model, targets)

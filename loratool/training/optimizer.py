@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) of torch, and of a QLoRA on CUDA bitsandbytes' paged one."""
+"""AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) of torch, or bitsandbytes' paged one for a QLoRA on CUDA."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter], recipe: Recipe, *, paged: bool
 ) -> torch.optim.Optimizer:
-    """The optimizer of these parameters; `paged` keeps its moments in memory that CUDA can move to the host."""
+    """Make the optimizer of these parameters. With `paged`, its moments are in memory that CUDA can move to the host."""
     import torch
 
     if paged:
@@ -29,7 +29,7 @@ def make_optimizer(
 def moments(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, dict[str, Any]]:
-    """What the optimizer keeps of each parameter, as tensors, by the parameters' names."""
+    """Return the optimizer's state of each parameter as tensors, by the parameter's name."""
     import torch
 
     return {
@@ -41,7 +41,7 @@ def moments(
 
 def load_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter],
                  saved: Mapping[str, Mapping[str, torch.Tensor]]) -> None:  # fmt: skip
-    """Take back what `moments` gave."""
+    """Restore the state that `moments` returned."""
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         for key, tensor in saved.get(name, {}).items():

@@ -1,4 +1,4 @@
-"""What a user chooses of each method, checked when it is made. Needs no torch."""
+"""The options of each method, which check themselves when they are made. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Update = Literal["leading", "frozen"]
 UPDATES: Final[tuple[Update, ...]] = ("leading", "frozen")
 
 DEFAULT_LR: Final = 1e-3
-"""The learning rate of every method where none is chosen."""
+"""The default learning rate of every method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,15 +25,16 @@ class LoRA:
     """LoRA (Hu et al. 2021, arXiv:2106.09685, section 4.1): ``W x + scaling * B (A x)``.
 
     Attributes:
-        rank: components of each module.
-        alpha: what the scaling is made of; None for twice the rank.
+        rank: number of components in each module.
+        alpha: numerator of the scaling; None for twice the rank.
         dropout: the probability with which an input of A is set to zero, 0 or more and below 1.
-        rslora: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732), not ``alpha / rank``.
-        initialisation: how A begins, B being zero: ``kaiming``, uniform within ``1 / sqrt(in_features)`` as the authors'
-            code and PEFT have it; or ``gaussian``, normal with the standard deviation ``1 / rank`` as PEFT has it.
+        rslora: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732) instead of ``alpha / rank``.
+        initialisation: the initial numbers of A (B is zero). ``kaiming`` is uniform between ``-1 / sqrt(in_features)`` and
+            ``1 / sqrt(in_features)``, as in the authors' code and PEFT. ``gaussian`` is normal with standard deviation
+            ``1 / rank``, as in PEFT.
 
     Raises:
-        LoratoolError: a value is impossible.
+        LoratoolError: a value is invalid.
     """
 
     method: ClassVar[str] = "lora"
@@ -54,30 +55,30 @@ class LoRA:
 
     @property
     def scaling(self) -> float:
-        """What multiplies ``B A``."""
+        """The factor of ``B A``."""
         return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DyLoRA:
-    """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): a LoRA whose leading b components are one at every rank b.
+    """DyLoRA (Valipour et al. 2022, arXiv:2210.07558): a LoRA whose first b components are a LoRA of rank b, for every b.
 
     Attributes:
         rank: the largest rank, the paper's r_max.
-        least_rank: the smallest, r_min.
-        alpha: what the scaling is made of; None for twice the rank.
-        dropout: as LoRA's.
+        least_rank: the smallest rank, the paper's r_min.
+        alpha: numerator of the scaling; None for twice the rank.
+        dropout: the same as LoRA's.
         rslora: scale rank b by ``alpha / sqrt(b)``.
-        scaling_law: how else rank b is scaled: ``paper``, ``alpha / b`` (equation 7), or ``kohya``,
+        scaling_law: the scaling of rank b without `rslora`: ``paper`` is ``alpha / b`` (equation 7); ``kohya`` is
             ``alpha / rank * sqrt(rank / b)``.
-        initialisation: as LoRA's.
-        distribution: how b is drawn each step: ``uniform`` or ``geometric`` over least_rank..rank.
-        geometric_p: of a geometric distribution, with which b has the weight ``(1 - p) ** (b - least_rank)``.
-        update: which components a step changes: all ``leading`` b, or only the b-th, the others being ``frozen``
-            (algorithm 1 with and without its line for the frozen variant).
+        initialisation: the same as LoRA's.
+        distribution: how each step draws b from least_rank..rank: ``uniform`` or ``geometric``.
+        geometric_p: the p of a geometric distribution, in which b has the weight ``(1 - p) ** (b - least_rank)``.
+        update: the components that a step changes: all b ``leading`` ones, or only the b-th while the others are ``frozen``
+            (the two variants of algorithm 1).
 
     Raises:
-        LoratoolError: a value is impossible.
+        LoratoolError: a value is invalid.
     """
 
     method: ClassVar[str] = "dylora"
@@ -99,7 +100,7 @@ class DyLoRA:
         _check_choice("update", self.update, UPDATES)
         _check_choice("scaling law", self.scaling_law, LAWS)
         if not 1 <= self.least_rank <= self.rank:
-            raise LoratoolError(f"the least rank is {self.least_rank} and must be among 1 to {self.rank}, the rank")
+            raise LoratoolError(f"the least rank is {self.least_rank} and must be from 1 to {self.rank}, the rank")
         if not 0 < self.geometric_p < 1:
             raise LoratoolError(f"the geometric distribution's p is {self.geometric_p} and must be between 0 and 1")
 
@@ -109,30 +110,30 @@ class DyLoRA:
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     def scaling_at(self, rank: int) -> float:
-        """What multiplies the product of the first `rank` components."""
+        """Return the factor of the product of the first `rank` components."""
         alpha = alpha_at(self.lora_alpha, rank, self.rank, self.scaling_law, use_rslora=self.rslora)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaLoRA:
-    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): ``W x + scaling * P (Lambda * (Q x))``, ranks shared out by importance.
+    """AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): ``W x + scaling * P (Lambda * (Q x))``, ranks allocated by importance.
 
-    Q begins with random numbers, P with zero and Lambda with one, so it learns as LoRA does, at LoRA's rates.
+    Q begins with random numbers, P with zero and Lambda with one, so LoRA's learning rates suit it.
 
     Attributes:
-        rank: the average rank that training ends with: the budget is this times the number of modules.
-        initial_rank: the rank that each module begins with; None for a quarter more (the paper: half as much again).
-        alpha: what the scaling, ``alpha / (initial_rank + 1e-5)``, is made of; None for twice the initial rank.
-        dropout: as LoRA's.
+        rank: the average rank at the end of training. The final budget is this times the number of modules.
+        initial_rank: the rank of each module at the beginning; None for 1.25 times `rank` (the paper: 1.5 times).
+        alpha: numerator of the scaling ``alpha / (initial_rank + 1e-5)``; None for twice the initial rank.
+        dropout: the same as LoRA's.
         initial_steps: steps before the budget begins to fall, t_i; None for a tenth of all steps.
-        final_steps: steps at the end whose ranks stay as they are, t_f; None for three tenths of all.
-        allocation_steps: steps from one sharing out to the next, Delta T; None for a hundredth of all.
-        beta1, beta2: of the moving averages of sensitivity and of its uncertainty (equations 9 and 10).
+        final_steps: steps at the end in which ranks stay the same, t_f; None for three tenths of all steps.
+        allocation_steps: steps from one allocation to the next, Delta T; None for a hundredth of all steps.
+        beta1, beta2: decay rates of the moving averages of sensitivity and its uncertainty (equations 9 and 10).
         orthogonality: the weight gamma of the regularization that keeps P and Q orthogonal (equation 4).
 
     Raises:
-        LoratoolError: a value is impossible.
+        LoratoolError: a value is invalid.
     """
 
     method: ClassVar[str] = "adalora"
@@ -166,7 +167,7 @@ class AdaLoRA:
 
     @property
     def init_r(self) -> int:
-        """The rank that each module begins with."""
+        """The rank of each module at the beginning."""
         return math.ceil(1.25 * self.rank) if self.initial_rank is None else self.initial_rank
 
     @property
@@ -179,7 +180,7 @@ Options = LoRA | DyLoRA | AdaLoRA
 METHODS: Final[dict[str, type[LoRA] | type[DyLoRA] | type[AdaLoRA]]] = {
     options.method: options for options in (LoRA, DyLoRA, AdaLoRA)
 }
-"""The options of each method, by the name that the command line has for it."""
+"""The options of each method, by its name on the command line."""
 
 
 def _check_common(rank: int, alpha: float | None, dropout: float) -> None:

@@ -1,8 +1,8 @@
-"""The processes that train one adapter together: one alone, or those that ``accelerate launch`` or ``torchrun`` started.
+"""The processes that train one adapter together: a single one, or those that ``accelerate launch`` or ``torchrun`` started.
 
-accelerate joins them. Each holds the adapter whole, goes through its share of every step's samples, and gets the sum of all
-gradients, so that all make the same step. The base, which is frozen, is held whole by each too (data parallel, DDP), or
-with FSDP2 spread over them, as accelerate was told to.
+accelerate connects them. Each holds the whole adapter, computes its share of every step's samples, and receives the sum of
+all gradients, so that all make the same step. Each also holds the whole frozen base (data parallel, DDP), or FSDP2 shards
+the base over them; accelerate's launch options choose which.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 Module = TypeVar("Module", bound="torch.nn.Module")
 
 BLANK: Final = Row((TokenizedSample(0, (0, 0), (IGNORED, IGNORED)),))
-"""A row of which nothing counts, for a process that has no share of a small step."""
+"""A row in which no token counts, for a process that has no share of a small step."""
 
 
 def launched() -> bool:
-    """Whether this process is one of several."""
+    """Return whether this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints, writes and catalogues."""
+    """Return whether this process is the one that prints, writes and catalogues."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -39,12 +39,13 @@ def _asked_to_spread() -> bool:
 
 
 class Processes:
-    """This process and those beside it.
+    """This process and the others of the same run.
 
     Attributes:
-        rank, count: its number, from 0, and how many there are.
+        rank: the number of this process, from 0.
+        count: the number of processes.
         device: ``cpu`` or ``cuda:N``.
-        spread: whether FSDP2 spreads the base over them.
+        spread: whether FSDP2 shards the base over the processes.
     """
 
     def __init__(self, device: str) -> None:
@@ -53,10 +54,10 @@ class Processes:
 
     @classmethod
     def joined(cls, device: str) -> Processes:
-        """This process among those that it was launched with; `device` is where one alone computes.
+        """Connect this process with those it was launched with. `device` is the device of a single process.
 
         Raises:
-            UnsupportedError: they were launched for another way of training than DDP or FSDP2.
+            UnsupportedError: they were launched for something other than DDP or FSDP2.
         """
         alone = cls(device)
         if not launched():
@@ -66,14 +67,14 @@ class Processes:
 
         accelerator = Accelerator(cpu=device == "cpu")
         if accelerator.distributed_type == DistributedType.MULTI_CPU and _asked_to_spread():
-            # accelerate takes note of FSDP on GPUs only; what it does then works on a CPU as well.
+            # accelerate sets FSDP up only on GPUs, although it works on a CPU as well.
             accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
             accelerator.state.distributed_type = DistributedType.FSDP
         way = accelerator.distributed_type
         data_parallel = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if not (way in data_parallel or (way == DistributedType.FSDP and accelerator.is_fsdp2)):
             raise UnsupportedError(
-                f"loratool trains on several processes by DDP and FSDP2, and was launched for {way.value}; "
+                f"loratool trains on several processes only by DDP and FSDP2, but was launched for {way.value}; "
                 "launch it with --multi_gpu, --cpu, or --use_fsdp --fsdp_version 2"
             )
         alone.rank, alone.count = accelerator.process_index, accelerator.num_processes
@@ -83,13 +84,13 @@ class Processes:
         return alone
 
     def refuse_to_spread(self, *, quantized: bool) -> None:
-        """Raise UnsupportedError for a model that FSDP2 does not spread: one in 4 bits."""
+        """Raise UnsupportedError if FSDP2 is to shard a 4-bit model, which it cannot."""
         if quantized and self.spread:
-            raise UnsupportedError("FSDP2 does not spread a 4-bit base; launch without --use_fsdp")
+            raise UnsupportedError("FSDP2 cannot shard a 4-bit base; launch without --use_fsdp")
 
     def prepare(self, model: Module, optimizer: torch.optim.Optimizer,
                 trained: Mapping[str, torch.nn.Parameter]) -> Module:  # fmt: skip
-        """Spread the model over the processes if it is to be; all but the `trained` parameters."""
+        """Return the model with its parameters, except the `trained` ones, sharded over the processes if FSDP2 is used."""
         if not self.spread:
             return model
         import torch
@@ -102,12 +103,12 @@ class Processes:
         return prepared
 
     def share(self, rows: Sequence[Row], passes: int) -> list[Sequence[Row]]:
-        """This process's part of a step's rows for each of its passes, none of them empty."""
+        """Return this process's rows of a step for each of its passes. No pass is empty."""
         parts = [rows[number :: passes * self.count] for number in range(self.rank, passes * self.count, self.count)]
         return [part or (BLANK,) for part in parts] if self.count > 1 else [part for part in parts if part]
 
     def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Put in the place of each fp32 tensor its sum over all processes."""
+        """Replace each fp32 tensor in place by its sum over all processes."""
         if self.count == 1:
             return
         import torch
@@ -117,6 +118,6 @@ class Processes:
             tensor.copy_(summed.view_as(tensor))
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()

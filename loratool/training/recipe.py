@@ -1,4 +1,4 @@
-"""What a training run is made of: every choice that decides its result, settled and checked before it begins."""
+"""The recipe of a training run: every choice that decides its result, made and checked before it begins."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ MethodOptions = LoRA | DyLoRA | AdaLoRA
 
 
 class Choices(TypedDict, total=False):
-    """What a user may choose of a run; what is left out has a default.
+    """The options of a training run. Each has a default.
 
-    method: ``lora``, ``dylora`` or ``adalora``; the options of each are those of `loratool.training.options`.
+    method: ``lora``, ``dylora`` or ``adalora``. The options of each are those of `loratool.training.options`.
     targets: names of modules, a pattern, or ``all-linear``.
-    quantize: ``nf4`` trains beside the base's NF4 image (QLoRA).
-    steps, epochs: how long; one of them.
-    batch_size: samples, or packed rows, of a step: of all its passes and processes together.
-    accumulate: the passes in which a step goes through its samples; more take less memory.
-    lr, schedule, warmup: the largest learning rate, by default the method's own; ``cosine``, ``linear`` or ``constant`` after
-        so many steps of rising.
-    weight_decay: AdamW's.
-    clip: the norm that gradients are cut to; 0 cuts none.
+    quantize: ``nf4`` trains the adapter on the base quantized to NF4 (QLoRA).
+    steps, epochs: the length of the run; give at most one of them.
+    batch_size: samples, or packed rows, in a step, summed over all its passes and processes.
+    accumulate: number of passes that a step is split into; more passes take less memory.
+    lr: the peak learning rate; by default the method's own.
+    schedule: the course of the learning rate after warmup: ``cosine``, ``linear`` or ``constant``.
+    warmup: steps in which the learning rate rises.
+    weight_decay: AdamW's weight decay.
+    clip: the largest norm of the gradients; 0 turns clipping off.
     precision: ``fp32`` or ``bf16`` (autocast); by default bf16 on CUDA and fp32 on a CPU.
     gradient_checkpointing: keep few activations and compute the others again.
-    seed: of everything that is drawn.
-    max_length: the most tokens of a sample, or of a packed row; by default the model's context.
+    seed: the seed of everything that is drawn.
+    max_length: the most tokens in a sample or a packed row; by default the model's context.
     truncate: cut longer samples instead of refusing them.
-    plain: no chat template around prompt and completion.
-    pack: several samples in a row of `max_length` tokens.
-    validation: samples to hold out; by default a tenth.
-    eval_every: steps between their evaluations.
-    keep: the parameters of the ``best`` evaluation, or the ``last`` ones.
+    plain: use no chat template for prompts and completions.
+    pack: put several samples into a row of `max_length` tokens.
+    validation: number of samples to hold out; by default a tenth.
+    eval_every: steps between evaluations of the held-out samples.
+    keep: ``best`` keeps the parameters of the best evaluation, ``last`` the final ones.
     """
 
     method: str
@@ -83,31 +84,31 @@ class Choices(TypedDict, total=False):
 FEW_SAMPLES: Final = 500
 BATCH_OF_FEW: Final = 4
 BATCH_OF_MANY: Final = 16
-"""Samples of a step where nobody says: of fewer samples than `FEW_SAMPLES`, and of more."""
+"""Default samples in a step: `BATCH_OF_FEW` with fewer than `FEW_SAMPLES` samples, `BATCH_OF_MANY` with more."""
 
 LEAST_EPOCHS: Final = 3
 LEAST_STEPS: Final = 50
-"""By default a run takes so many epochs, and of few samples as many as make so many steps."""
+"""By default a run takes `LEAST_EPOCHS` epochs, or more if those would be fewer than `LEAST_STEPS` steps."""
 
 LEAST_FOR_VALIDATION: Final = 20
 MOST_VALIDATION: Final = 64
-"""By default a tenth of the samples is held out: of fewer than so many none, and at most so many."""
+"""By default a tenth of the samples is held out, `MOST_VALIDATION` at most; with fewer than `LEAST_FOR_VALIDATION`, none."""
 
 EVALUATIONS: Final = 6
-"""How often a run looks at what it holds out, by default."""
+"""Default number of evaluations in a run."""
 
 MOST_WARMUP: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Every choice that decides the result of a run, in the words of `Choices`.
+    """Every choice that decides the result of a run. Attributes that are not listed here are those of `Choices`.
 
     Attributes:
-        base, base_fingerprint: the model's name, and its fingerprint.
+        base, base_fingerprint: the name and the fingerprint of the model.
         data, data_sha256: the name of the samples, and the sha256 of their tokens and labels.
-        samples: how many there are, those that are held out (`validation`) included.
-        adapter: the method, and what it has of its own.
+        samples: number of samples, including those that are held out (`validation`).
+        adapter: the method with its options.
     """
 
     base: str
@@ -138,7 +139,7 @@ class Recipe:
     keep: str = "last"
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as the catalogue, the facts beside the adapter and the log record it: flat, in this order."""
+        """Return the recipe as flat JSON, in this order: for the catalogue, the log, and the facts beside the adapter."""
         flat: dict[str, Any] = {}
         for each in fields(self):
             item = getattr(self, each.name)
@@ -149,7 +150,10 @@ class Recipe:
         return flat
 
     def learning_rate(self, step: int) -> float:
-        """Of `step`, counted from 0: it rises by equal parts for `warmup` steps, then falls to nearly nothing at the last."""
+        """Return the learning rate of `step`, counted from 0.
+
+        It rises linearly for `warmup` steps, then follows `schedule`; all but ``constant`` fall to nearly 0 at the last step.
+        """
         if step < self.warmup:
             return self.lr * (step + 1) / (self.warmup + 1)
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -163,60 +167,60 @@ class Recipe:
 
 
 NAMES: Final = ("base", "data")
-"""What of a recipe says how things are called; what they are, their digests say."""
+"""Entries of a recipe that are only names. What they name is identified by digests."""
 
 FLAGS: Final[Mapping[str, str]] = {"base_fingerprint": "base", "data_sha256": "data", "samples": "data"}
 
 
 def differences(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """In which options two recipes, as JSON, differ: names of `Choices`, or ``base`` and ``data``."""
+    """Return the options in which two recipes, as JSON, differ: names of `Choices`, or ``base`` and ``data``."""
     keys = [key for key in [*wanted, *(key for key in recorded if key not in wanted)] if key not in NAMES]
     return list(dict.fromkeys(FLAGS.get(key, key) for key in keys if recorded.get(key) != wanted.get(key)))
 
 
 def checked(choices: Mapping[str, Any]) -> Choices:
-    """The choices, each checked by itself, and `method` among them.
+    """Check each choice by itself and return all of them, with `method` filled in.
 
     Raises:
-        LoratoolError: one cannot be, or belongs to another method; the message names it as the command line does.
+        LoratoolError: a choice is invalid or unknown; the message names it as on the command line.
     """
     given = dict(choices)
     for key, value in given.items():
         if key not in Choices.__annotations__:
-            raise LoratoolError(f"there is no option {quoted(key)} of training; see 'loratool train --help'")
+            raise LoratoolError(f"training has no option {quoted(key)}; see 'loratool train --help'")
         holds, words = _RULES.get(key, (None, ""))
         if holds is not None and not holds(value):
             raise LoratoolError(f"{flag(key)} is {quoted(value, 40)} and must be {words}")
     if "steps" in given and "epochs" in given:
-        raise LoratoolError("--steps and --epochs both say how long to train; give one of them")
+        raise LoratoolError("--steps and --epochs both set the length of the run; give one of them")
     given.setdefault("method", LoRA.method)
     method_options(cast("Choices", given))
     return cast("Choices", given)
 
 
 def method_options(choices: Choices) -> MethodOptions:
-    """What the method has of its own.
+    """Return the options of the chosen method.
 
     Raises:
-        LoratoolError: a value is impossible, or belongs to another method.
+        LoratoolError: a value is invalid, or belongs to a different method.
     """
     method = choices["method"]
     own = {each.name for each in fields(METHODS[method])}
     for owner, options in METHODS.items():
         foreign = next((each.name for each in fields(options) if each.name in choices and each.name not in own), None)
         if foreign is not None:
-            raise LoratoolError(f"{flag(foreign)} is for --method {owner}, and this is {method}; leave it out")
+            raise LoratoolError(f"{flag(foreign)} is for --method {owner}, but this is {method}; leave it out")
     values: dict[str, Any] = {key: value for key, value in choices.items() if key in own}
     return METHODS[method](**values)
 
 
 def flag(name: str) -> str:
-    """An option as the command line spells it: ``--batch-size``."""
+    """Return an option as the command line spells it, such as ``--batch-size``."""
     return "--" + name.replace("_", "-")
 
 
 def default_validation(samples: int) -> int:
-    """How many samples are held out where nobody says."""
+    """Return the default number of samples to hold out."""
     return 0 if samples < LEAST_FOR_VALIDATION else min(samples // 10, MOST_VALIDATION)
 
 
@@ -242,7 +246,7 @@ _RULES: Final[Mapping[str, _Rule]] = {
     "method": _one_of(*METHODS),
     "rank": _whole(1, 1 << 16),
     "initial_rank": _whole(1, 1 << 16),
-    "targets": (bool, "names of modules with commas between them, a pattern, or all-linear"),
+    "targets": (bool, "names of modules separated by commas, a pattern, or all-linear"),
     "quantize": _one_of("nf4"),
     "steps": _whole(1, 10**9),
     "epochs": _whole(1, 10**6),

@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter is put on, by the rules of PEFT's ``target_modules``."""
+"""The modules of a model that get an adapter, chosen by the rules of PEFT's ``target_modules``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NAMES: Final = re.compile(r"[\w.\-]+(\s*,\s*[\w.\-]+)*,?")
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Modules of a model, by their names, in its order.
+    """The modules of a model that get an adapter.
 
     Attributes:
-        modules: those that get an adapter.
-        names: the ``target_modules`` by which PEFT finds these and no others.
-        fan_in_fan_out: among them is a Conv1D, whose weight is (in_features, out_features).
+        modules: the modules by name, in the model's order.
+        names: the ``target_modules`` by which PEFT finds exactly these modules.
+        fan_in_fan_out: whether one of them is a Conv1D, whose weight is (in_features, out_features).
     """
 
     modules: Mapping[str, Module]
@@ -33,17 +33,20 @@ class Targets:
 
 
 def choose_targets(model: Module, targets: str | Sequence[str] | None = None) -> Targets:
-    """The modules that `targets` means.
+    """Return the modules that `targets` names.
 
-    It is a list of names, or one string with commas between them, each the whole path of a module or its end
-    (``q_proj``, ``self_attn.q_proj``); a regular expression that a whole path matches, known by a letter that no name has;
-    or ``all-linear``, or None for that: all linear layers but the output head.
+    Args:
+        targets: one of three.
+            - Names as a list, or as one string separated by commas. Each is the path of a module or the end of one, such as
+              ``q_proj`` or ``self_attn.q_proj``.
+            - A regular expression that matches whole paths. A string is one if it has a character that no name has.
+            - ``all-linear``, the default: all linear layers except the output head.
 
     Raises:
-        NotFoundError: a name, or the pattern, means no module.
-        UnsupportedError: one that it means is no linear layer, is in 8 bits, or shares its weight with another module.
-        AdapterError: the pattern is none, or takes too long.
-        LoratoolError: an adapter is at work in the model.
+        NotFoundError: a name or the pattern matches no module.
+        UnsupportedError: a matched module is not a linear layer, is in 8 bits, or shares its weight with another module.
+        AdapterError: the pattern is invalid or takes too long.
+        LoratoolError: the model already has an adapter.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     _refuse_adapted(modules)
@@ -52,22 +55,22 @@ def choose_targets(model: Module, targets: str | Sequence[str] | None = None) ->
         chosen = {name: module for name, module in modules.items() if is_linear(module) and module is not head}
         if not chosen:
             raise NotFoundError(
-                f"{type(model).__name__} has no linear layer but its head; name its modules by --targets"
+                f"{type(model).__name__} has no linear layer except its head; name its modules with --targets"
             )
     else:
         chosen = _meant(model, modules, targets)
     for name, module in chosen.items():
         if not is_linear(module):
             raise UnsupportedError(
-                f"{quoted(name)} is a {type(module).__name__}, and adapters go on linear layers only (Linear, Conv1D, "
-                "Linear4bit); mend --targets"
+                f"{quoted(name)} is a {type(module).__name__}, but adapters go only on linear layers (Linear, Conv1D, "
+                "Linear4bit); change --targets"
             )
         _refuse_shared(name, module, modules)
     return Targets(chosen, _names(chosen, modules), any(is_conv1d(module) for module in chosen.values()))
 
 
 def is_linear(module: Module) -> bool:
-    """Whether an adapter can be put on the module: nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit."""
+    """Return whether the module can get an adapter: nn.Linear, transformers' Conv1D, or bitsandbytes' Linear4bit."""
     from torch import nn
 
     # nn.MultiheadAttention reads the weight of its own subclass of Linear and never calls it.
@@ -76,21 +79,19 @@ def is_linear(module: Module) -> bool:
 
 
 def is_conv1d(module: Module) -> bool:
-    """Whether it is transformers' Conv1D, told by its name so that transformers need not be there."""
+    """Return whether the module is transformers' Conv1D. Its name decides, so transformers need not be installed."""
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def _refuse_adapted(modules: Mapping[str, Module]) -> None:
-    """Raise LoratoolError if one has factors, ours or PEFT's, around a layer."""
+    """Raise LoratoolError if a layer already has factors, loratool's or PEFT's."""
     adapted = next((name for name, module in modules.items() if hasattr(module, "lora_A")), None)
     if adapted is not None:
-        raise LoratoolError(
-            f"there is an adapter at {quoted(adapted)} already; detach or merge it before another is put on"
-        )
+        raise LoratoolError(f"{quoted(adapted)} already has an adapter; detach or merge it before adding another")
 
 
 def _refuse_shared(name: str, module: Module, modules: Mapping[str, Module]) -> None:
-    """Raise UnsupportedError if the weight is another module's too, as a tied output head's is: a merge would change both."""
+    """Raise UnsupportedError if another module shares the weight, like a tied output head: a merge would change both."""
     weight = module.get_parameter("weight")
     other = next((path for path, each in modules.items() if path != name and _own(each) is weight), None)
     if other is not None:
@@ -115,8 +116,8 @@ def _meant(model: Module, modules: Mapping[str, Module], targets: str | Sequence
         found = _matched(modules, targets)
         if not found:
             raise NotFoundError(
-                f"no module of {type(model).__name__} matches the pattern {quoted(targets)}; a pattern has to match a whole "
-                f"name, such as {_examples(modules)}"
+                f"no module of {type(model).__name__} matches the pattern {quoted(targets)}; a pattern must match a whole name, "
+                f"such as {_examples(modules)}"
             )
         return found
     names = targets.replace(",", " ").split() if isinstance(targets, str) else list(targets)
@@ -150,6 +151,6 @@ def _examples(modules: Mapping[str, Module]) -> str:
 
 
 def _names(chosen: Mapping[str, Module], modules: Mapping[str, Module]) -> tuple[str, ...]:
-    """The last components where they mean the chosen modules and no others, else whole names."""
+    """Return the last components of the names if they match exactly the chosen modules, or else the whole names."""
     ends = sorted({name.rsplit(".", 1)[-1] for name in chosen})
     return tuple(ends) if _matched(modules, ends).keys() == chosen.keys() else tuple(sorted(chosen))
