@@ -1,8 +1,8 @@
-"""Storages: how one parameter is stored, and how its blocks become fp32 and go back.
+"""Storages: how one parameter is stored, and how its blocks are decoded to fp32 and encoded again.
 
-A storage comes in two forms, as an update does (`loratool.updates`). The form that a plan holds is made from headers: `claim`
-looks at the tensors of a model by name (no torch, no numbers) and returns a `StoredWeight` for a parameter that it knows how to
-read, which says which bytes hold a block of rows. Its `load` reads what else is needed (scales) and gives the form that decodes
-and encodes those bytes. A storage knows nothing of adapters. A new one is one new module here and one row in
-`loratool.weights.storages`.
+Like an update (`loratool.updates`), a storage has two forms. The first is made from headers alone, without torch, and goes into
+a plan: `claim` looks up the tensors of a model by name and returns a `StoredWeight`, which knows the bytes of each block of
+rows. Its `load` reads what else is needed, such as scales, and returns the second form, which decodes and encodes these bytes.
+
+A storage knows nothing about adapters. A new one is one new module here and one row in `loratool.weights.storages`.
 """

@@ -1,4 +1,4 @@
-"""What became of a block of codes."""
+"""The changes of codes in a block."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What became of a block.
+    """The codes of a block that changed.
 
     Attributes:
-        at: (n,) int64, where the codes that moved are in the flattened block.
-        jumps: (n,) fp32, by how much the numbers that they stand for changed.
-        squares: the sum of the squares of all numbers of the block, before.
-        hint: what `LoadedWeight.recover` needs.
-        cut: how many codes stopped at an outermost level that chance would have led farther.
+        at: (n,) int64, positions of the changed codes in the flattened block.
+        jumps: (n,) fp32, the changes of their values.
+        squares: sum of the squares of all numbers in the block, before the change.
+        hint: the hint for `LoadedWeight.recover`.
+        cut: number of codes that stopped at an outermost level although their rounding would have gone further.
     """
 
     at: torch.Tensor

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
-    """A parameter whose elements are the bytes of `tensor`; of any shape, cut as the matrix whose rows are its last dimension."""
+    """A parameter of any shape whose elements are the bytes of `tensor`. Its last dimension is a row of the matrix to cut."""
 
     tensor: TensorInfo
 
@@ -112,24 +112,24 @@ class DenseWeight:
         return ((self.tensor, self.tensor.start + rows.start * row_bytes, self.tensor.start + rows.stop * row_bytes),)
 
     def load(self, device: str) -> DenseWeight:
-        """Itself: a dense parameter needs nothing else."""
+        """Return itself: a dense parameter needs no other tensors."""
         return self
 
     def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        """Exact: every fp16 and bf16 number is an fp32 number."""
+        """Decode exactly: every fp16 and bf16 number is an fp32 number."""
         out.copy_(self._elements(parts).view(out.shape))
 
     def encode(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding) -> None:
-        """Rounds to nearest, ties to even."""
+        """Round to nearest, ties to even."""
         self._elements(parts).view(block.shape).copy_(block)
 
     def recover(self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding,
                 hint: bytes | None) -> None:  # fmt: skip
-        """``round(W' - delta)``: off by a rounding here and there."""
+        """Store ``round(W' - delta)``, which differs from W in the last bit of some elements."""
         self.encode(rows, block, parts, rounding)
 
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """The difference of the exponents, where that of the stored element is larger."""
+        """Return the difference of the exponents if that of the stored element is larger, otherwise 0."""
         import torch
 
         integer = {2: torch.int16, 4: torch.int32}[self.element_bytes]
@@ -144,7 +144,7 @@ class DenseWeight:
 
 
 def claim(model: Model, name: str) -> DenseWeight | None:
-    """The dense tensor called `name`, or None where it is absent or not dense."""
+    """Return the dense tensor called `name`, or None if it is absent or not dense."""
     info = model.tensors.get(name)
     return None if info is None or info.dtype not in DENSE else DenseWeight(info)
 

@@ -1,11 +1,12 @@
-"""The 4-bit codec: matrices as bitsandbytes stores them, NF4 (Dettmers et al. 2023, arXiv:2305.14314) and FP4.
+"""The storage of bitsandbytes' 4-bit matrices: NF4 (Dettmers et al. 2023, arXiv:2305.14314) and FP4.
 
-A matrix ``X.weight`` of n elements is a tensor of ``ceil(n / 2)`` bytes, two codes each, the first in the upper half.
-A code is an index into 16 values from -1 to 1; every `blocksize` elements share a scale, their largest magnitude
-(``X.weight.absmax``). With double quantization the scales are themselves bytes: indices into 256 values
-(``.nested_quant_map``), times a scale for every `nested_blocksize` of them (``.nested_absmax``), plus one offset for
-all. ``X.weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``) is JSON with the sizes and the dtype that the matrix
-decodes to. Layout: bitsandbytes, ``QuantState.as_dict(packed=True)``; arithmetic: its ``dequantize_4bit``.
+A matrix ``X.weight`` of n elements is a tensor of ``ceil(n / 2)`` bytes with two codes each, the first in the upper half. A
+code is an index into 16 values from -1 to 1. Every `blocksize` elements share a scale, their largest magnitude
+(``X.weight.absmax``). With double quantization the scales are bytes themselves: indices into 256 values
+(``.nested_quant_map``), times one scale per `nested_blocksize` of them (``.nested_absmax``), plus one offset.
+``X.weight.quant_state.bitsandbytes__nf4`` (or ``__fp4``) is JSON with the sizes and the dtype that the matrix decodes to.
+
+Sources: bitsandbytes' ``QuantState.as_dict(packed=True)`` for the layout, and its ``dequantize_4bit`` for the arithmetic.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ NF4: Final = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488098144
 FP4: Final = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25,
               0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25)  # fmt: skip
 LEVELS: Final = MappingProxyType({"nf4": Levels(NF4), "fp4": Levels(FP4, twins_apart=True)})
-"""The value of each code as bitsandbytes decodes it."""
+"""The value of each code in bitsandbytes."""
 
 SHORT_RULES: Final = MappingProxyType(
     {
@@ -51,16 +52,16 @@ SHORT_RULES: Final = MappingProxyType(
         "fp4": (),
     }
 )
-"""Which steps carry a small change: a quarter of all, two fifths, three fifths, all (docs/nf4-merge.md)."""
+"""The steps that carry a small change: a quarter of all, two fifths, three fifths, or all (docs/nf4-merge.md)."""
 
 LARGEST_STATE: Final = 1 << 16
 DECODED: Final = tuple(DTYPES[name].torch_name for name in DENSE)
-"""The dtypes that matrices decode to, as torch calls them."""
+"""Torch's names of the dtypes that matrices decode to."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantState:
-    """What the JSON of a matrix says: its shape, block size and dtype, and those of its scales where they are nested."""
+    """The parsed quant_state of a matrix: its shape, block size and dtype, and those of its scales if they are quantized."""
 
     kind: str
     shape: tuple[int, int]
@@ -72,7 +73,7 @@ class QuantState:
 
 @dataclass(frozen=True, slots=True)
 class FourBitWeight(CoarseWeight):
-    """A matrix of shape (rows, columns) in 4 bits; `parts` are its other tensors, by what follows its name."""
+    """A matrix of shape (rows, columns) in 4 bits. `parts` are its other tensors, by the suffix after its name."""
 
     name: str
     state: QuantState
@@ -105,7 +106,7 @@ class FourBitWeight(CoarseWeight):
 
     @property
     def row_step(self) -> int:
-        """Two codes share a byte."""
+        """2 if a row has an odd number of codes, since two codes share a byte; otherwise 1."""
         return 1 + self.columns % 2
 
     @property
@@ -125,15 +126,15 @@ class FourBitWeight(CoarseWeight):
         """Read the scales.
 
         Raises:
-            CheckpointError: a scale is NaN or infinite, or the values of the codes are not those of the kind.
+            CheckpointError: a scale is NaN or infinite, or the stored values of the codes are not those of NF4 or FP4.
         """
         return self.loaded(_read_scales(self).to(device))
 
     def loaded(self, scales: torch.Tensor) -> LoadedCoarse:
-        """The matrix with these scales, fp32, one a block."""
+        """Return the matrix with these scales, fp32, one per block."""
         import torch
 
-        # No code of a block of zeros moves. Double quantization makes little of its scale, of either sign.
+        # Codes in a block of zeros do not change. Double quantization may give it a tiny scale of either sign.
         still = scales < torch.finfo(torch.float32).tiny
         scaling = Scaling.of(FlatTiles(self.state.blocksize, self.columns), scales, still=still)
         coding = Coding(LEVELS[self.state.kind], Bytes(per_byte=2, high_first=True), self.dtype)
@@ -143,10 +144,10 @@ class FourBitWeight(CoarseWeight):
 
 
 def claim(model: Model, name: str) -> FourBitWeight | None:
-    """The 4-bit matrix called `name`, or None where there is none; its quant_state is read, its numbers are not.
+    """Return the 4-bit matrix called `name`, or None if there is none. Of its tensors, only the quant_state is read.
 
     Raises:
-        CheckpointError: the tensors of a 4-bit matrix are missing, damaged, or contradict one another.
+        CheckpointError: the tensors of the matrix are missing, damaged or contradictory.
     """
     tensors = model.tensors
     kinds = [kind for kind in KINDS if name + STATE + kind in tensors]
@@ -170,19 +171,19 @@ _PARTS: Final = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
 def parameter_of(tensor: str) -> str | None:
-    """The matrix that a tensor belongs to, where its name is that of a part which only 4-bit matrices have."""
+    """Return the matrix that a tensor belongs to if its name is one that only 4-bit matrices have, or None."""
     ends = (*(STATE + kind for kind in KINDS), *(f".{part}" for part in _PARTS))
     return next((tensor.removesuffix(end) for end in ends if tensor.endswith(end)), None)
 
 
 def describes(config: Mapping[str, Any]) -> str | None:
-    """What people call the storage, where a ``quantization_config`` is that of a model in 4 bits."""
+    """Return the title of the storage if a ``quantization_config`` describes a model in 4 bits, or None."""
     is_it = _is_bitsandbytes(config) and not is_8_bit(config)
     return str(config.get("bnb_4bit_quant_type", "fp4")).upper() if is_it else None
 
 
 def is_8_bit(config: Mapping[str, Any]) -> bool:
-    """Whether a ``quantization_config`` is that of a model in bitsandbytes' 8 bits."""
+    """Return whether a ``quantization_config`` describes a model in bitsandbytes' 8 bits."""
     return _is_bitsandbytes(config) and bool(config.get("load_in_8bit") or config.get("_load_in_8bit"))
 
 
@@ -201,9 +202,11 @@ STORAGE: Final = Storage(
 
 
 def json_of(info: TensorInfo) -> dict[str, Any]:
-    """The JSON object whose text is the bytes of a tensor; CheckpointError where it is none."""
+    """Parse the bytes of a tensor as a JSON object; raise CheckpointError if they are not one."""
     if info.dtype != "U8" or info.nbytes > LARGEST_STATE:
-        raise CheckpointError(f"{quoted(info.name)} in {quoted(info.file)} is no quant_state; download the model again")
+        raise CheckpointError(
+            f"{quoted(info.name)} in {quoted(info.file)} is not a quant_state; download the model again"
+        )
     try:
         return parse_json_object(bytes(read_bytes(info)), info.file)
     except CheckpointError:
@@ -213,7 +216,7 @@ def json_of(info: TensorInfo) -> dict[str, Any]:
 
 
 def parse_state(value: Mapping[str, Any], kind: str) -> QuantState:
-    """What the JSON of a quant_state says; KeyError, TypeError or ValueError where it does not say it."""
+    """Parse the JSON of a quant_state; raise KeyError, TypeError or ValueError if a value is missing or invalid."""
 
     def whole(key: str) -> int:
         if type(value[key]) is not int or not 0 < value[key] <= 1 << 20:
@@ -236,7 +239,7 @@ def parse_state(value: Mapping[str, Any], kind: str) -> QuantState:
 
 
 def _check_sizes(weight: FourBitWeight) -> None:
-    """Raise CheckpointError unless every tensor that the matrix needs is there, with the dtype and size that it must have."""
+    """Raise CheckpointError unless every tensor of the matrix is present with the right dtype and size."""
     state, nested = weight.state, weight.state.nested_blocksize is not None
     count = state.shape[0] * state.shape[1]
     blocks = -(-count // state.blocksize)
@@ -261,13 +264,13 @@ def _check_sizes(weight: FourBitWeight) -> None:
 def _check_size(info: TensorInfo, dtype: str, nbytes: int) -> None:
     if (info.dtype, info.nbytes) != (dtype, nbytes):
         raise CheckpointError(
-            f"{quoted(info.name)} in {quoted(info.file)} is {info.dtype} of {info.nbytes} bytes, and its quant_state asks "
+            f"{quoted(info.name)} in {quoted(info.file)} is {info.dtype} of {info.nbytes} bytes, but its quant_state asks "
             f"for {dtype} of {nbytes}; download the model again"
         )
 
 
 def _read_scales(weight: FourBitWeight) -> torch.Tensor:
-    """The scale of every block, fp32, as bitsandbytes computes it."""
+    """Return the scale of every block, fp32, as bitsandbytes computes it."""
     import torch
 
     if "quant_map" in weight.parts:
@@ -289,9 +292,6 @@ def _read_scales(weight: FourBitWeight) -> torch.Tensor:
 
 def nested_scales(indices: torch.Tensor, values: torch.Tensor, outer: torch.Tensor, blocksize: int,
                   offset: float) -> torch.Tensor:  # fmt: skip
-    """Scales that are quantized themselves, fp32: of the 256 `values` those at `indices`, times `outer`, plus the offset.
-
-    Every `blocksize` of them share a number of `outer`.
-    """
+    """Return decoded scales, fp32: ``values[indices] * outer + offset``, where every `blocksize` scales share one `outer`."""
     scales = values[indices.int()]
     return scales.mul_(outer.repeat_interleave(blocksize)[: len(scales)]).add_(offset)

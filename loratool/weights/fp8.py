@@ -1,13 +1,14 @@
-"""FP8: E4M3 numbers under one scale for all of a matrix, for each of its outputs, or for each tile of 128 x 128.
+"""FP8: E4M3 numbers with one scale per matrix, per output, or per tile of 128 x 128.
 
 A matrix ``X.weight`` (out, in) is a tensor of torch's float8_e4m3fn. Two libraries store its scales:
 
-- the fine-grained FP8 of DeepSeek and Qwen (transformers, ``quant_method: fp8``): ``X.weight_scale_inv``, which multiplies
-  despite its name. The product is made in fp32 and rounded once to the model's dtype.
-- compressed-tensors (``float-quantized``, ``naive-quantized``): ``X.weight_scale`` in the model's dtype, as the product is.
+- Fine-grained FP8 of DeepSeek and Qwen (transformers, ``quant_method: fp8``) has ``X.weight_scale_inv``, which multiplies
+  despite its name. The product is computed in fp32 and rounded once to the model's dtype.
+- compressed-tensors (``float-quantized``, ``naive-quantized``) has ``X.weight_scale`` in the model's dtype, which is also the
+  dtype of the product.
 
-The last tiles may be ragged, so that the shape of the scales does not tell the tiles: the configuration does
-(``weight_block_size``, ``block_structure``), and without it they are 128 x 128.
+The last tiles may be ragged, so the shape of the scales does not determine the size of tiles. The configuration has it
+(``weight_block_size``, ``block_structure``); the default is 128 x 128.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from loratool.weights.storage import Model, Storage
 
 SUFFIX: Final = ".weight"
 SCALES: Final = {"_scale_inv": (*DENSE, "F8_E8M0"), "_scale": DENSE}
-"""How the names of scales end after that of their matrix, and the dtypes that they have."""
+"""Suffixes that the names of scales add to that of their matrix, with the dtypes that the scales may have."""
 
 ACTIVATIONS: Final = (".activation_scale", ".input_scale")
-"""How the names of scales of a module's inputs end."""
+"""Suffixes that the names of scales of a module's inputs add to that of the module."""
 
 FORMATS: Final = ("float-quantized", "naive-quantized")
 USUAL_TILE: Final = (128, 128)
 
 
 def _e4m3() -> tuple[float, ...]:
-    """The numbers that float8_e4m3fn stands for, by code: a sign, four bits of exponent, three of mantissa; no infinity."""
+    """Return the values of float8_e4m3fn by code: a sign, four exponent bits, three mantissa bits, no infinity."""
     magnitudes = [
         math.ldexp(code & 7 if code < 8 else 8 + (code & 7), max(code >> 3, 1) - 10) if code < 127 else math.nan
         for code in range(128)
@@ -54,7 +55,7 @@ E4M3: Final = Levels(_e4m3())
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weight(CoarseWeight):
-    """A matrix in FP8, whose tiles have so many rows and columns."""
+    """A matrix in FP8. `tile` is the number of rows and of columns of a tile."""
 
     name: str
     codes: TensorInfo
@@ -99,7 +100,7 @@ class Fp8Weight(CoarseWeight):
         """Read the scales.
 
         Raises:
-            CheckpointError: one is NaN or infinite.
+            CheckpointError: a scale is NaN or infinite.
         """
         height, width = self.tile
         tiles = GridTiles(height, width, -(-self.columns // width))
@@ -108,7 +109,7 @@ class Fp8Weight(CoarseWeight):
 
 
 def claim(model: Model, name: str) -> Fp8Weight | None:
-    """The FP8 matrix called `name`, or None where there is none, or its scales are of no kind that is known.
+    """Return the FP8 matrix called `name`, or None if there is none or its scales are of an unknown kind.
 
     Raises:
         CheckpointError: it has two tensors of scales, or their shape fits no tiles.
@@ -131,7 +132,7 @@ def claim(model: Model, name: str) -> Fp8Weight | None:
 
 
 def _tile(info: TensorInfo, scales: TensorInfo, config: Mapping[str, Any]) -> tuple[int, int]:
-    """The rows and columns of a tile of a matrix with scales of this shape."""
+    """Return the rows and columns of a tile, from the shape of the scales."""
     rows, columns = info.shape
     if math.prod(scales.shape) == 1:
         return max(rows, 1), max(columns, 1)
@@ -147,7 +148,7 @@ def _tile(info: TensorInfo, scales: TensorInfo, config: Mapping[str, Any]) -> tu
 
 
 def _blocks(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    """The sizes of tiles that the configuration speaks of; the usual one where it speaks of none."""
+    """Yield the tile sizes in the configuration, or the usual one if it has none."""
     quantization = config.get("quantization_config")
     quantization = quantization if isinstance(quantization, dict) else {}
     stated = [quantization.get("weight_block_size"), *(each.get("block_structure") for each in _groups(quantization))]
@@ -162,7 +163,7 @@ def _blocks(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
 
 
 def _groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What compressed-tensors says of the weights of each group of modules."""
+    """Return compressed-tensors' description of the weights in each group of modules."""
     groups = quantization.get("config_groups")
     weights = (
         [group.get("weights") for group in groups.values() if isinstance(group, dict)]
@@ -173,7 +174,7 @@ def _groups(quantization: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _model_dtype(model: Model) -> Dtype:
-    """What the model computes in: as its configuration says, or else as its dense tensors are stored."""
+    """Return the model's compute dtype: from its configuration, or else that of its first dense tensor."""
     config = model.config
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
@@ -186,7 +187,7 @@ def _model_dtype(model: Model) -> Dtype:
 
 
 def parameter_of(tensor: str) -> str | None:
-    """The matrix that a tensor of scales belongs to, by its name."""
+    """Return the matrix that a tensor of scales belongs to, by its name, or None."""
     for end in SCALES:
         if tensor.endswith(SUFFIX + end):
             return tensor.removesuffix(end)
@@ -194,7 +195,7 @@ def parameter_of(tensor: str) -> str | None:
 
 
 def describes(config: Mapping[str, Any]) -> str | None:
-    """What people call the storage, where a ``quantization_config`` is that of a model in FP8."""
+    """Return the title of the storage if a ``quantization_config`` describes a model in FP8, or None."""
     method, groups = config.get("quant_method"), _groups(config)
     if method == "compressed-tensors" and config.get("format") in FORMATS:
         is_it = bool(groups) and all((each.get("type"), each.get("num_bits")) == ("float", 8) for each in groups)

@@ -1,7 +1,7 @@
-"""How parameters are stored anew: what a storage offers that dense parameters can be quantized to.
+"""The interface of storages that dense parameters can be quantized to.
 
-A `Making` is a storage with its options. Of a dense matrix it makes a `NewParameter`, which is known from headers alone: the
-tensors that are written. Its `Quantizer` gives their bytes, stretch by stretch of the matrix's elements, row by row.
+A `Making` is a storage with its options. From the header of a dense matrix it makes a `NewParameter`, which lists the tensors
+to write. The parameter's `Quantizer` computes their bytes from consecutive stretches of the matrix's elements, row by row.
 """
 
 from __future__ import annotations
@@ -21,76 +21,78 @@ Option = str | int | bool
 
 
 class Making(Protocol):
-    """A storage that parameters are quantized to, and how."""
+    """A storage that parameters can be quantized to, with its options."""
 
     @property
     def storage(self) -> str:
-        """The field's name for it: ``nf4``."""
+        """The storage's short name, such as ``nf4``."""
 
     @property
     def title(self) -> str:
-        """What people call it: ``NF4``."""
+        """The storage's name in messages, such as ``NF4``."""
 
     @property
     def options(self) -> Mapping[str, Option]:
-        """What decides the bytes of tensors, in the words of the command line and the manifest."""
+        """The options that determine the bytes of tensors, by their names on the command line and in the manifest."""
 
     def parameter(self, name: str, shape: tuple[int, int], dtype: Dtype) -> NewParameter:
-        """What becomes of a dense matrix, (out_features, in_features), of this name and dtype."""
+        """Return the quantized form of a dense matrix, (out_features, in_features), of this name and dtype."""
 
     def quantization_config(self, compute_dtype: str, dense: Collection[str] | None) -> Mapping[str, Any]:
-        """The ``quantization_config`` of a model whose linear modules are stored so.
+        """Return the ``quantization_config`` of a model whose linear modules are stored this way.
 
         Args:
-            compute_dtype: what a program multiplies in, as torch calls it.
-            dense: the modules that stay dense; None where they are those that transformers leaves dense by itself.
+            compute_dtype: torch's name of the dtype that products are computed in.
+            dense: the modules that stay dense; None if they are those that transformers keeps dense by default.
         """
 
 
 MakingOf = Callable[[Mapping[str, Option]], Making]
-"""Gives the making with some options, by their names; the others are as usual. LoratoolError for what is none of its options."""
+"""Makes a `Making` with these options and defaults for the others. Raises LoratoolError for an invalid option."""
 
 
 class NewParameter(Protocol):
-    """A parameter that is to be stored anew."""
+    """A parameter that is to be stored in a new storage."""
 
     @property
     def storage(self) -> str:
-        """The field's name for its storage."""
+        """The short name of the new storage."""
 
     @property
     def tensors(self) -> tuple[NewTensor, ...]:
-        """The tensors that are written; the first one holds the codes."""
+        """The tensors to write. The first one holds the codes."""
 
     def quantizer(self) -> Quantizer:
-        """What gives their bytes."""
+        """Return the quantizer that computes the bytes of the tensors."""
 
 
 class Quantizer(Protocol):
-    """Quantizes stretches of one parameter to the nearest codes."""
+    """Rounds stretches of one parameter to the nearest codes."""
 
     @property
     def unit(self) -> int:
-        """A stretch has a multiple of so many elements, unless it is the last."""
+        """The number of elements that the size of every stretch except the last is a multiple of."""
 
     def measure(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The scales that a stretch asks for, fp32; NaN or infinity where it holds one."""
+        """Return the scales for a stretch, fp32. They are NaN or infinite if its numbers are."""
 
     def codes(self, numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The bytes of the codes of a stretch of finite numbers under these scales, uint8."""
+        """Return the bytes of the codes, uint8, of a stretch of finite numbers under these scales."""
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, count: int) -> torch.Tensor:
-        """The `count` numbers, fp32, that the bytes of a stretch stand for under these scales."""
+        """Return the `count` numbers, fp32, of a stretch's bytes under these scales."""
 
     def parts(self, measured: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Every other tensor, by name, for what was measured of all stretches; called on one torch thread.
+        """Return every tensor except the codes, by name, from the measured scales of all stretches.
+
+        It is called with one torch thread.
 
         Raises:
-            CheckpointError: the numbers are beyond what the storage can hold.
+            CheckpointError: the numbers are too large for the storage.
         """
 
     def scales(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The scales as they will be read from these tensors, in the order in which they were measured."""
+        """Return the scales that a reader gets from these tensors, in the order in which they were measured."""
 
     def image(self, parts: Mapping[str, torch.Tensor], codes: TensorInfo) -> StoredWeight:
-        """The parameter with these tensors in memory; `codes` is where its codes will be."""
+        """Return the parameter with these tensors in memory. `codes` is the tensor that will hold its codes."""

@@ -1,10 +1,12 @@
-"""Quantizing a dense matrix to NF4, with the bits that bitsandbytes gives on a CPU.
+"""Quantizing a dense matrix to NF4, with the same bits as bitsandbytes on a CPU.
 
-The arithmetic is that of bitsandbytes 0.50. Codes: ``quantize_4bit`` of its default backend. A block's numbers are
-multiplied by the reciprocal of their largest magnitude (those of an incomplete last block are divided by it), and each
-goes to the code of the nearest value, to the lower one of two that are equally near; bitsandbytes takes the magnitude itself
-for it, before it quantizes that. Scales, with double quantization:
-``quantize_blockwise`` of its C++ kernel, ``csrc/cpu_ops.cpp``, of the scales less their mean.
+The arithmetic is that of bitsandbytes 0.50:
+
+- Codes are those of ``quantize_4bit`` of its default backend. The numbers of a block are multiplied by the reciprocal of
+  their largest magnitude; those of an incomplete last block are divided by it. Each gets the code of the nearest value, or
+  the lower of two equally near ones. bitsandbytes uses the magnitude before it is quantized.
+- Scales with double quantization are those of ``quantize_blockwise`` of its C++ kernel, ``csrc/cpu_ops.cpp``, applied to the
+  scales minus their mean.
 """
 
 from __future__ import annotations
@@ -29,39 +31,39 @@ if TYPE_CHECKING:
     import torch
 
 BLOCKSIZES: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""The numbers of elements that bitsandbytes lets share a scale."""
+"""The block sizes that bitsandbytes has, in elements."""
 
 NESTED_BLOCKSIZE: Final = 256
 LEAST_SCALE: Final = 1e-38
-"""A block's numbers are divided by no less."""
+"""The smallest number that a block is divided by."""
 
 ZERO: Final = 7
 """The code of 0.0."""
 
 OFFSET_CHARACTERS: Final = 24
-"""The longest text of an fp32 number as JSON. The text of a state has one length, whatever its offset: a header with it
-is written before the matrix is read."""
+"""The longest text of an fp32 number in JSON. All texts of a state have the same length, whatever the offset, because the
+header with this length is written before the matrix is read."""
 
 CELLS: Final = 1024
-"""Equal cells, the middles of the outer ones at -1 and 1, so small that none holds two boundaries between codes."""
+"""Number of equal cells from -1 to 1, the middles of the outer ones. None holds two boundaries between codes."""
 
 WHOLE: Final = 0x4B000000
 """The bits of the fp32 number 2**23 (IEEE 754 binary32)."""
 
 PLACES: Final = 65535
-"""Steps from -1 to 1 that the C++ kernel rounds a scale to before it looks up the nearest value."""
+"""Number of steps from -1 to 1 to which the C++ kernel rounds a scale before it looks up the nearest value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Nf4Options:
-    """How matrices are quantized: elements that share a scale, and whether the scales are quantized themselves."""
+    """Options of quantization: elements per scale, and whether the scales are quantized themselves."""
 
     blocksize: int = 64
     double_quant: bool = True
 
     @classmethod
     def of(cls, options: Mapping[str, Option]) -> Nf4Options:
-        """The options of these names; LoratoolError for a block size that bitsandbytes does not have."""
+        """Return these options with defaults for the others; raise LoratoolError for a block size that bitsandbytes lacks."""
         made = cls(**{"blocksize": 64, "double_quant": True} | dict(options))  # type: ignore[arg-type]
         if made.blocksize not in BLOCKSIZES:
             sizes = ", ".join(map(str, BLOCKSIZES))
@@ -84,7 +86,7 @@ class Nf4Options:
         return Nf4Layout(name, shape, dtype.torch_name, self)
 
     def quantization_config(self, compute_dtype: str, dense: Collection[str] | None) -> dict[str, Any]:
-        """What transformers 5 writes for a ``BitsAndBytesConfig``."""
+        """Return what transformers 5 writes for a ``BitsAndBytesConfig``."""
         return {
             "_load_in_4bit": True,
             "_load_in_8bit": False,
@@ -104,7 +106,7 @@ class Nf4Options:
 
 @dataclass(frozen=True, slots=True)
 class Nf4Layout:
-    """The tensors that a matrix `name` of `shape` is stored as; it decodes to `dtype`, as torch calls it."""
+    """The tensors in which a matrix `name` of `shape` is stored. It decodes to `dtype`, torch's name of it."""
 
     name: str
     shape: tuple[int, int]
@@ -117,7 +119,7 @@ class Nf4Layout:
 
     @property
     def tensors(self) -> tuple[NewTensor, ...]:
-        """Codes and scales, in bitsandbytes' names, dtypes and shapes."""
+        """Codes and scales, with bitsandbytes' names, dtypes and shapes."""
         count = self.shape[0] * self.shape[1]
         blocks = -(-count // self.options.blocksize)
         parts = [
@@ -139,7 +141,7 @@ class Nf4Layout:
         return f"{self.name}{STATE}nf4"
 
     def state(self, offset: float) -> bytes:
-        """The JSON of bitsandbytes' quant_state, padded to one length by spaces."""
+        """Return the JSON of bitsandbytes' quant_state, padded with spaces to a fixed length."""
         value: dict[str, object] = {
             "quant_type": "nf4",
             "blocksize": self.options.blocksize,
@@ -155,7 +157,7 @@ class Nf4Layout:
 
 @dataclass(frozen=True, slots=True)
 class Nf4Image(FourBitWeight):
-    """What a dense matrix is quantized to, before it lies in a file: its scales, fp32, one a block, are in memory."""
+    """A quantized matrix that is not in a file yet. Its scales, fp32, one per block, are in memory."""
 
     absmax: torch.Tensor
 
@@ -164,17 +166,17 @@ class Nf4Image(FourBitWeight):
 
 
 class Nf4Quantizer:
-    """Quantizes stretches of a matrix to the nearest codes; may be shared by threads."""
+    """Rounds stretches of a matrix to the nearest codes. Threads may share it."""
 
     def __init__(self, layout: Nf4Layout) -> None:
         import torch
 
         self._layout, self._blocksize = layout, layout.options.blocksize
         values = torch.tensor(NF4)
-        # Two fp32 numbers, looked up as one integer of 64 bits.
+        # The two fp32 values of a byte, looked up as one 64-bit integer.
         self._pairs = torch.cartesian_prod(values, values).view(torch.int64).view(256)
         bounds = (values[:-1] + values[1:]) / 2
-        # A number in a cell is above the bounds below the cell and maybe above the next one.
+        # A number in a cell is above all bounds below the cell, and may be above the next one.
         edges = (torch.arange(CELLS + 1, dtype=torch.float64) - 0.5) * (2 / CELLS) - 1
         self._below = torch.searchsorted(bounds.double(), edges).to(torch.uint8)
         self._next = torch.cat([bounds, torch.tensor([torch.inf])])[self._below.long()]
@@ -184,7 +186,7 @@ class Nf4Quantizer:
         return self._blocksize
 
     def measure(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The largest magnitude of each block."""
+        """Return the largest magnitude of each block."""
         import torch
 
         whole = len(numbers) // self._blocksize * self._blocksize
@@ -194,7 +196,7 @@ class Nf4Quantizer:
         return torch.cat([absmax, numbers[whole:].abs().amax().clamp(min=LEAST_SCALE)[None]])
 
     def codes(self, numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Where a scale is below zero, as double quantization may leave that of next to nothing, they are zero."""
+        """Return the codes in bytes. Under a scale below zero, which double quantization gives a tiny block, they are zero."""
         import torch
 
         whole = len(numbers) // self._blocksize * self._blocksize
@@ -217,7 +219,7 @@ class Nf4Quantizer:
         return numbers
 
     def parts(self, measured: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """How a mean is rounded depends on the number of torch's threads."""
+        """Return the tensors besides the codes. The rounding of a mean depends on the number of torch's threads."""
         import torch
 
         layout, name = self._layout, self._layout.name
@@ -256,18 +258,18 @@ class Nf4Quantizer:
         return parse_state(parse_json(bytes(parts[self._layout.state_name].tolist())), "nf4")
 
     def _nearest(self, scaled: torch.Tensor) -> torch.Tensor:
-        """The code of the value nearest to each number from -1 to 1: how many of the bounds between codes are below it."""
+        """Return the code nearest to each number from -1 to 1: the number of bounds between codes that are below it."""
         import torch
 
-        # fp32 numbers from 2**23 on are whole: the sum is rounded to a cell, whose number is in its last bits. It is several
-        # times quicker than a conversion to integers.
+        # fp32 numbers from 2**23 on are integers, so the sum is rounded to a cell, whose number is in its last bits. That is
+        # several times faster than a conversion to integers.
         cell = scaled.mul(CELLS // 2).add_(2.0**23 + CELLS // 2).view(torch.int32).sub_(WHOLE)
         above = scaled > self._next.index_select(0, cell)
         return self._below.index_select(0, cell).add_(above.view(torch.uint8))
 
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte, the first in the upper half."""
+    """Return two codes per byte, the first in the upper half."""
     import torch
 
     if len(codes) % 2:
@@ -278,9 +280,9 @@ def _packed(codes: torch.Tensor) -> torch.Tensor:
 
 @cache
 def dynamic_map() -> torch.Tensor:
-    """The 256 values of scales that are quantized themselves, fp32, sorted: signed dynamic 8-bit numbers.
+    """Return the 256 values of quantized scales, fp32, sorted: signed dynamic 8-bit numbers.
 
-    Dettmers 2015, arXiv:1511.04561; bitsandbytes, ``create_dynamic_map``.
+    Sources: Dettmers 2015, arXiv:1511.04561; bitsandbytes' ``create_dynamic_map``.
     """
     import torch
 
@@ -294,7 +296,7 @@ def dynamic_map() -> torch.Tensor:
 
 
 def _quantize_scales(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 8-bit codes of `scales`, fp32, less their mean, and the largest magnitude of every 256 of them."""
+    """Return the 8-bit codes of `scales`, fp32 with their mean subtracted, and the largest magnitude of every 256."""
     import torch
 
     padded = torch.nn.functional.pad(scales, (0, -len(scales) % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)

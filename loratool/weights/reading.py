@@ -1,4 +1,4 @@
-"""Reading the small tensors of a parameter whole: scales, and what describes them."""
+"""Reading the small tensors of a parameter, such as scales, in one piece."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_bytes(info: TensorInfo) -> bytearray:
-    """The bytes of a small tensor.
+    """Return the bytes of a small tensor.
 
     Raises:
         CheckpointError: the file cannot be read, or became shorter.
@@ -33,7 +33,7 @@ def read_bytes(info: TensorInfo) -> bytearray:
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
-    """A small tensor on the CPU, in its own dtype, flat."""
+    """Return a small tensor on the CPU, flat, in its own dtype."""
     import torch
 
     dtype = DTYPES[info.dtype].as_torch()
@@ -41,10 +41,10 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
 
 
 def read_scales(info: TensorInfo) -> torch.Tensor:
-    """A tensor of scales, fp32, flat.
+    """Return a tensor of scales, flat, fp32.
 
     Raises:
-        CheckpointError: one is NaN or infinite.
+        CheckpointError: a scale is NaN or infinite.
     """
     scales = read_tensor(info).float()
     refuse_not_finite(scales, info.name, info)
@@ -52,7 +52,7 @@ def read_scales(info: TensorInfo) -> torch.Tensor:
 
 
 def refuse_not_finite(scales: torch.Tensor, name: str, info: TensorInfo) -> None:
-    """Raise CheckpointError if one of the scales of the parameter `name`, which are in the file of `info`, is NaN or infinite."""
+    """Raise CheckpointError if a scale of the parameter `name`, in the file of `info`, is NaN or infinite."""
     if not scales.isfinite().all():
         raise CheckpointError(
             f"the scales of {quoted(name)} in {quoted(info.file)} hold NaN or infinity; download the model again"

@@ -1,4 +1,4 @@
-"""Chance for storages that round by it: the same on every machine and device, for the same seed."""
+"""Random numbers for stochastic rounding: for the same seed, the same on every machine and device."""
 
 from __future__ import annotations
 
@@ -22,18 +22,22 @@ WEYL: Final = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 HALF: Final = (1 << 32) - 1
 
 WORDS: Final = 1 << 16
-"""The number of words of 16 bits that differ."""
+"""Number of different words of 16 bits."""
 
 WORDS_OF_A_BLOCK: Final = 16
-"""Words of 16 bits in a block of Philox's."""
+"""Words of 16 bits in one block of Philox4x64."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How a parameter is rounded to a storage that is coarser than what was added to it.
+    """How to round: stochastic if the storage is coarse, error-compensated by calibration inputs or by output directions.
 
-    `seed`, below 2**64, is made from what is merged, so that equal merges give equal bytes. With `feedback` errors are passed on
-    between inputs, else with `outputs` between outputs, unless the change is large. Chance alone does not lead back from that.
+    Attributes:
+        seed: seed of the random numbers, below 2**64. It is derived from what is merged, so equal merges give equal bytes.
+        feedback: error compensation between inputs, or a function that makes it for some inputs. It takes precedence.
+        outputs: error compensation between outputs, which is used where the change is small.
+
+    The seed alone does not undo error compensation; an undo file holds the rest.
     """
 
     seed: int
@@ -41,20 +45,20 @@ class Rounding:
     outputs: OutputFeedback | None = None
 
     def feedback_for(self, inputs: range) -> Feedback | None:
-        """The feedback for a block of these inputs: that of all, or, where blocks have some alone, one of their own."""
+        """Return the error compensation for a block with these inputs, or None."""
         return self.feedback(inputs) if callable(self.feedback) else self.feedback
 
     def words(self, rows: range, count: int, device: torch.device) -> Tensor:
-        """`count` random words of 16 bits, int16, flat, for a block that begins with row ``rows.start``; see `noise_of`.
+        """Return `count` random words, int16, flat, for a block that begins with row ``rows.start`` (see `noise_of`).
 
-        They are those of Philox4x64-10 with the seed and the row as its key.
+        They come from Philox4x64-10 with the seed and the row as its key.
         """
         return _words((self.seed, rows.start), 0, -(-count // WORDS_OF_A_BLOCK), device)[:count]
 
     def words_of_rows(self, rows: range, columns: int, device: torch.device) -> Tensor:
-        """Random words of 16 bits, int16, (rows, columns), which do not depend on the block that the rows are part of.
+        """Return random words, int16, (rows, columns), that do not depend on how rows are cut into blocks.
 
-        They are those of Philox4x64-10 with the seed as its key; each row begins a block of these of its own.
+        They come from Philox4x64-10 with the seed as its key. Each row begins with a new block of Philox4x64.
         """
         blocks = -(-columns // WORDS_OF_A_BLOCK)
         words = _words((self.seed, 0), rows.start * blocks, len(rows) * blocks, device)
@@ -62,33 +66,33 @@ class Rounding:
 
 
 def _words(key: tuple[int, int], first: int, count: int, device: torch.device) -> Tensor:
-    """The words of `count` blocks of Philox's after `first` others: made by numpy, or on another device than a CPU there."""
+    """Return the words of `count` blocks of Philox4x64 after the first `first` ones. NumPy makes them on a CPU."""
     import numpy as np
     import torch
 
     if device.type == "cpu":
-        # Of a list numpy would make floating-point numbers.
+        # NumPy would convert a list to floating-point numbers.
         made = np.random.Philox(key=np.array(key, np.uint64), counter=np.array([first, 0, 0, 0], np.uint64))
         raw = made.random_raw(count * WORDS_OF_A_BLOCK // 4).astype("<u8", copy=False)
         words = torch.from_numpy(raw.view("<i2").astype(np.int16, copy=False))
     else:
         words = philox(key, count, device, first).view(torch.int16)
-    return words.bitwise_xor_(-WORDS // 2)  # from 0 to 65535 as they are made
+    return words.bitwise_xor_(-WORDS // 2)  # maps 0..65535, read as int16, to -32768..32767
 
 
 def noise_of(words: Tensor) -> Tensor:
-    """Chance that `words` from -32768 to 32767 stand for, fp32: between 0 and 1."""
+    """Return the random numbers between 0 and 1, fp32, that `words` from -32768 to 32767 stand for."""
     return words.float().add_((WORDS + 1) / 2).div_(WORDS)
 
 
 def philox(key: tuple[int, int], count: int, device: torch.device, start: int = 0) -> Tensor:
-    """`count` blocks of four 64-bit words of Philox4x64-10 after `start` others, as numpy's ``Philox(key)`` gives them.
+    """Return `count` blocks of four 64-bit words of Philox4x64-10 after the first `start` ones: int64, flat.
 
-    They are int64, flat.
+    They equal those of NumPy's ``Philox(key)``.
     """
     import torch
 
-    # numpy raises the counter before it makes a block.
+    # NumPy increments the counter before it makes a block.
     first = torch.arange(start + 1, start + count + 1, device=device)
     words = [first, *(torch.zeros_like(first) for _ in range(3))]
     for turn in range(ROUNDS):
@@ -100,21 +104,21 @@ def philox(key: tuple[int, int], count: int, device: torch.device, start: int = 
 
 
 def _product(numbers: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """The upper and lower 64 bits of a product of unsigned 64-bit numbers; torch multiplies modulo 2**64."""
+    """Return the upper and lower 64 bits of a product of unsigned 64-bit numbers. torch multiplies modulo 2**64."""
     low, high = numbers & HALF, (numbers >> 32) & HALF
     by_low, by_high = by & HALF, by >> 32
-    # A half times a half can reach 2**63 and more, which torch's signed numbers wrap; their bits are right.
+    # The product of two halves can exceed 2**63. torch's signed numbers then wrap, with the right bits.
     middle = high * by_low + _upper(low * by_low)
     cross = low * by_high + (middle & HALF)
     return high * by_high + _upper(middle) + _upper(cross), numbers * _signed(by)
 
 
 def _upper(numbers: Tensor) -> Tensor:
-    """The upper 32 of 64 bits, as an unsigned number."""
+    """Return the upper 32 of 64 bits as an unsigned number."""
     return (numbers >> 32) & HALF
 
 
 def _signed(number: int) -> int:
-    """The signed number with the last 64 bits of this one."""
+    """Return the signed 64-bit number with the last 64 bits of `number`."""
     number &= (1 << 64) - 1
     return number - (1 << 64) if number >> 63 else number

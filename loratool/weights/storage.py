@@ -1,4 +1,4 @@
-"""What a storage is: a row of the table in `loratool.weights.storages`."""
+"""The definition of a storage: a row of the table in `loratool.weights.storages`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loratool.weights.stored import StoredWeight
 
 
 class Model(Protocol):
-    """What storages look at: the tensors of a model by name, and its ``config.json``."""
+    """A model as storages see it: its tensors by name, and its ``config.json``."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
@@ -25,14 +25,15 @@ class Storage:
     """A way to store parameters.
 
     Attributes:
-        names: what `StoredWeight.storage` says of its parameters.
-        title: what people call it.
-        claim: the parameter of a name, or None where it is not stored so. The tensors decide, the configuration confirms.
-            Raises CheckpointError where the tensors of such a parameter are missing, damaged, or contradict one another.
-        parameter_of: the parameter that a tensor belongs to, judged by its name alone; None where no tensor of this storage
-            is called so. A dense tensor's is its own.
-        describes: what people call the storage of a model that has this ``quantization_config``; None where it is another.
-        tags: what the Hub calls models with such parameters.
+        names: the values of `StoredWeight.storage` for its parameters.
+        title: its name in messages.
+        claim: returns the parameter of a name, or None if it is stored differently. The tensors decide; the
+            configuration adds details such as the size of tiles. It raises CheckpointError if tensors of the parameter are
+            missing, damaged or contradictory.
+        parameter_of: returns the parameter that a tensor belongs to, by the tensor's name alone, or None if no tensor of this
+            storage has such a name. A dense tensor belongs to the parameter of its own name.
+        describes: returns the title for a model with this ``quantization_config``, or None if it is of another storage.
+        tags: the Hub's tags of models with such parameters.
     """
 
     names: tuple[str, ...]
@@ -48,9 +49,9 @@ class OtherStorage:
     """A way to store parameters that loratool neither reads nor writes.
 
     Attributes:
-        title: what people call it.
-        ends: how names of tensors end that no other storage has.
-        describes: whether a ``quantization_config`` is that of a model stored so, where its method does not say.
+        title: its name in messages.
+        ends: suffixes of tensor names that no other storage has.
+        describes: returns whether a ``quantization_config`` is of this storage, if its method alone does not determine that.
     """
 
     title: str

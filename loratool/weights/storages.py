@@ -1,4 +1,4 @@
-"""The table of storages. A new one is a file beside this one and a row here."""
+"""The table of storages. A new storage is a file beside this one and a row here."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from loratool.weights.storage import Model, OtherStorage, Storage
 from loratool.weights.stored import StoredWeight
 
 QUANTIZED: Final = (four_bit.STORAGE, fp8.STORAGE)
-"""Storages whose parameters are several tensors each, of which ``config.json`` speaks in its ``quantization_config``."""
+"""Storages with several tensors per parameter, which ``config.json`` describes in its ``quantization_config``."""
 
 STORAGES: Final[tuple[Storage, ...]] = (*QUANTIZED, dense.STORAGE)
-"""All storages, in the order in which they are asked whether a parameter is theirs."""
+"""All storages, in the order in which they may claim a parameter."""
 
 MAKINGS: Final[Mapping[str, MakingOf]] = {"nf4": Nf4Options.of}
-"""Storages that dense parameters can be quantized to, by the names that options give them; the first one is the usual one."""
+"""Storages that dense parameters can be quantized to, by their names in options. The first one is the default."""
 
 OTHERS: Final = (
     OtherStorage("bitsandbytes 8-bit (LLM.int8)", (".SCB",), four_bit.is_8_bit),
     OtherStorage("GPTQ or AWQ", (".qzeros", ".qweight")),
     OtherStorage("compressed-tensors", (".weight_packed",)),
 )
-"""Storages that are refused by their names."""
+"""Storages that are refused with a message that names them."""
 
 
 def stored_weight(model: Model, name: str) -> StoredWeight | None:
-    """The parameter called `name` as `model` stores it, or None where no storage can read it.
+    """Return the parameter called `name` as `model` stores it, or None if no storage can read it.
 
     Raises:
-        CheckpointError: its tensors are missing, damaged, or contradict one another.
+        CheckpointError: its tensors are missing, damaged or contradictory.
     """
     for storage in STORAGES:
         weight = storage.claim(model, name)
@@ -43,31 +43,31 @@ def stored_weight(model: Model, name: str) -> StoredWeight | None:
 
 
 def is_dense(weight: StoredWeight) -> bool:
-    """Whether a parameter is stored in full precision."""
+    """Return whether a parameter is stored in full precision."""
     return weight.storage in dense.STORAGE.names
 
 
 def quantize_hint(weight: StoredWeight) -> str:
-    """The end of an advice to merge into a dense model, where that can be stored as `weight` is afterwards."""
+    """Return the end of a hint to merge into a dense model: the option that stores the result as `weight` is, or nothing."""
     return f", with --quantize {weight.storage} for a model like this" if weight.storage in MAKINGS else ""
 
 
 def quantized_names(model: Model) -> tuple[str, ...]:
-    """The names of the parameters that the names of tensors say are quantized, sorted.
+    """Return the sorted names of the parameters that are quantized, judged by the names of tensors alone.
 
-    A part that is all that is left of one counts: `stored_weight` then says what is missing, or finds nothing.
+    One remaining tensor of a parameter is enough; `stored_weight` then raises for the missing ones, or returns None.
     """
     found = {storage.parameter_of(name) for storage in QUANTIZED for name in model.tensors}
     return tuple(sorted(name for name in found if name is not None))
 
 
 def parameter_name(tensor: str) -> str:
-    """The parameter that a tensor of this name belongs to."""
+    """Return the parameter that a tensor of this name belongs to."""
     return next(name for storage in STORAGES if (name := storage.parameter_of(tensor)) is not None)
 
 
 def described(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
-    """What people call the storage that a ``config.json`` speaks of, and the tags of the Hub; None where it speaks of none."""
+    """Return the title and the Hub's tags of the quantized storage that a ``config.json`` describes, or None."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict):
         return None
@@ -76,15 +76,15 @@ def described(config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:
 
 
 def titles() -> str:
-    """What people call the storages that loratool changes."""
+    """Return the titles of the storages that loratool merges into, as text."""
     *others, last = (storage.title for storage in (*reversed(QUANTIZED), dense.STORAGE))
     return f"{last}, {' and '.join(others)}"
 
 
 def refuse_other_storage(model: Model, path: object) -> None:
-    """Raise UnsupportedError if the model at `path` is quantized in a way that is not in the table.
+    """Raise UnsupportedError if the model at `path` has a storage that is not in the table.
 
-    Its configuration says so (``quantization_config``), or the names of its tensors do.
+    Its ``quantization_config`` or the names of its tensors show that.
     """
     config, found = model.config.get("quantization_config"), None
     if isinstance(config, dict) and described(model.config) is None:
@@ -95,5 +95,5 @@ def refuse_other_storage(model: Model, path: object) -> None:
     if found:
         raise UnsupportedError(
             f"{quoted(path)} stores its weights as {quoted(found)}; loratool merges into {titles()} weights: use the model "
-            "that it was quantized from"
+            "it was quantized from"
         )

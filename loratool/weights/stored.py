@@ -1,7 +1,7 @@
-"""One parameter as a checkpoint stores it: what a plan knows of it, and what decodes and encodes its blocks.
+"""One parameter as a checkpoint stores it: the form in a plan, and the form that decodes and encodes its blocks.
 
-A stored parameter is a matrix of `rows` and `columns` that is cut into blocks of whole rows. Those are the rows of the parameter
-itself, or, where it is `turned`, its columns: some storages keep the transpose. Blocks are always given as they are cut.
+A stored parameter is a matrix of `rows` and `columns` that is cut into blocks of whole rows. If it is `turned`, these rows are
+the columns of the parameter, because some storages keep the transpose. Blocks always have the orientation of the cut matrix.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Given = Literal["sum", "change"]
-"""What `LoadedWeight.encode` is given: what W becomes, or what is added to it."""
+"""The argument of `LoadedWeight.encode`: the new W, or the change of W."""
 
 
 class StoredWeight(Protocol):
@@ -25,19 +25,19 @@ class StoredWeight(Protocol):
 
     @property
     def name(self) -> str:
-        """The name of the parameter: that of its module, then ``.weight``."""
+        """The name of the parameter: its module's name followed by ``.weight``."""
 
     @property
     def storage(self) -> str:
-        """The field's name for the storage: ``bf16``, ``fp16``, ``fp32``, ``nf4``, ..."""
+        """The short name of the storage: ``bf16``, ``fp16``, ``fp32``, ``nf4``, ..."""
 
     @property
     def words(self) -> str:
-        """How it is stored, for a sentence: ``in bf16``, ``in 4 bits``."""
+        """The storage as part of a sentence: ``in bf16``, ``in 4 bits``."""
 
     @property
     def dtype(self) -> Dtype:
-        """What it decodes to."""
+        """The dtype that it decodes to."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,11 +45,11 @@ class StoredWeight(Protocol):
 
     @property
     def rows(self) -> int:
-        """Rows of the matrix that is cut into blocks."""
+        """Number of rows of the matrix that is cut into blocks."""
 
     @property
     def columns(self) -> int:
-        """Columns of the matrix that is cut into blocks."""
+        """Number of columns of the matrix that is cut into blocks."""
 
     @property
     def turned(self) -> bool:
@@ -57,11 +57,11 @@ class StoredWeight(Protocol):
 
     @property
     def row_step(self) -> int:
-        """The least number of rows that a block may begin and end at a multiple of."""
+        """Blocks begin and end at multiples of this number of rows."""
 
     @property
     def is_oriented(self) -> bool:
-        """Whether the parameter is (out_features, in_features) whatever its module is; a dense Conv1D's is not."""
+        """Whether the parameter is (out_features, in_features) in every module. A dense one of a Conv1D is not."""
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -69,71 +69,74 @@ class StoredWeight(Protocol):
 
     @property
     def siblings(self) -> tuple[TensorInfo, ...]:
-        """The parameter's other tensors (scales, ...), which a merge leaves as they are."""
+        """The parameter's other tensors, such as scales, which a merge does not change."""
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one stored element: 1, 2 or 4; what an undo file counts in."""
+        """Bytes of one stored element, the unit of an undo file: 1, 2 or 4."""
 
     @property
     def takes(self) -> Given:
-        """What `LoadedWeight.encode` and `LoadedWeight.recover` are given."""
+        """The kind of block that `LoadedWeight.encode` and `LoadedWeight.recover` take."""
 
     @property
     def limit(self) -> float:
-        """The least magnitude that the stored type cannot hold; infinity where what is too large is cut."""
+        """The smallest magnitude that overflows the stored dtype; infinity if larger values are cut instead."""
 
     @property
     def block_bytes(self) -> int:
-        """About how many bytes of fp32 a block should have on a CPU."""
+        """The approximate size of a block on a CPU, in bytes of fp32."""
 
     @property
     def is_computing(self) -> bool:
-        """Whether a merge into it computes for longer than it reads and writes."""
+        """Whether a merge into it takes more time for computing than for reading and writing."""
 
     @property
     def undo_level(self) -> int:
-        """The level of Zstandard that its residuals in an undo file are compressed with."""
+        """The Zstandard level for its residuals in an undo file."""
 
     @property
     def keeps_hint(self) -> bool:
-        """Whether `LoadedWeight.encode` gives a hint for `LoadedWeight.recover`, which an undo file keeps."""
+        """Whether `LoadedWeight.encode` returns a hint for `LoadedWeight.recover`, which an undo file keeps."""
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether its rounding can use what the matrix multiplies (`Rounding.feedback`)."""
+        """Whether its rounding can use the inputs of the matrix (`Rounding.feedback`)."""
 
     @property
     def is_replaceable(self) -> bool:
-        """Whether other numbers can take the place of all of it in the same tensors."""
+        """Whether the same tensors can hold entirely different numbers."""
 
     def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
-        """The bytes that hold `rows`: a tensor, and where in its file they start and stop, for each part.
+        """Return the bytes that hold `rows`: for each part a tensor, and the start and end of the bytes in its file.
 
-        They may hold other bytes as well (scales), which `LoadedWeight.encode` leaves as they are.
+        They may include other bytes, such as scales, which `LoadedWeight.encode` does not change.
         """
 
     def load(self, device: str) -> LoadedWeight:
-        """Read what decoding needs beside those bytes, onto `device`.
+        """Read what decoding needs besides those bytes, and put it on `device`.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: a tensor is damaged.
         """
 
 
 class LoadedWeight(Protocol):
-    """A stored parameter that can be decoded and encoded. `parts` are the bytes of a block, uint8, one tensor an extent."""
+    """A stored parameter that can be decoded and encoded.
+
+    `parts` are the bytes of a block, uint8, one tensor per extent.
+    """
 
     def decode(self, rows: range, parts: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-        """Decode the bytes of a block into `out`, fp32, (rows, columns)."""
+        """Decode the bytes of a block into `out`, (rows, columns) fp32."""
 
     def encode(
         self, rows: range, block: torch.Tensor, parts: tuple[torch.Tensor, ...], rounding: Rounding
     ) -> Moves | None:
-        """Round `block`, fp32, (rows, columns), once to the stored type and put its bytes into `parts`.
+        """Round `block`, (rows, columns) fp32, once to the stored dtype and write its bytes into `parts`.
 
-        `block` is what W becomes; or, where the storage takes the change, what is added to it, and `parts` hold the bytes from
-        before. Then what became of it is returned.
+        If the storage takes the sum, `block` is the new W and the result is None. If it takes the change, `block` is the change
+        of W, `parts` hold the old bytes, and the result is the moves of codes.
         """
 
     def recover(
@@ -144,14 +147,17 @@ class LoadedWeight(Protocol):
         rounding: Rounding,
         hint: bytes | None,
     ) -> None:
-        """Undo `encode` in `parts` as far as arithmetic can, with the same bits on every machine.
+        """Undo `encode` in place as far as arithmetic can, with the same bits on every machine.
 
-        `block` is what W was, as far as arithmetic tells; or, where the storage takes the change, what was added. `hint` is
-        what `encode` gave, or None where it was not kept. An undo file holds what the result misses the true bytes by.
+        An undo file holds the difference from the true bytes.
+
+        Args:
+            block: ``W' - delta`` if the storage takes the sum; the change that was added if it takes the change.
+            hint: what `encode` returned, or None if it was not kept.
         """
 
     def doubt(self, stored: tuple[torch.Tensor, ...], predicted: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Bits by which each element of `stored` is coarser than `predicted`, 0 to 3: uint8, one tensor a part.
+        """Return the bits by which each element of `stored` is coarser than `predicted`, 0 to 3: uint8, one tensor per part.
 
-        It shows where ``round(W' - delta)`` can miss W; `loratool.merging.residual` says how it is used.
+        ``round(W' - delta)`` can differ from W in these elements; `loratool.merging.residual` uses that.
         """
