@@ -1,4 +1,4 @@
-"""A block of a coarse parameter that is to change, and how its codes become numbers."""
+"""A block of a coarse parameter that is to change, and the arithmetic from its codes to numbers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Coding:
-    """How the codes of a storage become numbers.
+    """The definition of a storage's codes.
 
     Attributes:
-        levels: what they stand for.
-        packing: how they lie in bytes.
-        dtype: what numbers are rounded to in the end.
-        unit: what a level times its scale is multiplied by, in fp32.
-        product: the dtype that the result is rounded to before offsets are added; None for fp32.
+        levels: the values of the codes.
+        packing: the layout of codes in bytes.
+        dtype: the dtype that numbers are finally rounded to.
+        unit: an fp32 factor of every product of a level and its scale.
+        product: the dtype that the product is rounded to before offsets are added; None for fp32.
     """
 
     levels: Levels
@@ -39,24 +39,24 @@ class Coding:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The storage's own exact arithmetic: the numbers that codes stand for, with every rounding in its order."""
+    """The storage's own exact arithmetic: the numbers of codes, with every rounding in order."""
 
     coding: Coding
     table: LevelTable
 
     def of(self, block: Block, few: Strip) -> Tensor:
-        """Those of a strip of a block, flat, in the dtype of the coding."""
+        """Return the numbers of a strip of a block, flat, in the dtype of the coding."""
         values = self.table.values(block.bytes(few), few.area.count)
         return self._finished(block.scaling.offset(few.area, self._rounded(block.scaling.products(few.area, values))))
 
     def unrounded(self, block: Block, few: Strip) -> Tensor:
-        """The same in fp32, but for all roundings."""
+        """Return the numbers of a strip of a block in fp32, without any rounding of the storage."""
         values, scaling = self.table.values(block.bytes(few), few.area.count), block.scaling
         numbers = scaling.tiles.times(self.per_level(scaling.scales), few.area, values)
         return numbers if scaling.base is None else numbers.add_(scaling.spread(scaling.base, few.area))
 
     def at(self, places: Tensor, scaling: Picked) -> Tensor:
-        """Those of codes at `places`, int32, under these scales: fp32."""
+        """Return the numbers of the codes at `places`, int32, under these scales: fp32."""
         values = self.table.sorted.index_select(0, places)
         if scaling.zeros is not None:
             values = values.sub_(scaling.zeros)
@@ -64,11 +64,11 @@ class Numbers:
         return self._finished(products if scaling.offsets is None else products.add_(scaling.offsets)).float()
 
     def per_level(self, scales: Tensor) -> Tensor:
-        """By how much numbers change with a level, under these scales."""
+        """Return the change of a number per level under these scales."""
         return scales if self.coding.unit == 1 else scales * self.coding.unit
 
     def _rounded(self, products: Tensor) -> Tensor:
-        """Levels times scales, new, as they are before offsets are added."""
+        """Round products of levels and scales as the storage does before it adds offsets. May change `products` in place."""
         if self.coding.unit != 1:
             products = products.mul_(self.coding.unit)
         return products if self._product is None else products.to(self._product).float()
@@ -87,14 +87,15 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows and columns of a parameter; rows are its outputs and columns its inputs, however it is stored.
+    """Some rows and columns of a parameter. Rows are outputs and columns are inputs, whatever the orientation in the file.
 
     Attributes:
-        area: which ones.
-        lines: the axis along which lie the rows of the matrix that is cut into blocks: 0, or 1 where it is turned.
-        raw: uint8, the bytes of their codes, `per_byte` codes each.
-        change: fp32, (rows, columns), what is, or was, added to the numbers that these stand for.
-        scaling: their scales.
+        area: the rows and columns.
+        lines: the axis of the rows of the matrix that is cut into blocks: 0, or 1 if the parameter is turned.
+        raw: uint8, the bytes of the codes.
+        change: (rows, columns) fp32, the change to make, or the one that was made.
+        scaling: the scales of the block.
+        per_byte: number of codes in a byte of `raw`.
     """
 
     area: Area
@@ -105,15 +106,15 @@ class Block:
     per_byte: int
 
     def strips(self) -> Iterator[Strip]:
-        """The block in strips, none of which begins inside a byte; on a device that is no CPU it is one."""
+        """Yield the block in strips that begin at whole bytes. On a device other than a CPU it is one strip."""
         return self.area.strips(self.per_byte if self.raw.device.type == "cpu" else None)
 
     def bytes(self, few: Strip) -> Tensor:
-        """The bytes of the codes of a strip."""
+        """Return the bytes of the codes of a strip."""
         return self.raw[few.bytes(self.per_byte)]
 
     def shifts(self, few: Strip) -> Tensor:
-        """The change of a strip in units of levels: flat, new."""
+        """Return the change of a strip in units of levels, as a new flat tensor."""
         return self.scaling.tiles.times(self.scaling.per_scale, few.area, self.change[few.part].view(-1))
 
     @property
@@ -121,19 +122,19 @@ class Block:
         return self.area.shape[self.lines]
 
     def by_line(self, each: Tensor) -> Tensor:
-        """A number for each line, so that it goes with (rows, columns)."""
+        """Reshape one number per line so that it broadcasts with (rows, columns)."""
         return each[:, None] if self.lines == 0 else each[None, :]
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where codes of a block go.
+    """The codes of a block that change.
 
     Attributes:
-        at: (n,) int64, which ones, by their places in the flattened block.
-        there: (n,) int32, the places of the levels that they come to.
-        jumps: (n,) fp32, by how much their numbers change.
-        cut: how many stopped at an outermost level that chance would have led farther.
+        at: (n,) int64, their positions in the flattened block.
+        there: (n,) int32, the places of their new levels.
+        jumps: (n,) fp32, the changes of their numbers.
+        cut: number of codes that stopped at an outermost level although their rounding would have gone further.
     """
 
     at: Tensor

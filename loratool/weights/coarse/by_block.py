@@ -1,7 +1,8 @@
-"""The habit of bitsandbytes' 4 bits, the first storages that there were: what was merged into them before comes out the same.
+"""The habit of bitsandbytes' 4-bit storages. It is kept for its bytes, so that existing merges can be made again and undone.
 
-Each block of rows decides as a whole, from a sample of its rows, and chance begins anew with it. No row is rounded to nearest.
-Codes with short steps may carry the change for the others. A code is looked for no farther than one step from where it is found.
+Each block of rows is rounded in one way, which a sample of its rows decides, and its random numbers begin anew. No row is
+rounded to nearest. Codes with short steps may carry the change for the others. Undoing looks for the origin of a code at most
+one level away.
 """
 
 from __future__ import annotations
@@ -25,30 +26,31 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 LOOKED_AT: Final = 64
-"""At least so many rows of a block are looked at to tell how large its change is."""
+"""The fewest rows of a block that are sampled to measure its change."""
 
 
 class ByBlock:
-    """Rounds each block as a whole; by `rules` the codes with short steps carry a small change, without any all do."""
+    """Rounds each block in one way. With `rules`, codes with short steps carry a small change; otherwise all codes do."""
 
     by_block = True
 
     def __init__(self, table: LevelTable, scaling: Scaling, area: Area, rules: Sequence[ShortRule]) -> None:
-        """`area` is all of the parameter."""
+        """`area` is that of the whole parameter."""
         self._table = table
         self._short = ShortSteps(rules, table, scaling, area) if rules else None
 
     def manner(self, block: Block, rounding: Rounding) -> Manner:
-        """The hint says how many codes of each column carry the change, int32, or has one 0 where all do."""
+        """Return the manner of a block. Its hint is the number of carriers in each column, int32, or one 0 for all codes."""
         sizes = self._sizes(block)
         words = rounding.words(block.area.rows, block.area.count, block.raw.device)
         carriers, hint = self._carriers(block, sizes)
         return Manner(words, self._mean_steps(sizes) <= LARGEST_CHANGE, hint, carriers)
 
     def origins(self, block: Block, rounding: Rounding, hint: bytes | None) -> tuple[Tensor, Tensor]:
-        """A code came from where the same chance leads to it: from itself, or from the one that lies against what was added.
+        """Return the codes that came from elsewhere: those that the same random numbers move here from one level away.
 
-        About one in a hundred could have come from both, or was moved farther.
+        The candidates of a code are its own level and the next one against the change. About one code in a hundred could have
+        come from both, or came from further away; an undo file lists these.
         """
         import torch
 
@@ -73,11 +75,11 @@ class ByBlock:
         return at, came.index_select(0, at).int()
 
     def _sizes(self, block: Block) -> Tensor:
-        """How large the change of a block is, in units of levels, in rows spread over it: fp32, (rows, columns)."""
+        """Return the magnitude of a block's change in units of levels, for sampled rows: (rows, columns) fp32."""
         change, scaling = block.change, block.scaling
         step = (
             max(1, len(change) // LOOKED_AT - 1) | 1
-        )  # odd, as what rows have in common (heads) comes in powers of two
+        )  # odd, because structure in rows, such as heads, comes in powers of two
         by_row = scaling.tiles.by_row(scaling.per_scale, block.area)
         if by_row is None:
             shifts = scaling.tiles.times(scaling.per_scale, block.area, change.view(-1))
@@ -87,7 +89,7 @@ class ByBlock:
         return (change[::step].view(len(here), -1, width).abs() * here).view(len(here), -1)
 
     def _carriers(self, block: Block, sizes: Tensor) -> tuple[Carriers | None, bytes]:
-        """The codes that carry a change of these `sizes` in some rows, None where all do; and the hint that says so."""
+        """Return the codes that carry a change of these `sizes`, or None for all codes, with the hint that records it."""
         import torch
 
         if self._short is None:
@@ -103,7 +105,7 @@ class ByBlock:
         return Carriers(torch.cat(chosen), self._short.gain(block.area.rows, counts)), hint
 
     def _counts(self, hint: bytes | None, chosen: Tensor) -> Tensor:
-        """How many codes of each column took part: as the hint says; without it, what can be seen of it now."""
+        """Return the number of carriers in each column: from the hint, or without it an estimate from the present codes."""
         import torch
 
         if hint is None:
@@ -113,7 +115,7 @@ class ByBlock:
         return torch.frombuffer(bytearray(hint), dtype=torch.int32).to(chosen.device)
 
     def _mean_steps(self, sizes: Tensor) -> float:
-        """How large changes in units of levels are on average, in mean steps."""
+        """Return the mean of changes in units of levels, divided by the mean step between levels."""
         import torch
 
         return float(sizes.sum(dtype=torch.float64)) / max(sizes.numel(), 1) * self._table.per_mean_step

@@ -1,4 +1,4 @@
-"""Codes that go to one of the two levels around what they are to become, by chance; errors are passed on between outputs."""
+"""Stochastic rounding of codes to one of the two levels around the exact result, with error compensation between outputs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Movable:
-    """Codes of a block that chance may move; of all others it is known before that they stay.
+    """The codes of a block that may change. All others certainly stay the same.
 
     Attributes:
-        at: (n,) int64, ascending, where they are in the flattened block.
-        places: (n,) int32, where their levels are in the order of values.
-        scaling: that of their tiles.
-        wanted: (n,) fp32, what is to be added to each, in units of levels.
-        noise: (n,) fp32, chance, from 0 to 1.
+        at: (n,) int64, ascending, their positions in the flattened block.
+        places: (n,) int32, the places of their levels in the order of values.
+        scaling: the scales of their tiles.
+        wanted: (n,) fp32, the wanted change of each, in units of levels.
+        noise: (n,) fp32, a random number from 0 to 1 for each.
     """
 
     at: Tensor
@@ -41,18 +41,18 @@ class Movable:
 
 
 class ByChance:
-    """Rounds blocks of a parameter, each code by its own chance."""
+    """Rounds blocks of a parameter, each code by its own random number."""
 
     def __init__(self, table: LevelTable, numbers: Numbers) -> None:
         self._table, self._numbers = table, numbers
 
     def found(self, block: Block, manner: Manner) -> Found:
-        """Where codes go, without regard to one another."""
+        """Return the codes that change, each rounded independently."""
         codes = self._movable(block, manner, 1)
         return _changed(codes.at, *self._moved(codes, codes.wanted))
 
     def found_with_feedback(self, block: Block, manner: Manner, outputs: OutputFeedback, *, by_block: bool) -> Found:
-        """Where codes go, where what earlier outputs are off by is made good by later ones."""
+        """Return the codes that change when later outputs compensate the errors of earlier ones."""
         import torch
 
         codes = self._movable(block, manner, 1 + MOST_PASSED)
@@ -80,11 +80,11 @@ class ByChance:
         return there, jumps, self._table.cut(codes.places, added, codes.noise, there)
 
     def _movable(self, block: Block, manner: Manner, most: float) -> Movable:
-        """The codes that chance may move when up to `most` times what they are to change by is added.
+        """Return the codes that may change when up to `most` times their wanted change is added.
 
-        A code goes up where the odds, change / step, are above its noise, and down where they are above ``1 - noise``. No step
-        is shorter than the shortest, so that of most codes it is known without a look at theirs. Where steps are very unlike, the
-        shorter one of each code's own is looked up.
+        A code goes up if its odds, change / step, exceed its noise, and down if they exceed ``1 - noise``. The shortest step of
+        the table bounds the odds, which excludes most codes without looking up their own steps. If steps are very uneven, the
+        shorter of a code's own two steps is looked up instead.
         """
         import torch
 
@@ -93,8 +93,8 @@ class ByChance:
         gains = times if carriers is None else carriers.gain * times
         found = []
         for few in block.strips():
-            # In units of 1 / WORDS, noise is words + 1/2 + WORDS / 2; the two conditions are one on the distance to the middle,
-            # which no code meets that nothing is added to.
+            # In units of 1 / WORDS, noise is words + 1/2 + WORDS / 2. Both conditions are one on the distance to the middle, and
+            # no code without a change meets it.
             shifts = block.shifts(few).view(few.area.shape).mul_(gains).view(-1)
             odds = shifts
             if table.is_uneven:
@@ -111,21 +111,21 @@ class ByChance:
 
 
 def _changed(at: Tensor, there: Tensor, jumps: Tensor, cut: int) -> Found:
-    """Those codes alone whose numbers change: none goes from one code of a number to another."""
+    """Keep only the codes whose numbers change; a move between two codes of the same number is dropped."""
     changed = true_places(jumps != 0)
     at, there, jumps = (each.index_select(0, changed) for each in (at, there, jumps))
     return Found(at, there, jumps, cut)
 
 
 def _of_rows(passes: bool | Tensor, rows: slice) -> Tensor | None:
-    """Which of these rows, or of all columns, take part; None where all do."""
+    """Return the mask of these rows, or of all columns, that take part, or None if all do."""
     if isinstance(passes, bool):
         return None
     return passes[rows] if len(passes) > 1 else passes
 
 
 def off_by(change: Tensor, at: Tensor, jumps: Tensor) -> Tensor:
-    """What numbers are off by that were to change by `change`, when those numbered `at` changed by `jumps`: new."""
+    """Return the errors, as a new tensor, if numbers were to change by `change` and those at `at` changed by `jumps`."""
     error = change.neg()
     error.view(-1).index_add_(0, at, jumps)
     return error

@@ -1,8 +1,8 @@
-"""The habit of coarse storages: each row, as it lies in the file, is rounded as its own numbers say.
+"""The habit of coarse storages: the numbers of each row, as it lies in the file, decide how the row is rounded.
 
-Where the steps of a row are no longer than its change it is rounded to nearest: that loses nothing of a change whose numbers are
-spread over several steps, and makes less noise. Elsewhere nearest would lose the change, and chance decides. The result does not
-depend on how the parameter is cut into blocks.
+A row whose steps are not longer than its change is rounded to nearest. That loses nothing of a change that spans several steps,
+and makes less noise. In other rows, nearest would lose the change, so rounding is stochastic. The result does not depend on how
+the parameter is cut into blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ByLine:
-    """Rounds each line of a block, a row of the matrix that is cut, by itself."""
+    """Rounds each line of a block by itself. A line is a row of the matrix that is cut."""
 
     by_block = False
 
@@ -32,7 +32,7 @@ class ByLine:
         self._table = table
 
     def manner(self, block: Block, rounding: Rounding) -> Manner:
-        """The hint has a number for each line: 1 for those rounded to nearest, or one 0 where there are none."""
+        """Return the manner of a block. Its hint is int32, 1 for each line rounded to nearest, or a single 0 if none is."""
         mean_steps, nearest = self._measured(block)
         passes = mean_steps <= LARGEST_CHANGE
         count = int(passes.count_nonzero())
@@ -43,7 +43,10 @@ class ByLine:
         )
 
     def origins(self, block: Block, rounding: Rounding, hint: bytes | None) -> tuple[Tensor, Tensor]:
-        """A code came from itself where the same chance leaves it there; else from where the opposite chance leads it back."""
+        """Return the codes that came from elsewhere: those that the same random numbers would move now.
+
+        Their origin is where the opposite random numbers lead them back to.
+        """
         import torch
 
         shift = torch.cat([block.shifts(few) for few in block.strips()])
@@ -54,7 +57,7 @@ class ByLine:
         return at, self._table.moved(places, shift.neg_(), noise.neg_().add_(1))
 
     def _words(self, block: Block, rounding: Rounding, nearest: Tensor) -> Tensor:
-        """Chance for each code of a block, int16, flat."""
+        """Return a random word for each code of a block, int16, flat; 0 in lines that are rounded to nearest."""
         lines = (block.area.rows, block.area.columns)[block.lines]
         words = rounding.words_of_rows(lines, block.area.shape[1 - block.lines], block.raw.device)
         words = words if block.lines == 0 else words.T
@@ -63,7 +66,7 @@ class ByLine:
         return words.reshape(-1)
 
     def _nearest(self, block: Block, hint: bytes | None) -> Tensor:
-        """The lines that were rounded to nearest: as the hint says, or without it as the change does."""
+        """Return the lines that were rounded to nearest: from the hint, or without it from the change."""
         import torch
 
         if hint is None:
@@ -74,7 +77,11 @@ class ByLine:
         return flags.expand(block.line_count)
 
     def _measured(self, block: Block) -> tuple[Tensor, Tensor]:
-        """By how many mean steps each line changes on average; and which lines' longest steps are no longer than their change."""
+        """Measure the change of each line.
+
+        Returns:
+            Its mean in units of mean steps, fp32; and whether its root mean square is at least the line's longest step, bool.
+        """
         across, shape = 1 - block.lines, block.area.shape
         steps, squares = block.change.new_zeros(2, shape[block.lines])
         for few in block.strips():

@@ -1,19 +1,21 @@
-"""Rounding that knows what a matrix multiplies: the error of each column is compensated by the columns after it.
+"""Error-compensated rounding with known inputs: the error of each column is compensated by the columns after it.
 
-With X, (tokens, columns), inputs of the layer, an error E of its rows costs ``||X E^T||^2``, what its outputs are off by, and
-``damping ||E||^2`` for inputs that were not seen. Once some columns S are rounded, the others, F, do best to be off by
-``-H_FF^-1 H_FS e_S`` with ``H = X^T X + damping I``; that is GPTQ (Frantar et al. 2022, arXiv:2210.17323). Since
-``H_FF^-1 X_F^T = X_F^T (damping I + X_F X_F^T)^-1``, no matrix of (columns, columns) is made: of the next columns G, some of F,
-it is ``-P_G^T y``, where ``y = X_S e_S`` is what a row's outputs are off by so far, and ``P_G = (damping I + X_F X_F^T)^-1 X_G``.
+Let X, (tokens, columns), be inputs of the layer. An error E of its rows costs ``||X E^T||^2``, the error of its outputs, plus
+``damping ||E||^2`` for other inputs. Once the columns S are rounded, the best errors of the remaining columns F are
+``-H_FF^-1 H_FS e_S`` with ``H = X^T X + damping I``. That is GPTQ (Frantar et al. 2022, arXiv:2210.17323).
 
-Columns are rounded in the order of their inputs' size, largest first (GPTQ's act-order). Half of all energy is often that of one
-or two columns, those of massive activations (Sun et al. 2024, arXiv:2402.17762), and their errors are nearly all that a model
-notices. Rounded first, they are made good by all others.
+No (columns, columns) matrix is needed, because ``H_FF^-1 X_F^T = X_F^T (damping I + X_F X_F^T)^-1``. The errors of the next
+columns G, a part of F, are ``-P_G^T y``. Here ``y = X_S e_S`` is the output error of a row so far, and
+``P_G = (damping I + X_F X_F^T)^-1 X_G``.
 
-GPTQ rounds to nearest, where an error is half a step at most whatever is passed on. Rounding by chance, a code moves with
-odds in proportion to what it is to change by: passing on makes noise itself. So what is passed on may be cut at `most` times
-the change that is wanted anyway, which makes no more moves, only other ones. Where the changes are not small it is better
-not to cut. Nobody knows before, so each of `TRIALS` is rounded, and the one with the least error is taken.
+Columns are rounded in descending order of the size of their inputs (GPTQ's act-order). One or two columns with massive
+activations (Sun et al. 2024, arXiv:2402.17762) often hold half of all energy, and their errors do nearly all the harm. Rounded
+first, they are compensated by all others.
+
+GPTQ rounds to nearest, so compensation cannot make an error larger than half a step. In stochastic rounding, the odds that a
+code moves grow with its change, so compensation adds noise of its own. It may therefore be cut at `most` times the wanted
+change, which gives different moves but not more of them. If changes are not small, it is better not to cut. This is not known
+in advance, so each of `TRIALS` is computed and the one with the least error is used.
 """
 
 from __future__ import annotations
@@ -30,28 +32,28 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 Move = Callable[[slice, "Tensor"], "tuple[Tensor, Tensor]"]
-"""Takes columns and what is added to them, (rows, columns); gives the places of their codes then, and their numbers."""
+"""Takes columns and their change, (rows, columns); returns the places of their rounded codes, and their numbers."""
 
 ALONE: Final = 16
-"""So many columns, those with the largest inputs, are rounded one by one."""
+"""Number of columns, those with the largest inputs, that are rounded one by one."""
 
 GROUP: Final = 16
-"""Of the others so many are rounded at once, without regard to one another."""
+"""Number of the other columns that are rounded at once, independently of one another."""
 
 TOGETHER: Final = 32
-"""Parts whose coefficients are made at once."""
+"""Number of parts whose coefficients are computed at once."""
 
 COMPARED_DAMPING: Final = 0.3
-"""What trials are compared under; inputs that were not seen may come as well."""
+"""The damping under which trials are compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One way of passing errors on.
+    """One way to compensate errors.
 
     Attributes:
-        damping: what an error costs with inputs that were not seen, beside the mean of those that were.
-        most: at how many times the wanted change what is passed on is cut.
+        damping: the cost of an error with other inputs, relative to the mean over the known inputs.
+        most: the limit of compensation, in multiples of the wanted change.
         short: whether codes with short steps carry the change for the others (`loratool.weights.coarse.short_steps`).
     """
 
@@ -61,19 +63,20 @@ class Trial:
 
 
 TRIALS: Final = (Trial(1.0, 1.0, short=True), Trial(3.0, math.inf, short=False))
-"""The first moves no more codes than are moved anyway; where changes are large, the second has less error."""
+"""The first trial changes no more codes than rounding without compensation. The second has less error if changes are large."""
 
 
 class Feedback:
-    """What errors of a matrix cost, and how they are passed on: from `inputs`, (tokens, columns), fp32.
+    """The cost of a matrix's errors and their compensation, from its `inputs`, (tokens, columns) fp32.
 
-    `order`, int64, (columns,): the columns as they are rounded, those with the largest inputs first.
+    Attributes:
+        order: (columns,) int64, the columns in the order of rounding, those with the largest inputs first.
     """
 
     def __init__(self, inputs: Tensor) -> None:
         import torch
 
-        # Squares of the largest inputs are to be fp32 numbers, and a power of two rounds nothing.
+        # Scale so that squares of the inputs do not overflow fp32. A power of two rounds nothing.
         inputs = torch.ldexp(inputs, -torch.frexp(inputs.abs().amax()).exponent)
         energy = inputs.square().sum(0)
         self.order = torch.argsort(energy, descending=True, stable=True)
@@ -88,10 +91,17 @@ class Feedback:
         }
 
     def best(self, old: Tensor, change: Tensor, short: Tensor, move: Move) -> tuple[Tensor, bool]:
-        """Where the codes go, int32, under the trial with the least error, and whether the short steps carry the change.
+        """Round with each trial and return the codes of the one with the least error.
 
-        `old` are the numbers from before, `change` what is added to them, `short` the same as the codes with short steps
-        carry it; all (rows, columns), their columns in `order`, as those of what it gives are.
+        All tensors are (rows, columns), with columns in `order`.
+
+        Args:
+            old: the numbers before.
+            change: the wanted change.
+            short: the wanted change as the codes with short steps carry it.
+
+        Returns:
+            The places of the codes, int32, and whether the short steps carry the change.
         """
         import torch
 
@@ -112,7 +122,7 @@ class Feedback:
         return moved, is_short
 
     def _passed_on(self, off: Tensor, part: slice, trial: Trial, wanted: Tensor) -> Tensor:
-        """What the columns of `part` are to change by, beside the `wanted` change, for what outputs are `off` by so far."""
+        """Return the compensation of the columns of `part` for the output error `off` so far, cut relative to `wanted`."""
         passed = (off @ self._passed[trial.damping][part].T).neg_()
         if math.isfinite(trial.most):
             most = wanted.abs() * trial.most
@@ -121,17 +131,17 @@ class Feedback:
 
 
 def groups(columns: int) -> list[slice]:
-    """The columns that are rounded at once."""
+    """Return the groups of columns that are rounded at once."""
     starts = [*range(min(ALONE, columns)), *range(ALONE, columns, GROUP), columns]
     return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 def coefficients(inputs: Tensor, damping: float, parts: Sequence[slice]) -> Tensor:
-    """P of all columns, fp32, (columns, tokens), from `inputs`, (columns, tokens).
+    """Return P of all columns, (columns, tokens) fp32, from `inputs`, (columns, tokens).
 
-    It is made for many parts at once, from the last ones to the first. With M the inverse for the columns after B, all that
-    is asked of B is in the factor U, upper triangular, of ``U U^T = I + B M B^T``: with ``V = U^-1 B M``, P of a part G of B
-    is ``U_GG^-T V_G``, and the inverse for B and all after it is ``M - V^T V``.
+    It is computed for blocks B of parts, from the last block to the first. Let M be the inverse for the columns after B, U the
+    upper triangular factor of ``U U^T = I + B M B^T``, and ``V = U^-1 B M``. Then P of a part G of B is ``U_GG^-T V_G``, and
+    the inverse for B and the columns after it is ``M - V^T V``.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Codes whose errors are passed on between inputs, under what a parameter multiplies (`loratool.weights.coarse.feedback`)."""
+"""Rounding of codes with error compensation between inputs (`loratool.weights.coarse.feedback`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LeastError:
         self._table, self._numbers = table, numbers
 
     def found(self, block: Block, manner: Manner, feedback: Feedback) -> tuple[Found, bool]:
-        """Where codes go; and whether the carriers of the manner, or all codes, carry the change."""
+        """Return the codes that change, and whether the carriers of the manner carry the change instead of all codes."""
         import torch
 
         shape, scaling, carriers = block.area.shape, block.scaling, manner.carriers
@@ -44,7 +44,7 @@ class LeastError:
         base = None if scaling.base is None else spread(scaling.base)
 
         def move(part: slice, added: Tensor) -> tuple[Tensor, Tensor]:
-            """Where the codes of these columns go when a change is added, and the numbers that they stand for there."""
+            """Return the places of the codes of these columns after a change is added, and their numbers."""
             steps = added * per_scale[:, part]
             there = self._table.moved_where_shifted(
                 *(each.reshape(-1) for each in (places[:, part], steps, noise[:, part]))

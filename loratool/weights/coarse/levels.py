@@ -1,4 +1,4 @@
-"""The levels that codes stand for: looked up, and moved from one to another by chance."""
+"""The levels of codes: looking them up, and moving codes from one level to another by stochastic rounding."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 CELLS: Final = 1024
-"""Equal cells from the lowest level to the highest, by which the level below a number is found."""
+"""Number of equal cells from the lowest level to the highest, which are used to find the level below a number."""
 
 MOST_BOUNDARIES: Final = 2
-"""Where one of the equal cells holds more levels than this, cells are made by the upper bits of a number."""
+"""The most levels in one equal cell. If a cell has more, cells are formed by the upper bits of a number instead."""
 
 EDGE: Final = 1e-3
-"""A number this much of a cell beside its edge may be taken for one of the cell beside, by the rounding of its place."""
+"""The distance from the edge of a cell, in cells, within which rounding may assign a number to the next cell."""
 
 UNEVEN: Final = 8
-"""Where the longest step is more than so many times the shortest, the shortest tells nothing of most codes."""
+"""The ratio of the longest to the shortest step above which the shortest says too little about most codes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """What each code of a storage stands for.
+    """The values of a storage's codes.
 
     Attributes:
-        values: of each code; NaN for one that is no number.
-        barred: codes that are never written, though they stand for a number.
-        twins_apart: whether codes of equal values have places of their own in the order of values, a step of no length apart; if
-            not they share one, and a code stays as it is while its value does.
+        values: the value of each code, or NaN.
+        barred: codes that are never written although they have a value.
+        twins_apart: whether codes of equal value have different places in the order of values, with a step of length 0 between
+            them. Otherwise they share a place, and a code stays the same as long as its value does.
     """
 
     values: tuple[float, ...]
@@ -44,7 +44,7 @@ class Levels:
     twins_apart: bool = False
 
     def places(self) -> list[list[int]]:
-        """The codes that may be written, in the order of their values; of those that share a place the one to write first."""
+        """Return the codes that may be written, by place in the order of values. Of a place, the first code is written."""
         usable = [code for code, value in enumerate(self.values) if code not in self.barred and not math.isnan(value)]
         places: list[list[int]] = []
         for code in sorted(usable, key=lambda code: self.values[code]):
@@ -57,18 +57,20 @@ class Levels:
 
 @cache
 def level_table(levels: Levels, packing: Packing, device: torch.device) -> LevelTable:
-    """The table of levels on a device; made once, and shared by threads."""
+    """Return the table of levels on a device. It is made once and shared by threads."""
     return LevelTable(levels, packing, device)
 
 
 class LevelTable:
-    """Levels on one device. The place of a code is that of its level in the order of values.
+    """Levels on one device. The place of a code is the index of its level in the order of values.
 
     Attributes:
         count: the number of places, n.
-        sorted: (n,) fp32, the levels in the order of their values.
-        shortest: the least step between two levels that differ, and `longest` the largest one.
-        per_mean_step: the number of steps from the lowest to the highest level, by their distance.
+        sorted: (n,) fp32, the levels in ascending order.
+        shortest: the shortest step between two different levels.
+        longest: the longest step between two neighbouring levels.
+        per_mean_step: the reciprocal of the mean step.
+        is_uneven: whether steps differ so much that `shortest` says little about most codes.
     """
 
     def __init__(self, levels: Levels, packing: Packing, device: torch.device) -> None:
@@ -98,7 +100,7 @@ class LevelTable:
         self._below = _below_in_bits(self.sorted) if self.is_uneven else _below_in_cells(self.sorted)
 
     def by_byte(self, of_codes: Tensor) -> Tensor:
-        """Facts of codes as a table of the codes of each byte: (256, codes a byte), flat."""
+        """Turn a table with one entry per code into one for each code of each byte: (256, codes per byte), flat."""
         import torch
 
         if self._packing.per_byte == 1:
@@ -107,11 +109,14 @@ class LevelTable:
         return torch.stack([high, low] if self._packing.high_first else [low, high], -1).view(-1)
 
     def of_codes(self, of_places: Tensor) -> Tensor:
-        """Facts of places as those of the codes there."""
+        """Turn a table with one entry per place into one per code."""
         return of_places.index_select(0, self._place_of)
 
     def look_up(self, table: Tensor, raw: Tensor, count: int) -> Tensor:
-        """What a table of `by_byte` has for the first `count` codes in the bytes `raw`. Two facts are looked up as one number."""
+        """Look up the first `count` codes of the bytes `raw` in a table of `by_byte`.
+
+        With two codes per byte, both entries are looked up as one number.
+        """
         import torch
 
         index = raw.int()
@@ -121,26 +126,26 @@ class LevelTable:
         return pairs.index_select(0, index).view(table.dtype)[:count]
 
     def values(self, raw: Tensor, count: int) -> Tensor:
-        """The values, fp32, of the first `count` codes in the bytes `raw`."""
+        """Return the values, fp32, of the first `count` codes in the bytes `raw`."""
         return self.look_up(self._value_table, raw, count)
 
     def places(self, raw: Tensor, count: int) -> Tensor:
-        """The places, uint8, of the first `count` codes in the bytes `raw`."""
+        """Return the places, uint8, of the first `count` codes in the bytes `raw`."""
         return self.look_up(self._place_table, raw, count)
 
     def per_least_step(self, raw: Tensor, count: int) -> Tensor:
-        """One by the shorter of the steps up and down, fp32, of the first `count` codes in the bytes `raw`."""
+        """Return the reciprocal of the shorter step up or down, fp32, of the first `count` codes in the bytes `raw`."""
         return self.look_up(self._per_least_step, raw, count)
 
     def places_at(self, raw: Tensor, at: Tensor) -> Tensor:
-        """The places, int32, of the codes numbered `at` in the bytes `raw`."""
+        """Return the places, int32, of the codes at the positions `at` in the bytes `raw`."""
         if self._packing.per_byte == 1:
             return self._place_of.index_select(0, raw.index_select(0, at).int())
         two, shift = raw.index_select(0, at >> 1).int(), self._shift(at)
         return self._place_of.index_select(0, two.bitwise_right_shift_(shift).bitwise_and_(0x0F))
 
     def bytes(self, places: Tensor) -> Tensor:
-        """The codes at `places`, uint8, in bytes."""
+        """Return the codes of `places` in bytes, uint8."""
         import torch
 
         codes = self._code_of.index_select(0, places.int())
@@ -152,22 +157,22 @@ class LevelTable:
         return first * 16 + second if self._packing.high_first else second * 16 + first
 
     def squares(self, raw: Tensor, size: int) -> Tensor:
-        """The sum of the squares of the values of every `size` codes, which divides theirs: fp32; whole bytes each."""
+        """Return the sum of squares of the values of every `size` codes, fp32. `size` codes fill whole bytes."""
         of_bytes = self._square_table.index_select(0, raw.int()).view(-1, size // self._packing.per_byte)
         return of_bytes @ of_bytes.new_ones(of_bytes.shape[1])
 
     def has_no_number(self, raw: Tensor) -> bool:
-        """Whether one of the codes in the bytes `raw` stands for no number."""
+        """Return whether a code in the bytes `raw` is NaN."""
         return self._not_numbers is not None and bool(self.look_up(self._not_numbers, raw, 2 * len(raw)).any())
 
     def put(self, raw: Tensor, at: Tensor, places: Tensor) -> None:
-        """Put the codes of `places`, int32, into the bytes `raw`, in place of the codes numbered `at`."""
+        """Write the codes of `places`, int32, into the bytes `raw` at the positions `at`."""
         codes = self._code_of.index_select(0, places)
         if self._packing.per_byte == 1:
             raw.index_copy_(0, at, codes)
             return
         odd = at.bitwise_and(1)
-        for half in (0, 1):  # one after the other: a byte may hold two of them
+        for half in (0, 1):  # separately, since both codes of a byte may change
             some = true_places(odd == half)
             in_upper_half = (half == 0) == self._packing.high_first
             shift, kept = (4, 0x0F) if in_upper_half else (0, 0xF0)
@@ -176,10 +181,10 @@ class LevelTable:
             raw.index_copy_(0, byte, raw.index_select(0, byte).bitwise_and_(kept).bitwise_or_(code))
 
     def moved(self, places: Tensor, shift: Tensor, noise: Tensor) -> Tensor:
-        """The places, int32, that levels at `places`, int32, come to when `shift` is added.
+        """Add `shift` to the levels at `places`, int32, round stochastically, and return the new places, int32.
 
-        That of the level above with the odds of its nearness, else that of the one below; `noise`, from 0 to 1, decides. All are
-        flat. What is beyond the outermost levels comes to these.
+        The nearer of the two surrounding levels has the greater odds; `noise`, from 0 to 1, decides. Sums beyond the outermost
+        levels go to these. All tensors are flat.
         """
         wanted = self.sorted.index_select(0, places).add_(shift)
         below = self._below(wanted)
@@ -187,13 +192,13 @@ class LevelTable:
         return below.add_(odds > noise)
 
     def moved_where_shifted(self, places: Tensor, shift: Tensor, noise: Tensor) -> Tensor:
-        """As `moved`, without work for those whose `shift` is 0: they stay."""
+        """Return the same as `moved`, except that places with a `shift` of 0 stay the same without being computed."""
         some = true_places(shift != 0)
         there = self.moved(*(each.index_select(0, some) for each in (places, shift, noise)))
         return places.index_copy(0, some, there)
 
     def cut(self, places: Tensor, shift: Tensor, noise: Tensor, there: Tensor) -> int:
-        """How many of the levels that `moved` led to an outermost one chance would have led farther, were there another step."""
+        """Return how many places that `moved` took to an outermost level would have gone further if there were a next level."""
         last = len(self.sorted) - 1
         ends = true_places((there == 0) | (there == last))
         if not len(ends):
@@ -205,12 +210,12 @@ class LevelTable:
         return int((above | below).count_nonzero())
 
     def _shift(self, at: Tensor) -> Tensor:
-        """How far to the right the codes numbered `at` are to be moved in their bytes, int32."""
+        """Return the bit offset, int32, of the codes at the positions `at` in their bytes."""
         odd = at.bitwise_and(1).int()
         return (1 - odd) * 4 if self._packing.high_first else odd * 4
 
     def _least_steps(self, steps: Tensor) -> Tensor:
-        """The shorter of the steps up and down from each place, of those that have a length."""
+        """Return the shorter of the steps up and down from each place, ignoring steps of length 0."""
         import torch
 
         lengths = torch.where(steps > 0, steps, math.inf)
@@ -219,9 +224,9 @@ class LevelTable:
 
 
 def _below_in_cells(levels: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that gives the place of the highest level which is not above each number; int32, the last but one at most.
+    """Return a function that finds for each number the place, int32, of the highest level that is not above it.
 
-    Of levels that are equal it is the last. Numbers are sorted into equal cells.
+    Of equal levels it returns the last one, and never the highest place of all. Numbers are sorted into equal cells.
     """
     import torch
 
@@ -243,12 +248,12 @@ def _below_in_cells(levels: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _below_in_bits(levels: Tensor) -> Callable[[Tensor], Tensor]:
-    """As `_below_in_cells`, for levels of very different steps: a number's cell is the upper half of its bits (binary32)."""
+    """Return the same as `_below_in_cells`, for very uneven steps: the cell of a number is the upper half of its fp32 bits."""
     import torch
 
     patterns = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=levels.device) << 16
     one_end, other_end = patterns.view(torch.float32), (patterns | 0xFFFF).view(torch.float32)
-    other_end = torch.where(other_end.isnan(), one_end, other_end)  # of infinity
+    other_end = torch.where(other_end.isnan(), one_end, other_end)  # the cell of infinity
     least, most = (
         end.nan_to_num(0, math.inf, -math.inf) for end in (one_end.minimum(other_end), one_end.maximum(other_end))
     )
@@ -266,7 +271,7 @@ def _below_in_bits(levels: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _starts(levels: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, int]:
-    """The place below the least number of each cell, int32, and how many levels a cell holds at most."""
+    """Return the place below the least number of each cell, int32, and the most levels in a cell."""
     import torch
 
     places = torch.searchsorted(levels, least, right=True)
@@ -275,14 +280,14 @@ def _starts(levels: Tensor, least: Tensor, most: Tensor) -> tuple[Tensor, int]:
 
 
 def _following(levels: Tensor) -> Tensor:
-    """The level above each place. Above the last but one there is none to go to: no number is at or above NaN."""
+    """Return the level above each place but the last. That of the last but one is NaN, so that no number reaches it."""
     import torch
 
     return torch.cat([levels[1:-1], levels.new_full((1,), math.nan)])
 
 
 def true_places(mask: Tensor) -> Tensor:
-    """Where a flat `mask` is true: int64. On a CPU numpy finds it several times as quickly as torch."""
+    """Return the positions, int64, where a flat `mask` is true. On a CPU, NumPy is several times faster than torch."""
     import numpy as np
     import torch
 
@@ -290,9 +295,9 @@ def true_places(mask: Tensor) -> Tensor:
 
 
 def where_at_least(numbers: Tensor, least: float, among: Tensor | None) -> Tensor:
-    """Where flat `numbers` are no less, of those that `among`, int8, is 1 for: int64.
+    """Return the positions, int64, where flat `numbers` are at least `least` and `among`, int8, is 1.
 
-    On a CPU numpy compares them several times as quickly as torch.
+    On a CPU, NumPy compares several times faster than torch.
     """
     import torch
 

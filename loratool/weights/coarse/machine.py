@@ -1,4 +1,4 @@
-"""A coarse parameter in memory: from codes to numbers, and its codes moved so that the numbers change by what is wanted."""
+"""A coarse parameter in memory: decoding its codes, and changing them so that the numbers change by a given amount."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 ScalingOf = Callable[[range, "tuple[Tensor, ...]"], Scaling]
-"""Gives the scaling of a block of rows, as they are cut, from its parts, where scales lie among codes."""
+"""Reads the scaling of a block of cut rows from its parts, for storages with scales among the codes."""
 
 
 class LoadedCoarse:
-    """A coarse parameter whose scales are in memory, or lie among its codes."""
+    """A coarse parameter whose scales are in memory or lie among its codes."""
 
     def __init__(self, weight: StoredWeight, coding: Coding, scaling: Scaling | ScalingOf, device: str,
                  habit: Callable[[LevelTable], Habit] = ByLine) -> None:  # fmt: skip
@@ -46,23 +46,23 @@ class LoadedCoarse:
         )
 
     def decode(self, rows: range, parts: tuple[Tensor, ...], out: Tensor) -> None:
-        """The numbers that the storage's own reader gives, bit for bit."""
+        """Decode a block to the same bits as the storage's own library."""
         block, into = self._block(rows, parts, out), out.T if self.weight.turned else out
         for few in block.strips():
             into[few.part] = self._numbers.of(block, few).view(few.area.shape)
 
     def encode(self, rows: range, block: Tensor, parts: tuple[Tensor, ...], rounding: Rounding) -> Moves:
-        """Move the codes in `parts` so that their numbers change by `block`; a code that nothing is added to stays.
+        """Change the codes in `parts` so that their numbers change by `block`. A code with a change of 0 stays the same.
 
-        What is added by errors that were passed on is not in the hint; that is left to the undo file.
+        The hint does not include error compensation; an undo file holds the difference.
 
         Raises:
-            CheckpointError: a code stands for no number.
+            CheckpointError: a code stands for NaN.
         """
         work = self._block(rows, parts, block)
         if self._table.has_no_number(work.raw):
             raise CheckpointError(
-                f"{quoted(self.weight.name)} in {quoted(self.weight.tensors[0].file)} holds NaN, which nothing can be added to; "
+                f"{quoted(self.weight.name)} in {quoted(self.weight.tensors[0].file)} holds NaN, to which nothing can be added; "
                 "download the model again"
             )
         manner = self._habit.manner(work, rounding)
@@ -73,7 +73,7 @@ class LoadedCoarse:
 
     def recover(self, rows: range, block: Tensor, parts: tuple[Tensor, ...], rounding: Rounding,
                 hint: bytes | None) -> None:  # fmt: skip
-        """Take back what `encode` did, as far as chance leads back when it is asked again."""
+        """Undo `encode` as far as the same random numbers lead back."""
         work = self._block(rows, parts, block.add_(0.0))  # no -0, whose sign would count
         self._put(work, *self._habit.origins(work, rounding, hint), rows, parts)
 
@@ -83,7 +83,7 @@ class LoadedCoarse:
         return tuple(torch.zeros_like(part) for part in stored)
 
     def _block(self, rows: range, parts: tuple[Tensor, ...], change: Tensor) -> Block:
-        """Some rows of the matrix that is cut, as outputs and inputs; unless it is turned, `change` is shared with the block."""
+        """Return some rows of the cut matrix as a block of outputs and inputs. It shares `change` unless it is turned."""
         raw, turned = self._packing.open(rows, parts), self.weight.turned
         others = range(self.weight.columns)
         if turned:
@@ -100,14 +100,14 @@ class LoadedCoarse:
         )
 
     def _found(self, block: Block, manner: Manner, rounding: Rounding) -> tuple[Found, bytes]:
-        """Where codes go, and the hint that undoing needs."""
+        """Return the codes that change, and the hint that undoing needs."""
         feedback = rounding.feedback_for(block.area.columns)
         if feedback is not None:
             found, short = self._least_error.found(block, manner, feedback)
             return found, manner.hint if short or manner.carriers is None else PLAIN
         outputs, by_block = rounding.outputs, self._habit.by_block
         if outputs is not None and block.lines == 1:
-            outputs.begin()  # all outputs are here, of other inputs
+            outputs.begin()  # a turned block has all outputs, for inputs that were not seen before
         if outputs is not None and manner.passes is not False:
             return self._by_chance.found_with_feedback(block, manner, outputs, by_block=by_block), manner.hint
         found = self._by_chance.found(block, manner)
@@ -118,13 +118,13 @@ class LoadedCoarse:
         return found, manner.hint
 
     def _put(self, block: Block, at: Tensor, there: Tensor, rows: range, parts: tuple[Tensor, ...]) -> None:
-        """Put the codes of the places `there` into the parts, in place of those numbered `at` in the block."""
+        """Write the codes of the places `there` into the parts, at the positions `at` of the block."""
         self._table.put(block.raw, at, there)
         raw = block.raw if block.lines == 0 else block.raw.view(block.area.shape).T.contiguous().view(-1)
         self._packing.close(rows, parts, raw)
 
     def _as_cut(self, at: Tensor, block: Block) -> Tensor:
-        """Where the codes numbered `at` in a block are in the rows as they are cut."""
+        """Convert positions in a block to positions in the rows as they are cut."""
         import torch
 
         if block.lines == 0:
@@ -134,7 +134,7 @@ class LoadedCoarse:
         return at.sub(row * columns).mul_(rows).add_(row)
 
     def _squares(self, block: Block) -> float:
-        """The sum of the squares of the numbers of a block, but for how they are rounded."""
+        """Return the sum of squares of a block's numbers, without the storage's roundings."""
         import torch
 
         scaling = block.scaling

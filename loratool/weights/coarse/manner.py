@@ -1,4 +1,4 @@
-"""How a block is rounded: by which chance, and by whom errors are compensated."""
+"""How a block is rounded: its random numbers, its error compensation, and the codes that carry the change."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 PLAIN: Final = bytes(4)
-"""The hint of a block where chance alone decided."""
+"""The hint of a block in which every code is rounded by its own random number."""
 
 LARGEST_CHANGE: Final = 0.11
-"""Up to this part of the mean step between two levels, on average, errors are passed on between outputs. Beyond, that would
-still take off most of the noise, which is small there beside the change, but for an undo file of twice the size, and that of an
-update this large is near 8% of the bytes as it is. The blocks of the trained adapters that were measured have 0.103 at most.
+"""The largest mean change, in units of the mean step between levels, for which errors are compensated between outputs.
+
+For larger changes, compensation would still remove most of the noise, but there the noise is small relative to the change, and
+the undo file would double in size from nearly 8% of the bytes. Blocks of the trained adapters that were measured have at most
+0.103.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Carriers:
-    """Which codes of a block carry its change.
+    """The codes of a block that carry its change.
 
     Attributes:
-        chosen: int8, flat: 1 for those that take part.
-        gain: fp32, (columns,), how many times its own change each of them carries.
+        chosen: int8, flat: 1 for the codes that carry.
+        gain: (columns,) fp32, the multiple of its own change that each of them carries.
     """
 
     chosen: Tensor
@@ -42,10 +44,10 @@ class Manner:
     """How a block is rounded.
 
     Attributes:
-        words: int16, flat, chance for each code; 0 stands for one half, where a code is rounded to nearest.
-        passes: whether errors are passed on between outputs; or for which rows or columns, (rows, 1) or (1, columns).
-        hint: what undoing needs to know of it.
-        carriers: the codes that carry the change; None where all do.
+        words: int16, flat, a random word for each code; 0 means one half, which rounds to nearest.
+        passes: whether errors are compensated between outputs, or a mask of rows or columns, (rows, 1) or (1, columns).
+        hint: the hint that undoing needs.
+        carriers: the codes that carry the change; None if all do.
     """
 
     words: Tensor
@@ -55,18 +57,20 @@ class Manner:
 
 
 class Habit(Protocol):
-    """Decides how blocks are rounded, and finds out how they were.
+    """Decides how blocks are rounded, and finds the origins of their codes when that is undone.
 
-    `by_block` says whether what is passed on between outputs begins anew with each block.
+    Attributes:
+        by_block: whether error compensation between outputs begins anew with each block.
     """
 
     by_block: bool
 
     def manner(self, block: Block, rounding: Rounding) -> Manner:
-        """How a block is to be rounded."""
+        """Return how a block is to be rounded."""
 
     def origins(self, block: Block, rounding: Rounding, hint: bytes | None) -> tuple[Tensor, Tensor]:
-        """Which codes of a block came from elsewhere, int64, and the places that they came from, int32.
+        """Return the positions of codes that were changed, int64, and their places before, int32.
 
-        `hint` is that of the manner, or None where it was not kept. It is as far as chance leads back, asked again.
+        These are the changes that the same random numbers reveal; some may be missing or wrong. `hint` is that of the manner,
+        or None if it was not kept.
         """

@@ -1,14 +1,15 @@
-"""Rounding that knows where an update writes to: errors of earlier rows there are compensated by the rows after them.
+"""Error-compensated rounding with known output directions: later rows compensate the errors of earlier ones.
 
-A change ``delta = B A`` moves the outputs of a layer in the few directions that the columns of B span, and what is off in
-these hurts most: it tells a model something about its own fine-tune. The rounding of one column has an error e, one number
-for each row, and ``U^T e`` of it lies there, U (rows, r) an orthonormal basis of B's columns. With rows in groups, S those
-before a group G and F all from it on, the least change of F that makes ``U^T e`` zero is ``-U_F (U_F^T U_F)^-1 U_S^T e_S``. Its
-part in G is added to what G is to change by, and so on down the groups, each column by itself. It needs no data, and of
-memory r numbers for each column.
+A change ``delta = B A`` moves a layer's outputs only in the directions that the columns of B span, and errors in these
+directions hurt most. Let U, (rows, r), be an orthonormal basis of B's columns. The rounding error e of one column, a number per
+row, has the part ``U^T e`` in these directions.
 
-A code that is moved by chance makes noise in proportion to what it is to change by. So what is passed on is cut at the change
-that is wanted anyway, which makes no more moves, only other ones.
+Rows are rounded in groups. Let S be the rows before a group G, and F the rows of G and after it. The smallest change of F that
+makes ``U^T e`` zero is ``-U_F (U_F^T U_F)^-1 U_S^T e_S``. Its part in G is added to the change of G, and so on for each group.
+Every column is treated by itself. This needs no data, and memory for r numbers per column.
+
+In stochastic rounding, the noise of a code grows with its change. Compensation is therefore cut at the wanted change, so that
+codes move differently but not more often.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 GROUP: Final = 16
-"""So many rows at least are rounded at once, without regard to one another; with a larger r as many as that."""
+"""The fewest rows that are rounded at once, independently of one another. If r is larger, it is the minimum."""
 
 MOST_GROUPS: Final = 16
-"""The groups of a tall matrix are larger, so that there are no more: each costs some calls, and little is gained by it."""
+"""The most groups of a matrix. Tall matrices have larger groups, because more groups cost time and gain little."""
 
 DAMPING: Final = 0.01
-"""Of ``U_F^T U_F``, which has ones in its diagonal at first: the last rows are not made to pay for all before them."""
+"""Added to the diagonal of ``U_F^T U_F``, which begins as the identity. It limits what the last rows compensate."""
 
 MOST_PASSED: Final = 1.0
-"""What is passed on to a code is cut at so many times what it is to change by anyway."""
+"""The limit of a code's compensation, in multiples of its wanted change."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Rows that are rounded at once; how errors of columns are spread over them, (rows, r); and the errors before them."""
+    """Rows that are rounded at once, the factors that spread errors over them, (rows, r), and the errors before them."""
 
     rows: range
     spread: Tensor
@@ -45,10 +46,10 @@ class _Group:
 
 
 class OutputFeedback:
-    """What one parameter is off by in the directions of its update, while its blocks of rows are rounded in order.
+    """The errors of one parameter in the directions of its update, while its blocks of rows are rounded in order.
 
-    `outputs`, fp32, (rows, r): the columns of the change are combinations of these. Groups lie at the same rows however these
-    are cut into blocks, or begin anew with each block.
+    `outputs`, (rows, r) fp32, span the columns of the change. Groups are at fixed rows, however these are cut into blocks, or
+    begin anew with each block.
     """
 
     def __init__(self, outputs: Tensor) -> None:
@@ -58,37 +59,37 @@ class OutputFeedback:
         self.begin()
 
     def begin(self) -> None:
-        """Forget the rows so far: the next ones are the first, of whatever columns."""
+        """Forget all rows so far. The next ones are the first, and may have other columns."""
         self._ahead = self._basis.T @ self._basis
-        self._off = self._basis.new_zeros(self._basis.shape[1], 1)  # of every column, until there is something
+        self._off = self._basis.new_zeros(self._basis.shape[1], 1)  # one column for all, until there is an error
         self._group: _Group | None = None
 
     def groups(self, rows: range, columns: int, *, by_block: bool) -> Iterator[tuple[range, Tensor]]:
-        """These rows in groups that are rounded at once, and what is to be passed on to each, fp32, (rows, columns).
+        """Yield these rows in groups that are rounded at once, each with its compensation, (rows, columns) fp32.
 
-        `add` must be given what a group is off by before the next one. Blocks of rows come once each, in order. With `by_block` a
-        group begins with the block.
+        The caller must `add` the errors of a group before it takes the next one. Blocks of rows come once each, in order. With
+        `by_block`, a new group begins with each block.
         """
         for part, group in self._entered(rows, by_block=by_block):
             spread = group.spread[part.start - group.rows.start : part.stop - group.rows.start]
             yield part, spread @ group.off.expand(-1, columns)
 
     def skip(self, rows: range) -> None:
-        """Go past rows to which nothing is passed on, and from which nothing is."""
+        """Pass rows that neither receive nor cause compensation."""
         for _ in self._entered(rows, by_block=False):
             pass
 
     def leave(self, rows: range, error: Tensor) -> None:
-        """Take note of rows to which nothing was passed on, and of what they are off by."""
+        """Pass rows that were rounded without compensation, and add their errors."""
         self._pass(rows)
         self.add(rows, error)
 
     def add(self, rows: range, error: Tensor) -> None:
-        """Take note of what rows are off by: fp32, (rows, columns)."""
+        """Add the errors of rows, (rows, columns) fp32."""
         self._off = self._off + self._basis[rows.start : rows.stop].T @ error
 
     def _entered(self, rows: range, *, by_block: bool) -> Iterator[tuple[range, _Group]]:
-        """Those of these rows that belong to a group, and the group; for each group that they are part of."""
+        """Yield the part of these rows in each group, and the group."""
         cut = self._cut(rows, by_block=by_block)
         begun = iter(self._spreads([whole for _, whole in cut if whole.start >= rows.start]))
         for part, whole in cut:
@@ -98,7 +99,7 @@ class OutputFeedback:
             yield part, self._group
 
     def _cut(self, rows: range, *, by_block: bool) -> list[tuple[range, range]]:
-        """These rows by groups: those of a group that are among them, and the whole group."""
+        """Return for each group the part of these rows in it, and all rows of the group."""
         height, rank = self._basis.shape
         step = max(GROUP, rank, height // MOST_GROUPS)
         first = rows.start if by_block else rows.start // step * step
@@ -107,7 +108,7 @@ class OutputFeedback:
         return [(range(max(whole.start, rows.start), min(whole.stop, rows.stop)), whole) for whole in wholes]
 
     def _spreads(self, groups: list[range]) -> list[Tensor]:
-        """For each group, what to add to its rows for what columns are off by: ``-U_G (U_F^T U_F)^-1``, fp32."""
+        """Return for each group the factors that spread errors over its rows: ``-U_G (U_F^T U_F)^-1``, fp32."""
         import torch
 
         if not groups:

@@ -1,4 +1,4 @@
-"""How codes lie in bytes."""
+"""The layout of codes in bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class Packing(Hashable, Protocol):
-    """Takes the codes of a block out of its bytes, and puts them back.
+    """Extracts the codes of a block from its bytes, and writes them back.
 
     Attributes:
-        per_byte: how many codes a byte of `open` holds: 1, or 2 where codes have 4 bits.
-        high_first: whether the first of two lies in the upper half.
+        per_byte: number of codes in a byte that `open` returns: 1, or 2 for codes of 4 bits.
+        high_first: whether the first of two codes is in the upper half.
     """
 
     @property
@@ -27,15 +27,15 @@ class Packing(Hashable, Protocol):
     def high_first(self) -> bool: ...
 
     def open(self, rows: range, parts: tuple[Tensor, ...]) -> Tensor:
-        """The codes of these rows, uint8, flat, row by row. They may be a part itself."""
+        """Return the codes of these rows, uint8, flat, row by row. The result may be a part itself."""
 
     def close(self, rows: range, parts: tuple[Tensor, ...], raw: Tensor) -> None:
-        """Put codes that `open` gave, and that have changed since, into the parts; other bytes stay as they are."""
+        """Write the changed codes that `open` returned into the parts. Other bytes stay the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Codes that lie in their one part as the machine takes them, one or two a byte: they change where they lie."""
+    """Codes that are stored as the machine uses them, one or two per byte in a single part. They change in place."""
 
     per_byte: int = 1
     high_first: bool = False

@@ -1,18 +1,19 @@
-"""Which codes carry an update: those that have the shortest way to go.
+"""The choice of the codes that carry an update: those with the shortest steps.
 
-A code that is moved by chance over a step s, to carry a change delta much smaller than s, adds noise of variance
-``s |delta|``. The step is not the same for all: a block's scale times the distance of two neighbouring values of NF4, which
-lie four times closer at zero than at the ends. So the update is given to those codes alone whose step is short, and each
-of them carries ``rows / count`` times its share (of its column's codes in the rows at hand, `count` do). Which codes these
-are depends on the weights and not on the update, so what a row gains in one column and loses in another is like noise, but of
-variance ``delta^2`` only. With a quarter of the codes it is two thirds of the noise altogether.
+A code that is rounded stochastically over a step s, to carry a change delta much smaller than s, adds noise of variance
+``s |delta|``. Steps differ: a step is a block's scale times the distance of two neighbouring values of NF4, which are four times
+closer at zero than at the ends. So only the codes with short steps carry the update. If `count` of a column's codes in a block
+of `rows` rows carry, each carries ``rows / count`` times its own change.
 
-Shares are made up for by column and not by row: a column whose weights are all small has short steps only, and that is the
-column of an input that is large in every token. By row it would be given more than its share.
+The choice depends on the weights and not on the update. What a row gains in one column and loses in another is therefore like
+noise, but only of variance ``delta^2``. With a quarter of the codes, total noise falls to two thirds.
 
-All that holds for updates that are small beside a step. The larger they are, the more codes take part, in the end all. Both
-sides of an undo must choose alike. What they compare is elementwise, a largest element or one in the middle, the same bits
-on every machine; how many codes take part is told to the one who takes the update out.
+Shares are balanced by column and not by row. A column whose weights are all small has only short steps, and its input is large
+in every token. Balanced by row, it would get more than its share.
+
+All this holds for updates that are small relative to a step. The larger they are, the more codes carry, up to all of them. An
+undo must choose the same codes as the merge. Both compare only elements, maxima and medians, which have the same bits on every
+machine; the number of carriers is in the hint of the undo.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 MOST_ROWS: Final = 0.75
-"""In so many of the rows at hand the largest change is no larger than the one that the level is chosen by."""
+"""The share of sampled rows whose largest change is at most the one by which the level is chosen."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShortRule:
-    """Which steps are short.
+    """The definition of short steps for changes up to a given size.
 
     Attributes:
-        largest: up to which largest change of a row, in units of its tiles' scales, the rule holds.
-        short: how long a short step is at most, in units of the scale in the middle of the row.
+        largest: the largest change of a row for which the rule holds, in units of its tiles' scales.
+        short: the longest short step, in units of the row's median scale.
     """
 
     largest: float
@@ -48,14 +49,17 @@ class ShortRule:
 
 
 USUAL: Final = 0.9
-"""In so many rows the largest scale is no larger than the one that others are compared with."""
+"""The share of rows whose largest scale is at most the usual one, with which other scales are compared."""
 
 NEGLIGIBLE: Final = 2**-7
-"""A scale below so much of that is one of a block of zeros."""
+"""The share of the usual scale below which a scale belongs to a block of zeros."""
 
 
 class ShortSteps:
-    """The steps of a matrix, from the table of its levels and its scales; `rules` say which are short, `area` is all of it."""
+    """The steps of a matrix, from its table of levels and its scales.
+
+    `rules` define which steps are short. `area` is that of the whole matrix.
+    """
 
     def __init__(self, rules: Sequence[ShortRule], table: LevelTable, scaling: Scaling, area: Area) -> None:
         import torch
@@ -65,13 +69,13 @@ class ShortSteps:
         self._short = levels.new_tensor([rule.short for rule in rules])
         steps, end = levels[1:] - levels[:-1], levels.new_full((1,), math.inf)
         self._steps = torch.cat([steps.sort().values, end])
-        # The rank of a code's step up, that is the number of shorter steps; and that xor the rank of its step down.
+        # The rank of a code's step up, which is the number of shorter steps; and its xor with the rank of the step down.
         up, down = (torch.searchsorted(self._steps, way).to(torch.uint8)
                     for way in (torch.cat([steps, end]), torch.cat([end, steps])))  # fmt: skip
         self._table = table
         self._up, self._turn = (table.by_byte(table.of_codes(of)) for of in (up, up ^ down))
         self._shorter_at: dict[int, Tensor] = {}
-        # A row that is no whole number of tiles has no scales of its own: its tiles count alike.
+        # If a row is not a whole number of tiles, it has no scales of its own, and all tiles count the same.
         self._relative, self._unable, self._width = levels.new_ones(1, 1), None, 0
         by_row = scaling.tiles.by_row(scaling.scales, area)
         if by_row is not None:
@@ -79,16 +83,16 @@ class ShortSteps:
             self._relative, self._unable = _relative(scales)
 
     def level(self, largest: Tensor) -> int:
-        """Which of the rules holds where `largest` is the largest change of each row looked at, in units of its codes' scales."""
+        """Return the index of the rule to use. `largest` is the largest change of each sampled row, in units of scales."""
         import torch
 
         usual = largest.kthvalue(math.ceil(MOST_ROWS * len(largest))).values
         return int(torch.bucketize(usual, self._bounds))
 
     def chosen(self, rows: range, raw: Tensor, change: Tensor, level: int) -> Tensor:
-        """Which codes of these rows take part in a change: int8, 1 or 0, flat.
+        """Return which codes of these rows carry a change: int8, 1 or 0, flat.
 
-        `raw`, uint8, are the bytes of the codes. Of `change`, fp32, the signs count.
+        `raw`, uint8, are the bytes of the codes. Only the signs of `change`, fp32, matter.
         """
         import torch
 
@@ -96,20 +100,23 @@ class ShortSteps:
         if len(shorter) > 1:
             shorter = shorter[rows.start : rows.stop]
         rank, turn = (self._table.look_up(of, raw, change.numel()).view(torch.int8) for of in (self._up, self._turn))
-        # The sign is in the last of 32 bits, and a shift to the right by 31 leaves -1 of it.
+        # The sign is the highest of 32 bits, so an arithmetic shift by 31 gives -1 for negative numbers.
         rank ^= turn.bitwise_and_(change.view(-1).view(torch.int32).bitwise_right_shift(31).to(torch.int8))
         below = rank.view(*shorter.shape, -1) - shorter[:, :, None]
         return below.bitwise_right_shift_(7).neg_().view(-1)
 
     def gain(self, rows: range, counts: Tensor) -> Tensor:
-        """How many times its own change each code carries, fp32, (columns,), where `counts` of a column's codes take part."""
+        """Return the multiple of its own change that each carrier carries, (columns,) fp32.
+
+        `counts` are the numbers of carriers in each column.
+        """
         able: Tensor | int = len(rows)
         if self._unable is not None:
             able = len(rows) - self._unable[rows.start : rows.stop].sum(0).repeat_interleave(self._width)
         return able / counts.clamp(min=1).float()
 
     def _shorter(self, level: int) -> Tensor:
-        """How many steps are short in each block: int8, (rows, blocks of a row), or (1, 1) where they count alike."""
+        """Return the number of short steps in each tile: int8, (rows, tiles per row), or (1, 1) if all count the same."""
         import torch
 
         if level not in self._shorter_at:
@@ -119,10 +126,10 @@ class ShortSteps:
 
 
 def _relative(scales: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The scale in the middle of each row over that of each block, (rows, blocks); and which blocks cannot carry, if any.
+    """Return the median scale of each row divided by that of each tile, (rows, tiles), and a mask of tiles that cannot carry.
 
-    Those are not counted: what they could change by is nothing beside the change. Of a block of zeros double quantization
-    makes a scale of about a five hundredth of the others'.
+    Those tiles are blocks of zeros, to which double quantization gives about 1/500 of the usual scale. Their codes can change
+    by next to nothing, so they are not counted. The mask is None if there are none.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What all coarse parameters have in common, as a plan holds them."""
+"""The properties that all coarse parameters share in a plan."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Final
 from loratool.weights.stored import Given
 
 BLOCK_BYTES: Final = 1 << 23
-"""Much is done with a block: fewer calls are worth more than a cache."""
+"""The approximate size of a block. Rounding makes many calls per block, so fewer blocks matter more than a cache."""
 
 
 class CoarseWeight:
-    """The answers of a coarse parameter to those who merge (`loratool.weights.stored`), unless it has others."""
+    """The properties of `loratool.weights.stored.StoredWeight` for coarse parameters. A storage may override them."""
 
     __slots__ = ()
 
@@ -26,22 +26,22 @@ class CoarseWeight:
 
     @property
     def is_oriented(self) -> bool:
-        """Those who quantize a Conv1D turn it."""
+        """True: programs that quantize a Conv1D store its transpose."""
         return True
 
     @property
     def element_bytes(self) -> int:
-        """Codes are counted in bytes, whatever they are packed in."""
+        """1: an undo file counts codes in bytes, however they are packed."""
         return 1
 
     @property
     def takes(self) -> Given:
-        """Codes move by what is added; what W was in its step is not in W'."""
+        """``change``: codes move by the change, and W' alone does not determine where in a step it would be."""
         return "change"
 
     @property
     def limit(self) -> float:
-        """What is beyond the outermost level comes to it."""
+        """Infinity: numbers beyond the outermost levels are cut to these."""
         return math.inf
 
     @property
@@ -54,7 +54,7 @@ class CoarseWeight:
 
     @property
     def undo_level(self) -> int:
-        """Little is stored, and what there is is much of the file."""
+        """A high level, because residuals are few but make up most of the undo file."""
         return 15
 
     @property
@@ -67,5 +67,5 @@ class CoarseWeight:
 
     @property
     def is_replaceable(self) -> bool:
-        """Other numbers need other scales."""
+        """False: other numbers would need other scales."""
         return False

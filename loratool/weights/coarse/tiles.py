@@ -1,4 +1,4 @@
-"""Which elements share a scale, and the scales, zeros and offsets of a parameter."""
+"""Tiles, which are sets of elements with a common scale, and the scales, zeros and offsets of a parameter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     Tensor = torch.Tensor
 
 STRIP: Final = 1 << 18
-"""About so many elements are worked on at once: what is made of them stays in a processor's own cache."""
+"""The approximate number of elements in a strip, chosen so that intermediate results stay in a processor's cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class Area:
-    """Some rows and columns of a parameter, whose elements lie row by row."""
+    """Some rows and columns of a parameter, with elements in row-major order."""
 
     rows: range
     columns: range
@@ -31,7 +31,7 @@ class Area:
         return len(self.rows) * len(self.columns)
 
     def strips(self, step: int | None) -> Iterator[Strip]:
-        """The area in strips of about `STRIP` elements, each but the last of a multiple of `step` rows; one strip for None."""
+        """Yield strips of about `STRIP` elements. Each except the last has a multiple of `step` rows; None yields one strip."""
         rows = len(self.rows) if step is None else max(step, STRIP // max(len(self.columns), 1) // step * step)
         for start in range(0, len(self.rows), max(rows, 1)):
             part = slice(start, min(start + rows, len(self.rows)))
@@ -40,41 +40,46 @@ class Area:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Some rows of an area: which elements of the parameter they are, and `part`, where they are in it."""
+    """Some rows of an area.
+
+    Attributes:
+        area: the rows and columns of the parameter.
+        part: the position of these rows in the whole area.
+    """
 
     area: Area
     part: slice
 
     @property
     def flat(self) -> slice:
-        """Where its elements are among those of the whole area."""
+        """The position of its elements among those of the whole area."""
         columns = len(self.area.columns)
         return slice(self.part.start * columns, self.part.stop * columns)
 
     def bytes(self, per_byte: int) -> slice:
-        """Where its codes are among the bytes of the whole area."""
+        """Return the position of its codes among the bytes of the whole area."""
         return slice(self.flat.start // per_byte, -(-self.flat.stop // per_byte))
 
 
 class Tiles(Protocol):
-    """Which elements belong to which tile. `each` has a number for every tile of the parameter, flat."""
+    """The assignment of elements to tiles. The argument `each` has one number for every tile of the parameter, flat."""
 
     def times(self, each: Tensor, area: Area, flat: Tensor) -> Tensor:
-        """The elements of an area, flat, times the number of their tile: new."""
+        """Return the elements `flat` of an area times the number of their tile, as a new tensor."""
 
     def at(self, area: Area, at: Tensor) -> Tensor:
-        """The tiles, int64, of the elements numbered `at`, int64, of an area."""
+        """Return the tiles, int64, of the elements at the positions `at`, int64, of an area."""
 
     def largest(self, each: Tensor, area: Area, axis: int) -> Tensor:
-        """The largest number among the tiles of each row (`axis` 1) or column (`axis` 0) of an area."""
+        """Return the largest number among the tiles of each row (`axis` 1) or column (`axis` 0) of an area."""
 
     def by_row(self, each: Tensor, area: Area) -> tuple[Tensor, int] | None:
-        """The numbers of whole rows, (rows, tiles of a row), and the columns of a tile; None where rows are not cut so."""
+        """Return the numbers of whole rows, (rows, tiles per row), and the width of a tile; None if tiles do not fit rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlatTiles:
-    """Every `size` elements of a matrix of so many `columns` form a tile, across the ends of its rows."""
+    """Tiles of `size` consecutive elements in a matrix of `columns` columns. A tile may continue in the next row."""
 
     size: int
     columns: int
@@ -103,13 +108,13 @@ class FlatTiles:
 
 @dataclass(frozen=True)
 class GridTiles:
-    """Tiles in rows and columns, `wide` of these: an element's is told by that of its row and that of its column.
+    """A grid of tiles. The row and the column of an element determine its tile.
 
     Attributes:
-        row: how many rows a tile has, or the row of tiles of every row, int64.
-        column: how many columns a tile has, or the column of tiles of every column, int64.
-        wide: how many columns of tiles there are.
-        first_row: the row of the parameter that the first tile begins with.
+        row: number of rows in a tile, or the grid row of every row, int64.
+        column: number of columns in a tile, or the grid column of every column, int64.
+        wide: number of grid columns.
+        first_row: the first row of the parameter that the grid covers.
     """
 
     row: int | Tensor
@@ -152,7 +157,7 @@ class GridTiles:
         return self._rows_of_tiles(each, area), self.column
 
     def _rows_of_tiles(self, each: Tensor, area: Area) -> Tensor:
-        """The numbers of the tiles of each row: (rows, wide)."""
+        """Return the numbers of the tiles of each row: (rows, wide)."""
         grid = each.view(-1, self.wide)
         if isinstance(self.row, int) and self.row == 1:
             start = area.rows.start - self.first_row
@@ -167,7 +172,7 @@ class GridTiles:
 
 
 def _tile_numbers(tile: int | Tensor, lines: range, first: int, device: torch.device) -> Tensor:
-    """The row or column of tiles of each of these rows or columns, int64."""
+    """Return the grid row of each of these rows, or the grid column of each of these columns, int64."""
     import torch
 
     if not isinstance(tile, int):
@@ -178,15 +183,15 @@ def _tile_numbers(tile: int | Tensor, lines: range, first: int, device: torch.de
 
 @dataclass(frozen=True)
 class Scaling:
-    """What levels are multiplied by: the number of an element is ``scale * (level - zero) + offset``.
+    """The scales of a parameter: the number of an element is ``scale * (level - zero) + offset``.
 
     Attributes:
-        tiles: which elements share what follows.
-        scales: fp32, one for each tile, flat, of either sign.
+        tiles: the elements that share a scale, zero and offset.
+        scales: fp32, one per tile, flat, of either sign.
         zeros, offsets: the same; None for 0.
-        base: what a level of 0 stands for, but for roundings; None for 0.
-        sizes: by how much a number changes with a level, without its sign; 0 in tiles whose codes stay as they are.
-        per_scale: what a change of a number is multiplied by to be one of a level; 0 in these.
+        base: the number of a level of 0, without roundings; None for 0.
+        sizes: the magnitude of a number's change per level; 0 in tiles whose codes must not change.
+        per_scale: the factor from a change of a number to a change of its level; 0 in tiles whose codes must not change.
     """
 
     tiles: Tiles
@@ -200,9 +205,9 @@ class Scaling:
     @classmethod
     def of(cls, tiles: Tiles, scales: Tensor, *, zeros: Tensor | None = None, offsets: Tensor | None = None,
            unit: float = 1.0, still: Tensor | None = None) -> Scaling:  # fmt: skip
-        """Scales whose products with levels are multiplied by `unit` as well; in tiles that are `still` no code moves.
+        """Make a scaling. `unit` is another factor of all products.
 
-        Nor does it where a scale is so small that there is no fp32 number to multiply by.
+        Codes do not change in tiles that are `still`; by default, those are tiles whose scale has no reciprocal in fp32.
         """
         import torch
 
@@ -216,29 +221,29 @@ class Scaling:
         return cls(tiles, scales, sizes, per_scale, zeros, offsets, base)
 
     def picked(self, area: Area, at: Tensor) -> Picked:
-        """The scales, zeros and offsets of the elements numbered `at` of an area."""
+        """Return the scales, zeros and offsets of the elements at the positions `at` of an area."""
         tile = self.tiles.at(area, at)
         zeros, offsets = (None if each is None else each.index_select(0, tile) for each in (self.zeros, self.offsets))
         return Picked(self.scales.index_select(0, tile), zeros, offsets)
 
     def products(self, area: Area, values: Tensor) -> Tensor:
-        """``scale * (level - zero)`` of the elements of an area, whose levels are `values`, flat: new, fp32."""
+        """Return ``scale * (level - zero)`` of an area's elements with the levels `values`, flat: a new fp32 tensor."""
         if self.zeros is not None:
             values = values - self.spread(self.zeros, area)
         return self.tiles.times(self.scales, area, values)
 
     def offset(self, area: Area, products: Tensor) -> Tensor:
-        """The products of an area plus the offset of each, in place."""
+        """Add the offsets of an area's elements to their products in place, and return these."""
         return products if self.offsets is None else products.add_(self.spread(self.offsets, area))
 
     def spread(self, each: Tensor, area: Area) -> Tensor:
-        """The number of the tile of every element of an area, flat."""
+        """Return for every element of an area the number of its tile, flat."""
         return self.tiles.times(each, area, each.new_ones(area.count))
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """The scales, zeros and offsets of some elements, one by one; None where there are none."""
+    """The scales, zeros and offsets of some elements, one per element; None if the parameter has none."""
 
     scales: Tensor
     zeros: Tensor | None = None
