@@ -1,7 +1,7 @@
-"""What a model is, as data: roles, orientation and ties of its parameters, and their names on disk and in memory.
+"""Model architectures as data: roles, orientation and ties of parameters, and their names on disk and in memory.
 
-The facts stand in the tables of the folder ``families``, one file a family; a new family is one new file. What no table
-knows goes by ``generic.json``. Nothing here needs torch or transformers.
+The facts are in the tables of the folder ``families``, one file per family; a new family is one new file. ``generic.json``
+covers models that no other table knows. Nothing here needs torch or transformers.
 """
 
 from loratool.architecture.architecture import Architecture, Place, Shaped, any_model, architecture_of, module_of

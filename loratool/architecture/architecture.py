@@ -1,4 +1,4 @@
-"""What is known of one model: the tables of its family, applied to its configuration and its tensors' names and shapes."""
+"""The architecture of one model: the tables of its family, applied to its configuration and its tensors' names and shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loratool.architecture.view import WHOLE, View
 
 
 class Shaped(Protocol):
-    """A tensor, as far as its shape goes."""
+    """A tensor of which only the shape is known."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -25,7 +25,13 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a part of a parameter is: `own` of the parameter that was asked for is `view` of the parameter `name`."""
+    """The place of a part of a parameter elsewhere.
+
+    Attributes:
+        own: the part of the requested parameter.
+        name: the parameter that holds the same numbers.
+        view: the part of that parameter.
+    """
 
     own: View
     name: str
@@ -34,14 +40,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of a model.
+    """The known facts about a model.
 
-    A parameter may be named as on disk, as in memory under transformers 4, or as in memory since transformers 5: the
-    methods take any of these. The last is its canonical name.
+    Methods take any name of a parameter: its name on disk, in memory under transformers 4, or in memory since transformers 5.
+    The last is its canonical name.
 
     Attributes:
-        scope: what the tables say of it.
-        tensors: its tensors by the names that they have, on disk or in memory.
+        scope: the tables that apply to the model.
+        tensors: its tensors by name, as on disk or as in memory.
     """
 
     scope: Scope
@@ -55,7 +61,7 @@ class Architecture:
     # Names
 
     def canonical(self, name: str) -> str:
-        """Return the name that transformers 5 gives a parameter in memory; the parts of a packed one keep names of their own."""
+        """Return the name that transformers 5 gives a parameter in memory. Parts of a packed parameter keep their own names."""
         if NUMBER in name:
             return name
         before = template(name, self.scope.literals)
@@ -75,10 +81,10 @@ class Architecture:
     # Roles
 
     def role(self, parameter: str) -> Role:
-        """Return what a parameter is for.
+        """Return the role of a parameter.
 
-        The tables say it by its name, and a name that they do not know goes by the number of dimensions of its module's
-        weight. What is called an embedding and has a bias is a linear layer.
+        The tables determine it by name. For an unknown name, the number of dimensions of its module's weight does. A module that
+        is named like an embedding but has a bias is a linear layer.
         """
         module = module_of(parameter)
         weight = self.tensors.get(parameter if module == parameter else f"{module}.weight")
@@ -90,14 +96,14 @@ class Architecture:
         return Role.LINEAR if is_lookup and f"{module}.bias" in self.tensors else found
 
     def is_embedding(self, parameter: str) -> bool:
-        """Return whether a matrix is a table of rows that are looked up, and no linear layer."""
+        """Return whether a matrix is a lookup table of rows instead of a linear layer."""
         return self.role(parameter) in (Role.TOKENS, Role.EMBEDDING)
 
     def weights(self, role: Role) -> tuple[str, ...]:
         """Return the tensors that are weights of modules with this role, in their order."""
         weights = (name for name in self.tensors if name.endswith(".weight"))
         if role not in BY_DIMENSIONS.values():
-            # A model of many experts has tens of thousands of names: most are ruled out by what the module is called.
+            # A model with many experts has tens of thousands of names. The last component of the module excludes most.
             ends = {end for end, others in self.scope.ends.items() if role in others}
             may_be: dict[str, bool] = {}
             weights = (name for name in weights if _has_end(name[name.rfind(".", 0, -7) + 1 : -7], ends, may_be))
@@ -105,12 +111,12 @@ class Architecture:
 
     @property
     def writes_tokens(self) -> bool:
-        """Whether the configuration names a class that has an output head."""
+        """Whether the configuration names a class with an output head."""
         return self._class_has("generating")
 
     @property
     def has_another_head(self) -> bool:
-        """Whether the configuration names a class that has another head in the place of the output head."""
+        """Whether the configuration names a class with another head instead of the output head."""
         return self._class_has("headless")
 
     def _class_has(self, words: str) -> bool:
@@ -118,9 +124,9 @@ class Architecture:
         return any(word in names for word in generic().classes.get(words, ()))
 
     def transposed(self, parameter: str) -> bool | None:
-        """Return whether a matrix is held as (in, out); None where no table says so.
+        """Return whether a matrix is stored as (in, out), or None if no table knows.
 
-        An embedding is: its rows are what a linear layer makes of one-hot vectors.
+        An embedding is: its rows are the outputs of a linear layer for one-hot vectors.
         """
         if self.is_embedding(parameter):
             return True
@@ -131,7 +137,7 @@ class Architecture:
         return None
 
     def reads(self, parameter: str) -> str | None:
-        """Return what the linear layer of a parameter reads, such as ``attention input``; None if it is unknown."""
+        """Return what the linear layer of a parameter reads, such as ``attention input``, or None if that is unknown."""
         module = module_of(template(self.canonical(parameter))).split(".")
         return next((what for pattern, what in generic().reads if pattern.matches(module)), None)
 
@@ -139,10 +145,10 @@ class Architecture:
 
     @property
     def declares_ties(self) -> bool | None:
-        """Whether the configuration says that the output head is tied to the input embedding; None if it says nothing.
+        """Whether the configuration ties the output head to the input embedding, or None if it does not say.
 
-        Of a model with a text model inside, either may tie them. That the text model does not is no answer, since the whole has a
-        default of its own.
+        The configuration of a text model inside may tie them as well. If that one does not tie them, the question stays open,
+        because the whole model has a default of its own.
         """
         inside = self.config.get("text_config")
         text = inside.get("tie_word_embeddings") if isinstance(inside, Mapping) else None
@@ -151,14 +157,17 @@ class Architecture:
 
     @property
     def ties_embeddings(self) -> bool | None:
-        """The same, with the default of the model's type where the configuration says nothing; None if no table knows it."""
+        """Whether the output head is tied to the input embedding, by the configuration or else by the default of the family.
+
+        None if no table knows the default.
+        """
         declared = self.declares_ties
         return self.scope.family.tie_word_embeddings if declared is None else declared
 
     def tied(self, parameter: str) -> tuple[str, ...]:
-        """Return the canonical names of the other parameters that share the values of this one, sorted.
+        """Return the canonical names, sorted, of the other parameters that share values with this one.
 
-        A checkpoint may lack them, or hold copies.
+        A checkpoint may lack them or hold copies.
         """
         own = self.canonical(parameter)
         found: set[str] = set()
@@ -176,12 +185,13 @@ class Architecture:
                  spelling: Spelling = Spelling.TRANSFORMERS_5) -> tuple[Matrix, ...]:  # fmt: skip
         """Return every matrix that a parameter holds: one, or several if it packs them.
 
-        Two parameters hold the same matrix if it has the same name. So an adapter finds its place in a checkpoint that packs its
+        Two parameters that hold the same matrix give it the same name. By this an adapter lands on a checkpoint that packs its
         matrices differently.
 
         Args:
-            shape: of the parameter; by default that of the tensor with this name.
-            spelling: who names it so, where it matters: Qwen3-VL's experts are transposed on disk under the same name.
+            shape: the shape of the parameter; by default that of the tensor with this name.
+            spelling: the program whose name this is. It matters if programs use one name differently: Qwen3-VL's experts are
+                transposed on disk under the same name.
         """
         if shape is None and name in self.tensors:
             shape = self.tensors[name].shape
@@ -193,7 +203,7 @@ class Architecture:
         return (Matrix(".".join(canonical), View(transposed=bool(self.transposed(name)))),)
 
     def is_reordered(self, matrix: str) -> bool:
-        """Return whether the checkpoint has the outputs of a matrix in another order than the model in memory."""
+        """Return whether the outputs of a matrix have a different order in the checkpoint than in memory."""
         return any(
             pattern.matches(module_of(".".join(name)).split("."))
             for scope, name in self._around(matrix)
@@ -201,9 +211,9 @@ class Architecture:
         )
 
     def in_memory(self, stored: str, spelling: Spelling = Spelling.TRANSFORMERS_5) -> tuple[Place, ...]:
-        """Return where the tensor `stored` of the checkpoint is in the model in memory.
+        """Return the places of the checkpoint's tensor `stored` in the model in memory.
 
-        A matrix whose outputs the checkpoint has in another order is left out.
+        Matrices whose outputs have a different order in the checkpoint are left out.
         """
         return tuple(
             Place(matrix.view, *self._holder(matrix, stored, spelling))
@@ -212,9 +222,9 @@ class Architecture:
         )
 
     def on_disk(self, parameter: str, shape: Sequence[int]) -> tuple[Place, ...]:
-        """Return where a parameter of the model in memory is in the checkpoint.
+        """Return the places of a parameter of the model in memory in the checkpoint.
 
-        What the checkpoint lacks is left out, as is a matrix whose outputs it has in another order.
+        Parts that the checkpoint lacks are left out, and so are matrices whose outputs have a different order there.
         """
         stored = self.tensors.get(parameter)
         if stored is not None and tuple(stored.shape) == tuple(shape):
@@ -227,7 +237,7 @@ class Architecture:
         )
 
     def _holder(self, matrix: Matrix, stored: str, spelling: Spelling) -> tuple[str, View]:
-        """The parameter in memory that holds a matrix of the tensor `stored`, and where."""
+        """Return the parameter in memory that holds a matrix of the tensor `stored`, and the part of it."""
         name = tuple(matrix.name.split("."))
         shape = self._shape_of(matrix.view, stored)
         for scope, _ in self._tables(name):
@@ -239,7 +249,7 @@ class Architecture:
         return self.spelled(matrix.name, spelling), View(transposed=transposed)
 
     def _shape_of(self, view: View, stored: str) -> tuple[int, ...]:
-        """The shape, outputs first, of the part of a tensor that a view means."""
+        """Return the shape, outputs first, of a view of a tensor."""
         shape = self.tensors[stored].shape if stored in self.tensors else ()
         shape = shape if view.expert is None else shape[1:]
         shape = shape[::-1] if view.transposed and len(shape) == 2 else shape
@@ -247,7 +257,7 @@ class Architecture:
 
     @cached_property
     def _stored(self) -> dict[str, tuple[str, View]]:
-        """The tensor that holds each matrix, and where in it."""
+        """The tensor that holds each matrix, and the part of it, by the matrix's name."""
         return {
             matrix.name: (name, matrix.view)
             for name in self.tensors
@@ -264,7 +274,7 @@ class Architecture:
         return {}
 
     def _tables(self, name: tuple[str, ...]) -> Iterator[tuple[Scope, tuple[str, ...]]]:
-        """What is said of each model that a parameter belongs to, the innermost first, then of any; and its name there."""
+        """Yield the tables of each model that a parameter belongs to and its name there: innermost first, the generic one last."""
         yield from self.scope.around(name)
         yield Scope(generic(), self.config, ()), name
 
@@ -284,7 +294,7 @@ class Architecture:
         return BY_DIMENSIONS.get(2 if dimensions is None else dimensions, Role.OTHER)
 
     def _packings(self, name: tuple[str, ...]) -> Iterator[tuple[Packing, tuple[str, ...], Mapping[str, Any]]]:
-        """The packings that a parameter may be, what stands before it, and the configuration with its sizes."""
+        """Yield each packing that a parameter may have, with the prefix of its name and the configuration of its sizes."""
         for scope, _ in self._tables(name):
             for packing in scope.family.packed:
                 before = packing.prefix(name)
@@ -322,7 +332,7 @@ class Architecture:
 
 
 def architecture_of(config: Mapping[str, Any], tensors: Mapping[str, Shaped] | None = None) -> Architecture:
-    """Return what is known of a model with this ``config.json`` and these tensors.
+    """Return the architecture of a model with this ``config.json`` and these tensors.
 
     Raises:
         LoratoolError: the table of its family cannot be read.
@@ -332,17 +342,17 @@ def architecture_of(config: Mapping[str, Any], tensors: Mapping[str, Shaped] | N
 
 @cache
 def any_model() -> Architecture:
-    """Return what holds for every model, where neither its configuration nor its tensors are at hand."""
+    """Return the facts that hold for every model, without a configuration or tensors."""
     return architecture_of({})
 
 
 def module_of(parameter: str) -> str:
-    """Return the name of the module that a weight or a bias belongs to; that of any other parameter is its own."""
+    """Return the name of the module that a weight or a bias belongs to. Any other parameter's name is returned unchanged."""
     return parameter.removesuffix(".weight") if parameter.endswith(".weight") else parameter.removesuffix(".bias")
 
 
 def _common(first: str, second: str) -> int:
-    """How many components two names begin with in common."""
+    """Return the number of leading components that two names share."""
     pairs = enumerate(zip(first.split("."), second.split("."), strict=False))
     return next((count for count, (one, other) in pairs if one != other), 0)
 

@@ -1,47 +1,47 @@
-"""What is known of a family of models: one JSON file of the folder ``families``, read and checked.
+"""The table of a model family: one JSON file in the folder ``families``, read and checked.
 
-The keys of a file, all of them optional:
+All keys of a file are optional:
 
 ``about``
-    What a reader should know.
+    A note for readers.
 ``models``
-    The ``model_type`` of each configuration that the file is about.
+    The ``model_type`` of each configuration that the file covers.
 ``like``
     Other families, by the names of their files, whose entries follow its own.
 ``tie_word_embeddings``
-    Whether a configuration that does not say so ties the output head to the input embedding.
+    Whether the output head is tied to the input embedding if a configuration does not say.
 ``transposed``
     Patterns of linear layers that store their weight as (in_features, out_features).
 ``reordered``
-    Patterns of linear layers whose outputs the checkpoint has in another order than the model in memory.
+    Patterns of linear layers whose outputs have a different order in the checkpoint than in memory.
 ``roles``
-    A role (`Role`) to patterns of the modules that have it, and of the parameters that belong to no module of their own.
-    The first pattern that fits a name decides.
+    Maps each role (`Role`) to patterns of the modules that have it, or of parameters that belong to no module of their own.
+    The first pattern that matches a name decides.
 ``parts``
-    A key of the configuration that holds another configuration, to the places of that model among the modules.
+    Maps a key of the configuration that holds another configuration to the places of that model among the modules.
 ``stored``
-    Names on disk to names in memory, in every version of transformers that converts them. Each entry exchanges some
-    components of a name, once, in the order of the entries: anywhere in the name, or with ``^`` at its beginning.
+    Maps names on disk to names in memory, for every version of transformers that converts them. Each entry replaces some
+    components of a name once: anywhere in the name, or with ``^`` only at its beginning. Entries apply in their order.
 ``since_5``
-    The same, of names that transformers 4 has in memory as they are on disk.
+    The same, for names that transformers 4 has in memory as they are on disk.
 ``legacy``
-    The same, of names that only old checkpoints have.
+    The same, for names that only old checkpoints have.
 ``packed``
-    For each parameter that holds several matrices: the ``parameter``, the names of its ``parts``, their ``sizes``,
-    whether they are ``interleaved`` or ``transposed``, and who has them ``packed_in`` one. The last three are true,
-    false, or a list of "stored", "transformers 4" and "transformers 5". ``in_features`` or ``out_features`` is a key of
-    the configuration by which the shape says how they lie. See `Packing`.
+    Parameters that hold several matrices. Each entry has the ``parameter``, the names of its ``parts``, and their ``sizes``.
+    ``interleaved``, ``transposed`` and ``packed_in`` are true, false, or a list of "stored", "transformers 4" and
+    "transformers 5", the programs for which that holds. ``in_features`` or ``out_features`` is a key of the configuration
+    that shows by the shape whether the matrices are transposed. See `Packing`.
 ``tied``
     ``parameters`` that share their values, and whether they do so ``always``. See `Tie`.
 ``reads``
-    What a linear layer reads, such as ``attention input``, to patterns of the layers that read it.
+    Maps an input of linear layers, such as ``attention input``, to patterns of the layers that read it.
 ``layers``
-    What a layer is made of, for counting parameters and memory without the weights. See `Layers`.
+    The makeup of a layer, for counting parameters and memory without the weights. See `Layers`.
 ``same_part``
     Lists of names that programs give to the same part of a model.
 ``classes``
-    ``generating``: words in the names of classes that have an output head. ``headless``: words in those that have
-    another head in its place.
+    ``generating``: words in the names of classes with an output head. ``headless``: words in the names of classes with
+    another head instead.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ from loratool.architecture.ties import Tie
 from loratool.errors import LoratoolError, quoted
 
 MOST_ENTRIES: Final = 2000
-"""Entries that a list or a table may have at most."""
+"""The most entries in a list or a table."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The entries of one file, and after them those of the families that it is like. The attributes are the file's keys."""
+    """The entries of one file, followed by those of the families in ``like``. The attributes are the file's keys."""
 
     name: str
     models: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ class Family:
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def followed_by(self, other: Family) -> Family:
-        """Return the entries of both, these first."""
+        """Return the entries of both families, with these first."""
         own_tie = self.tie_word_embeddings
         return Family(
             self.name,
@@ -105,15 +105,15 @@ class Family:
 
     @property
     def literals(self) -> frozenset[str]:
-        """Numbers that its names spell out, so that they are not those of any layer."""
+        """Numbers that are spelled out in its names, and so are not the number of any layer."""
         return frozenset[str]().union(*(renaming.literals for renaming in self.renamings))
 
 
 def parse_family(content: Mapping[str, Any], name: str, source: str) -> Family:
-    """Check what a file holds; `source` is the file, for errors.
+    """Parse the content of a file. `source` names the file in errors.
 
     Raises:
-        LoratoolError: a key is unknown, or its value is not what the key takes.
+        LoratoolError: a key is unknown, or its value is invalid.
     """
     table = _Table(content, "", source)
     family = Family(
@@ -140,7 +140,7 @@ def parse_family(content: Mapping[str, Any], name: str, source: str) -> Family:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """An object of the file, and the keys of it that were asked for. Each method raises LoratoolError for a wrong value."""
+    """An object in the file, and the keys that were read from it. Each method raises LoratoolError for an invalid value."""
 
     content: Mapping[str, Any]
     place: str
@@ -148,7 +148,7 @@ class _Table:
     asked: set[str] = field(default_factory=set)
 
     def refuse_others(self) -> None:
-        """Raise LoratoolError for a key that was not asked for."""
+        """Raise LoratoolError for a key that was not read."""
         for key in self.content:
             if key not in self.asked:
                 raise self.wrong(key, f"no such key; the keys are {', '.join(sorted(self.asked))}")

@@ -1,4 +1,4 @@
-"""What the layers of a causal language model are made of, as far as its configuration does not say it."""
+"""The makeup of the layers of a causal language model, where its configuration does not describe it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass
 from typing import Final
 
 ARRANGEMENTS: Final = ("llama", "gpt2", "opt", "gpt_neox")
-"""The models whose layers others are like: modules, biases, norms and positions stand where theirs do."""
+"""The models whose modules, biases, norms and positions others share."""
 
 HEAD_NORMS: Final = ("", "of a head", "of all heads")
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """What a layer has, for counting parameters and memory without the weights.
+    """The makeup of a layer, for counting parameters and memory without the weights.
 
     Attributes:
-        like: whose modules it has: one of `ARRANGEMENTS`.
-        activation: the MLP's where the configuration names none, as transformers calls it.
-        norms: how many there are over the hidden size.
-        head_norms: whether queries and keys have norms, over one head's numbers or over all.
-        qkv_bias: queries, keys and values have biases whatever the configuration says.
-        fused: one module makes queries, keys and values, and one makes gate and up.
+        like: the model with the same modules, one of `ARRANGEMENTS`.
+        activation: the MLP's activation if the configuration names none, by transformers' name.
+        norms: number of norms that span the hidden size.
+        head_norms: whether queries and keys have norms, over one head's numbers or over all; one of `HEAD_NORMS`.
+        qkv_bias: whether queries, keys and values have biases whatever the configuration says.
+        fused: whether one module makes queries, keys and values, and one makes gate and up.
     """
 
     like: str

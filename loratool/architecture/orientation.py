@@ -1,8 +1,8 @@
-"""How the weights of linear layers lie: (out_features, in_features), or the other way, as GPT-2's Conv1D stores them.
+"""The orientation of linear layers' weights: (out_features, in_features), or the transpose, as GPT-2's Conv1D stores them.
 
-A Conv1D always has a bias, with as many numbers as the matrix has outputs. So a matrix without a bias is never transposed,
-and one that is not square is told by its bias. A square one lies as the tables say, then as its neighbours in the same
-layer, then as the other matrices of the model.
+A Conv1D always has a bias, with one number per output. So a matrix without a bias is never transposed, and the size of the bias
+decides for one that is not square. For a square matrix the tables decide, then its neighbours in the same layer, then the other
+matrices of the model.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from loratool.architecture.pattern import is_number
 
 @dataclass(frozen=True)
 class Orientation:
-    """How the weights of a model lie.
+    """The orientation of a model's weights.
 
     Attributes:
-        outputs: how many outputs matrices have, where more is known than their biases: by the updates that land on them.
+        outputs: the numbers of outputs of matrices that are known from updates that land on them, besides those from biases.
     """
 
     architecture: Architecture
     outputs: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     def transposed(self, weight: str) -> bool | None:
-        """Return whether a matrix is stored as (in_features, out_features); None if nothing tells, as of some square ones."""
+        """Return whether a matrix is stored as (in_features, out_features), or None if unknown, as for some square ones."""
         rows, columns = self.architecture.tensors[weight].shape
         if self._bias(weight) is None:
             return False
@@ -39,7 +39,7 @@ class Orientation:
 
     @cached_property
     def _agreed(self) -> dict[str, bool]:
-        """How the matrices of each layer, and under ``""`` of the model, lie, where those that are not square agree."""
+        """Whether matrices are transposed, by layer, and by ``""`` for the model, wherever those that are not square agree."""
         votes: dict[str, set[bool]] = {}
         for name, info in self.architecture.tensors.items():
             if len(info.shape) != 2 or info.shape[0] == info.shape[1] or not name.endswith(".weight"):
@@ -55,13 +55,13 @@ class Orientation:
         return {*self.outputs.get(weight, ()), *(() if bias is None or len(bias) != 1 else bias)}
 
     def _bias(self, weight: str) -> tuple[int, ...] | None:
-        """The shape of the bias of a weight's module."""
+        """Return the shape of the bias of a weight's module, or None if it has no bias."""
         bias = self.architecture.tensors.get(f"{module_of(weight)}.bias")
         return None if bias is None else tuple(bias.shape)
 
 
 def _layer(name: str) -> str:
-    """The part of a name up to its first number, ``model.layers.3``; empty if it has none."""
+    """Return the part of a name up to its first number, such as ``model.layers.3``, or an empty text if it has none."""
     parts = name.split(".")
     number = next((place for place, part in enumerate(parts) if is_number(part)), None)
     return "" if number is None else ".".join(parts[: number + 1])

@@ -1,4 +1,4 @@
-"""Parameters that hold several matrices: query, key and value in one, gate and up in one, the experts of a layer as a stack."""
+"""Parameters that hold several matrices: fused query, key and value; fused gate and up; a stack of a layer's experts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from loratool.architecture.renaming import Spelling
 from loratool.architecture.view import View
 
 MOST_EXPERTS: Final = 1 << 16
-"""Matrices that a stack may have at most; a parameter with more along its first dimension is no stack."""
+"""The most matrices in a stack. A parameter with a larger first dimension is not a stack."""
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A matrix of a model, and the part of a parameter that holds it. `name` is the same wherever and however it is stored."""
+    """A matrix of a model, and the part of a parameter that holds it. Its `name` does not depend on how it is stored."""
 
     name: str
     view: View
@@ -25,18 +25,19 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """A parameter that holds several matrices, one below the other, or a stack of such.
+    """A parameter that holds several matrices, one below the other, or a stack of these.
 
     Attributes:
         parameter: the last components of its name.
-        parts: those of each matrix that it holds, in order. A stack along its first dimension has one more ``#`` in them
-            than in `parameter`: the number of the expert.
-        sizes: keys of the configuration. The matrices' rows are in proportion to these numbers, or equally many.
-        interleaved: with whom their rows alternate instead.
-        transposed: with whom it holds them as (in, out), side by side.
-        packed_in: who has the packed parameter; whoever else has the parts.
-        in_features, out_features: keys of the configuration. Where the shape says by one of them how the matrices lie, it
-            decides; programs differ under the same name.
+        parts: the last components of each matrix's name, in order. If the first dimension is a stack of experts, they have one
+            more ``#`` than `parameter`, the number of the expert.
+        sizes: keys of the configuration. The rows of the matrices are in proportion to these numbers; without keys, all
+            matrices have the same number of rows.
+        interleaved: the programs whose rows alternate between matrices instead.
+        transposed: the programs that hold the matrices as (in, out), side by side.
+        packed_in: the programs that have the packed parameter. All others have the parts.
+        in_features, out_features: keys of the configuration. If one of these numbers and the shape show the orientation, they
+            decide, because programs differ under the same name.
     """
 
     parameter: tuple[str, ...]
@@ -50,10 +51,10 @@ class Packing:
 
     @classmethod
     def parse(cls, parameter: str, parts: Sequence[str], sizes: Sequence[str], **rest: Any) -> Packing:
-        """Read an entry of a table; `rest` are the other attributes.
+        """Parse an entry of a table. `rest` are the other attributes.
 
         Raises:
-            PatternError: a name cannot be read, or the parts do not belong together.
+            PatternError: a name cannot be read, or the parts do not match.
         """
         packing = cls(
             parse_components(parameter)[0], tuple(parse_components(part)[0] for part in parts), tuple(sizes), **rest
@@ -73,12 +74,12 @@ class Packing:
         return self.parts[0].count(NUMBER) > self.parameter.count(NUMBER)
 
     def prefix(self, name: Sequence[str]) -> tuple[str, ...] | None:
-        """Return what stands before `parameter` in a name that ends with it; None if another does."""
+        """Return the components before `parameter` in a name that ends with it, or None if it ends differently."""
         return _before(name, self.parameter)
 
     def matrices(self, before: Sequence[str], name: Sequence[str], shape: Sequence[int], config: Mapping[str, Any],
                  spelling: Spelling) -> Iterator[Matrix]:  # fmt: skip
-        """Yield every matrix that the parameter `name`, with `before` in front, holds; none if its shape does not divide so."""
+        """Yield every matrix in the parameter `name`, whose prefix is `before`; none if its shape cannot be divided."""
         dimensions = len(shape) - self.is_stack
         if dimensions < 1 or (self.is_stack and shape[0] > MOST_EXPERTS):
             return
@@ -103,7 +104,7 @@ class Packing:
 
     def holder(self, matrix: Sequence[str], shape: Sequence[int], config: Mapping[str, Any],
                spelling: Spelling) -> Matrix | None:  # fmt: skip
-        """Return the packed parameter that holds a matrix of this name and shape, and where; None if it holds another."""
+        """Return the packed parameter that holds a matrix of this name and shape, and the part of it, or None."""
         for index, part in enumerate(self.parts):
             before = _before(matrix, part)
             if before is None or spelling not in self.packed_in:
@@ -121,13 +122,13 @@ class Packing:
         return None
 
     def _shares(self, config: Mapping[str, Any]) -> list[int]:
-        """The numbers that the parts' rows are in proportion to; none if the configuration lacks one."""
+        """Return the numbers that the parts' rows are in proportion to, or an empty list if the configuration lacks one."""
         given = [config.get(key) for key in self.sizes]
         shares = [share for share in given if type(share) is int and share > 0] if given else [1] * len(self.parts)
         return shares if len(shares) == len(self.parts) else []
 
     def _outputs(self, rows: int, config: Mapping[str, Any], *, interleaved: bool) -> list[slice] | None:
-        """Which of so many rows are those of each part; None if they cannot be divided so."""
+        """Return the slice of each part among `rows` rows, or None if these cannot be divided."""
         count, shares = len(self.parts), self._shares(config)
         if count == 1:
             return [slice(None)]

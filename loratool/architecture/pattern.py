@@ -1,8 +1,8 @@
-"""Patterns over the dotted names of modules and parameters, as the tables of model families write them.
+"""Patterns of the dotted names of modules and parameters in the tables of model families.
 
-A pattern is one or more components with dots between them: ``mlp.experts``, ``layers.#.self_attn``, ``*_embeddings``. ``#``
-stands for a component that is a number, and ``*`` inside a component for any text without a dot. A leading ``^`` ties the pattern
-to the beginning of a name.
+A pattern has one or more components separated by dots, such as ``mlp.experts``, ``layers.#.self_attn`` or ``*_embeddings``.
+``#`` stands for a component that is a number, and ``*`` for any text inside a component. A leading ``^`` anchors the pattern at
+the beginning of a name.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Final
 
 NUMBER: Final = "#"
 LONGEST: Final = 200
-"""Characters that a pattern may have at most."""
+"""The most characters in a pattern."""
 
 DIGITS: Final = 9
-"""Digits that the number of a layer or an expert may have at most; a longer one is a name like others."""
+"""The most digits in the number of a layer or an expert. A longer one is treated as a name."""
 
 _NUMBERS: Final = re.compile(rf"(?<![^.])[0-9]{{1,{DIGITS}}}(?![^.])")
 _COMPONENT: Final = re.compile(r"[\w\-]*\*?[\w\-]*|#")
-"""What a component may be: text with at most one ``*``, so that matching takes no more than linear time."""
+"""A component of a pattern: text with at most one ``*``, so that matching takes linear time."""
 
 
 class PatternError(ValueError):
@@ -30,7 +30,7 @@ class PatternError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Components that a name ends with, or with `anchored` all of its components."""
+    """The components at the end of a name, or all its components if `anchored`."""
 
     components: tuple[str, ...]
     anchored: bool
@@ -45,7 +45,7 @@ class Pattern:
         return cls(*parse_components(text))
 
     def matches(self, template: Sequence[str]) -> bool:
-        """Return whether the components of a name, with ``#`` for its numbers, end with these."""
+        """Return whether the components of a name, with ``#`` for its numbers, match the pattern."""
         start = len(template) - len(self.components)
         if start < 0 or (self.anchored and start):
             return False
@@ -53,7 +53,7 @@ class Pattern:
 
 
 def component_fits(part: str, expected: str) -> bool:
-    """Return whether a component of a name is what a component of a pattern says."""
+    """Return whether a component of a name matches a component of a pattern."""
     if part == expected:
         return True
     before, star, after = expected.partition("*")
@@ -88,11 +88,11 @@ def numbers(name: str, literal: Collection[str] = ()) -> list[str]:
 
 
 def fill(template: str, numbers: Sequence[str]) -> str:
-    """Return a template with numbers in the place of each ``#``, in order; those for which there is none stay."""
+    """Return a template with each ``#`` replaced by a number, in order. A ``#`` without a number stays."""
     rest = iter(numbers)
     return ".".join(next(rest, part) if part == NUMBER else part for part in template.split("."))
 
 
 def is_number(part: str) -> bool:
-    """Return whether a component of a name is a number, as of a layer or an expert."""
+    """Return whether a component of a name is a number, such as that of a layer or an expert."""
     return len(part) <= DIGITS and part.isascii() and part.isdecimal()

@@ -1,4 +1,4 @@
-"""How the name of a parameter on disk becomes the name that transformers gives it in memory, and back."""
+"""Conversion between the name of a parameter on disk and the name that transformers gives it in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loratool.architecture.pattern import NUMBER, PatternError, is_number, parse
 
 
 class Spelling(Enum):
-    """Who names a parameter."""
+    """The program whose names are used."""
 
     STORED = "stored"
     TRANSFORMERS_4 = "transformers 4"
@@ -18,23 +18,24 @@ class Spelling(Enum):
 
 
 class Since(Enum):
-    """Which programs have the new name in memory, and so which of them still have the old one."""
+    """The programs that have the new name in memory. All others have the old one."""
 
     ALWAYS = "stored"
-    """Every version of transformers that renames at all: the old name is that of the checkpoint alone."""
+    """Every version of transformers that renames at all. Only the checkpoint has the old name."""
     VERSION_5 = "since_5"
-    """transformers 5: version 4 has the old name as well."""
+    """transformers 5. Version 4 has the old name, like the checkpoint."""
     LEGACY = "legacy"
-    """All that write checkpoints today: only old files have the old name."""
+    """All programs that write checkpoints today. Only old files have the old name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Renaming:
-    """Replace the components `old` of a stored name by `new`: the first place where they stand, or with `anchored` the beginning.
+    """A replacement of components in a stored name.
 
     Attributes:
-        old, new: components, with as many ``#`` in one as in the other; `new` may be empty, which removes a prefix.
-        since: who has the new name.
+        old, new: the components before and after, with the same number of ``#``. An empty `new` removes a prefix.
+        anchored: whether `old` is replaced only at the beginning of a name. Otherwise its first occurrence is replaced.
+        since: the programs that have the new name.
     """
 
     old: tuple[str, ...]
@@ -44,7 +45,7 @@ class Renaming:
 
     @classmethod
     def parse(cls, old: str, new: str, since: Since) -> Renaming:
-        """Read a line of a table.
+        """Parse a line of a table.
 
         Raises:
             PatternError: a side cannot be read, or the two do not have the same numbers.
@@ -61,7 +62,7 @@ class Renaming:
 
     @property
     def literals(self) -> frozenset[str]:
-        """Numbers that are written out."""
+        """Numbers that are spelled out in the components."""
         return frozenset(part for part in (*self.old, *self.new) if is_number(part))
 
     def apply(self, name: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ class Renaming:
 
 
 def _exchange(name: tuple[str, ...], old: tuple[str, ...], new: tuple[str, ...], *, anchored: bool) -> tuple[str, ...]:
-    """Put `new` in the place of `old`, except where it stands already: ``mlp.experts`` in that of ``experts``."""
+    """Replace `old` by `new`, unless `new` is there already: ``experts`` by ``mlp.experts``, but not in ``mlp.experts``."""
     within = [at for at in range(len(new) - len(old) + 1) if new[at : at + len(old)] == old]
     for start in range(1 if anchored else len(name) - len(old) + 1):
         found = name[start : start + len(old)]

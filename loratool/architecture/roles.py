@@ -1,4 +1,4 @@
-"""What a parameter is for."""
+"""The roles of parameters in a model."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Final
 
 
 class Role(Enum):
-    """What the module that a parameter belongs to does with it."""
+    """The role of the module that a parameter belongs to."""
 
     TOKENS = "tokens"
-    """The input embedding: a row for each token of the vocabulary."""
+    """The input embedding, with a row for each token of the vocabulary."""
     EMBEDDING = "embedding"
-    """Another table of rows that are looked up: positions, types, codebooks."""
+    """Another lookup table of rows: positions, types, codebooks."""
     HEAD = "head"
-    """The output head of a model that writes tokens: a row for each."""
+    """The output head of a model that generates tokens, with a row for each token."""
     CLASSIFIER = "classifier"
-    """The output head of another model: a row for each of its labels."""
+    """The output head of another model, with a row for each label."""
     LINEAR = "linear"
     """A linear layer: nn.Linear, or a Conv1D, which stores the transpose."""
     CONVOLUTION = "convolution"
     NORM = "norm"
     EXPERTS = "experts"
-    """A matrix or a vector of one expert, or the stack of those of all."""
+    """A matrix or vector of one expert, or the stack of those of all experts."""
     ROUTER = "router"
-    """What scores experts, in a module of its own kind."""
+    """A module of its own kind that scores experts."""
     OTHER = "other"
 
     def fits(self, dimensions: int) -> bool:
-        """Return whether a module of this role may have a weight of so many dimensions."""
+        """Return whether a module of this role may have a weight with this number of dimensions."""
         return dimensions in DIMENSIONS.get(self, range(9))
 
 
@@ -41,7 +41,7 @@ DIMENSIONS: Final = {
     Role.ROUTER: range(2, 3),
     Role.CONVOLUTION: range(3, 9),
 }
-"""Dimensions of the weight, for the roles that say so much."""
+"""The possible numbers of dimensions of the weight, for roles that limit them."""
 
 BY_DIMENSIONS: Final = {1: Role.NORM, 2: Role.LINEAR, 3: Role.CONVOLUTION, 4: Role.CONVOLUTION, 5: Role.CONVOLUTION}
-"""The role of a module whose weight has so many dimensions and whose name says nothing."""
+"""The role of a module with an unknown name, by the number of dimensions of its weight."""

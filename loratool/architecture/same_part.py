@@ -8,7 +8,7 @@ from loratool.architecture.tables import generic
 
 
 def same_part(name: str) -> str:
-    """Return one name for all that programs give to the part of a model called `name`; itself if there is no other."""
+    """Return one name that stands for all names of the part of a model called `name`, or `name` if it has no others."""
     return _first_names().get(name, name)
 
 

@@ -1,4 +1,4 @@
-"""A model and the models inside it, such as the language model of a multimodal one, each with the tables of its own family."""
+"""A model and the models inside it, such as the language model of a multimodal one, each with its family's tables."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from loratool.architecture.roles import Role
 from loratool.architecture.tables import family_of, generic
 
 DEEPEST: Final = 4
-"""How many configurations may stand inside one another; what is inside the last goes by no table of its own."""
+"""The most levels of nested configurations. Deeper ones have no tables of their own."""
 
 Components = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What the tables say of a model, and of the `parts` inside it by their places among its modules."""
+    """The tables of a model, and those of the `parts` inside it, with the places of the parts among its modules."""
 
     family: Family
     config: Mapping[str, Any]
@@ -52,7 +52,7 @@ class Scope:
         yield self, tuple(name)
 
     def renamed(self, name: Components) -> Components:
-        """Return the canonical name of a parameter that is named in any way."""
+        """Return the canonical name of a parameter, whichever program's name is given."""
         for renaming in self._renamings:
             name = renaming.apply(name)
         part, start = self._part(name)
@@ -69,13 +69,13 @@ class Scope:
 
     @cached_property
     def literals(self) -> frozenset[str]:
-        """Numbers that the tables spell out in names."""
+        """Numbers that are spelled out in the tables' names."""
         own = self.family.literals | generic().literals
         return own.union(*(part.literals for _, part in self.parts))
 
     @cached_property
     def ends(self) -> dict[str, set[Role]]:
-        """The last components of modules that may have a role by their names, and which; a renamed one may have any."""
+        """The roles that a module may have by the last component of its name. A component that is renamed may have any role."""
         found: dict[str, set[Role]] = {}
         for pattern, role in (*self.family.roles, *generic().roles):
             found.setdefault(pattern.components[-1], set()).add(role)
@@ -91,7 +91,10 @@ class Scope:
         return self.family.renamings + generic().renamings
 
     def _part(self, name: Sequence[str]) -> tuple[Scope | None, int]:
-        """The model inside that a parameter belongs to, at the place that comes first, and where its name there begins."""
+        """Return the inner model that a parameter belongs to, or None, and the index where its name in that model begins.
+
+        If several places match, the first one in the name decides.
+        """
         for start, component in enumerate(name):
             if component == NUMBER or is_number(component):
                 break

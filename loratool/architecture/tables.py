@@ -1,4 +1,4 @@
-"""Which file of the folder ``families`` is about a model. Read when it is first asked for, and once."""
+"""The files of the folder ``families``, and the choice of a model's file. Each file is read once, at its first use."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from loratool.errors import LoratoolError, quoted
 
 FOLDER: Final = Path(__file__).parent / "families"
 GENERIC: Final = "generic"
-"""The family of every model: what holds where no other file says anything else."""
+"""The family of every model, whose facts hold unless another file says something else."""
 
 LARGEST: Final = 1 << 16
-"""Bytes that a file may have at most."""
+"""The largest size of a file in bytes."""
 
 
 @cache
 def family_of(model_type: str, folder: Path = FOLDER) -> Family:
-    """Return what is known of models with this ``model_type``, beyond the generic; nothing where there is no file about it.
+    """Return the family of models with this ``model_type``, without generic facts; an empty one if no file covers it.
 
     Raises:
-        LoratoolError: a file cannot be read, or two files are about the same model.
+        LoratoolError: a file cannot be read, or two files cover the same model.
     """
     if model_type in _names(folder) and model_type in family_named(model_type, folder).models:
         return family_named(model_type, folder)
     quoted_type = f'"{model_type}"'
-    # Parsing all files would take ten times as long as looking for those that have the name in them.
+    # Parsing all files would take ten times as long as searching them for the name.
     candidates = [name for name in _names(folder) if quoted_type in _text(name, folder)]
     families = [family for family in (family_named(name, folder) for name in candidates) if model_type in family.models]
     if len(families) > 1:
@@ -45,16 +45,16 @@ def models_with_layers(folder: Path = FOLDER) -> tuple[str, ...]:
 
 
 def generic(folder: Path = FOLDER) -> Family:
-    """Return what holds for a model of which no table says anything else."""
+    """Return the family with the facts that hold for every model unless its own table says something else."""
     return family_named(GENERIC, folder)
 
 
 @cache
 def family_named(name: str, folder: Path = FOLDER) -> Family:
-    """Return the entries of the file `name`, and after them those of the families that it is like.
+    """Return the entries of the file `name`, followed by those of the families in its ``like``.
 
     Raises:
-        LoratoolError: the file cannot be read, or is like one that does not exist or like itself.
+        LoratoolError: the file cannot be read, or ``like`` names a missing family or itself.
     """
     return _read(name, folder, ())
 
@@ -87,7 +87,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @cache
 def _names(folder: Path) -> tuple[str, ...]:
-    """The names of the files without their suffix, sorted."""
+    """Return the names of the files without their suffix, sorted."""
     return tuple(sorted(name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json")))
 
 

@@ -13,8 +13,9 @@ class Tie:
     """Parameters of one model that share their values, by the last components of their names.
 
     Attributes:
-        parameters: the first is the one that a checkpoint keeps. Where it lacks that, they are not tied.
-        always: they do whatever the configuration says; otherwise only where it ties the output head to the input embedding.
+        parameters: patterns of the parameters. A checkpoint keeps the first one; if it lacks that, they are not tied.
+        always: whether they are tied whatever the configuration says. If not, they are tied only if the configuration ties the
+            output head to the input embedding.
     """
 
     parameters: tuple[Pattern, ...]
@@ -22,7 +23,7 @@ class Tie:
 
     @classmethod
     def parse(cls, parameters: Sequence[str], *, always: bool) -> Tie:
-        """Read an entry of a table.
+        """Parse an entry of a table.
 
         Raises:
             PatternError: a name cannot be read, or there are fewer than two.
@@ -32,7 +33,7 @@ class Tie:
         return cls(tuple(map(Pattern.parse, parameters)), always)
 
     def group(self, name: Sequence[str]) -> list[tuple[str, ...]]:
-        """Return the names of all that share the values of the parameter `name`, in order; none if it is none of them."""
+        """Return the names of all parameters tied to `name`, itself included, in order; an empty list if it is not tied."""
         fitting = [pattern for pattern in self.parameters if pattern.matches(name)]
         if not fitting:
             return []

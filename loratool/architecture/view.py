@@ -10,9 +10,9 @@ class View:
     """The part of a stored parameter that one update sees as a matrix (out, in).
 
     Attributes:
-        expert: which matrix of a stack it is; None where the parameter is no stack.
-        outputs: its rows within a matrix that packs several, such as query, key and value; with a step where they alternate.
-        transposed: the parameter holds it as (in, out), as GPT-2's Conv1D, embeddings and some experts do.
+        expert: the index of the matrix in a stack; None if the parameter is not a stack.
+        outputs: its rows in a matrix that packs several, such as query, key and value. Interleaved rows have a step.
+        transposed: whether the parameter holds it as (in, out), as GPT-2's Conv1D, embeddings and some experts do.
     """
 
     expert: int | None = None
