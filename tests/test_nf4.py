@@ -541,7 +541,7 @@ def set_part(part: str, value: torch.Tensor) -> Damage:
         (lambda tensors: state_of(tensors, b"not json"), "not valid JSON"),
         (lambda tensors: state_of(tensors, b"[1, 2]"), "not valid JSON"),
         (lambda tensors: state_of(tensors, b"{}"), "is damaged"),
-        (lambda tensors: state_of(tensors, b"\xff" * 70_000), "no quant_state"),
+        (lambda tensors: state_of(tensors, b"\xff" * 70_000), "not a quant_state"),
         (changed_state(blocksize=0), "is damaged"),
         (changed_state(blocksize="64"), "is damaged"),
         (changed_state(blocksize=128), "absmax"),

@@ -274,7 +274,7 @@ class Architecture:
         return {}
 
     def _tables(self, name: tuple[str, ...]) -> Iterator[tuple[Scope, tuple[str, ...]]]:
-        """Yield the tables of each model that a parameter belongs to and its name there: innermost first, the generic one last."""
+        """Yield the tables of each model that a parameter belongs to and its name there: innermost first, generic last."""
         yield from self.scope.around(name)
         yield Scope(generic(), self.config, ()), name
 
