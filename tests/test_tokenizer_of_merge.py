@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import pytest
@@ -22,7 +22,9 @@ import loratool
 from loratool.cli import cli
 from loratool.errors import LoratoolError, VerificationError
 
-Tokenizer = transformers.PreTrainedTokenizerFast
+if TYPE_CHECKING:
+    from hub_stand_in import HubStandIn
+
 OTHER_TEMPLATE = "{% for message in messages %}{{ message['content'] }}!{% endfor %}"
 SAYING = [{"role": "user", "content": "ahoy"}]
 
@@ -144,6 +146,17 @@ def test_the_catalogue_keeps_it(made: Path, base: Path, tmp_path: Path) -> None:
     kept = shutil.move(trained, tmp_path / "elsewhere")
     merged = loratool.merge("pirate", into=base, out=tmp_path / "out")
     assert same(merged.out, kept) and merged.to_json()["tokenizer"]["from"] == "pirate@1"
+
+
+def test_it_is_pulled_from_the_hub(hub: HubStandIn, made: Path, base: Path, tmp_path: Path) -> None:
+    trained = adapter(made, tmp_path / "pirate", more_tokens)
+    files = {file.name: file.read_bytes() for file in trained.iterdir()}
+    hub.create("ada/pirate").put(files)
+    hub.create("ada/model").put(files | {"config.json": b"{}", "model.safetensors": b"the base, whose tokenizer it is"})
+    loratool.pull("ada/pirate")
+    assert same(loratool.merge("pirate", into=base, out=tmp_path / "out").out, trained)
+    loratool.pull("ada/model", name="other")
+    assert same(loratool.merge("other", into=base, out=tmp_path / "other").out, base)
 
 
 def test_a_chat_template_alone_comes_along(made: Path, base: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from loratool.checkpoint.file_role import PICKLE_SUFFIXES
+from loratool.checkpoint.file_role import PICKLE_SUFFIXES, FileRole, role_of
+from loratool.checkpoint.json_text import LARGEST_LISTING
 from loratool.errors import AdapterError, HubError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import CONFIG_NAME, FACTS_NAME, SINGLE_FILE_SUFFIXES, WEIGHTS_NAME
@@ -78,7 +79,8 @@ def pull_adapter(address: HubAddress, command: str, *, alpha: Alpha | None = Non
     listed = snapshot.files[paths[0] if single else paths[1]].sha256
     if listed not in (None, adapter.sha256):
         raise HubError(f"the weights of {quoted(address)} changed in the cache during the read; run '{command}' again")
-    check_facts(adapter.facts, f"{address.repo}/{paths[-1]}")
+    record = next((path for path in paths if posixpath.basename(path) == FACTS_NAME), paths[-1])
+    check_facts(adapter.facts, f"{address.repo}/{record}")
     return PulledAdapter(adapter, snapshot, (*adapter.notes, *_notes(snapshot, paths)))
 
 
@@ -101,7 +103,7 @@ def _on_hub(path: str, folder: Path, repo: str) -> str:
 def choose_files(snapshot: Snapshot, inside: str) -> list[str]:
     """Return the paths of an adapter's files. `inside` is a folder of the snapshot (``""`` for the top), or a file.
 
-    They are the configuration, weights and loratool's facts of a PEFT folder, or else the only safetensors file.
+    They are the configuration, weights, loratool's facts and tokenizer of a PEFT folder, or else the only safetensors file.
 
     Raises:
         NotFoundError: there is no adapter, or more than one.
@@ -115,7 +117,8 @@ def choose_files(snapshot: Snapshot, inside: str) -> list[str]:
     names = snapshot.names_in(inside)
     where = quoted(f"{snapshot.repo}/{inside}" if inside else snapshot.repo)
     if {CONFIG_NAME, WEIGHTS_NAME} <= set(names):
-        chosen = [CONFIG_NAME, WEIGHTS_NAME, *([FACTS_NAME] if FACTS_NAME in names else [])]
+        facts = [FACTS_NAME] if FACTS_NAME in names else []
+        chosen = [CONFIG_NAME, WEIGHTS_NAME, *facts, *_tokenizer(names)]
         return [posixpath.join(inside, name) for name in chosen]
     singles = [name for name in names if Path(name).suffix in SINGLE_FILE_SUFFIXES]
     if MODEL_CONFIG in names and CONFIG_NAME not in names and singles:
@@ -127,6 +130,14 @@ def choose_files(snapshot: Snapshot, inside: str) -> list[str]:
     if singles:
         raise NotFoundError(f"{where} holds several adapters ({_listed(singles)}); name one with --path")
     raise _no_adapter(snapshot, inside, names, where)
+
+
+def _tokenizer(names: Sequence[str]) -> list[str]:
+    """The files of the tokenizer that an adapter was trained with; beside a whole model they are the model's."""
+    roles = {name: role_of(name) for name in names}
+    if MODEL_CONFIG in names and FileRole.MODEL_WEIGHTS in roles.values():
+        return []
+    return [name for name, role in roles.items() if role in (FileRole.TOKENIZER, FileRole.CHAT_TEMPLATE)]
 
 
 def _single_file(snapshot: Snapshot, path: str) -> str:
@@ -170,7 +181,8 @@ def _pickle(snapshot: Snapshot, path: str) -> AdapterError:
 
 def _refuse_large(snapshot: Snapshot, path: str) -> None:
     size = snapshot.files[path].size or 0
-    if path.endswith(".json") and size > LARGEST_JSON:
+    largest = LARGEST_LISTING if role_of(path) is FileRole.TOKENIZER else LARGEST_JSON
+    if path.endswith(".json") and size > largest:
         raise AdapterError(
             f"{quoted(path)} of {quoted(snapshot.repo)} has {size:,} bytes, far too many for an adapter; do not use it"
         )
