@@ -94,19 +94,19 @@ class Examination:
         """Everything wrong; `deep` reads every file of the store again and compares its sha256."""
         with self._database.reading() as connection:
             rows = [_Place(*row) for row in connection.execute(_ADAPTERS)]
+            named = named_keys(connection)
             found = [
                 *self._missing_bases(),
-                *self._adapters(rows, deep=deep),
-                *self._removed(connection),
+                *self._adapters(rows, named, deep=deep),
+                *self._removed(connection, deep=deep),
                 *self._missing_merges(),
             ]
-            named = named_keys(connection)
         return (*found, *self._orphans(named))
 
     # Adapters.
 
-    def _adapters(self, rows: Sequence[_Place], *, deep: bool) -> Iterator[Finding]:
-        keys = {row.store_key for row in rows if row.store_key is not None and self._store.is_key(row.store_key)}
+    def _adapters(self, rows: Sequence[_Place], named: set[str], *, deep: bool) -> Iterator[Finding]:
+        keys = filter(self._store.is_key, named)
         if deep:
             self._watcher.begin("reading the store", sum(self._store.size_bytes(self._store.path(key)) for key in keys))
         else:
@@ -223,19 +223,21 @@ class Examination:
                 self._watcher.advance(len(chunk))
         return digest.hexdigest()
 
-    def _removed(self, connection: Connection) -> Iterator[Finding]:
+    def _removed(self, connection: Connection, *, deep: bool) -> Iterator[Finding]:
         query = select(removed_adapters.c.name, removed_adapters.c.version, removed_adapters.c.store_key)
         for row in connection.execute(query.where(removed_adapters.c.store_key.is_not(None))):
             reference = f"{row.name}@{row.version}"
+            way = (
+                f"it is in the trash, and cannot be restored whole: forget it with 'loratool remove {reference} --now'"
+            )
             folder = self._store.path(row.store_key) if self._store.is_key(row.store_key) else None
             if folder is None or is_gone(folder):
-                yield _finding(
-                    "adapter-files-missing",
-                    reference,
-                    folder,
-                    f"the files of {reference} are gone from the trash{'' if folder is None else f' ({_quoted(folder)})'}; "
-                    f"forget it with 'loratool remove {reference} --now'",
-                )
+                at = "" if folder is None else f" (they were at {_quoted(folder)})"
+                message = f"the files of {reference} are gone{at}; {way}"
+                yield _finding("adapter-files-missing", reference, folder, message)
+                continue
+            for kind, path, fault in self._faults(folder, deep=deep):
+                yield _finding(kind, reference, path, f"{fault.format(reference=reference)}; {way}")
 
     # Bases and merges.
 

@@ -130,7 +130,8 @@ def _print(result: DoctorResult) -> None:
         click.echo(f"In the trash: {held}; 'loratool restore' lists them")
     if result.backups:
         newest = result.backups[0]
-        click.echo(f"Newest backup: {shown(str(newest.path))} ({age(newest.made_at)} old), put back with")
+        made = age(newest.made_at).replace("now", "0 min")
+        click.echo(f"Newest backup: {shown(str(newest.path))}, made {made} ago. What puts it back:")
         click.echo(f"  {shown(result.put_back or '')}")
     if not result.findings:
         click.echo(click.style("All is well.", fg="green"))

@@ -158,7 +158,11 @@ def test_a_row_that_names_no_entry_is_found_and_ends_nothing(catalogue: Registry
 def test_the_files_of_a_removed_adapter_are_looked_for(catalogue: Registry) -> None:
     folder = add(catalogue, "pirate")
     catalogue.adapters.remove("pirate")
-    assert found(catalogue) == []
+    assert found(catalogue, deep=True) == []
+    (folder / "adapter_model.safetensors").unlink()
+    (lost,) = catalogue.doctor.examine()
+    assert (lost.subject, lost.path) == ("pirate@1", folder / "adapter_model.safetensors")
+    assert "loratool remove pirate@1 --now" in lost.message
     shutil.rmtree(folder)
     assert found(catalogue) == [("adapter-files-missing", "pirate@1")]
     catalogue.adapters.remove("pirate", now=True)
