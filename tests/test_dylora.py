@@ -20,7 +20,7 @@ from tiny_models import DTYPES, as_torch, assert_same_tensors, digest, load, sto
 import loratool
 from loratool.cli import cli
 from loratool.errors import AdapterError, LoratoolError, UnsupportedError
-from loratool.formats.dylora import at_rank
+from loratool.formats.at_rank import at_rank
 from loratool.formats.read import read_adapter
 
 if TYPE_CHECKING:

@@ -34,6 +34,7 @@ from loratool.estimating.memory import (
 )
 from loratool.estimating.shape import read_shape
 from loratool.library.estimate import EstimateResult, estimate
+from loratool.training.options import METHODS
 
 REPOSITORY = Path(__file__).parents[1]
 MB, GB = 10**6, 10**9
@@ -245,7 +246,7 @@ def test_the_memory_that_steps_really_take_is_the_estimate() -> None:
     for case in measured:
         step = Step(ROWS, LENGTH, compute=4, checkpointing=case["checkpointing"])
         expected = full_memory(shape, step, "adamw") if case["full"] else adapter_memory(
-            shape, step, "adamw", modules, RANK, method="lora", adapter_dtype="fp32", quantized=False
+            shape, step, "adamw", modules, RANK, method=METHODS["lora"], adapter_dtype="fp32", quantized=False
         )  # fmt: skip
         assert expected.total == pytest.approx(case["peak"], rel=0.1), case
 

@@ -37,11 +37,11 @@ GROUPS: Final = {
         "merge": "Adapters into a base",
         "unmerge": "Take a merge out again",
         "verify": "Check a merged model",
-        "quantize": "Store a base in NF4",
+        "quantize": "Store a base in 4 bits",
     },
     "Adapters": {
         "truncate": "Lower an adapter's rank",
-        "prune": "Drop AdaLoRA ranks",
+        "prune": "Drop the least ranks",
         "combine": "Several into one",
         "extract": "From a fine-tuned model",
     },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,12 +18,12 @@ from loratool.cli.rendering import (
     targets,
 )
 from loratool.cli.table import print_table
+from loratool.training.options import METHODS, RANKS, method_with
+from loratool.weights.storages import QUANTIZED_TO
 
 if TYPE_CHECKING:
     from loratool.estimating.memory import Memory
     from loratool.library.estimate import EstimateResult
-
-METHODS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
 
 
 @click.command(
@@ -37,11 +37,12 @@ METHODS: Final = {"lora": "LoRA", "dylora": "DyLoRA", "adalora": "AdaLoRA"}
 @click.option(
     "--method", type=click.Choice(list(METHODS)), default="lora", show_default=True, help="The method of training."
 )
+@click.option("--rank", type=int, default=8, show_default=True, metavar="R", help=f"The rank: {RANKS}.")
 @click.option(
-    "--rank", type=int, default=8, show_default=True, metavar="R", help="The rank: DyLoRA's largest, AdaLoRA's average."
-)
-@click.option(
-    "--initial-rank", type=int, metavar="R", help="AdaLoRA's rank at the start; by default 1.25 times --rank."
+    "--initial-rank",
+    type=int,
+    metavar="R",
+    help=f"{method_with('initial_rank').title}'s rank at the start; by default 1.25 times --rank.",
 )
 @click.option("--targets", metavar="T", help="q_proj,v_proj, a pattern, or all-linear (the default).")
 @click.option("--batch-size", type=int, default=4, show_default=True, metavar="N", help="Rows computed at once.")
@@ -124,7 +125,7 @@ def command(
 def _print_result(result: EstimateResult) -> None:
     fewer = result.parameters / result.trainable_parameters
     begins = f", beginning with {result.initial_rank}" if result.initial_rank != result.rank else ""
-    method = METHODS[result.method]
+    method = METHODS[result.method].title
     click.echo(f"{click.style(shown(result.model), bold=True)}: {count(result.parameters)} parameters\n")
     print_facts(
         [
@@ -139,7 +140,7 @@ def _print_result(result: EstimateResult) -> None:
             ),
         ]
     )
-    names = ["MEMORY", "FULL", method.upper(), "NF4 + " + method.upper()]
+    names = ["MEMORY", "FULL", method.upper(), f"{QUANTIZED_TO.upper()} + {method.upper()}"]
     memories = [way.memory for way in result.ways]
     checkpointed = [way.checkpointed for way in result.ways]
     rows = [

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     **example(
         "loratool merge pirate.safetensors --into llama3-8b\n"
         "loratool merge pirate=0.7 terse=0.3 --into smollm2 --undo\n"
-        "loratool merge dylora@rank=4 --into smollm2"
+        "loratool merge pirate@rank=4 --into smollm2"
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[@rank=B][=WEIGHT]...")
@@ -60,12 +60,12 @@ if TYPE_CHECKING:
 @click.option(
     "--quantize",
     type=click.Choice(list(MAKINGS)),
-    help="Dense base to NF4 model: merge, then quantize. Choose it for the best quality in 4 bits.",
+    help="Dense base to 4-bit model: merge, then quantize. Choose it for the best quality in 4 bits.",
 )
 @click.option(
     "--base-as",
     type=click.Choice(list(MAKINGS)),
-    help="Dense base to NF4 model: quantize, then merge. Choose it to get what its NF4 image would give, without one.",
+    help="Dense base to 4-bit model: quantize, then merge. Choose it to get what its 4-bit image would give, without one.",
 )
 @click.option(
     "--dequantize",
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     "--calibrate",
     type=PathType(),
     metavar="FILE",
-    help="Into NF4: keep more of the update, by a short text like those that the model will read (.jsonl or .txt, at most "
+    help="Into 4 bits: keep more of the update, by a short text like those that the model will read (.jsonl or .txt, at most "
     "1,024 tokens are used). Runs the model once: takes its memory (4-bit weights stay packed) and 'loratool[train]'.",
 )
 @click.option("--untie", is_flag=True, help="Give a head that the base ties to its embedding a tensor of its own.")

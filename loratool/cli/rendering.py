@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import click
 
 from loratool.cli.sentences import on_stderr
+from loratool.formats.kinds import kind_named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -142,7 +143,7 @@ def ranks(kind: str, rank: int | None) -> str:
     """Format the rank of an adapter. A DyLoRA has all ranks up to its largest: ``1..8``."""
     if rank is None:
         return "-"
-    return f"1..{rank}" if kind == "dylora" and rank > 1 else str(rank)
+    return f"1..{rank}" if kind_named(kind).nested and rank > 1 else str(rank)
 
 
 def targets(modules: Sequence[str] | str | None) -> str:

@@ -25,6 +25,7 @@ from loratool.cli.rendering import (
     targets,
 )
 from loratool.cli.spectrum_view import print_spectrum
+from loratool.formats.kinds import kind_named
 
 if TYPE_CHECKING:
     from loratool.library.adapters import ShowResult
@@ -96,7 +97,7 @@ def _print_card(result: ShowResult) -> None:
     title = record.reference if result.place is None else f"{shown_adapter(result.place)} (not in the catalogue)"
     facts = [
         ("kind", record.kind),
-        ("ranks" if record.kind == "dylora" else "rank", _ranks(record.kind, record.ranks, record.rank)),
+        ("ranks" if kind_named(record.kind).nested else "rank", _ranks(record.kind, record.ranks, record.rank)),
         ("alpha", "" if record.alpha is None else f"{record.alpha:g}"),
         ("scaling", _scaling(record.scaling)),
         ("effect", f"changes nothing: {result.changes_nothing}" if result.changes_nothing else ""),
@@ -172,7 +173,7 @@ def _merge(merge: MergeRecord) -> str:
 
 def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:
     """``8``, or where modules differ ``4 to 16  (modules of each: 4: 12, 16: 3)``; of a DyLoRA ``1..8``."""
-    if kind == "dylora" or not by_module or len(set(by_module.values())) == 1:
+    if kind_named(kind).nested or not by_module or len(set(by_module.values())) == 1:
         return ranks(kind, largest)
     modules = sorted(Counter(by_module.values()).items())
     parts = [f"{rank}: {number}" for rank, number in modules]

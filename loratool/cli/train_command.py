@@ -22,6 +22,8 @@ from loratool.cli.rendering import (
     targets,
 )
 from loratool.cli.training_bar import TrainingBar
+from loratool.formats.scaling_law import LAWS
+from loratool.training.options import METHODS, RANKS, method_with
 
 if TYPE_CHECKING:
     from loratool.library.train import TrainResult
@@ -37,8 +39,8 @@ loratool train --name pirate --resume"""
 SECTIONS: Final = {
     "What": ("base", "data", "name", "out", "resume", "force", "registry"),
     "Adapter": ("method", "rank", "alpha", "targets", "dropout", "rslora", "initialisation", "quantize"),
-    "DyLoRA": ("least_rank", "distribution", "geometric_p", "update", "scaling_law"),
-    "AdaLoRA": (
+    method_with("least_rank").title: ("least_rank", "distribution", "geometric_p", "update", "scaling_law"),
+    method_with("initial_rank").title: (
         "initial_rank",
         "initial_steps",
         "final_steps",
@@ -91,8 +93,8 @@ class TrainCommand(ExampleCommand):
 @click.option("--out", type=PathType(), metavar="FILE", help="A file or folder; by default N.safetensors.")
 @click.option("--resume", is_flag=True, help="Continue the run N from its last saved state.")
 @click.option("--force", is_flag=True, help="Replace an unfinished run and its outputs; make the next version of N.")
-@click.option("--method", type=click.Choice(["lora", "dylora", "adalora"]), help="By default lora.")
-@click.option("--rank", type=int, metavar="R", help="The rank: DyLoRA's largest, AdaLoRA's average. By default 8.")
+@click.option("--method", type=click.Choice(list(METHODS)), help="By default lora.")
+@click.option("--rank", type=int, metavar="R", help=f"The rank: {RANKS}. By default 8.")
 @click.option("--alpha", type=float, metavar="A", help="lora_alpha; by default twice the rank.")
 @click.option("--targets", metavar="T", help="q_proj,v_proj, a pattern, or all-linear (the default).")
 @click.option("--dropout", type=float, metavar="P", help="The share of an adapter's inputs to drop in a step.")
@@ -109,9 +111,7 @@ class TrainCommand(ExampleCommand):
 @click.option(
     "--update", type=click.Choice(["leading", "frozen"]), help="Train all of a rank's components, or only its last."
 )
-@click.option(
-    "--scaling-law", type=click.Choice(["paper", "kohya"]), help="How rank b is scaled; by default alpha / b."
-)
+@click.option("--scaling-law", type=click.Choice(LAWS), help="How rank b is scaled; by default alpha / b.")
 @click.option(
     "--initial-rank", type=int, metavar="R", help="Each module's rank at the start; by default 1.25 times the rank."
 )

@@ -20,6 +20,7 @@ from loratool.cli.rendering import (
     size,
 )
 from loratool.cli.table import print_table
+from loratool.formats.scaling_law import LAWS
 
 if TYPE_CHECKING:
     from loratool.library.truncate import TruncateResult
@@ -55,7 +56,7 @@ def _parse_ranks(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--svd", is_flag=True, help="Cut a DyLoRA by its best approximation instead of its leading components.")
 @click.option(
     "--scaling",
-    type=click.Choice(["paper", "kohya"]),
+    type=click.Choice(LAWS),
     help="Cut to the leading components with this scaling law instead of the file's.",
 )
 @click.option("--out", type=PathType(), metavar="FILE", help="A file or folder; by default ADAPTER-rR beside it.")

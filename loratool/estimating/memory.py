@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from loratool.estimating.shape import ModelShape, module_input
 
-Method = Literal["lora", "dylora", "adalora"]
 Optimizer = Literal["adamw", "adamw-8bit", "adamw-paged", "sgd"]
 Attention = Literal["sdpa", "eager"]
 
@@ -72,14 +71,26 @@ class Step:
         return self.batch_size * self.length
 
 
-def adapter_parameters(shape: ModelShape, modules: Collection[str], rank: int, *, adalora: bool = False) -> int:
+class Trains(Protocol):
+    """What a method trains on each module."""
+
+    @property
+    def averages(self) -> int:
+        """How many moving averages of each number training keeps."""
+
+    def factor_shapes(self, rank: int, outputs: int, inputs: int) -> Mapping[str, tuple[int, int]]:
+        """The shape of each factor, by its letter."""
+
+
+def adapter_parameters(shape: ModelShape, modules: Collection[str], rank: int, method: Trains) -> int:
     """Return the number of parameters of an adapter on `modules`.
 
     Each module has A (rank, in) and B (out, rank): ``rank * (in + out)`` parameters (LoRA, arXiv:2106.09685, section 4.1).
     AdaLoRA adds Lambda, another ``rank`` (arXiv:2303.10512, equation 3).
     """
     linears = [shape.linears[module] for module in modules]
-    return sum(rank * (linear.in_features + linear.out_features + adalora) for linear in linears)
+    factors = (method.factor_shapes(rank, linear.out_features, linear.in_features).values() for linear in linears)
+    return sum(rows * columns for each in factors for rows, columns in each)
 
 
 def nf4_bytes(shape: ModelShape) -> int:
@@ -109,20 +120,20 @@ def full_memory(shape: ModelShape, step: Step, optimizer: Optimizer) -> Memory:
 
 
 def adapter_memory(shape: ModelShape, step: Step, optimizer: Optimizer, modules: Collection[str], rank: int, *,
-                   method: Method, adapter_dtype: str, quantized: bool) -> Memory:  # fmt: skip
+                   method: Trains, adapter_dtype: str, quantized: bool) -> Memory:  # fmt: skip
     """Return the memory of training an adapter, whose parameters alone have gradients and moments.
 
     With `quantized`, linear weights are in NF4 (QLoRA). AdaLoRA also keeps two fp32 moving averages per parameter
     (arXiv:2303.10512, equations 9 and 10), which are counted with the moments.
     """
-    adapter = adapter_parameters(shape, modules, rank, adalora=method == "adalora")
+    adapter = adapter_parameters(shape, modules, rank, method)
     weights = shape.parameters * step.compute
     decoded = 0
     if quantized:
         weights = (shape.parameters - shape.linear_parameters) * step.compute + nf4_bytes(shape)
         decoded = max(linear.parameters for linear in shape.linears.values()) * step.compute
     width = DTYPES[adapter_dtype]
-    averages = 2 * 4 if method == "adalora" else 0
+    averages = method.averages * 4
     return Memory(
         weights=weights + adapter * width,
         gradients=adapter * width,

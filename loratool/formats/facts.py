@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from loratool.errors import AdapterError, printable, quoted
 from loratool.formats.kinds import COMPUTED
+from loratool.formats.scaling_law import LAWS
 
 SCHEMA: Final = 1
 LARGEST_FACTS: Final = 1 << 20
@@ -82,7 +83,7 @@ def _why_wrong(facts: Mapping[str, Any]) -> str | None:
     odd = _odd_text(facts)
     if odd is not None:
         return f"it holds control characters in {quoted(odd, 40)}"
-    for key, allowed in (("kind", COMPUTED), ("scaling", {"paper", "kohya"})):
+    for key, allowed in (("kind", COMPUTED), ("scaling", LAWS)):
         if key in facts and not (isinstance(facts[key], str) and facts[key] in allowed):
             return f"its {key} is {quoted(facts[key], 40)}"
     if "schema" in facts and type(facts["schema"]) is not int:

@@ -64,6 +64,7 @@ class Kind:
 
 
 LORA: Final = "lora"
+NESTED_LORA: Final = "dylora"
 _LORA_RANKS: Final = (
     ("lora_A", 0), ("lora_embedding_A", 0), ("lora_down", 0), ("lora_a", 0),
 )  # fmt: skip
@@ -74,7 +75,7 @@ _ROWS: Final = (
          keys=frozenset({"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
                          "rank_pattern"}),
          advice="PEFT loads it. For engines that load only LoRA, convert it with `loratool prune --as lora`."),
-    Kind("dylora", "DyLoRA", ranks=_LORA_RANKS, nested=True, recorded=True, advice=(
+    Kind(NESTED_LORA, "DyLoRA", ranks=_LORA_RANKS, nested=True, recorded=True, advice=(
         "Its leading components stand by themselves: it can be cut to any rank up to its own without training. "
         "PEFT and serving engines load it at its full rank.")),
     Kind("dora", "DoRA", None, "use_dora", ("lora_magnitude_vector",), _LORA_RANKS,

@@ -21,8 +21,7 @@ from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha, Statement, agree, metadata_statements, settled
 from loratool.formats.bare import config_statement, tensor_statements
 from loratool.formats.describe import Split, kind_of, parts_of, ranks_of
-from loratool.formats.dylora import KIND
-from loratool.formats.kinds import LORA, NOT_YET, kind_named
+from loratool.formats.kinds import LORA, NESTED_LORA, NOT_YET, kind_named
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.metadata_config import statements
 from loratool.formats.scalar import read_scalar
@@ -53,7 +52,7 @@ def describe_kohya(files: AdapterFiles, split: Split = split_kohya) -> Descripti
     modules = parts_of(files.tensors, split)
     kind = kind_of(modules) or LORA
     if kind == LORA and _is_dylora(files):
-        kind = KIND
+        kind = NESTED_LORA
     ranks = ranks_of(modules, kind)
     stated = [read_scalar(parts[ALPHA]) or ranks[module] for module, parts in modules.items()
               if ALPHA in parts and module in ranks]  # fmt: skip
@@ -93,12 +92,12 @@ def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
     facts = dict(files.facts)
     if _is_dylora(files):
         _refuse_several_ranks(ranks, source)
-        facts |= {"kind": KIND, "scaling": "kohya"}
+        facts |= {"kind": NESTED_LORA, "scaling": "kohya"}
     return Adapter(
         files.name,
         files.file,
         files.sha256(),
-        KIND if facts.get("kind") == KIND else LORA,
+        NESTED_LORA if facts.get("kind") == NESTED_LORA else LORA,
         of_weights({module: LowRank(down, up, alphas[module] / ranks[module]) for module, (down, up) in pairs.items()}),
         config,
         LoraConfig.parse(config, source),
@@ -169,7 +168,7 @@ def write_kohya(adapter: Adapter) -> tuple[dict[str, TensorInfo | bytes], dict[s
         tensors[f"{module}.lora_up.weight"] = update.tensors["B"]
     metadata = {} if adapter.layout is None else adapter.layout.metadata
     kept = {key: value for key, value in metadata.items() if key.startswith("ss_") or key == "format"}
-    network = {NETWORK_KEY: DYLORA_NETWORK if adapter.kind == KIND else "networks.lora"}
+    network = {NETWORK_KEY: DYLORA_NETWORK if adapter.kind == NESTED_LORA else "networks.lora"}
     of_all = {"ss_network_dim": str(adapter.config["r"]), "ss_network_alpha": f"{adapter.alpha:.9g}"}
     return tensors, kept | network | of_all
 

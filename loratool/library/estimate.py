@@ -19,7 +19,6 @@ from loratool.estimating.memory import (
     MOMENTS,
     Attention,
     Memory,
-    Method,
     Optimizer,
     Step,
     adapter_memory,
@@ -27,14 +26,16 @@ from loratool.estimating.memory import (
     full_memory,
 )
 from loratool.estimating.shape import LARGEST, Linear, ModelShape, read_shape
+from loratool.formats.builders import BUILDERS
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX
 from loratool.library.opening import open_registry
 from loratool.library.resolve import resolve_base
 from loratool.library.user_path import HUB_ID, exists, user_path
 from loratool.merging.linear import is_conv1d, linear_weights
-from loratool.training.options import AdaLoRA
+from loratool.training.options import METHODS, method_with
 from loratool.training.recipe import BATCH_OF_FEW
+from loratool.weights.storages import QUANTIZED_TO
 from registry import is_name
 
 DEFAULT_LENGTH: Final = 512
@@ -151,7 +152,7 @@ def estimate(base: str | os.PathLike[str], *, method: str = "lora", rank: int = 
     Raises:
         LoratoolError, registry.RegistryError: says what is wrong.
     """
-    _check_word("--method", method, get_args(Method))
+    _check_word("--method", method, tuple(METHODS))
     _check_word("--optimizer", optimizer, tuple(MOMENTS))
     _check_word("--precision", precision, _PRECISIONS)
     _check_word("--adapter-dtype", adapter_dtype, tuple(DTYPES))
@@ -176,7 +177,7 @@ def estimate(base: str | os.PathLike[str], *, method: str = "lora", rank: int = 
         initial_rank=begun,
         target_modules=tuple(dict.fromkeys(module.rpartition(".")[2] for module in modules)),
         adapted_modules=len(modules),
-        trainable_parameters=adapter_parameters(shape, modules, begun, adalora=method == "adalora"),
+        trainable_parameters=adapter_parameters(shape, modules, begun, METHODS[method]),
         adapter_file=_file_size(shape, modules, rank, method, adapter_dtype),
         adapter_dtype=adapter_dtype,
         batch_size=batch_size,
@@ -184,19 +185,26 @@ def estimate(base: str | os.PathLike[str], *, method: str = "lora", rank: int = 
         precision=precision,
         optimizer=optimizer,
         attention=attention,
-        ways=_ways(shape, step, modules, begun, cast(Method, method), cast(Optimizer, optimizer), adapter_dtype),
+        ways=_ways(shape, step, modules, begun, method, cast(Optimizer, optimizer), adapter_dtype),
         notes=notes,
     )
 
 
-def _ways(shape: ModelShape, step: Step, modules: Sequence[str], rank: int, method: Method, optimizer: Optimizer,
+def _ways(shape: ModelShape, step: Step, modules: Sequence[str], rank: int, method: str, optimizer: Optimizer,
           adapter_dtype: str) -> tuple[Way, ...]:  # fmt: skip
-    adapter = adapter_parameters(shape, modules, rank, adalora=method == "adalora")
+    adapter = adapter_parameters(shape, modules, rank, METHODS[method])
     checkpointing = Step(step.batch_size, step.length, step.compute, step.attention, checkpointing=True)
 
     def beside(step: Step, *, quantized: bool) -> Memory:
         return adapter_memory(
-            shape, step, optimizer, modules, rank, method=method, adapter_dtype=adapter_dtype, quantized=quantized
+            shape,
+            step,
+            optimizer,
+            modules,
+            rank,
+            method=METHODS[method],
+            adapter_dtype=adapter_dtype,
+            quantized=quantized,
         )
 
     return (
@@ -204,7 +212,7 @@ def _ways(shape: ModelShape, step: Step, modules: Sequence[str], rank: int, meth
             "full", shape.parameters, full_memory(shape, step, optimizer), full_memory(shape, checkpointing, optimizer)
         ),
         Way(method, adapter, beside(step, quantized=False), beside(checkpointing, quantized=False)),
-        Way(f"{method}-nf4", adapter, beside(step, quantized=True), beside(checkpointing, quantized=True)),
+        Way(f"{method}-{QUANTIZED_TO}", adapter, beside(step, quantized=True), beside(checkpointing, quantized=True)),
     )
 
 
@@ -324,20 +332,21 @@ def _file_size(shape: ModelShape, modules: Sequence[str], rank: int, method: str
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for module in modules:
         linear = shape.linears[module]
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = stored, (rank, linear.in_features)
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = stored, (linear.out_features, rank)
-        if method == "adalora":
-            tensors[f"{_PREFIX}{module}.lora_E"] = stored, (rank, 1)
-    numbers = adapter_parameters(shape, modules, rank, adalora=method == "adalora")
+        factors = METHODS[method].factor_shapes(rank, linear.out_features, linear.in_features)
+        tensors |= {BUILDERS[method].key(module, letter): (stored, each) for letter, each in factors.items()}
+    numbers = adapter_parameters(shape, modules, rank, METHODS[method])
     return len(header_bytes(tensors, {"format": "pt"})) + numbers * DTYPES[dtype]
 
 
 def _initial_rank(method: str, rank: int, asked: int | None) -> int:
     _checked("--rank", rank)
-    if method == AdaLoRA.method:
-        return AdaLoRA(rank=rank, initial_rank=None if asked is None else _checked("--initial-rank", asked)).init_r
+    owner: Any = method_with("initial_rank")
+    if method == owner.method:
+        return int(owner(rank=rank, initial_rank=None if asked is None else _checked("--initial-rank", asked)).init_r)
     if asked is not None:
-        raise LoratoolError(f"--initial-rank is AdaLoRA's; leave it out, or give --method adalora, not {method}")
+        raise LoratoolError(
+            f"--initial-rank is {owner.title}'s; leave it out, or give --method {owner.method}, not {method}"
+        )
     return rank
 
 

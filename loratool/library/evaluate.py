@@ -15,8 +15,8 @@ from loratool.errors import CheckpointError, LoratoolError, printable, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
-from loratool.formats.dylora import KIND as DYLORA
-from loratool.formats.dylora import scaling_law
+from loratool.formats.kinds import kind_named
+from loratool.formats.scaling_law import scaling_law
 from loratool.library.holding import hold
 from loratool.library.opening import open_registry
 from loratool.library.picture import drawn, refuse_picture
@@ -218,7 +218,7 @@ def _by_rank(scorer: _Scorer, model: PreTrainedModel, adapter: Adapter, ranks: S
 
 
 def _cut(adapter: Adapter, rank: int, draft: Draft) -> Adapter:
-    if adapter.kind == DYLORA:
+    if kind_named(adapter.kind).nested:
         return truncate_leading(draft, adapter, rank, scaling_law(adapter.facts, adapter.name)).adapter
     (cut,) = truncate_by_svd([draft], adapter, [Cut(rank)])
     return cut.adapter

@@ -25,12 +25,11 @@ from loratool.library.right_base import check_base, refuse_changed
 from loratool.library.user_path import user_path
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
 from loratool.merging.conversion_plan import ConversionPlan, StorageChange, plan_conversion
-from loratool.weights.storages import MAKINGS
+from loratool.weights.storages import MAKINGS, QUANTIZED_TO
 from registry import Registry, RegistryError, check_name, is_name
 
 COMPUTE_DTYPES: Final = {DTYPES[name].title: DTYPES[name].torch_name for name in DENSE}
 
-QUANTIZED_TO: Final = next(iter(MAKINGS))
 """The storage that models are quantized to."""
 
 
@@ -181,7 +180,7 @@ def _refuse_taken(name: str | None, target: Path, catalogue: Registry) -> None:
 def _promise(name: str | None, source: ResolvedBase, out: Path) -> PromisedVariant:
     """What is to be catalogued when the model is written: as `_catalogued` does."""
     record = source.record
-    default, base = f"{source.name}-nf4", record.name if record else source.name
+    default, base = f"{source.name}-{QUANTIZED_TO}", record.name if record else source.name
     return PromisedVariant.of(out, name, default, base, record.fingerprint if record else None)
 
 

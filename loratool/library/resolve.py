@@ -17,7 +17,7 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.alpha import RANK, Alpha
-from loratool.formats.dylora import at_rank
+from loratool.formats.at_rank import at_rank
 from loratool.formats.lora_config import MOST_DIGITS
 from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress
@@ -118,7 +118,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alp
     if not text or not exists(path):
         if RANK_SIGN in text:
             raise NotFoundError(
-                f"there is no adapter {quoted(text)}: only merge and combine take a DyLoRA at a rank; make it an adapter "
+                f"there is no adapter {quoted(text)}: only merge and combine take one at a rank; make it an adapter "
                 "of that rank with 'loratool truncate'"
             )
         raise NotFoundError(

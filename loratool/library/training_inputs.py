@@ -22,7 +22,7 @@ from loratool.merging.arithmetic import choose_device
 from loratool.running.data import TokenizedSample
 from loratool.running.model import load_config, load_model, quiet_libraries
 from loratool.training.batches import packs_cleanly, plan_epoch, split_validation
-from loratool.training.options import DEFAULT_LR, AdaLoRA
+from loratool.training.options import DEFAULT_LR, METHODS
 from loratool.training.processes import Processes
 from loratool.training.recipe import (
     BATCH_OF_FEW,
@@ -159,7 +159,7 @@ def _recipe(named: Mapping[str, str], samples: Sequence[TokenizedSample], train:
 def _notes(samples: Sequence[TokenizedSample], choices: Choices, context: int, *, is_quantized: bool) -> Iterator[str]:
     """What a user should know of the inputs."""
     if is_quantized and "quantize" in choices:
-        yield "the base is in NF4 already, and is trained beside as it is"
+        yield "the base is in 4 bits already, and is trained beside as it is"
     cut = sum(sample.truncated for sample in samples)
     if cut:
         were = "was" if cut == 1 else "were"
@@ -267,10 +267,10 @@ def _targets(choices: Choices) -> str | tuple[str, ...]:
 
 def _kept(choices: Choices, held_out: int) -> str:
     """``best`` where that can be told. An AdaLoRA has more than its budget until near the end, so its last is kept."""
-    is_adalora = choices["method"] == AdaLoRA.method
-    asked = choices.get("keep", "best" if held_out and not is_adalora else "last")
-    if asked == "best" and is_adalora:
-        raise LoratoolError("an AdaLoRA comes down to its budget near the end only; give --keep last")
+    only_last = METHODS[choices["method"]].only_last
+    asked = choices.get("keep", "best" if held_out and only_last is None else "last")
+    if asked == "best" and only_last is not None:
+        raise LoratoolError(f"{only_last}; give --keep last")
     if asked == "best" and not held_out:
         raise LoratoolError("--keep best needs samples to validate with; give --validation N, or --keep last")
     return asked

@@ -14,9 +14,9 @@ from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
-from loratool.formats.dylora import KIND as DYLORA
-from loratool.formats.dylora import LAWS, ScalingLaw, scaling_law
 from loratool.formats.finite import refuse_not_finite
+from loratool.formats.kinds import kind_named
+from loratool.formats.scaling_law import LAWS, ScalingLaw, scaling_law
 from loratool.formats.write import adapter_output
 from loratool.library.adapters import adapter_json
 from loratool.library.derive import (
@@ -94,7 +94,7 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
         energy: instead, the share of each module's squared singular values to keep, by the smallest rank that does.
         error: instead, the Frobenius norm that each module may lose, relative to its update's.
         svd: cut a DyLoRA by its best approximation too, which `energy` and `error` need.
-        scaling: ``paper`` or ``kohya``: cut to the leading components under this law (`loratool.formats.dylora`),
+        scaling: ``paper`` or ``kohya``: cut to the leading components under this law (`loratool.formats.scaling_law`),
             whatever the file says of its kind and origin.
         out: the new file (``.safetensors``, ``.st``) or folder; with several ranks ``-r4`` is added to its name. By default
             ``<adapter>-r4`` beside the adapter.
@@ -150,8 +150,8 @@ def _law(adapter: Adapter, cuts: Sequence[Cut], *, svd: bool, scaling: str | Non
             raise LoratoolError("--scaling is for leading components and --svd takes none; give one of them")
         law = next((each for each in LAWS if each == scaling), None)
         if law is None:
-            raise LoratoolError(f"{quoted(scaling, 40)} is no scaling law; give paper or kohya")
-    elif adapter.kind != DYLORA or svd:
+            raise LoratoolError(f"{quoted(scaling, 40)} is no scaling law; give {' or '.join(LAWS)}")
+    elif svd or not kind_named(adapter.kind).nested:
         return None
     else:
         law = scaling_law(adapter.facts, adapter.name)

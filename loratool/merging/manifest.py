@@ -18,7 +18,8 @@ import zstandard
 from loratool.checkpoint.json_text import LARGEST_LISTING, parse_json_object, read_limited
 from loratool.errors import CheckpointError, NotFoundError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.dylora import KIND, at_rank
+from loratool.formats.at_rank import at_rank
+from loratool.formats.kinds import kind_named
 from loratool.merging.changed_files import ChangedFile, may_change
 from loratool.merging.stream import Digests
 from loratool.merging.survival import Survival
@@ -74,7 +75,7 @@ class MergedAdapter:
 
     def restored(self, adapter: Adapter) -> Adapter:
         """`adapter`, which is this one as it was read again, at the rank at which it was merged."""
-        if adapter.kind != KIND or self.rank is None or adapter.rank == self.rank:
+        if not kind_named(adapter.kind).nested or self.rank is None or adapter.rank == self.rank:
             return adapter
         return at_rank(adapter, self.rank)
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.errors import AdapterError, LoratoolError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_draft import Draft
-from loratool.formats.dylora import KIND as DYLORA
-from loratool.formats.dylora import ScalingLaw, module_alphas
-from loratool.formats.kinds import kind_named
+from loratool.formats.at_rank import module_alphas
+from loratool.formats.kinds import NESTED_LORA, kind_named
 from loratool.formats.lora_config import lora_config
+from loratool.formats.scaling_law import ScalingLaw
 from loratool.ranks.factored_svd import balanced, factored_svd
 from loratool.ranks.factors import factored, load_factors
 from loratool.ranks.parallel import in_parallel
@@ -106,7 +106,7 @@ def truncate_leading(draft: Draft, adapter: Adapter, rank: int, law: ScalingLaw)
         draft.put_components(module, updates[module].tensors, range(kept))
     config = lora_config(modules, adapter.config, use_rslora=adapter.settings.use_rslora)
     cut = draft.adapter(adapter.name, config, {})
-    return Truncation(replace(cut, kind=DYLORA, layout=adapter.layout), {}, None)
+    return Truncation(replace(cut, kind=NESTED_LORA, layout=adapter.layout), {}, None)
 
 
 def truncate_by_svd(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cut],

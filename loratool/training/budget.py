@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from loratool.errors import LoratoolError
-from loratool.training.options import AdaLoRA
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,7 +54,35 @@ class BudgetSchedule:
         return falling or step == self.last_allocation
 
 
-def budget_schedule(options: AdaLoRA, modules: int, total_steps: int) -> BudgetSchedule:
+class Budgeted(Protocol):
+    """What a schedule is made of, by the names that the options of training have."""
+
+    @property
+    def title(self) -> str:
+        """What people call the method."""
+
+    @property
+    def rank(self) -> int:
+        """The average rank at the end."""
+
+    @property
+    def init_r(self) -> int:
+        """The rank of each module at first."""
+
+    @property
+    def initial_steps(self) -> int | None:
+        """Steps before the budget begins to fall."""
+
+    @property
+    def final_steps(self) -> int | None:
+        """Steps at the end whose ranks stay as they are."""
+
+    @property
+    def allocation_steps(self) -> int | None:
+        """Steps from one sharing out to the next."""
+
+
+def budget_schedule(options: Budgeted, modules: int, total_steps: int) -> BudgetSchedule:
     """Return the schedule of an AdaLoRA on `modules` modules, with default numbers of steps where the options name none.
 
     Raises:
@@ -65,8 +92,8 @@ def budget_schedule(options: AdaLoRA, modules: int, total_steps: int) -> BudgetS
     last = max(1, total_steps * 3 // 10) if options.final_steps is None else options.final_steps
     if first + last >= total_steps:
         raise LoratoolError(
-            f"AdaLoRA's {first} initial and {last} final steps leave none of {total_steps} steps to allocate ranks in; train "
-            "for more steps, or give fewer initial or final ones"
+            f"{options.title}'s {first} initial and {last} final steps leave none of {total_steps} steps to allocate ranks in; "
+            "train for more steps, or give fewer initial or final ones"
         )
     between = max(1, total_steps // 100) if options.allocation_steps is None else options.allocation_steps
     return BudgetSchedule(options.init_r * modules, options.rank * modules, first, last, between, total_steps)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loratool.errors import LoratoolError
 from loratool.formats.adapter import Adapter
-from loratool.formats.dylora import KIND
+from loratool.formats.kinds import NESTED_LORA
 from loratool.training.lora import LoRALinear, LowRankAdaptation, peft_lora_config
 from loratool.training.options import DyLoRA
 from loratool.training.targets import Targets
@@ -76,10 +76,10 @@ class DyLoRAAdaptation(LowRankAdaptation[DyLoRALinear, DyLoRA]):
         return peft_lora_config(self.options, self.targets)
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": KIND, "scaling": self.options.scaling_law}
+        return {"kind": NESTED_LORA, "scaling": self.options.scaling_law}
 
     def adapter(self, *arguments: Any, **keywords: Any) -> Adapter:
-        return replace(super().adapter(*arguments, **keywords), kind=KIND)
+        return replace(super().adapter(*arguments, **keywords), kind=NESTED_LORA)
 
 
 def attach_dylora(model: nn.Module, targets: Targets, options: DyLoRA, seed: int) -> DyLoRAAdaptation:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loratool.errors import LoratoolError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.training.layers import AdaptedLinear, fill_randomly, new_factor
-from loratool.training.options import DyLoRA, Initialisation, LoRA
+from loratool.training.options import Initialisation, LoRA, LowRankOptions
 from loratool.training.targets import Targets
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def attach_lora(model: nn.Module, targets: Targets, options: LoRA, seed: int) ->
     return adaptation
 
 
-def peft_lora_config(options: LoRA | DyLoRA, targets: Targets) -> dict[str, Any]:
+def peft_lora_config(options: LowRankOptions, targets: Targets) -> dict[str, Any]:
     """Return the ``peft.LoraConfig`` of a LoRA, or of a DyLoRA at its full rank, as JSON."""
     return {
         "peft_type": "LORA",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Final, Literal
 
 from loratool.errors import LoratoolError, quoted
-from loratool.formats.dylora import LAWS, ScalingLaw, alpha_at
+from loratool.formats.scaling_law import LAWS, ScalingLaw, alpha_at
 
 Initialisation = Literal["kaiming", "gaussian"]
 INITIALISATIONS: Final[tuple[Initialisation, ...]] = ("kaiming", "gaussian")
@@ -38,6 +38,10 @@ class LoRA:
     """
 
     method: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+    rank_is: ClassVar[str] = ""
+    averages: ClassVar[int] = 0
+    only_last: ClassVar[str | None] = None
     rank: int = 8
     alpha: float | None = None
     dropout: float = 0.0
@@ -57,6 +61,11 @@ class LoRA:
     def scaling(self) -> float:
         """The factor of ``B A``."""
         return self.lora_alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @staticmethod
+    def factor_shapes(rank: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
+        """The shape of each factor, by its letter, on a module."""
+        return {"A": (rank, inputs), "B": (outputs, rank)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +91,10 @@ class DyLoRA:
     """
 
     method: ClassVar[str] = "dylora"
+    title: ClassVar[str] = "DyLoRA"
+    rank_is: ClassVar[str] = "largest"
+    averages: ClassVar[int] = 0
+    only_last: ClassVar[str | None] = None
     rank: int = 8
     least_rank: int = 1
     alpha: float | None = None
@@ -114,6 +127,11 @@ class DyLoRA:
         alpha = alpha_at(self.lora_alpha, rank, self.rank, self.scaling_law, use_rslora=self.rslora)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    @staticmethod
+    def factor_shapes(rank: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
+        """The shape of each factor, by its letter, on a module."""
+        return {"A": (rank, inputs), "B": (outputs, rank)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaLoRA:
@@ -137,6 +155,10 @@ class AdaLoRA:
     """
 
     method: ClassVar[str] = "adalora"
+    title: ClassVar[str] = "AdaLoRA"
+    rank_is: ClassVar[str] = "average"
+    averages: ClassVar[int] = 2
+    only_last: ClassVar[str | None] = "an AdaLoRA comes down to its budget near the end only"
     rank: int = 8
     initial_rank: int | None = None
     alpha: float | None = None
@@ -175,12 +197,30 @@ class AdaLoRA:
         """Alpha itself."""
         return 2.0 * self.init_r if self.alpha is None else self.alpha
 
+    @staticmethod
+    def factor_shapes(rank: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
+        """The shape of each factor, by its letter, on a module."""
+        return {"A": (rank, inputs), "B": (outputs, rank), "E": (rank, 1)}
 
+
+LowRankOptions = LoRA | DyLoRA
 Options = LoRA | DyLoRA | AdaLoRA
 METHODS: Final[dict[str, type[LoRA] | type[DyLoRA] | type[AdaLoRA]]] = {
     options.method: options for options in (LoRA, DyLoRA, AdaLoRA)
 }
-"""The options of each method, by its name on the command line."""
+"""The options of each method, by its name on the command line.
+
+Beside what is chosen, each says what people call it, what its `rank` is of those that it has, the shapes of its factors, how many
+moving averages of each of their numbers training keeps, and why only its last state may be kept, where that is so.
+"""
+
+RANKS: Final = ", ".join(f"{options.title}'s {options.rank_is}" for options in METHODS.values() if options.rank_is)
+"""What the rank is of those methods that have several."""
+
+
+def method_with(option: str) -> type[LoRA] | type[DyLoRA] | type[AdaLoRA]:
+    """Return the first method that has an option."""
+    return next(options for options in METHODS.values() if option in {each.name for each in fields(options)})
 
 
 def _check_common(rank: int, alpha: float | None, dropout: float) -> None:

@@ -9,9 +9,9 @@ from typing import Any, Final, TypedDict, cast
 
 from loratool.errors import LoratoolError, quoted
 from loratool.formats.lora_config import ALL_LINEAR
-from loratool.training.options import METHODS, AdaLoRA, DyLoRA, LoRA
+from loratool.training.options import METHODS, LoRA, Options
 
-MethodOptions = LoRA | DyLoRA | AdaLoRA
+MethodOptions = Options
 
 
 class Choices(TypedDict, total=False):

@@ -21,6 +21,8 @@ STORAGES: Final[tuple[Storage, ...]] = (*QUANTIZED, dense.STORAGE)
 MAKINGS: Final[Mapping[str, MakingOf]] = {"nf4": Nf4Options.of}
 """Storages that dense parameters can be quantized to, by their names in options. The first one is the default."""
 
+QUANTIZED_TO: Final = next(iter(MAKINGS))
+
 OTHERS: Final = (
     OtherStorage("bitsandbytes 8-bit (LLM.int8)", (".SCB",), four_bit.is_8_bit),
     OtherStorage("GPTQ or AWQ", (".qzeros", ".qweight")),

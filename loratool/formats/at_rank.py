@@ -1,48 +1,16 @@
-"""DyLoRA (Valipour et al. 2022, arXiv:2210.07558): a low-rank update whose leading components are one at every rank.
-
-Its file is a LoRA's; loratool's facts beside it say that it is a DyLoRA (``kind``), and how its training scaled rank b
-(``scaling``):
-
-- ``paper``: ``alpha / b`` (the paper, equation 7). A cut to rank b keeps alpha.
-- ``kohya``: ``alpha / r * sqrt(r / b)``, of kohya-ss/sd-scripts, ``networks/dylora.py``. A cut to rank b, which whatever
-  loads it scales by its own ``alpha / b``, has the alpha ``alpha * sqrt(b / r)``.
-
-Under rsLoRA both are ``alpha / sqrt(b)``. A cut of either is again a DyLoRA, under the same law.
-"""
+"""Adapters whose leading components are an update at every rank (`Kind.nested`), at one of their ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final, Literal
 
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter, of_weights
+from loratool.formats.kinds import KINDS, kind_named
+from loratool.formats.scaling_law import ScalingLaw, alpha_at, scaling_law
 from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
-
-KIND: Final = "dylora"
-ScalingLaw = Literal["paper", "kohya"]
-LAWS: Final[tuple[ScalingLaw, ...]] = ("paper", "kohya")
-
-
-def scaling_law(facts: Mapping[str, Any], source: str) -> ScalingLaw:
-    """The law that a DyLoRA was trained under, as its facts record it; the paper's where they record none.
-
-    Raises:
-        AdapterError: they record another one.
-    """
-    recorded = facts.get("scaling", "paper")
-    for law in LAWS:
-        if recorded == law:
-            return law
-    raise AdapterError(f"{quoted(source)} says that its scaling is {quoted(recorded, 40)}, which is not paper or kohya")
-
-
-def alpha_at(alpha: float, rank: int, full: int, law: ScalingLaw, *, use_rslora: bool = False) -> float:
-    """The alpha of a cut to `rank` of a module of rank `full` with `alpha`."""
-    return alpha if law == "paper" or use_rslora or rank == full else alpha * math.sqrt(rank / full)
 
 
 def module_alphas(adapter: Adapter, rank: int, law: ScalingLaw) -> dict[str, tuple[int, float]]:
@@ -69,9 +37,11 @@ def at_rank(adapter: Adapter, rank: int) -> Adapter:
     Raises:
         AdapterError: it is no DyLoRA, or `rank` is not among the ranks 1..r.
     """
-    if adapter.kind != KIND:
+    kind = kind_named(adapter.kind)
+    if not kind.nested:
+        nested = " or ".join(each.title for each in KINDS.values() if each.nested)
         raise AdapterError(
-            f"{quoted(adapter.name)} is a {adapter.kind}, not a DyLoRA, so it acts at its own rank only; make it one of "
+            f"{quoted(adapter.name)} is a {adapter.kind}, not a {nested}, so it acts at its own rank only; make it one of "
             f"another rank with 'loratool truncate'"
         )
     lora = adapter.settings
