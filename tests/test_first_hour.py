@@ -220,11 +220,11 @@ def test_facts_are_wrapped_between_words_and_a_command_is_not(
     command = f"loratool merge {'x' * 70} --into y"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
-    print_facts([("survived", "99.1% of the update; noise 13.5% of the weights"), ("next", command)])
+    print_facts([("delivered", "99.1% of the update; 13.5% of codes changed"), ("next", command)])
     assert ESCAPES.sub("", capsys.readouterr().out).splitlines() == [
-        "  survived  99.1% of the update; noise",
-        "            13.5% of the weights",
-        f"  next      {command}",
+        "  delivered  99.1% of the update; 13.5%",
+        "             of codes changed",
+        f"  next       {command}",
     ]
 
 

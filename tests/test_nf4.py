@@ -497,15 +497,23 @@ def test_a_merge_that_loses_its_update_is_warned_of(four_bit: Quantize, tmp_path
     assert any("of the update is left" in note for note in result.notes)
 
 
-def test_show_and_verify_say_what_survived(four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+def test_merge_show_and_verify_say_what_was_delivered(
+    four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
     loratool.add(tiny_adapters.folder("llama-many-blocks"), name="pirate")
     result = loratool.merge("pirate", four_bit(), out=tmp_path / "merged")
     assert result.survival is not None
     assert loratool.show("pirate").to_json()["merges"][0]["survival"] == result.survival.to_json()
     share = f"{result.survival.share:.1%} of the update"
-    for words in (["show", "pirate"], ["verify", str(tmp_path / "merged")]):
+    both = f"delivered {share}; {result.survival.changed:.1%} of codes changed"
+    again = ["merge", "pirate", "--into", str(four_bit()), "--out", str(tmp_path / "again")]
+    for words, expected in (
+        (["show", "pirate"], f"delivered {share}"),
+        (["verify", str(tmp_path / "merged")], both),
+        (again, both),
+    ):
         printed = CliRunner().invoke(cli, words)
-        assert share in " ".join(printed.output.split()), printed.output
+        assert expected in " ".join(printed.output.split()), printed.output
 
 
 Damage = Callable[[dict[str, torch.Tensor]], object]

@@ -25,6 +25,7 @@ from loratool.cli.plan_view import PlannedTensor, print_plan
 from loratool.cli.rendering import (
     ProgressBar,
     counted,
+    delivered,
     duration,
     print_facts,
     print_json,
@@ -32,7 +33,6 @@ from loratool.cli.rendering import (
     shown,
     shown_path,
     size,
-    survived,
 )
 from loratool.library.preload_torch import preload_torch
 from loratool.weights.storages import MAKINGS
@@ -243,7 +243,7 @@ def _print_result(result: MergeResult, *, in_place: bool) -> None:
             ("changed", _changed(result)),
             ("stored anew", _stored_anew(result)),
             ("tokenizer", shown(result.tokenizer.source or "")),
-            ("survived", survived(**result.survival.to_json()) if result.survival else ""),
+            ("delivered", delivered(result.survival) if result.survival else ""),
             ("time", duration(result.seconds)),
             ("undo", _undo(result)),
             ("check it", f"loratool verify {word}"),

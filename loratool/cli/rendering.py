@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+    from loratool.merging.survival import Survival
     from registry import AdapterSummary
 
 
@@ -94,9 +95,9 @@ def percent(share: float, digits: int = 3) -> str:
     return f"<{least:.{digits}%}" if 0 < share < least else f"{share:.{digits}%}"
 
 
-def survived(share: float, noise: float, changed: float) -> str:
-    """What of an update the quantized weights carry: ``98.3% of the update; noise 6.4% of the weights; 7.1% of codes moved``."""
-    return f"{share:.1%} of the update; noise {noise:.1%} of the weights; {changed:.1%} of codes moved"
+def delivered(survival: Survival) -> str:
+    """Return the share of an update that quantized weights carry: ``98.3% of the update; 7.1% of codes changed``."""
+    return f"{survival.share:.1%} of the update; {survival.changed:.1%} of codes changed"
 
 
 def bar(share: float, cells: int) -> str:

@@ -167,7 +167,7 @@ def _merge(merge: MergeRecord) -> str:
     from loratool.library.adapters import survival_of
 
     survival = survival_of(merge)
-    share = "" if survival is None else f", {survival.share:.1%} of the update survived"
+    share = "" if survival is None else f", delivered {survival.share:.1%} of the update"
     return f"{shown_path(merge.output)} ({merge.state}{share})"
 
 

@@ -10,11 +10,11 @@ from loratool.cli.options import example, json_option
 from loratool.cli.rendering import (
     ProgressBar,
     counted,
+    delivered,
     print_facts,
     print_json,
     print_notes,
     shown_path,
-    survived,
 )
 from loratool.library.preload_torch import preload_torch
 
@@ -52,8 +52,8 @@ def command(registry: str | None, merged: str, as_json: bool) -> None:
                 "edited",
                 ", ".join(result.edited) + ", which do not affect its results" if result.edited else "",
             ),
-            ("survived", survived(**result.survival.to_json()) if result.survival else ""),
-            ("least", _least(result)),
+            ("delivered", delivered(result.survival) if result.survival else ""),
+            ("least delivered", _least(result)),
             ("replay", WORDS.get(result.replayed, "")),
             ("fingerprint", result.fingerprint[:16] + "…"),
         ]

@@ -114,7 +114,7 @@ def _merge_json(merge: MergeRecord) -> dict[str, Any]:
 
 
 def survival_of(merge: MergeRecord) -> Survival | None:
-    """What survived of the update, where the merge was into quantized weights and the catalogue knows it."""
+    """Return what a merge into quantized weights delivered of the update, or None if the catalogue has no record of it."""
     from loratool.merging.survival import Survival
 
     try:

@@ -253,7 +253,7 @@ class _SurvivalFields(TypedDict):
 
 
 def _survival(counts: Mapping[str, SurvivalCount]) -> _SurvivalFields:
-    """What a manifest says of what survived, in each quantized matrix and in all."""
+    """Return what a manifest records as delivered, in each quantized matrix and in all."""
     return {
         "survival": {name: count.survival() for name, count in sorted(counts.items())},
         "survival_of_all": SurvivalCount.of_all(counts.values()).survival() if counts else None,

@@ -1,4 +1,4 @@
-"""What of an update survives in a storage whose steps are larger than it: measured, not promised."""
+"""Measurement of how much of an update a storage delivers if its steps are larger than the update."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from loratool.weights.code_moves import Moves
 
 LEAST_SHARE: Final = 0.9
-"""A merge that keeps less of its update than this is warned of."""
+"""A merge that delivers a smaller share of its update gets a warning."""
 
 
 MOST_NOISE: Final = 1e18
-"""Stands for noise whose square is beyond fp32."""
+"""The value for noise whose square overflows fp32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """What became of an update, delta, in one matrix or in several.
+    """How much of an update, delta, was delivered to one matrix or to several.
 
     Attributes:
-        share: the projection of the stored change on delta, ``<W' - W, delta> / <delta, delta>``: 1 where the update
-            is all there, 0 where it is lost.
+        share: the projection of the stored change on delta, ``<W' - W, delta> / <delta, delta>``: 1 if the whole update is
+            there, 0 if it is lost.
         noise: root mean square of ``W' - W - delta``, in units of that of W.
-        changed: of all codes, the part that is another one now.
+        changed: the share of codes that changed.
     """
 
     share: float
@@ -40,7 +40,7 @@ class Survival:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Raises KeyError, TypeError or ValueError for what `to_json` cannot have given."""
+        """Parse what `to_json` returned; raise KeyError, TypeError or ValueError for anything else."""
         numbers = [value[key] for key in ("share", "noise", "changed")]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
             raise ValueError(value)
@@ -48,14 +48,14 @@ class Survival:
 
 
 class SurvivalCount:
-    """Sums over the blocks of a matrix, or of several, that a `Survival` is made of."""
+    """Sums over the blocks of one or several matrices, from which a `Survival` is computed."""
 
     def __init__(self) -> None:
         self._carried = self._delta = self._noise = self._weight = 0.0
         self._changed = self._elements = 0
 
     def add(self, before: torch.Tensor, wanted: torch.Tensor, after: torch.Tensor) -> None:
-        """Count a block: W as it was decoded, W + delta, and W' as it decodes now; the last two are overwritten."""
+        """Count a block: the decoded W, W + delta, and the decoded W'. The last two are overwritten."""
         self._changed += int((after != before).sum())
         self._elements += before.numel()
         self._weight += _dot(before, before)
@@ -66,7 +66,7 @@ class SurvivalCount:
         self._noise += _dot(change, change)
 
     def add_moves(self, delta: torch.Tensor, moves: Moves) -> None:
-        """Count a block whose codes moved: `delta` is what W was to change by, (rows, columns)."""
+        """Count a block with these changed codes. `delta` is the wanted change of W, (rows, columns)."""
         jumps = moves.jumps.double()
         carried, delta_squared = float(jumps @ delta.view(-1).index_select(0, moves.at).double()), _dot(delta, delta)
         self._changed += int(moves.jumps.count_nonzero())
@@ -78,7 +78,7 @@ class SurvivalCount:
 
     @classmethod
     def of_all(cls, counts: Iterable[SurvivalCount]) -> SurvivalCount:
-        """The sum of `counts`."""
+        """Return the sum of `counts`."""
         total = cls()
         for count in counts:
             for name, value in vars(count).items():
@@ -87,11 +87,14 @@ class SurvivalCount:
 
     @property
     def moved(self) -> bool:
-        """Whether any code is another one now."""
+        """Whether any code changed."""
         return self._changed > 0
 
     def survival(self) -> Survival:
-        """Six decimals of each figure; an update of nothing but zeros survives whole, one whose square no fp32 holds not."""
+        """Return the figures, rounded to six decimals.
+
+        The share of an update of zeros is 1, and that of an update whose square overflows is 0.
+        """
         return Survival(
             share=_finite(round(self._carried / self._delta, 6), 0.0) if self._delta else 1.0,
             noise=_finite(round(math.sqrt(self._noise / self._weight), 6), MOST_NOISE) if self._weight else 0.0,
@@ -104,7 +107,7 @@ def _finite(figure: float, otherwise: float) -> float:
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The inner product of matrices: fp32 within a row, fp64 between rows."""
+    """Return the inner product of matrices, summed in fp32 within a row and in fp64 over rows."""
     import torch
 
     return float(torch.linalg.vecdot(a, b).sum(dtype=torch.float64))
