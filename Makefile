@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint types tests extras bench clean
+.PHONY: demo test lint types tests interrupts extras bench clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,10 @@ types: .venv/ready
 
 tests: .venv/ready
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Real signals to every command that writes, 50 times each at moments spread over its run; half an hour or so.
+interrupts: .venv/ready
+	$(BIN)/python tests/interrupting.py --tries 50
 
 # What each extra brings is what its commands need: the README's commands, in an environment of that and no more.
 extras: .venv/ready

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import stat
 import time
 from contextlib import closing, suppress
 from pathlib import Path
@@ -58,10 +59,11 @@ def open_database(url: URL, *, read_only: bool, busy_timeout: float) -> Database
 
 
 def refuse_misplaced(path: Path) -> None:
-    """Raise RegistryError if the database's file is a folder, or one of the folders above it is a file."""
-    if path.is_dir():
+    """Raise RegistryError if the database's file is no file, or one of the folders above it is one."""
+    what = _what_is_no_file(path)
+    if what:
         raise RegistryError(
-            f"'{printable(str(path), 400)}' should be the registry's file, but is a folder; move it away, or set "
+            f"'{printable(str(path), 400)}' should be the registry's file, but is {what}; move it away, or set "
             "LORATOOL_HOME to another folder"
         )
     nearest = next((place for place in path.parents if place.exists()), path.parent)
@@ -163,3 +165,14 @@ def _use_write_ahead_log(engine: Engine, path: Path, busy_timeout: float) -> Non
             notices.say(db.waiting_for(holder(path), str(path), busy_timeout))
             is_silent = False
         time.sleep(0.02)
+
+
+def _what_is_no_file(path: Path) -> str:
+    """Return what is at `path` instead of a file; empty where it is a file, or nothing."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return "a circle of links" if error.errno == errno.ELOOP else ""
+    if stat.S_ISREG(mode):
+        return ""
+    return "a folder" if stat.S_ISDIR(mode) else "a device, a pipe or a socket"

@@ -1,7 +1,8 @@
 """Real signals sent to real commands at moments spread over each run, and what each of them left.
 
 A server process imports everything once and forks a child for each try; the child runs the command line and is struck by a
-signal at a call of its main thread whose number is drawn by a seed. Run as a program it does this at length, for all commands,
+signal at a call of its main thread whose number is drawn by a seed. Then the same command is run again, and has to come to
+the same bytes as one that nothing struck. Run as a program it does this at length, for all commands,
 and with ``--processes`` in processes of their own, which import everything themselves:
 
     python tests/interrupting.py --tries 50 [--processes] [COMMAND...]
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import random
@@ -22,10 +24,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from interrupted_commands import CASES, ONLINE, TRAIN, Case, build
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST = 60.0
@@ -34,58 +38,6 @@ LONGEST = 60.0
 ENDED = re.compile(r"(Interrupted|Stopped)[^\n]*")
 NOISE = re.compile(r"note: |step \d|Going on|Stopping after|Finishing|\S.*\bwarn", re.IGNORECASE)
 """Lines on stderr that a run may print before it is struck."""
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A command, and the commands that were run before it."""
-
-    words: str
-    before: tuple[str, ...] = ()
-    needs: str = ""
-    """A file of the state before the run; the last of `before` is struck until it is there."""
-
-
-TRAIN = (
-    "train --base base --data cats.jsonl --name cat --out cat.st --steps 6 --save-every 1 --validation 4 --device cpu"
-)
-CASES = {
-    "merge": Case("merge adapter --into base --out merged --undo"),
-    "merge over": Case("merge adapter --into base --out merged --force", ("merge other --into base --out merged",)),
-    "merge nf4": Case("merge adapter --into base --out merged --quantize nf4"),
-    "merge in place": Case("merge adapter --into base --in-place"),
-    "unmerge": Case("unmerge merged --out restored", ("merge adapter --into base --out merged --undo",)),
-    "unmerge in place": Case("unmerge base --in-place", ("merge adapter --into base --in-place",)),
-    "quantize": Case("quantize base --out base-nf4 --name llama-nf4", ("base add llama base",)),
-    "train": Case(TRAIN),
-    "train resume": Case("train --name cat --resume", (TRAIN,), needs="home/runs/cat/state.safetensors"),
-    "add": Case("add adapter --name pirate --base llama", ("base add llama base",)),
-    "pull": Case("pull ada/pirate", ("base add llama base",)),
-    "truncate": Case("truncate adapter --rank 1,2 --out cut.st", ("base add llama base", "add adapter --base llama")),
-    "combine": Case("combine adapter other --method svd --rank 3 --out mix.st"),
-    "extract": Case("extract tuned --base base --rank 2 --out difference", ("merge other --into base --out tuned",)),
-    "prune": Case("prune adalora --average-rank 1 --out pruned.st"),
-    "export": Case("export pirate --out exported", ("add adapter --name pirate",)),
-    "base add": Case("base add llama base"),
-}
-
-
-def build(folder: Path) -> None:
-    """Make what the commands work on: a base with a tokenizer, two LoRAs, an AdaLoRA and samples."""
-    from test_eval import CHATML, tiny_tokenizer, with_tokenizer, write_lines
-    from tiny_adapters import TinyAdapters, save_peft_adalora
-    from tiny_models import TinyModels, load
-
-    models = TinyModels(folder.parent / "models")
-    adapters = TinyAdapters(folder.parent / "adapters", models)
-    folder.mkdir(parents=True)
-    plain = models.folder("llama", "bf16", "sharded")
-    with_tokenizer(plain, folder / "base", tiny_tokenizer(template=CHATML))
-    shutil.copytree(adapters.folder("llama"), folder / "adapter")
-    shutil.copytree(adapters.folder("llama", seed=2), folder / "other")
-    save_peft_adalora(load(plain, "llama"), folder / "adalora")
-    samples = [{"prompt": f"{'what ' * (n % 5)}sat", "completion": f"{'a cat ' * (n % 3)}dog"} for n in range(24)]
-    write_lines(folder / "cats.jsonl", *samples)
 
 
 # The state of a folder and its catalogue.
@@ -111,13 +63,16 @@ def catalogued(work: Path) -> dict[str, list[Any]]:
         "adapters": "select name, version, sha256 from adapters order by 1, 2",
         "bases": "select name, fingerprint from bases order by 1",
         "merges": "select output, state, in_place, output_fingerprint from merges order by id",
+        "tags": "select adapter_id, tag from tags order by 1, 2",
+        "places": "select adapter_id, kind, store_key, path from locations order by 1, 2, 3, 4",
+        "trash": "select name, version, sha256, store_key from removed_adapters order by 1, 2",
     }
     database = work / "home" / "registry.db"
     if not database.exists():
         return {table: [] for table in queries}
     with sqlite3.connect(database) as connection:
         names = {row[0] for row in connection.execute("select name from sqlite_master")}
-        if "merges" not in names:
+        if "removed_adapters" not in names:
             return {table: [] for table in queries}
         return {table: [list(row) for row in connection.execute(query)] for table, query in queries.items()}
 
@@ -132,8 +87,20 @@ def leftovers(work: Path) -> list[str]:
     return found
 
 
+def stored(work: Path) -> set[str]:
+    """What the store holds."""
+    store = work / "home" / "store"
+    return {str(path.relative_to(store)) for path in store.rglob("*.safetensors")}
+
+
+def bytes_in(work: Path) -> dict[str, str]:
+    """The digest of every file beside the home."""
+    files = [name for name in files_in(work) if (work / name).is_file()]
+    return {name: hashlib.sha256((work / name).read_bytes()).hexdigest() for name in files}
+
+
 def look(work: Path) -> dict[str, Any]:
-    return {"files": files_in(work), "catalogue": catalogued(work)}
+    return {"files": files_in(work), "catalogue": catalogued(work), "stored": stored(work), "bytes": bytes_in(work)}
 
 
 def loads_whole(folder: Path) -> bool:
@@ -169,8 +136,10 @@ def run_words(words: str, work: Path, out: Path, arm: Callable[[], Callable[[], 
     from test_crash import _wait_to_be_alone
 
     _wait_to_be_alone()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child handles them
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return pid
     os.chdir(work)
     sink = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -195,6 +164,7 @@ def run_words(words: str, work: Path, out: Path, arm: Callable[[], Callable[[], 
 
     os._exit = leave
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         __main__.main()
         status = 0
     except SystemExit as leaving:
@@ -283,33 +253,36 @@ class Server:
         chance = random.Random(f"{name} {seed}")
         prepared = self.prepare(case)
         if not processes:
-            self._warm(case.words)
+            self._warm(case.of("warm"))
             gc.freeze()
         self.start(prepared)
         before = look(self.work)
         timed = "train" in name  # it makes millions of calls
         began = time.monotonic()
-        status = self._process(case) if processes else self.run(case.words, None if timed else _counting)
+        status = (
+            self._process(case.of("whole")) if processes else self.run(case.of("whole"), None if timed else _counting)
+        )
         assert status == 0, self.out.read_text()
         seconds = time.monotonic() - began
         calls = 0 if processes or timed else int((self.folder / "count").read_text())
         after = look(self.work)
         assert before != after, f"{case.words} changed nothing"
         for turn in range(tries):
-            number = chance.choices(SIGNALS, (3, 2, 1))[0]
+            number, words = chance.choices(SIGNALS, (3, 2, 1))[0], case.of(str(turn))
             twice = chance.random() < 0.3
             self.start(prepared)
             delay = seconds * (turn + chance.random()) / tries
             if processes:
-                at, status = f"{delay:.3f} s", self._process(case, delay, number, twice)
+                at, status = f"{delay:.3f} s", self._process(words, delay, number, twice)
             elif timed:
-                at, status = f"{delay:.3f} s", self._struck_after(delay, case.words, number, twice)
+                at, status = f"{delay:.3f} s", self._struck_after(delay, words, number, twice)
             else:
                 moment = int(calls * (turn + chance.random()) / tries) + 1
                 at = f"call {moment} of {calls}"
-                status = self.run(case.words, lambda: call_at(moment, _striking(number, twice)))  # noqa: B023
+                status = self.run(words, lambda: call_at(moment, _striking(number, twice)))  # noqa: B023
             strike = Strike(name, at, number.name + (" twice" if twice else ""), status, self.out.read_text())
             self.judge(strike, number, before, after, processes=processes)
+            self.judge_again(strike, words, before, after)
             yield strike
 
     def _warm(self, words: str) -> None:
@@ -317,7 +290,7 @@ class Server:
         from loratool.cli import cli
 
         os.chdir(self.work)
-        with open(self.out, "w") as sink, redirect_stdout(sink), redirect_stderr(sink):
+        with open(self.out, "w") as sink, redirect_stdout(sink), redirect_stderr(sink), suppress(SystemExit):
             cli.main(words.split(), prog_name="loratool", standalone_mode=False)
         os.chdir(self.folder)
 
@@ -328,12 +301,12 @@ class Server:
             os.kill(pid, number)
         return ended(pid)
 
-    def _process(self, case: Case, delay: float | None = None, number: signal.Signals = signal.SIGINT,
+    def _process(self, words: str, delay: float | None = None, number: signal.Signals = signal.SIGINT,
                  twice: bool = False) -> int:  # fmt: skip
         with open(self.out, "w") as sink:
             program = "import signal; signal.signal(2, signal.default_int_handler); from loratool.__main__ import main; main()"
             child = subprocess.Popen(
-                [sys.executable, "-c", program, *case.words.split()], cwd=self.work, stdout=sink, stderr=sink
+                [sys.executable, "-c", program, *words.split()], cwd=self.work, stdout=sink, stderr=sink
             )
         if delay is not None:
             for pause in (delay, 0.01) if twice else (delay,):
@@ -365,14 +338,14 @@ class Server:
         import loratool
 
         if "train" not in strike.case:  # a command that comes after, and enters what this one did not come to enter
-            wrong += [f"doctor says {finding.message}" for finding in loratool.doctor().findings]
+            wrong += [f"doctor says {finding.message}" for finding in loratool.doctor(deep=True).findings]
         left = leftovers(self.work)
         if left:
             wrong.append(f"left {left[:5]}")
         found = look(self.work)
-        for what in ("files", "catalogue"):
+        for what in before:
             if found[what] not in (before[what], after[what]) and "train" not in strike.case:
-                difference = sorted(found[what] ^ before[what])[:6] if what == "files" else found[what]
+                difference = found[what] if what == "catalogue" else differing(found[what], before[what])
                 wrong.append(f"{what} between before and after: {difference}")
         if found["files"] == after["files"] != before["files"] and found["catalogue"] != after["catalogue"]:
             wrong.append("the output is there and the catalogue does not know of it")
@@ -390,6 +363,28 @@ class Server:
         if any(file.startswith("train") for file in (strike.case,)):
             self._judge_training(strike, after)
 
+    def judge_again(self, strike: Strike, words: str, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Fill in what is wrong when the same command is run again: it comes to the bytes of one that nothing struck."""
+        if "train" in strike.case:
+            if catalogued(self.work)["adapters"]:
+                return
+            kept = (self.work / "home/runs/cat/state.safetensors").exists()
+            words = "train --name cat --resume" if kept else TRAIN
+        elif look(self.work) != before:
+            return
+        status = self.run(words)
+        if status != 0:
+            strike.wrong.append(f"the next run ends with {status}: {self.out.read_text()[-500:]}")
+            return
+        found = look(self.work)
+        for state in (found, after):
+            state["bytes"].pop("cat.train.jsonl", None)  # it says how long each step took
+        strike.wrong += [
+            f"{what} of the next run are others: {found[what] if what == 'catalogue' else differing(found[what], after[what])}"
+            for what in (["bytes"] if "train" in strike.case else before)
+            if found[what] != after[what]
+        ]
+
     def _judge_training(self, strike: Strike, after: dict[str, Any]) -> None:
         """A run that ended says how to go on, if there is something to go on with, and so it does."""
         state = (self.work / "home/runs/cat/state.safetensors").exists()
@@ -401,6 +396,12 @@ class Server:
             strike.wrong.append("ended well without an adapter")
         if not state and not done and files_in(self.work) & {"cat.st", "cat.train.jsonl", "cat.train.png"}:
             strike.wrong.append("left an output")
+
+
+def differing(one: Any, other: Any) -> list[Any]:
+    """Up to six of the files that only one of two states has, or in which they differ."""
+    one, other = (set(state.items()) if isinstance(state, dict) else state for state in (one, other))
+    return sorted(one ^ other)[:6]
 
 
 def _counting() -> Callable[[], int]:
@@ -417,6 +418,9 @@ def _striking(number: signal.Signals, twice: bool) -> Callable[[], None]:
 
 
 def serve(folder: Path, names: Sequence[str], tries: int, seed: int, processes: bool) -> None:
+    import tqdm
+
+    tqdm.tqdm.monitor_interval = 0  # its thread would stay, and only a process with one thread is forked
     server = Server(folder)
     for name in names:
         for strike in server.strikes(name, tries, seed, processes):
@@ -452,13 +456,15 @@ def strike_all(
         words = [sys.executable, __file__, "--serve", str(folder), "--tries", str(tries), "--seed", str(seed)]
         if processes:
             words.append("--processes")
-        online = hub.environment(folder / "work" / "hf") if "pull" in names else {}
+        online = hub.environment(folder / "work" / "hf") if ONLINE & set(names) else {}
         server = subprocess.Popen([*words, *names], env=environment(folder) | online, cwd=folder, text=True,
                                   stdout=subprocess.PIPE)  # fmt: skip
         assert server.stdout is not None
+        made = 0
         for line in server.stdout:
+            made += 1
             yield Strike(**json.loads(line))
-        assert server.wait() == 0
+        assert server.wait() == 0 and made == tries * len(names), f"only {made} tries were made"
 
 
 def main() -> None:
@@ -486,6 +492,7 @@ def main() -> None:
         print(f"{'COMMAND':<20} TRIES ENDED WRONG")
         for name, (tried, stopped, wrong) in counts.items():
             print(f"{name:<20} {tried:5} {stopped:5} {wrong:5}")
+        sys.exit(any(wrong for _, _, wrong in counts.values()))
 
 
 if __name__ == "__main__":

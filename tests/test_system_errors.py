@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,15 +15,19 @@ from loratool.cli import main
 from loratool.cli.system_errors import ADVICE
 from registry import Registry
 
+if TYPE_CHECKING:
+    from tiny_adapters import TinyAdapters
+    from tiny_models import TinyModels
+
 NUMBERS = sorted({*ADVICE, errno.ENODEV, errno.EREMOTEIO, errno.EBADF})
 
 
-def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str, status: int = 1) -> str:
     monkeypatch.setattr(sys, "argv", ["loratool", *words])
     with pytest.raises(SystemExit) as left:
         main()
     out, err = capsys.readouterr()
-    assert (left.value.code, out) == (1, "")
+    assert (left.value.code, out) == (status, "")
     return " ".join(err.split())
 
 
@@ -85,12 +90,17 @@ def test_a_home_that_is_none_is_said(
     assert "unexpected" not in text and "set LORATOOL_HOME" in text
 
 
-def test_a_database_that_is_a_folder_is_said(
-    home_of_its_own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("what", "kind"), [("folder", "a folder"), ("circle", "a circle of links"), ("pipe", "a device, a pipe")]
+)
+def test_a_database_that_is_no_file_is_said(
+    what: str, kind: str, home_of_its_own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (home_of_its_own / "registry.db").mkdir()
+    place = home_of_its_own / "registry.db"
+    make = {"folder": place.mkdir, "circle": lambda: place.symlink_to(place), "pipe": lambda: os.mkfifo(place)}
+    make[what]()
     text = said(capsys, monkeypatch, "list")
-    assert "registry.db' should be the registry's file, but is a folder; move it away" in text
+    assert f"registry.db' should be the registry's file, but is {kind}" in text and "move it away" in text
 
 
 COMMANDS = (
@@ -119,3 +129,26 @@ def test_whatever_a_path_is_every_command_says_what_is_wrong(
     text = said(capsys, monkeypatch, *words.format(*[path] * 2).split())
     assert text.startswith("Error: ") and "unexpected" not in text
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["circle", "file", "pipe"]
+
+
+OUTPUTS = (
+    "merge {adapter} --into {base} --out {out}", "quantize {base} --out {out}", "export {adapter} --out {out}",
+    "truncate {adapter} --rank 1 --svd --out {out}", "combine {adapter} {adapter}=2 --method svd --rank 2 --out {out}",
+    "extract {base} --base {base} --rank 1 --out {out}", "unmerge {base} --out {out}",
+    "show {adapter} --spectrum --plot {out}", "train --base {base} --data {data} --name n --out {out}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("out", "status"), [("~nosuchuser/x", 1), ("a\0b", 2)])
+@pytest.mark.parametrize("words", OUTPUTS)
+def test_an_output_that_no_path_leads_to_is_refused_and_nothing_is_made_in_its_place(
+    words: str, out: str, status: int, tmp_path: Path, tiny_models: TinyModels, tiny_adapters: TinyAdapters,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text('{"text": "a cat"}\n')
+    base, adapter = tiny_models.folder("llama", "bf16"), tiny_adapters.folder("llama")
+    filled = [word.format(base=base, adapter=adapter, data="data", out=out) for word in words.split()]
+    text = said(capsys, monkeypatch, *filled, status=status)
+    assert "unexpected" not in text
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["data"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,6 +21,8 @@ class PathType(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty", param, ctx)
+        if "\0" in os.fsdecode(value):
+            self.fail("the path has a zero byte", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from loratool.interrupts import Deferral
 from loratool.library.leftovers import clear_leftovers, find_leftovers
 from loratool.library.opening import open_registry
 from loratool.library.progress import Progress
@@ -61,6 +62,7 @@ def doctor(*, gc: bool = False, deep: bool = False, rebuild: bool = False, yes: 
 
 def _freed(catalogue: Registry, yes: bool, trash_days: float) -> Freed:
     """Free what nothing in the catalogue names, and what killed runs left."""
-    freed = catalogue.doctor.collect(sure=yes, trash_days=trash_days)
+    with Deferral():  # an entry that has left the trash and not the store would be offered for a rebuild
+        freed = catalogue.doctor.collect(sure=yes, trash_days=trash_days)
     entries, size_bytes = clear_leftovers()
     return replace(freed, entries=freed.entries + entries, size_bytes=freed.size_bytes + size_bytes)

@@ -7,17 +7,28 @@ import re
 from pathlib import Path
 from typing import Final
 
+from loratool.errors import NotFoundError, quoted
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """The path that a user means, with a leading ``~`` or ``~name`` replaced where there is such a home."""
+    """Return the path that a user means, with a leading ``~`` or ``~name`` replaced by that user's home.
+
+    Raises:
+        NotFoundError: there is no such user, and nothing of that name.
+    """
+    path = Path(text)
     try:
-        return Path(text).expanduser()
+        return path.expanduser()
     except RuntimeError:
-        return Path(text)
+        if exists(path):
+            return path
+        raise NotFoundError(
+            f"{quoted(path)} leads nowhere, because there is no user {quoted(path.parts[0][1:])} with a home; check the name, or "
+            f"give {quoted(f'./{path}')} for a file of that name"
+        ) from None
 
 
 def exists(path: Path) -> bool:
