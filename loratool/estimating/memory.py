@@ -72,14 +72,14 @@ class Step:
 
 
 class Trains(Protocol):
-    """What a method trains on each module."""
+    """The factors that a method trains on each module."""
 
     @property
     def averages(self) -> int:
-        """How many moving averages of each number training keeps."""
+        """Number of moving averages that training keeps of each parameter."""
 
     def factor_shapes(self, rank: int, outputs: int, inputs: int) -> Mapping[str, tuple[int, int]]:
-        """The shape of each factor, by its letter."""
+        """Return the shape of each factor, by its letter."""
 
 
 def adapter_parameters(shape: ModelShape, modules: Collection[str], rank: int, method: Trains) -> int:

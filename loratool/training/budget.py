@@ -55,11 +55,11 @@ class BudgetSchedule:
 
 
 class Budgeted(Protocol):
-    """What a schedule is made of, by the names that the options of training have."""
+    """The options that a schedule depends on."""
 
     @property
     def title(self) -> str:
-        """What people call the method."""
+        """The method's name in messages."""
 
     @property
     def rank(self) -> int:
@@ -67,19 +67,19 @@ class Budgeted(Protocol):
 
     @property
     def init_r(self) -> int:
-        """The rank of each module at first."""
+        """The rank of each module at the beginning."""
 
     @property
     def initial_steps(self) -> int | None:
-        """Steps before the budget begins to fall."""
+        """Number of steps before the budget begins to fall."""
 
     @property
     def final_steps(self) -> int | None:
-        """Steps at the end whose ranks stay as they are."""
+        """Number of steps at the end in which ranks stay the same."""
 
     @property
     def allocation_steps(self) -> int | None:
-        """Steps from one sharing out to the next."""
+        """Number of steps from one allocation to the next."""
 
 
 def budget_schedule(options: Budgeted, modules: int, total_steps: int) -> BudgetSchedule:

@@ -64,7 +64,7 @@ class LoRA:
 
     @staticmethod
     def factor_shapes(rank: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
-        """The shape of each factor, by its letter, on a module."""
+        """Return the shape of each factor on a module, by its letter."""
         return {"A": (rank, inputs), "B": (outputs, rank)}
 
 
@@ -129,7 +129,7 @@ class DyLoRA:
 
     @staticmethod
     def factor_shapes(rank: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
-        """The shape of each factor, by its letter, on a module."""
+        """Return the shape of each factor on a module, by its letter."""
         return {"A": (rank, inputs), "B": (outputs, rank)}
 
 
@@ -199,7 +199,7 @@ class AdaLoRA:
 
     @staticmethod
     def factor_shapes(rank: int, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
-        """The shape of each factor, by its letter, on a module."""
+        """Return the shape of each factor on a module, by its letter."""
         return {"A": (rank, inputs), "B": (outputs, rank), "E": (rank, 1)}
 
 
@@ -210,12 +210,13 @@ METHODS: Final[dict[str, type[LoRA] | type[DyLoRA] | type[AdaLoRA]]] = {
 }
 """The options of each method, by its name on the command line.
 
-Beside what is chosen, each says what people call it, what its `rank` is of those that it has, the shapes of its factors, how many
-moving averages of each of their numbers training keeps, and why only its last state may be kept, where that is so.
+Each class also has facts about its method: `title` is its name in messages, `rank_is` says which of its ranks `rank` is,
+`averages` is the number of moving averages that training keeps of each parameter, and `only_last` is the reason why only the
+last state can be kept, if there is one.
 """
 
 RANKS: Final = ", ".join(f"{options.title}'s {options.rank_is}" for options in METHODS.values() if options.rank_is)
-"""What the rank is of those methods that have several."""
+"""Which rank `rank` is, for the methods that have several, as text."""
 
 
 def method_with(option: str) -> type[LoRA] | type[DyLoRA] | type[AdaLoRA]:

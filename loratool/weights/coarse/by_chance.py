@@ -74,7 +74,7 @@ class ByChance:
         return _changed(codes.at, torch.cat(there), torch.cat(jumps), cut)
 
     def _moved(self, codes: Movable, added: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Where codes come to when something is added, in units of levels: places, changes of numbers, and how many are cut."""
+        """Add to codes, in units of levels; return their new places, the changes of their numbers, and how many are cut."""
         there = self._table.moved(codes.places, added, codes.noise)
         jumps = self._numbers.at(there, codes.scaling).sub_(self._numbers.at(codes.places, codes.scaling))
         return there, jumps, self._table.cut(codes.places, added, codes.noise, there)
