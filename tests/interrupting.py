@@ -150,9 +150,11 @@ def run_words(words: str, work: Path, out: Path, arm: Callable[[], Callable[[], 
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     sys.argv = ["loratool", *words.split()]
-    from loratool import __main__, interrupts
+    from loratool import __main__, cli, interrupts
 
     interrupts.install()  # as the command does first of all
+    run = cli.run
+    cli.run = lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS), run())
     status = 70
     counted = arm() if arm else lambda: 0
     exit_now = os._exit
@@ -164,7 +166,6 @@ def run_words(words: str, work: Path, out: Path, arm: Callable[[], Callable[[], 
 
     os._exit = leave
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         __main__.main()
         status = 0
     except SystemExit as leaving:
@@ -259,9 +260,8 @@ class Server:
         before = look(self.work)
         timed = "train" in name  # it makes millions of calls
         began = time.monotonic()
-        status = (
-            self._process(case.of("whole")) if processes else self.run(case.of("whole"), None if timed else _counting)
-        )
+        whole = case.of("whole")
+        status = self._process(whole) if processes else self.run(whole, None if timed else _counting)
         assert status == 0, self.out.read_text()
         seconds = time.monotonic() - began
         calls = 0 if processes or timed else int((self.folder / "count").read_text())
