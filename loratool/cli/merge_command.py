@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     **example(
         "loratool merge pirate.safetensors --into llama3-8b\n"
         "loratool merge pirate=0.7 terse=0.3 --into smollm2 --undo\n"
-        "loratool merge pirate@rank=4 --into smollm2"
+        "loratool merge dylora@rank=4 --into smollm2"
     ),
 )
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[@rank=B][=WEIGHT]...")

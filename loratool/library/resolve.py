@@ -118,7 +118,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alp
     if not text or not exists(path):
         if RANK_SIGN in text:
             raise NotFoundError(
-                f"there is no adapter {quoted(text)}: only merge and combine take one at a rank; make it an adapter "
+                f"there is no adapter {quoted(text)}: only merge and combine take a DyLoRA at a rank; make it an adapter "
                 "of that rank with 'loratool truncate'"
             )
         raise NotFoundError(

@@ -37,6 +37,7 @@ from loratool.training.recipe import (
     default_validation,
     method_options,
 )
+from loratool.weights.storages import QUANTIZED_TO
 from registry import Registry
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _recipe(named: Mapping[str, str], samples: Sequence[TokenizedSample], train:
 def _notes(samples: Sequence[TokenizedSample], choices: Choices, context: int, *, is_quantized: bool) -> Iterator[str]:
     """What a user should know of the inputs."""
     if is_quantized and "quantize" in choices:
-        yield "the base is in 4 bits already, and is trained beside as it is"
+        yield f"the base is in {QUANTIZED_TO.upper()} already, and is trained beside as it is"
     cut = sum(sample.truncated for sample in samples)
     if cut:
         were = "was" if cut == 1 else "were"

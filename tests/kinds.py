@@ -1,0 +1,106 @@
+"""Every kind of adapter that loratool computes, as small as it can be, with what it does to a matrix by its paper, in fp64.
+
+A new kind is one more row of `CASES`; `test_every_kind.py` holds what must be true of all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+PREFIX = "base_model.model."
+MODULE = "model.layers.0.self_attn.q_proj"
+OTHER = "model.layers.0.self_attn.v_proj"
+RANK = 3
+ALPHA = 5.0
+
+Tensors = Mapping[str, torch.Tensor]
+"""The tensors of one module, by PEFT's names for them behind the module's."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind.
+
+    Attributes:
+        name: a row's name in `loratool.formats.kinds`.
+        tensors: those of a module, fp32, for a weight (outputs, inputs) that is given.
+        wanted: W' of that weight, fp64.
+        config: what its PEFT configuration has beside rank, alpha and targets.
+        facts: what loratool records beside it.
+    """
+
+    name: str
+    tensors: Callable[[torch.Tensor, torch.Generator], dict[str, torch.Tensor]]
+    wanted: Callable[[torch.Tensor, Tensors], torch.Tensor]
+    config: Mapping[str, Any] = field(default_factory=lambda: {"peft_type": "LORA", "r": RANK})
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    outputs, inputs = weight.shape
+    return {
+        "lora_A.weight": torch.randn(RANK, inputs, generator=generator),
+        "lora_B.weight": 0.05 * torch.randn(outputs, RANK, generator=generator),
+    }
+
+
+def _triplets(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    pair = {name.removesuffix(".weight"): factor for name, factor in _factors(weight, generator).items()}
+    return pair | {"lora_E": torch.randn(RANK, 1, generator=generator)}
+
+
+def _with_magnitudes(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    moved = 1 + 0.05 * torch.randn(len(weight), generator=generator)
+    return _factors(weight, generator) | {"lora_magnitude_vector": weight.norm(dim=1) * moved}
+
+
+def _lora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """LoRA, section 4.1."""
+    return weight.double() + ALPHA / RANK * (of["lora_B.weight"].double() @ of["lora_A.weight"].double())
+
+
+def _adalora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """AdaLoRA, equation 3, with the scaling of its authors' code."""
+    product = of["lora_B"].double() @ (of["lora_E"].double() * of["lora_A"].double())
+    return weight.double() + ALPHA / (RANK + 1e-5) * product
+
+
+def _dora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """DoRA, equation 5."""
+    total = _lora(weight, of)
+    return of["lora_magnitude_vector"].double()[:, None] * total / total.norm(dim=1, keepdim=True)
+
+
+CASES: Mapping[str, Case] = {
+    case.name: case
+    for case in (
+        Case("lora", _factors, _lora),
+        Case("dylora", _factors, _lora, facts={"kind": "dylora"}),
+        Case("adalora", _triplets, _adalora, {
+            "peft_type": "ADALORA", "init_r": RANK, "target_r": RANK, "total_step": 1,
+        }),
+        Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}),
+    )
+}  # fmt: skip
+
+
+def save_case(folder: Path, case: Case, weights: Mapping[str, torch.Tensor], seed: int = 1) -> dict[str, Tensors]:
+    """Write an adapter of the weights of modules, as PEFT would; return the tensors of each module."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {module: case.tensors(weight, generator) for module, weight in weights.items()}
+    named = {f"{PREFIX}{module}.{name}": each for module, of in found.items() for name, each in of.items()}
+    folder.mkdir(parents=True)
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
+    targets = sorted({module.rpartition(".")[2] for module in weights})
+    config = {"lora_alpha": ALPHA, "target_modules": targets, **case.config}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if case.facts:
+        (folder / "loratool.json").write_text(json.dumps(case.facts))
+    return found
