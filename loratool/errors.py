@@ -1,7 +1,7 @@
-"""The errors that loratool raises for reasons a user can do something about.
+"""The errors that a user can do something about.
 
-Every message is one sentence that says what is wrong, where, and what to do next. The command line prints it
-without a traceback and exits with status 1.
+A message is one sentence that says what is wrong, where, and what to do next. The command line prints it without a
+traceback and exits with status 1.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from typing import Final
 
 
 def printable(text: str) -> str:
-    """`text` with everything that could drive a terminal (control, format and surrogate characters) shown as ``?``."""
+    """Replace every control, format and surrogate character in `text`, which could control a terminal, by ``?``."""
     return "".join("?" if unicodedata.category(c) in {"Cc", "Cf", "Cs", "Zl", "Zp"} else c for c in text)
 
 
 _BRIEF: Final = reprlib.Repr()
 _BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = _BRIEF.maxset = 12
 _BRIEF.maxstring = 120
-"""How a list or an object from outside is shown: never whole, however long or deep it is."""
+"""Shortened display of a list or an object from outside, however long or deep it is."""
 
 
 def quoted(name: object, limit: int = 120) -> str:
-    """A name from outside, safe to print: quoted, printable, and at most `limit` characters long."""
+    """Return a name from outside, safe to print: in quotes, printable, and cut to `limit` characters."""
     text = _BRIEF.repr(name) if isinstance(name, list | tuple | dict | set) else str(name)
     text = printable(text if len(text) <= limit else text[: limit - 1] + "…")
     return f"'{text}'"
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> Sequence[str]:
-    """Up to `count` of `candidates` that look most like `name`, best first."""
+    """Return up to `count` of the `candidates` that are most similar to `name`, best first."""
     return difflib.get_close_matches(name, list(candidates), n=count, cutoff=0.4)
 
 
 class LoratoolError(Exception):
-    """Something is wrong that the user can mend; the message says what, where and how."""
+    """A problem that the user can fix. The message says what is wrong, where, and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__("\n".join(printable(line) for line in message.split("\n")))
 
 
 class CheckpointError(LoratoolError):
-    """A model folder or safetensors file is damaged, incomplete or lies about its content."""
+    """A model's folder or a safetensors file is damaged, incomplete or not what it claims to be."""
 
 
 class AdapterError(LoratoolError):
@@ -53,9 +53,11 @@ class AdapterError(LoratoolError):
 
 
 class ElsewhereError(AdapterError):
-    """No adapter is where one was looked for, but there are some near it.
+    """There is no adapter at the given path, but there are some near it.
 
-    `given` is where was looked, `places` where they are.
+    Attributes:
+        given: the path that was given.
+        places: the paths of the adapters near it.
     """
 
     def __init__(self, message: str, given: Path, places: Sequence[Path]) -> None:
@@ -65,7 +67,7 @@ class ElsewhereError(AdapterError):
 
 
 class UnsupportedError(AdapterError):
-    """An adapter uses a feature whose numbers loratool does not compute yet; it is refused, never approximated."""
+    """An adapter uses a feature that loratool does not support. It is refused, never approximated."""
 
 
 class DataError(LoratoolError):
@@ -85,7 +87,7 @@ class OutputError(LoratoolError):
 
 
 class AlreadyMergedError(LoratoolError):
-    """An adapter is in the weights already that it is to be merged into."""
+    """An adapter is already merged into the weights."""
 
 
 class NoChangeError(LoratoolError):
@@ -93,11 +95,11 @@ class NoChangeError(LoratoolError):
 
 
 class RestoreError(LoratoolError):
-    """A merge cannot be undone bit for bit with what is at hand."""
+    """A merge cannot be undone bit for bit with the files that are available."""
 
 
 class VerificationError(LoratoolError):
-    """Stored bytes differ from what the manifest says they are."""
+    """Stored bytes differ from what the manifest records."""
 
 
 class NotFoundError(LoratoolError):

@@ -1,16 +1,16 @@
-"""The signals that end a command (Ctrl-C, SIGTERM, SIGHUP), raised as one exception at a moment at which it does no harm.
+"""The signals that end a command (Ctrl-C, SIGTERM, SIGHUP), raised as one exception where that is safe.
 
-Python runs a signal's handler between any two steps of the main thread. An exception that is raised there may be lost, in a
-``__del__`` or a callback of a library in C, or may break what it meets: half an import, a transaction of the database, a lock
-that was just taken. So the handler looks at the frames that are running. Where one of them must not be torn, it looks again a
-few milliseconds later; and where its exception was lost, it is raised again.
+Python may run a signal's handler between any two steps of the main thread. An exception raised there can be lost, in a
+``__del__`` or in a callback of a C library. Or it can do damage: half an import, an open transaction of the database, a lock
+that was just taken. So the handler looks at the running frames. If one of them must not be interrupted, it looks again some
+milliseconds later. If its exception was lost, it is raised again.
 
-`Deferral` is for work that ends in its own way: workers that are to stop, a training step that is to be finished. `whole` is
-for short functions that make or remove something and must not be left in the middle. What is cleaned up on the way out is
-noted on the exception (`note`), so that the command line can say it.
+`Deferral` is for work that ends in its own way, such as workers that stop or a training step that is finished. `whole` is for
+short functions that create or remove something and must run to their end. What is cleaned up on the way out is noted on the
+exception (`note`), for the command line to print.
 
-`install` is called by the command line alone. In a program that uses loratool as a library Ctrl-C stays what it was, and
-inside a `Deferral` it waits for the end of that.
+Only the command line calls `install`. In a program that uses loratool as a library, Ctrl-C works as before, except that it
+waits for the end of a `Deferral`.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that end a command."""
 
 SECONDS_BETWEEN_LOOKS: Final = 0.002
-"""Between two looks at frames that must not be torn; doubled each time, to `LONGEST_SECONDS_BETWEEN_LOOKS`."""
+"""First pause before looking at the frames again; each further one is twice as long, to `LONGEST_SECONDS_BETWEEN_LOOKS`."""
 
 LONGEST_SECONDS_BETWEEN_LOOKS: Final = 0.05
 SECONDS_TO_UNWIND: Final = 0.2
-"""How long an exception may be on its way before it is looked for."""
+"""Time that a raised exception has to reach the command line before it counts as lost."""
 
 IMPORTING: Final = "<frozen importlib._bootstrap>"
-"""The file of the frames in which Python imports."""
+"""File name of the frames in which Python imports modules."""
 
 CONTEXTS: Final = ExitStack.close.__code__.co_filename
-"""The file of the frames in which Python enters and leaves the contexts of functions with `contextmanager`."""
+"""File name of the frames in which `contextmanager` enters and leaves contexts."""
 
 TORN: Final = frozenset({"__enter__", "__exit__", "__del__"})
-"""Functions that take, give back or forget something: an exception in the middle of one leaves it neither way."""
+"""Functions that acquire or release something, which an exception in the middle would leave half done."""
 
 WHOLE_FILES: Final = ("/sqlalchemy/", "/registry/database.py")
-"""Parts of the names of files whose functions are all `whole`: they begin, commit and take back transactions."""
+"""Parts of the paths of files in which no function is interrupted: they begin, commit and roll back transactions."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks the command to end. Its notes (`note`) say what was cleaned up, or how to go on."""
+    """A signal asked the command to end. Its notes (`note`) say what was cleaned up, or how to continue."""
 
     def __init__(self, number: int = signal.SIGINT, message: str = "") -> None:
         super().__init__(message)
@@ -63,36 +63,36 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """The exit status of a command that this signal ended, as shells count it."""
+        """Exit status of a command that this signal ended, by the convention of shells."""
         return 128 + self.number
 
 
 def note(error: BaseException, text: str) -> None:
-    """Keep on an interrupt what was cleaned up because of it; other errors say so themselves."""
+    """Add to an interrupt a note on what was cleaned up. Other errors are left as they are."""
     if isinstance(error, KeyboardInterrupt):
         error.add_note(text)
 
 
 def whole(function: Function) -> Function:
-    """Mark a short function in which no interrupt is raised: it comes when the function, or whoever called it, is at its end."""
+    """Mark a short function in which no interrupt is raised: it is raised when the function has returned."""
     code: CodeType = function.__code__
     _whole[id(code)] = code
     return function
 
 
 def behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The interrupt that an error is, or came from; None where it has nothing to do with one."""
+    """Return the interrupt that `error` is, or was caused by; None if there is none."""
     return next((each for each in _origins(error) if isinstance(each, KeyboardInterrupt)), None)
 
 
 def notes(error: BaseException) -> list[str]:
-    """What was noted on an interrupt, or on another that it took the place of, each once."""
+    """Return the notes on an error and on the errors that caused it, each once."""
     found = [text for each in _origins(error) for text in getattr(each, "__notes__", ())]
     return list(dict.fromkeys(found))
 
 
 def _origins(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it came from."""
+    """Yield the error and the errors that caused it."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -102,13 +102,13 @@ def _origins(error: BaseException) -> Iterator[BaseException]:
 
 
 class Deferral:
-    """Inside, a signal is not raised: `notice` is called, at once and in the main thread, and the block ends in its own way.
+    """Block in which a signal is not raised. `notice` is called at once, in the main thread, and the block ends in its own way.
 
-    At the end of the block the signal is raised, unless an error is on its way, or `raises` is off and the caller looks at
-    `number`. With `patient` a second signal is raised at once; without it, it is one too many and does nothing.
+    The signal is raised at the end of the block, unless an error is raised already. With ``raises=False`` it is not raised,
+    and the caller checks `number`. A second signal is raised at once with `patient`, and ignored without it.
 
-    Outside the main thread nothing is raised anyway, and this does nothing. In a program that has not called `install`, it
-    is for Ctrl-C where that is handled, and with `patient` for SIGTERM and SIGHUP where they would kill.
+    Outside the main thread, where no signal is raised, this does nothing. In a program that has not called `install`, it
+    defers Ctrl-C if that has a handler, and with `patient` also SIGTERM and SIGHUP if they would end the process.
     """
 
     def __init__(
@@ -139,17 +139,17 @@ class Deferral:
             self._hand_on(self.number)
 
     def ask(self, number: signal.Signals) -> bool:
-        """Note a signal; False where it is the second, and is to be raised."""
+        """Note a signal; return False if it is the second and must be raised."""
         if self.number is not None:
             return not self._patient
         self.number = number
-        with suppress(Exception):  # it may be in the middle of the very print that it wants to make
+        with suppress(Exception):  # printing may fail: the signal may have interrupted another print
             self._notice()
         return True
 
     @property
     def stops_workers(self) -> bool:
-        """Whether what runs inside is to stop now, wherever it is."""
+        """Whether the work inside must stop now."""
         return self.number is not None and not self._patient
 
     def _takes(self, number: signal.Signals) -> bool:
@@ -159,7 +159,7 @@ class Deferral:
         return self._patient and handler is signal.SIG_DFL
 
     def _hand_on(self, number: signal.Signals) -> None:
-        """Tell the deferral around this one, or whoever handles the signal outside; raise it where there is none."""
+        """Pass the signal to the enclosing deferral, or else to the handler outside; raise it if there is neither."""
         if _deferrals:
             if not _deferrals[-1].ask(number):
                 raise _raised(number)
@@ -171,17 +171,17 @@ class Deferral:
 
 
 def check() -> None:
-    """Raise `Interrupted`, in any thread, if the work that is under way was asked to stop; for loops over megabytes."""
+    """Raise `Interrupted` if the running work was asked to stop. Call it, in any thread, in loops over much data."""
     if _deferrals and _deferrals[-1].stops_workers:
         raise Interrupted(_deferrals[-1].number or signal.SIGINT)
 
 
 class _State:
-    """What this process knows of the signal that ends it."""
+    """State of the signal that ends this process."""
 
     installed = False
     number: signal.Signals | None = None
-    """The signal that came and was, or is to be, raised."""
+    """The signal that was received, and that was or will be raised."""
     pause = SECONDS_BETWEEN_LOOKS
 
 
@@ -191,7 +191,7 @@ _whole: Final[dict[int, CodeType]] = {}
 
 
 def install() -> None:
-    """Raise `Interrupted` in the main thread for each of the signals that is not ignored, or handled by somebody else."""
+    """Raise `Interrupted` in the main thread for each ending signal that is not ignored and has no other handler."""
     if _state.installed:
         return
     ours = {number: signal.getsignal(number) for number in ENDING}
@@ -201,18 +201,18 @@ def install() -> None:
     if signal.getsignal(signal.SIGALRM) is signal.SIG_DFL:
         signal.signal(signal.SIGALRM, _look_again)
     _state.installed = True
-    lost, uncaught = sys.unraisablehook, sys.excepthook  # an interrupt that C code printed or dropped is raised again
+    lost, uncaught = sys.unraisablehook, sys.excepthook  # a lost interrupt is raised again, so do not print it
     sys.unraisablehook = lambda what: None if isinstance(what.exc_value, Interrupted) else lost(what)
     sys.excepthook = lambda kind, error, trace: None if isinstance(error, Interrupted) else uncaught(kind, error, trace)
 
 
 def received() -> Interrupted | None:
-    """A signal that came and whose exception nobody has raised or seen; None where none did."""
+    """Return the interrupt for a signal whose exception was not raised yet, or was lost; None if no signal came."""
     return None if _state.number is None else Interrupted(_state.number)
 
 
 def finish() -> None:
-    """Raise nothing from here on: the command has ended, and another signal would only tear its last words."""
+    """Ignore signals from here on: the command has ended, and another one would only cut its last output."""
     if _state.installed:
         for number in ENDING:
             if signal.getsignal(number) is _received:
@@ -237,7 +237,7 @@ def _received(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_dead_terminal() -> None:
-    """Send to nowhere what is printed from here on to a terminal that is gone; it would be an error."""
+    """Redirect streams of a closed terminal to ``/dev/null``, since printing to it would be an error."""
     for fd in (0, 1, 2):
         try:
             termios.tcgetattr(fd)
@@ -255,10 +255,10 @@ def _look_again(number: int, frame: FrameType | None) -> None:
 def _raise_where_it_does_no_harm(number: signal.Signals, frame: FrameType | None) -> None:
     handled = sys.exc_info()[1]
     if handled is not None and behind(handled) is not None:
-        _look_in(SECONDS_TO_UNWIND)  # it is on its way out
+        _look_in(SECONDS_TO_UNWIND)  # an interrupt is being raised already
         return
     if _deferrals and _deferrals[-1].ask(number):
-        _state.number = None  # it raises it at its end
+        _state.number = None  # the deferral raises it at its end
         return
     if _would_tear(frame):
         _look_in(_state.pause)
@@ -268,7 +268,7 @@ def _raise_where_it_does_no_harm(number: signal.Signals, frame: FrameType | None
 
 
 def _raised(number: signal.Signals) -> Interrupted:
-    """The exception to raise now; it is looked for until the command has ended."""
+    """Return the exception to raise now. If it is lost, it is raised again, until the command has ended."""
     if _state.installed:
         _state.number, _state.pause = number, SECONDS_BETWEEN_LOOKS
         _look_in(SECONDS_TO_UNWIND)
@@ -281,7 +281,7 @@ def _look_in(seconds: float) -> None:
 
 
 def _would_tear(frame: FrameType | None) -> bool:
-    """Whether an exception in this frame would break it or be lost: in it, or in one that waits for it."""
+    """Return whether an exception in this frame would be lost, or would interrupt a caller that must not be."""
     if frame is None:
         return False
     if frame.f_code.co_name in TORN or frame.f_code.co_filename == CONTEXTS:

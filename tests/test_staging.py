@@ -146,7 +146,7 @@ def test_force_replaces_an_adapter_alone_among_safetensors_files(base: Path, ada
 @pytest.mark.parametrize("name", ["pipe.safetensors", "pipe.png", "pipe"])
 def test_force_replaces_no_pipe(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
-    with pytest.raises(OutputError, match="is no regular file"), staged_file(tmp_path / name, FILE, force=True):
+    with pytest.raises(OutputError, match="is not a regular file"), staged_file(tmp_path / name, FILE, force=True):
         pass
     assert (tmp_path / name).is_fifo()
 
@@ -304,7 +304,7 @@ OBSTACLES = {
     "a second name": (give_second_name, "has a second name; remove that and run again"),
     "a file that became shorter": (shorten, "has become shorter; put the whole file back and run again"),
     "a file that is gone": (move_away, "No such file or directory; fix that and run again"),
-    "a link for a file": (replace_by_link, "is a link or no file"),
+    "a link for a file": (replace_by_link, "is a link or not a file"),
     "a link for the undo": (link_the_undo, "is a link; move that away and run again"),
 }
 

@@ -27,9 +27,9 @@ def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_done(
     other_adapter = shutil.copytree(adapter, tmp_path / no_text / "adapter")
     for merge in ({"adapters": [adapter], "into": other_base}, {"adapters": [other_adapter], "into": base}):
         for dry_run in (True, False):
-            with pytest.raises(CheckpointError, match="is no valid text"):
+            with pytest.raises(CheckpointError, match="is not valid text"):
                 loratool.merge(**merge, out=tmp_path / "out", dry_run=dry_run)
-    with pytest.raises(CheckpointError, match="is no valid text"):
+    with pytest.raises(CheckpointError, match="is not valid text"):
         loratool.quantize(other_base, out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == [tmp_path / no_text]
 

@@ -1,1 +1,1 @@
-"""safetensors models on disk: headers, shards, streaming, copying, safe output and fingerprints. Imports no torch."""
+"""Models on disk: headers, shards, streaming, copying, safe output and fingerprints. Imports no torch."""

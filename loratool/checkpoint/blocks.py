@@ -9,22 +9,22 @@ from typing import Final
 from loratool.errors import CheckpointError, OutputError
 
 BLOCK_ROWS: Final = 64
-"""Every block begins at a multiple of this many rows and none is smaller, unless the matrix is.
+"""Blocks begin at multiples of this many rows, and a block has at least this many rows unless the matrix has fewer.
 
-A BLAS sums the products of a sliver of rows (a vector, a few rows left over) in another order than those of a whole
-matrix. With blocks of at least 64 rows the product of a block equals those rows of the whole product bit for bit,
-for MKL at every rank and shape tried (tests/test_merge_equals_peft.py).
+A BLAS adds up the product of a few rows in a different order than that of a whole matrix. With blocks of at least 64
+rows, the product of a block equals those rows of the whole product bit for bit: with MKL, at every rank and shape tried
+(tests/test_merge_equals_peft.py).
 """
 
 BLOCK_BYTES: Final = 1 << 22
-"""About how many bytes of fp32 a block holds: few enough to stay in a cache, enough to hide what a block costs Python."""
+"""Approximate size of a block in fp32, in bytes: it fits in a cache, and hides Python's overhead for each block."""
 
 WRITE_BYTES: Final = 1 << 19
-"""No write is larger. A kernel looks for a stretch of free memory as large as the write, and is long about a large one."""
+"""Largest single write, in bytes. The kernel looks for contiguous memory for each write, which is slow for large ones."""
 
 
 def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[range]:
-    """Cut ``range(rows)`` into blocks of about `block_bytes`; what is left over joins the last block."""
+    """Cut ``range(rows)`` into blocks of about `block_bytes` bytes; the remaining rows join the last block."""
     step = max(BLOCK_ROWS, block_bytes // max(row_bytes, 1) // BLOCK_ROWS * BLOCK_ROWS)
     start = 0
     while rows - start >= step + BLOCK_ROWS:
@@ -35,7 +35,11 @@ def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Ite
 
 
 def read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
-    """Fill `buffer` from byte `offset` of the open file `fd`; CheckpointError if the file ends before."""
+    """Fill `buffer` from byte `offset` of the open file `fd`.
+
+    Raises:
+        CheckpointError: the file ends before the buffer is full.
+    """
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], offset + done)
@@ -45,7 +49,11 @@ def read_exactly(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def write_exactly(fd: int, buffer: memoryview | bytes, offset: int) -> None:
-    """Write all of `buffer` at byte `offset` of the open file `fd`; OutputError if the disk takes no more."""
+    """Write all of `buffer` at byte `offset` of the open file `fd`.
+
+    Raises:
+        OutputError: the disk is full or fails.
+    """
     view = memoryview(buffer)
     done = 0
     while done < len(view):
@@ -56,19 +64,19 @@ def write_exactly(fd: int, buffer: memoryview | bytes, offset: int) -> None:
 
 
 def out_of_room(error: OSError) -> OutputError:
-    """What to say when a disk does not take the output."""
+    """Return the error for a failed write of the output."""
     return OutputError(f"cannot write the output: {error.strerror}; free some space and run again")
 
 
 def read_columns(fd: int, buffer: memoryview, offset: int, row_bytes: int, part: slice) -> None:
-    """Fill `buffer` with the bytes `part` of every row of a matrix, which begins at byte `offset` of `fd`."""
+    """Fill `buffer` with the byte range `part` of every row of a matrix that begins at byte `offset` of `fd`."""
     width = part.stop - part.start
     for row in range(len(buffer) // width):
         read_exactly(fd, buffer[row * width : (row + 1) * width], offset + row * row_bytes + part.start)
 
 
 def write_columns(fd: int, buffer: memoryview, offset: int, row_bytes: int, part: slice) -> None:
-    """Write `buffer`, which holds the bytes `part` of every row of a matrix that begins at byte `offset` of `fd`."""
+    """Write `buffer` into the byte range `part` of every row of a matrix that begins at byte `offset` of `fd`."""
     width = part.stop - part.start
     for row in range(len(buffer) // width):
         write_exactly(fd, buffer[row * width : (row + 1) * width], offset + row * row_bytes + part.start)

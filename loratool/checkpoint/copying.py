@@ -1,4 +1,4 @@
-"""Copying bytes between files inside the kernel: shared extents where the file system can, else copied there."""
+"""Copying of bytes between files inside the kernel: by shared extents where the file system supports them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from loratool.errors import CheckpointError
 from loratool.interrupts import check
 
 FICLONERANGE: Final = 0x4020940D
-"""ioctl(2) that makes two files share a range of blocks (Linux, <linux/fs.h>)."""
+"""Request of ioctl(2) that makes two files share a range of blocks (Linux, <linux/fs.h>)."""
 
 CHUNK_BYTES: Final = 1 << 24
 SYNC_FILE_RANGE_WRITE: Final = 2
-"""sync_file_range(2): begin to write what is dirty, without waiting for it (Linux)."""
+"""Flag of sync_file_range(2): start to write dirty pages, without waiting for them (Linux)."""
 
 FLUSH_SECONDS: Final = 0.05
-"""Pause between two rounds of `flushing`."""
+"""Pause between two rounds of `flushing`, in seconds."""
 
 _UNSUPPORTED: Final = {
     errno.EXDEV,
@@ -39,10 +39,10 @@ _UNSUPPORTED: Final = {
 
 def copy_range(source: int, target: int, start: int, stop: int, *, at: int | None = None,
                progress: Callable[[int], None] = lambda count: None) -> None:  # fmt: skip
-    """Copy bytes ``start:stop`` of the open file `source` to the open file `target`, to offset `at` (default `start`).
+    """Copy bytes ``start:stop`` of the open file `source` to offset `at` (default `start`) of the open file `target`.
 
-    Tries a reflink of the whole blocks inside the range, then ``copy_file_range``, then read and write. `progress` is
-    called with the number of bytes done since its last call.
+    The whole blocks inside the range are shared (a reflink) where possible; the rest goes by ``copy_file_range``, or by
+    read and write. `progress` receives the number of bytes copied since its last call.
 
     Raises:
         CheckpointError: `source` ends before `stop`.
@@ -54,7 +54,7 @@ def copy_range(source: int, target: int, start: int, stop: int, *, at: int | Non
 
 
 def _share_blocks(source: int, target: int, start: int, stop: int, shift: int) -> list[tuple[int, int]]:
-    """Reflink the aligned middle of the range; return the parts that are still to be copied."""
+    """Reflink the aligned middle of the range; return the ranges that must still be copied."""
     block = os.fstat(target).st_blksize
     begin, end = -(-start // block) * block, stop // block * block
     if shift % block or end <= begin:
@@ -103,9 +103,9 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def begin_to_write(fd: int, start: int = 0, stop: int = 0) -> None:
-    """Have the kernel send bytes ``start:stop`` of the open file `fd` (all, by default) to the disk, without waiting.
+    """Start to write bytes ``start:stop`` of the open file `fd` (by default, all) to the disk, without waiting for them.
 
-    fsync then waits less. Where the system cannot, nothing happens; an error of the disk is left for fsync to report.
+    A later fsync then waits less. Systems without sync_file_range(2) do nothing here. Disk errors are reported by fsync.
     """
     sync_file_range = _sync_file_range()
     if sync_file_range is not None:
@@ -114,7 +114,7 @@ def begin_to_write(fd: int, start: int = 0, stop: int = 0) -> None:
 
 @contextlib.contextmanager
 def flushing(files: Collection[int]) -> Iterator[None]:
-    """`begin_to_write` what comes into the open `files`, again and again."""
+    """Run `begin_to_write` on the open `files` repeatedly, in a thread, until the block ends."""
     if not files:
         yield
         return
@@ -135,7 +135,7 @@ def flushing(files: Collection[int]) -> Iterator[None]:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the names in `folder` durable (fsync of the directory), where the file system can."""
+    """Make the names in `folder` durable by fsync of the directory, where the file system supports it."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""Writing past the page cache, straight to the disk.
+"""Writing straight to the disk, past the page cache.
 
-A merged model is written once, made durable, and read again later if at all. To find memory for its pages, copy the bytes
-there and send them on takes the kernel longer than the arithmetic of a merge; and it would drive the base's pages out.
+A merged model is written once and seldom read soon after. In the page cache its pages would evict the base's, and the kernel
+would spend more time on allocating and copying them than the merge spends on arithmetic.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import torch
 
 PAGE_BYTES: Final = 4096
-"""What is written past the page cache begins and ends at a multiple of this, in the file and in memory (open(2), O_DIRECT)."""
+"""Alignment of direct writes, in bytes: of both their ends, in the file and in memory (open(2), O_DIRECT)."""
 
 SLACK_BYTES: Final = 2 * PAGE_BYTES
 
 
 def open_direct(file: Path) -> int | None:
-    """`file` open for writing past the page cache; None where the file system cannot (tmpfs, some network ones)."""
+    """Open `file` for writing past the page cache; return None where the file system does not support it (tmpfs)."""
     try:
         return os.open(file, os.O_WRONLY | os.O_DIRECT | os.O_NOFOLLOW)
     except (OSError, AttributeError):
@@ -32,20 +32,20 @@ def open_direct(file: Path) -> int | None:
 
 
 def skip_to_lie_as_at(buffer: torch.Tensor, offset: int) -> int:
-    """How far into a CPU `buffer`, uint8, bytes lie in a page of memory as those from `offset` do in a page of a file.
+    """Return where in `buffer` to put bytes for a file's `offset`, so that both have the same position in their page.
 
-    The beginning of that page is in the buffer as well, and the buffer must be longer than the bytes by `SLACK_BYTES`. At an
-    offset that no element of a tensor could lie at it is 0.
+    `buffer` is a uint8 CPU tensor, longer than the bytes by `SLACK_BYTES`. The start of that page lies in it, too. At an
+    offset where no element of a tensor can begin (not a multiple of 8), the result is 0.
     """
     return -buffer.data_ptr() % PAGE_BYTES + offset % PAGE_BYTES if offset % 8 == 0 else 0
 
 
 class TensorWriter:
-    """Writes the bytes of one tensor, block after block in their order, to the open file `fd`.
+    """Writer of one tensor to the open file `fd`, block after block in order.
 
-    Where `direct` is the same file open for writing past the page cache, whole pages go there. A page that a block begins
-    and the next one ends waits for that; what the tensor has of its first and its last page goes to `fd`. So no page is
-    written both ways.
+    `direct` is the same file, open for writing past the page cache, or None. Whole pages go to `direct`. A page that two
+    blocks share is kept back until the second one is written. The tensor's parts of its first and last page go to `fd`, so
+    that no page is written both ways.
     """
 
     def __init__(self, fd: int, direct: int | None) -> None:
@@ -53,10 +53,10 @@ class TensorWriter:
         self._begun, self._at = b"", 0
 
     def write(self, buffer: memoryview, block: slice, offset: int) -> None:
-        """Write `block` of `buffer` at byte `offset`; what lies before the block in its page of memory is overwritten.
+        """Write `block` of `buffer` at byte `offset` of the file. Bytes before the block in its page are overwritten.
 
         Raises:
-            OutputError: the disk takes no more.
+            OutputError: the disk is full or fails.
         """
         if self._direct is None:
             write_exactly(self._fd, buffer[block], offset)
@@ -72,7 +72,7 @@ class TensorWriter:
         self._begun, self._at = bytes(view[last:]), at + last
 
     def close(self) -> None:
-        """Write what is left when the tensor's last block is written."""
+        """Write the rest, after the tensor's last block."""
         write_exactly(self._fd, self._begun, self._at)
 
     def _write_pages(self, direct: int, pages: memoryview, offset: int) -> None:
@@ -81,11 +81,11 @@ class TensorWriter:
             while done < len(pages):
                 done += os.pwrite(direct, pages[done:], offset + done)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # the disk wants to have it otherwise than in pages of this size
+            if error.errno != errno.EINVAL:  # EINVAL: the disk needs another alignment
                 raise out_of_room(error) from None
             write_exactly(self._fd, pages[done:], offset + done)
 
 
 def _address(view: memoryview) -> int:
-    """Where in memory a view begins that is not empty."""
+    """Return the address in memory of a view that is not empty."""
     return ctypes.addressof(ctypes.c_char.from_buffer(view))

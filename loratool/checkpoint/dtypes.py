@@ -1,4 +1,4 @@
-"""The dtypes of safetensors: their sizes, their names elsewhere, and how floating-point ones are laid out (IEEE 754)."""
+"""The dtypes of safetensors: their sizes, their names elsewhere, and the layout of floating-point ones (IEEE 754)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ class Dtype:
     """One dtype of safetensors.
 
     Attributes:
-        name: what safetensors calls it.
-        bits: the size of one element.
-        title: what people call it.
-        torch_name: what torch calls it; "" where torch has no such dtype.
-        exponent: bits of the exponent, and `mantissa` bits below it; 0 for whole numbers.
+        name: its name in safetensors.
+        bits: size of one element.
+        title: its name in messages.
+        torch_name: its name in torch; "" where torch has no such dtype.
+        exponent: bits of the exponent; 0 for integers.
+        mantissa: bits of the mantissa, which lie below the exponent; 0 for integers.
     """
 
     name: str
@@ -33,11 +34,11 @@ class Dtype:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one element."""
+        """Bytes of one element, rounded down."""
         return self.bits // 8
 
     def as_torch(self) -> torch.dtype:
-        """The same dtype in torch."""
+        """Return the same dtype in torch."""
         import torch
 
         found: torch.dtype = getattr(torch, self.torch_name)
@@ -45,12 +46,12 @@ class Dtype:
 
     @property
     def exponent_mask(self) -> int:
-        """The bits of the exponent, which are all set in NaN and infinity alone."""
+        """Mask of the exponent's bits. In NaN and infinity, and only there, all of them are set."""
         return ((1 << self.exponent) - 1) << self.mantissa
 
     @property
     def overflow(self) -> float:
-        """The least magnitude that fp32 numbers have and that rounds to infinity: half a step above the largest number."""
+        """Smallest fp32 magnitude that rounds to infinity: half a step above the largest finite number."""
         if self.bits >= 32:
             return math.inf
         largest: float = 2.0 ** ((1 << (self.exponent - 1)) - 1)
@@ -84,19 +85,23 @@ DTYPES: Final[Mapping[str, Dtype]] = MappingProxyType({
         Dtype("BOOL", 8, "bool", "bool"),
     )
 })  # fmt: skip
-"""Every dtype that the format knows, by name."""
+"""Every dtype of the format, by name."""
 
 DENSE: Final = ("F32", "F16", "BF16")
-"""The dtypes that full-precision weights are stored in."""
+"""The dtypes of full-precision weights."""
 
 _OF_TORCH: Final = {dtype.torch_name: dtype for dtype in DTYPES.values() if dtype.torch_name}
 
 
 def of_torch(name: str) -> Dtype:
-    """The dtype that torch calls `name`, as in ``bfloat16``; KeyError where safetensors has no such dtype."""
+    """Return the dtype that torch calls `name`, such as ``bfloat16``.
+
+    Raises:
+        KeyError: safetensors has no such dtype.
+    """
     return _OF_TORCH[name]
 
 
 def title(name: str) -> str:
-    """What people call the dtype `name`; the name itself where it is unknown."""
+    """Return the name of the dtype `name` in messages; an unknown name is returned as it is."""
     return DTYPES[name].title if name in DTYPES else name

@@ -1,7 +1,7 @@
-"""What each file in a model's or an adapter's folder is to the programs that load the folder, told by its name.
+"""The role of each file in a model's or an adapter's folder, by its name.
 
-The names are those that transformers, diffusers, PEFT, Trainer, DeepSpeed and accelerate look for or write. What a role
-means for a model that is made of another one, `loratool.checkpoint.inheritance` says.
+The names are those that transformers, diffusers, PEFT, Trainer, DeepSpeed and accelerate look for or write.
+`loratool.checkpoint.inheritance` decides by role which files a new model inherits.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from loratool.checkpoint.output_kind import OWN_FILE, UNDO_FOLDER
 
 PICKLE_SUFFIXES: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 WEIGHT_SUFFIXES: Final = PICKLE_SUFFIXES | {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx"}
-"""What files of weights end with."""
+"""Suffixes of files that hold weights."""
 
 
 class FileRole(Enum):
-    """What a file is. The value is what to call it in a sentence."""
+    """The role of a file. The value is a noun phrase for messages."""
 
     OWN = "loratool's own"
-    """The manifest, and what the undo folder holds."""
+    """The manifest and the files of the undo folder."""
     ADAPTER = "an adapter"
-    """PEFT's files: transformers puts the adapter on top of whatever model lies beside them."""
+    """PEFT's files. transformers loads the adapter on top of any model in the same folder."""
     TRAINED_BESIDE = "weights that were trained with an adapter"
-    """Projectors, heads, embeddings and whatever else a program trains with an adapter and saves beside it."""
+    """Projectors, heads, embeddings and other weights that a program trains with an adapter and saves beside it."""
     TRAINING_STATE = "the state of a training"
-    """Optimizers, schedulers, random states: read when a training goes on, and nearly always pickles."""
+    """Optimizers, schedulers and random states, nearly always pickles. They are read to resume a training."""
     MODEL_WEIGHTS = "a model's weights"
     CONVERTED = "another format of the same weights"
     OTHER_WEIGHTS = "weights"
-    """Weights under a name that says no more."""
+    """Weights under a name that tells nothing else."""
     CONFIGURATION = "configuration"
     TOKENIZER = "a tokenizer"
     CHAT_TEMPLATE = "a chat template"
     CODE = "code"
-    """Loaded with ``trust_remote_code``."""
+    """Python files, loaded with ``trust_remote_code``."""
     EDITABLE = "a file for people to edit"
-    """Cards, licences, samples, how to generate: nothing that decides what the weights compute."""
+    """Cards, licences, samples, generation settings: nothing that decides what the weights compute."""
 
     @property
     def is_needed(self) -> bool:
-        """Whether a model's weights cannot be used, or not in the same way, without the file."""
+        """Whether a model's weights cannot be used without the file, or compute something else."""
         return self in _NEEDED
 
     @property
     def is_editable(self) -> bool:
-        """Whether a user may change the file as they like: the weights stay what they are, and compute the same."""
+        """Whether a user may freely change the file, since the weights and what they compute stay the same."""
         return self in _EDITABLE
 
 
@@ -95,7 +95,7 @@ NAMES: Final[tuple[tuple[FileRole, str], ...]] = (
         "config.json */config.json configuration.json model_index.json *_config.json */*_config.json modules.json params.json",
     ),
 )
-"""For each role, patterns of names below the folder; the first that fits decides. ``*`` stands for slashes as well."""
+"""For each role, patterns of paths relative to the folder. The first match decides. ``*`` matches slashes, too."""
 
 _OF_WEIGHTS: Final = {FileRole.MODEL_WEIGHTS, FileRole.OTHER_WEIGHTS, FileRole.CONVERTED, FileRole.TRAINED_BESIDE}
 
@@ -103,7 +103,7 @@ EDITABLE_CONFIGURATION: Final = frozenset({"generation_config.json"})
 
 
 def role_of(name: str | PurePath) -> FileRole:
-    """The role of the file `name`, relative to the folder of a model or an adapter."""
+    """Return the role of the file `name`, a path relative to the folder of a model or an adapter."""
     text = PurePath(name).as_posix()
     if text in EDITABLE_CONFIGURATION:
         return FileRole.EDITABLE
@@ -117,10 +117,10 @@ def role_of(name: str | PurePath) -> FileRole:
 
 
 def holds_weights(name: str | PurePath) -> bool:
-    """Whether a file, by its name, holds weights that a program may take for those of the model in its folder."""
+    """Return whether a file, by its name, holds weights that a program may load as the folder's model."""
     return role_of(name) in _OF_WEIGHTS and PurePath(name).suffix.lower() in WEIGHT_SUFFIXES
 
 
 def may_be_loaded(name: str | PurePath) -> bool:
-    """Whether a program that loads the folder may take the file for weights, put it on top of them, or run it."""
+    """Return whether a program that loads the folder may load the file as weights, apply it to them, or run it."""
     return role_of(name) in {FileRole.ADAPTER, FileRole.CODE} or holds_weights(name)

@@ -1,7 +1,7 @@
-"""Whether a file is still the one that was read.
+"""States of files, to detect that another program changed a file while it was read.
 
-What is made of a file that another program replaces or writes meanwhile is of two files, and of neither. So the state of each
-file is noted when it is opened, and compared when everything has been read and nothing has appeared yet.
+An output that is made from such a file would mix the old and the new content. So the state of each file is recorded when it is
+opened, and compared after everything is read and before the output appears.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from loratool.errors import CheckpointError, quoted
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What changes when a file is replaced or written.
+    """Facts about a file that change when it is replaced or written.
 
     Attributes:
         file: its path; a link is followed.
-        device, inode: which file it is.
+        device, inode: identity of the file.
         size: in bytes.
-        mtime_ns, ctime_ns: when its content, and when anything about it, was changed, in nanoseconds. A program can set the
-            first and not the second: a file that is put in the place of another has another inode or a later ctime.
+        mtime_ns: time of the last change of its content, in nanoseconds. A program can set it.
+        ctime_ns: time of the last change of its content or attributes, in nanoseconds. A program cannot set it, so a
+            file that replaces another has a different inode or a later ctime.
     """
 
     file: Path
@@ -38,17 +39,17 @@ class FileState:
 
     @classmethod
     def of(cls, file: Path, status: os.stat_result | None = None) -> Self:
-        """Return the present state of `file`, or the one in its `status`.
+        """Return the current state of `file`, or the state in `status` if given.
 
         Raises:
-            OSError: it is not there, or cannot be looked at.
+            OSError: the file does not exist, or cannot be accessed.
         """
         found = file.stat() if status is None else status
         return cls(file, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def states_of(files: Iterable[Path]) -> tuple[FileState, ...]:
-    """Return the present states of those `files` that are there."""
+    """Return the current states of those `files` that exist."""
     found = []
     for file in files:
         with suppress(OSError):
@@ -59,10 +60,10 @@ def states_of(files: Iterable[Path]) -> tuple[FileState, ...]:
 
 
 def refuse_changed_meanwhile(states: Iterable[FileState]) -> None:
-    """Check that every file is still as it was when its state was noted.
+    """Check that no file changed since its state was recorded.
 
     Raises:
-        CheckpointError: names the first that is not.
+        CheckpointError: a file did, or cannot be read; the message names the first.
     """
     for state in states:
         try:

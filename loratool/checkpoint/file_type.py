@@ -1,6 +1,6 @@
-"""What a file is by how it begins, for files that are not what their names say: archives, pickles, web pages, pointers.
+"""Types of files by their first bytes, for files that are not what their names say: archives, pickles, web pages, pointers.
 
-Read as safetensors, their first bytes would be the length of a header of petabytes, and the error would blame the wrong thing.
+Read as safetensors, their first bytes would be a header length of petabytes, and the error would be misleading.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Final
 
 LOOKED_AT: Final = 512
-"""Bytes from the beginning of a file that tell what it is."""
+"""Number of first bytes that `type_by_content` looks at."""
 
 LEAST_ZEROS: Final = 64
-"""Bytes; fewer zeros say nothing."""
+"""Smallest number of zero bytes that identifies an unfinished download."""
 
 LONGEST_SHOWN: Final = 40
-"""Characters of a text that are shown."""
+"""Largest number of characters of a text that a message shows."""
 
 _AGAIN: Final = "the download failed, so download it again"
 _UNPACK: Final = "unpack it, and give the folder or file that is in it"
@@ -40,17 +40,17 @@ SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"%PDF", "a PDF file; give the safetensors file that belongs to it"),
     (0, b"version https://git-lfs", "a Git LFS pointer and not the file itself; get that with 'git lfs pull'"),
 )
-"""Where each kind of file has which bytes, and what to say of it."""
+"""For each type: the offset and value of its signature, and a phrase for messages."""
 
 _ZIP: Final = b"PK\x03\x04"
 _ZIP_NAME: Final = 30
-"""Where a zip archive has the name of its first member, behind the length of that at 26."""
+"""Offset of the first member's name in a zip archive. The length of the name is at offset 26."""
 
 
 def type_by_content(head: bytes) -> str | None:
-    """What a file that begins so is, and what to do about it; None where that is not known.
+    """Return what a file is and what to do about it, as a phrase; None if its type is unknown.
 
-    `head` has `LOOKED_AT` bytes, or all that there are.
+    `head` holds its first `LOOKED_AT` bytes, or the whole file.
     """
     if not head:
         return f"an empty file (0 bytes); {_AGAIN}"
@@ -65,7 +65,7 @@ def type_by_content(head: bytes) -> str | None:
 
 
 def _zip(head: bytes) -> str:
-    """What a zip archive is: torch writes its pickles as one, numpy its arrays."""
+    """Describe a zip archive: torch writes its pickles as one, numpy its arrays."""
     length = int.from_bytes(head[26:28], "little")
     name = head[_ZIP_NAME : _ZIP_NAME + length]
     if name.endswith((b"data.pkl", b".format_version", b"byteorder")):
@@ -76,7 +76,7 @@ def _zip(head: bytes) -> str:
 
 
 def _text(head: bytes) -> str | None:
-    """What a text is: a web page, JSON, or the words of a server that had no file to give."""
+    """Describe a text: a web page, JSON, or the error message of a server; None if it is not text."""
     try:
         text = head.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

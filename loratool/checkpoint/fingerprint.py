@@ -1,7 +1,7 @@
-"""The fingerprint of a base model: what its tensors are, whatever files they lie in.
+"""The fingerprint of a base model, which identifies its tensors regardless of their files.
 
-It is BLAKE3 over one line of JSON for each tensor, ``["name","BF16",[2048,2048],"<BLAKE3 of its bytes>"]``, in the
-order of the names. Sharding, file names and metadata do not enter.
+It is BLAKE3 over one line of JSON for each tensor, ``["name","BF16",[2048,2048],"<BLAKE3 of its bytes>"]``, sorted by
+name. Sharding, file names and metadata have no influence.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from loratool.interrupts import check, whole
 
 READ_BYTES: Final = 1 << 20
 RACE_SECONDS: Final = 0.05
-"""A file changed this recently could change again within one tick of its time stamp: it is not cached yet."""
+"""Age, in seconds, below which a file's digests are not cached: it could change again within one tick of its time stamp."""
 
 
 def fingerprint(tensors: Mapping[str, TensorInfo], digests: Mapping[str, str]) -> str:
-    """The fingerprint, 64 hexadecimal digits, of `tensors` whose bytes have the BLAKE3 `digests`."""
+    """Return the fingerprint of `tensors` whose bytes have the BLAKE3 `digests`, as 64 hexadecimal digits."""
     hasher = blake3()
     for name in sorted(tensors):
         line = [name, tensors[name].dtype, list(tensors[name].shape), digests[name]]
@@ -40,24 +40,24 @@ def fingerprint(tensors: Mapping[str, TensorInfo], digests: Mapping[str, str]) -
 
 
 def file_digest(file: Path) -> str:
-    """BLAKE3 of a whole file, 64 hexadecimal digits."""
+    """Return the BLAKE3 digest of a whole file, as 64 hexadecimal digits."""
     hasher = blake3()
     hasher.update_mmap(file)
     return str(hasher.hexdigest())
 
 
 class DigestCache:
-    """BLAKE3 digests of the tensors of files seen before, one small JSON file for each, in `folder`.
+    """Cache in `folder` of the BLAKE3 digests of tensors: one small JSON file for each file of weights.
 
-    An entry counts only while the file's path, size, times and inode are the same. A cache that cannot be
-    read or written is no error: digests are then computed again.
+    An entry is valid while the file's path, size, times and inode are unchanged. If the cache cannot be read or written,
+    digests are computed again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, header: Header) -> dict[str, str] | None:
-        """The digests of every tensor in the file of `header`, or None where they are not known."""
+        """Return the digests of every tensor in the file of `header`, by name; None if they are not cached."""
         try:
             entry = read_json_object(self._entry(header.file), LARGEST_LISTING)
             if entry["file"] == _identity(FileState.of(header.file)) and set(entry["digests"]) == set(header.tensors):
@@ -68,7 +68,7 @@ class DigestCache:
 
     @whole
     def put(self, header: Header, digests: Mapping[str, str]) -> None:
-        """Remember the digests of the tensors of a file that is still as it was when its header was read."""
+        """Store the digests of a file's tensors, unless the file has changed since its header was read."""
         state = header.state
         if state is None or time.time() - max(state.mtime_ns, state.ctime_ns) / 1e9 < RACE_SECONDS:
             return
@@ -92,18 +92,19 @@ class DigestCache:
 
 
 def _identity(state: FileState) -> list[str | int]:
-    """Return what a file must have for its entry to count; its device is left out, whose number a restart changes."""
+    """Return the facts that must match for an entry to be valid. A restart can change device numbers, so they are left out."""
     return [str(state.file.resolve()), state.size, state.mtime_ns, state.ctime_ns, state.inode]
 
 
 def tensor_digests(checkpoint: Checkpoint, cache: DigestCache | None = None, *,
                    progress: Callable[[int], None] = lambda count: None) -> dict[str, str]:  # fmt: skip
-    """BLAKE3 of the bytes of every tensor of `checkpoint`, by name; one thread a core, files in `cache` are not read.
+    """Return the BLAKE3 digest of the bytes of every tensor of `checkpoint`, by name.
 
-    `progress` is called with the number of bytes hashed since its last call.
+    One thread per core reads the files that are not in `cache`. `progress` receives the number of bytes hashed since its
+    last call.
 
     Raises:
-        CheckpointError: a file cannot be read, or changed meanwhile.
+        CheckpointError: a file cannot be read, or changed while it was read.
     """
     known: dict[str, str] = {}
     unknown: list[Header] = []
@@ -132,7 +133,11 @@ def _hash(tensors: list[TensorInfo], progress: Callable[[int], None]) -> dict[st
 
 
 def hash_tensor(info: TensorInfo, progress: Callable[[int], None] = lambda count: None) -> str:
-    """BLAKE3 of the bytes of one tensor, 64 hexadecimal digits."""
+    """Return the BLAKE3 digest of one tensor's bytes, as 64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: its file cannot be read.
+    """
     try:
         fd = os.open(info.file, os.O_RDONLY)
     except OSError as error:
@@ -144,7 +149,7 @@ def hash_tensor(info: TensorInfo, progress: Callable[[int], None] = lambda count
 
 
 def hash_range(fd: int, start: int, stop: int, progress: Callable[[int], None] = lambda count: None) -> str:
-    """BLAKE3 of the bytes from `start` to `stop` of the open file `fd`, 64 hexadecimal digits."""
+    """Return the BLAKE3 digest of bytes ``start:stop`` of the open file `fd`, as 64 hexadecimal digits."""
     hasher = blake3()
     buffer = memoryview(bytearray(min(READ_BYTES, stop - start)))
     for at in range(start, stop, READ_BYTES):

@@ -1,7 +1,7 @@
-"""GGUF headers, read and checked by the rules of the container. No tensor data is read.
+"""Headers of GGUF files, read and checked by the rules of the container. No tensor data is read.
 
-The container (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md): ``GGUF``, a version, the number of tensors and of
-key-value pairs, the pairs, what each tensor is and where, padding, then the tensors' data. All numbers are little-endian.
+The container (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) holds ``GGUF``, a version, the numbers of tensors
+and key-value pairs, the pairs, an entry for each tensor, padding, and the tensors' data. All numbers are little-endian.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from loratool.errors import CheckpointError, quoted
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
 LARGEST_HEADER: Final = 64 << 20
-"""Bytes; the vocabulary of the largest models takes a sixth of that."""
+"""Largest header that is read, in bytes. The vocabulary of the largest models takes a sixth of that."""
 
 LONGEST_NAME: Final = 65_535
-"""Bytes of a key or a tensor's name, by the container's own rule."""
+"""Largest length of a key or a tensor's name in bytes, by the container's rules."""
 
 MOST_DIMENSIONS: Final = 4
 MOST_KEPT: Final = 64
-"""Elements of an array that are kept; of a longer one (a vocabulary) only the length is."""
+"""Largest number of elements of an array that is kept. Longer arrays, such as vocabularies, are skipped."""
 
 ALIGNMENT: Final = 32
 
@@ -44,7 +44,7 @@ TYPES: Final[Mapping[int, tuple[str, int, int]]] = MappingProxyType({
     22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54),
     35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 })  # fmt: skip
-"""Each ggml type: its name, the elements of one block along the innermost dimension, and the bytes of that block."""
+"""For each ggml type: its name, the elements of a block along the innermost dimension, and the bytes of a block."""
 
 _NUMBERS: Final = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING: Final = 8
@@ -56,8 +56,8 @@ class GgufHeader:
     """The checked header of one GGUF file of `size` bytes.
 
     Attributes:
-        metadata: the key-value pairs: text, numbers, and short lists of them; of a longer array nothing but its key is kept.
-        tensors: by name, each with its shape outermost dimension first, and the name of its ggml type as dtype.
+        metadata: the key-value pairs: strings, numbers, and short lists of them; the value of a longer array is None.
+        tensors: by name. A shape starts with the outermost dimension; a dtype is the name of the ggml type.
     """
 
     file: Path
@@ -67,7 +67,7 @@ class GgufHeader:
 
 
 def is_gguf(file: Path) -> bool:
-    """Whether a regular file begins as GGUF does."""
+    """Return whether `file` is a regular file that begins with ``GGUF``."""
     try:
         with open(file, "rb", opener=open_without_waiting) as stream:
             return stat.S_ISREG(os.fstat(stream.fileno()).st_mode) and stream.read(len(MAGIC)) == MAGIC
@@ -79,7 +79,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
     """Read and check the header of the GGUF file `file`.
 
     Raises:
-        CheckpointError: the file is missing, is no regular file, or breaks a rule of the container.
+        CheckpointError: the file is missing, is not a regular file, or breaks a rule of the container.
     """
     try:
         with open(file, "rb", opener=open_without_waiting) as stream:
@@ -93,7 +93,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
 
 @dataclass(slots=True)
 class _Reader:
-    """Reads the parts of a header one after the other, never more than `left` bytes in all."""
+    """Reader of a header's parts, one after the other, which stops after `left` bytes."""
 
     stream: BinaryIO
     file: Path
@@ -176,7 +176,7 @@ def _unique(reader: _Reader, count: int, read: Callable[[str], Any], what: str) 
 
 
 def _entry(reader: _Reader, name: str) -> tuple[tuple[int, ...], int, int]:
-    """Shape with the outermost dimension first, ggml type, and offset from the start of the data."""
+    """Read a tensor's shape (outermost dimension first), ggml type, and offset from the start of the data."""
     dimensions = int(reader.number("<I"))
     if dimensions > MOST_DIMENSIONS:
         raise reader.broken(f"the tensor {quoted(name)} has {dimensions} dimensions")

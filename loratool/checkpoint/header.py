@@ -1,7 +1,7 @@
-"""safetensors headers, read and checked by the rules of the format.
+"""Headers of safetensors files, read and checked by the rules of the format. No tensor data is read.
 
-The format (https://github.com/huggingface/safetensors#format): eight bytes of little-endian header length, that many
-bytes of JSON, then the tensors' bytes without holes or overlaps. Nothing here reads tensor data.
+The format (https://github.com/huggingface/safetensors#format) has the length of the header as eight little-endian bytes,
+the header in JSON, then the tensors' bytes without holes or overlaps.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ MAX_HEADER_BYTES: Final = 100_000_000
 """The format's own limit on the length of the JSON header."""
 
 SEAL: Final = b"\xff" * 8
-"""What a file begins with, in place of the length of its header, while loratool changes it (`loratool.checkpoint.seal`)."""
+"""First bytes of a file that loratool is changing, in place of its header's length (`loratool.checkpoint.seal`)."""
 
 JOURNAL: Final = ".loratool-journal"
-"""Folder, in a model, of what finishes a change of it in place (`loratool.checkpoint.journal`)."""
+"""Folder in a model, from which an interrupted change in place is finished (`loratool.checkpoint.journal`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies: its bytes are ``file[start:stop]``."""
+    """Name, dtype, shape and place of one tensor, whose bytes are ``file[start:stop]``."""
 
     name: str
     dtype: str
@@ -50,15 +50,15 @@ class TensorInfo:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Rows and columns of the tensor as it lies: its last dimension is the columns; a vector is one row."""
+        """Rows and columns of the stored tensor. The last dimension gives the columns; a vector is one row."""
         return math.prod(self.shape[:-1]), self.shape[-1] if self.shape else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The checked header of one safetensors file of `size` bytes whose tensor data begin at `data_start`.
+    """The checked header of one safetensors file of `size` bytes, whose tensor data begins at byte `data_start`.
 
-    `state` is that of the file when its header was read; None where the file itself is not here.
+    `state` is the file's state when its header was read; None if the file is not on this machine.
     """
 
     file: Path
@@ -73,8 +73,8 @@ def read_header(file: Path) -> Header:
     """Read and check the header of the safetensors file `file`.
 
     Raises:
-        CheckpointError: the file is missing, is no regular file, or breaks a rule of the format: length, JSON,
-            duplicate keys, dtype, shape, offsets, overlaps, holes, or a file shorter or longer than its header says.
+        CheckpointError: the file is missing, is not a regular file, or breaks a rule of the format: length, JSON,
+            duplicate keys, dtype, shape, offsets, overlaps, holes, or a size that differs from what its header says.
     """
     try:
         with open(file, "rb", opener=open_without_waiting) as stream:
@@ -97,7 +97,7 @@ def read_header(file: Path) -> Header:
 
 
 def _refuse_other_type(file: Path, stream: BinaryIO) -> None:
-    """Raise CheckpointError if a file that is no safetensors file is of another type that is known."""
+    """Raise CheckpointError if a file is of another type that `type_by_content` knows."""
     stream.seek(0)
     what = type_by_content(stream.read(LOOKED_AT))
     if what is not None:
@@ -105,7 +105,7 @@ def _refuse_other_type(file: Path, stream: BinaryIO) -> None:
 
 
 def _sealed(file: Path) -> CheckpointError:
-    """What to say of a file in the middle of a change in place, whose bytes are neither those before it nor those after."""
+    """Return the error for a sealed file, which is in the middle of a change in place."""
     if (file.parent / JOURNAL).is_dir():
         way = f"wait for it to end, or finish it with 'loratool verify {printable(shlex.quote(str(file.parent)))}'"
         return CheckpointError(f"{quoted(file)} is in the middle of a change in place; {way}")
@@ -130,9 +130,9 @@ def parse_header(text: bytes, file: Path, size: int) -> Header:
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a safetensors file that holds `tensors` (name to dtype and shape) in the order given.
+    """Return the first bytes of a safetensors file that holds `tensors` (name to dtype and shape) in the given order.
 
-    Metadata keys are sorted, so equal content gives equal bytes; the header is padded to a multiple of eight bytes.
+    Metadata keys are sorted, so that equal content gives equal bytes. The header is padded to a multiple of eight bytes.
     """
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
@@ -146,7 +146,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
 
 
 def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes that a tensor of `dtype` and `shape` takes."""
+    """Return the size in bytes of a tensor of `dtype` and `shape`."""
     return math.prod(shape) * DTYPES[dtype].bits // 8
 
 
@@ -187,7 +187,7 @@ def _are_sizes(value: object) -> bool:
 
 
 def _elements(shape: list[int]) -> int:
-    """How many elements `shape` has, or some number beyond 64 bits: the product of a hostile shape takes hours."""
+    """Return the number of elements, or any number beyond 64 bits: the full product of a hostile shape takes hours."""
     count = 1
     for side in shape:
         count *= side

@@ -1,4 +1,4 @@
-"""Which files of a model's folder come along into a model that is made of it, and why others do not."""
+"""Selection of the files in a model's folder that a new model inherits."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from loratool.errors import CheckpointError, quoted
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """The files that come along as they are: paths relative to the folder; and notes on those that do not."""
+    """Files that are copied unchanged, as paths relative to the folder, and notes on files that are left out."""
 
     files: tuple[Path, ...]
     notes: tuple[str, ...]
 
 
 def inherited_files(source: Checkpoint) -> Inherited:
-    """Decide for each file beside a model's weights whether a model that is made of it inherits it.
+    """Decide which files beside a model's weights a new model inherits.
 
-    Everything does but the manifest, an adapter's files, which transformers would load in place of the new model's
-    weights or on top of them, and links that lead out of the folder, whose targets are no part of the model.
+    It inherits all but these:
+
+    - the manifest;
+    - an adapter's files, which transformers would load instead of the new weights or on top of them;
+    - links that lead out of the folder, since their targets do not belong to the model.
 
     Raises:
-        CheckpointError: a link that leads out stands for a file that programs load the model by.
+        CheckpointError: such a link stands for a file that is needed to load the model.
     """
     files, adapters, links = [], [], []
     for name in source.other_files():

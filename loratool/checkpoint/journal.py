@@ -1,11 +1,11 @@
-"""Changing a model folder in place so that a kill, a full disk or a power cut loses nothing: a redo log.
+"""A redo log for changes of a model's folder in place, so that a kill, a full disk or a power cut loses nothing.
 
-New bytes are first written to ``.loratool-journal/redo`` in the folder, with a list of where they belong, and fsynced.
-Renaming that list to ``commit.json`` is the commit: before it nothing in the folder has changed, and after it the
-change can be finished by copying, as often as it takes. Whoever opens the folder next finishes or discards it.
+New bytes are first written to ``.loratool-journal/redo`` in the folder, with a list of the places they belong to, and
+fsynced. Renaming that list to ``commit.json`` commits the change. Before it, nothing in the folder has changed; after it,
+the copying can be repeated until it succeeds. The next command that opens the folder finishes or discards the change.
 
-While the bytes are copied every file that they belong to is sealed (`loratool.checkpoint.seal`): no program can load a model
-that is neither the one before nor the one after. The seals are lifted last, when everything else is durable.
+While bytes are copied, every file that changes is sealed (`loratool.checkpoint.seal`), so that no program can load a half
+changed model. The seals are lifted last, when everything else is durable.
 """
 
 from __future__ import annotations
@@ -39,16 +39,17 @@ COMMIT: Final = "commit.json"
 REDO: Final = "redo"
 NEW: Final = "new"
 _OWN: Final = re.compile(r"loratool\.json|loratool-undo(/[0-9a-f]{12})?")
-"""What of loratool's own an in-place change may add, replace or remove, beside ranges of weight files."""
+"""Names of loratool's own files that a change in place may add, replace or remove."""
 
 
 @contextmanager
 def locked(folder: Path, *, exclusive: bool) -> Iterator[None]:
-    """Hold the folder against other loratool processes: several may read, one alone may change it.
+    """Lock the folder against other loratool processes: several may read it, or one may change it.
 
-    An interrupted change that is found is finished (or discarded, if it was not committed) first.
+    An interrupted change is finished first, or discarded if it was not committed.
 
     Raises:
+        CheckpointError: the folder cannot be read.
         OutputError: another process is changing the folder, or reading it while this one wants to change it.
     """
     try:
@@ -72,13 +73,13 @@ def _lock(fd: int, folder: Path, *, exclusive: bool) -> None:
     except BlockingIOError:
         raise OutputError(f"another run of loratool is using {quoted(folder)}; wait for it to end") from None
     except OSError as error:
-        # Some network file systems have no locks; a change in place needs one, reading goes on without.
+        # Some network file systems have no locks. A change in place needs one; reading does not.
         if exclusive:
             raise OutputError(f"cannot lock {quoted(folder)}: {error.strerror}; merge with --out instead") from None
 
 
 def refuse_links(folder: Path, files: list[Path]) -> None:
-    """Raise OutputError if the folder or one of its weight `files` is a link or shared with another name."""
+    """Raise OutputError if the folder or one of its weight `files` is a link, or has a second name (a hard link)."""
     if folder.is_symlink():
         raise OutputError(f"{quoted(folder)} is a link, which loratool never writes through; merge with --out instead")
     for file in files:
@@ -90,7 +91,7 @@ def refuse_links(folder: Path, files: list[Path]) -> None:
 
 
 class _ObstacleError(ValueError):
-    """Something about the folder that a prepared change meets, and what the user can do about it."""
+    """An obstacle to a prepared change, with advice for the user."""
 
     def __init__(self, what: str, advice: str) -> None:
         super().__init__(what)
@@ -99,8 +100,13 @@ class _ObstacleError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What a commit says: the ranges of files and where their bytes lie in the redo log, what to remove, and the heads of the
-    files, which are put back last; those of another version of loratool lack these."""
+    """The content of a commit.
+
+    Attributes:
+        ranges: for each range of a file: ``file``, ``start``, ``stop``, and the offset ``at`` of its bytes in the redo log.
+        remove: names of files and folders to remove.
+        heads: the head of each file, restored last; empty in commits of older versions.
+    """
 
     ranges: Sequence[dict[str, Any]]
     remove: Sequence[str]
@@ -108,10 +114,10 @@ class _Record:
 
 
 class Journal:
-    """A change of the files in `folder` that is being prepared; the folder must be `locked` exclusively.
+    """A change in place of the files in `folder`, which must be `locked` exclusively.
 
-    `reserve` gives room in the redo log for a range of a file; the caller writes the new bytes there, to `fd`. Files
-    that the change adds are written below `new`. `commit` makes it happen; leaving the block without it discards all.
+    `reserve` returns space in the redo log for a range of a file; the caller writes the new bytes there, to `fd`. New files
+    are written below `new`. `commit` carries the change out. Leaving the block without `commit` discards it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -158,7 +164,11 @@ class Journal:
         return f"the change of {name} is complete" if self._committed else f"{name} is as it was"
 
     def reserve(self, file: Path, start: int, stop: int) -> int:
-        """Room in the redo log for bytes ``start:stop`` of `file`; returns the offset in `fd` to write them at."""
+        """Reserve space in the redo log for bytes ``start:stop`` of `file`; return their offset in `fd`.
+
+        Raises:
+            OutputError: `file` is read-only.
+        """
         if not os.access(file, os.W_OK):
             raise OutputError(f"{quoted(file)} is read-only; make it writable, or write to --out instead")
         at = self._size
@@ -167,7 +177,11 @@ class Journal:
         return at
 
     def preallocate(self) -> None:
-        """Claim the disk space for everything reserved, so that a full disk is noticed before work is done."""
+        """Allocate the reserved space, so that a full disk is noticed before any work is done.
+
+        Raises:
+            OutputError: the disk is full.
+        """
         if self._size:
             try:
                 os.posix_fallocate(self.fd, 0, self._size)
@@ -176,7 +190,7 @@ class Journal:
                     raise _unwritable(self.folder, error) from None
 
     def ahead(self) -> list[Callable[[], None]]:
-        """Jobs that put the old bytes into the room reserved, which makes the new ones quicker to write (`ModelCopy`)."""
+        """Return jobs that copy the old bytes into the reserved space, which makes writing the new ones faster."""
         return [
             partial(self._copy_old, entry["file"], entry["start"], entry["stop"], entry["at"]) for entry in self._ranges
         ]
@@ -189,15 +203,15 @@ class Journal:
             os.close(fd)
 
     def commit(self, *, remove: tuple[str, ...] = (), check: Callable[[], None] = lambda: None) -> None:
-        """Make the change durable and carry it out; `remove` names files or folders of loratool's own to take away.
+        """Make the change durable and carry it out. `remove` names loratool's own files or folders to remove.
 
-        `check` is called when nobody else can open the files any more, and may raise. Ctrl-C waits until the change is
-        carried out; a second one leaves it to whoever opens the folder next.
+        `check` is called once no other program can open the files, and may raise. Ctrl-C waits until the change is carried
+        out. After a second Ctrl-C, the next command that opens the folder finishes it.
 
         Raises:
-            OutputError: the disk is full, or another program has a file open; nothing has changed then.
+            OutputError: the disk is full, or another program has a file open; then nothing has changed.
         """
-        # A repetition after a kill must not remove what the first try installed.
+        # When the change is repeated after a kill, it must not remove what the first try installed.
         record = {"ranges": self._ranges, "remove": [name for name in remove if not (self.new / name).exists()]}
         files = sorted({self.folder / entry["file"] for entry in self._ranges})
         with self._refusals():
@@ -208,7 +222,7 @@ class Journal:
             with self._refusals(), leased(files) as opened:
                 check()
                 self._commit(record | {"heads": {file.name: head_of(fd, file) for file, fd in opened.items()}})
-                with suppress(OSError):  # to finish it tries once more, and says what is wrong
+                with suppress(OSError):  # recover() seals again, and reports the error
                     seal(opened.values())
             recover(self.folder)
 
@@ -223,7 +237,7 @@ class Journal:
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
-        """Say why the change cannot be made, as long as it is not committed."""
+        """Turn the block's errors into an OutputError that says whether the change is committed."""
         try:
             yield
         except ValueError as error:
@@ -235,16 +249,16 @@ class Journal:
 
 
 def recover(folder: Path) -> None:
-    """Finish a committed change of `folder`, or discard one that was not; the folder must be `locked` exclusively.
+    """Finish a committed change of `folder`, or discard an uncommitted one. The folder must be `locked` exclusively.
 
     Raises:
-        CheckpointError: the journal is not one that loratool could have written for this folder, or the folder has
-            become one that the change cannot be finished in.
+        CheckpointError: loratool cannot have written the journal for this folder, or the folder has changed so that the
+            change cannot be finished.
         OutputError: the change cannot be written.
     """
     journal = folder / JOURNAL
     if not os.path.lexists(journal):
-        return  # another process was quicker
+        return  # another process has finished it
     if journal.is_symlink() or not journal.is_dir():
         raise CheckpointError(f"{quoted(journal)} is a link or a file, which loratool never makes; remove it")
     if (journal / COMMIT).is_file():
@@ -266,7 +280,11 @@ def recover(folder: Path) -> None:
 
 
 def _committed(folder: Path) -> _Record:
-    """The committed change of `folder`, checked; errors as `recover`."""
+    """Return the committed change of `folder`, checked.
+
+    Raises:
+        CheckpointError: as `recover`.
+    """
     journal = folder / JOURNAL
     try:
         return _checked(folder, parse_json_object(read_limited(journal / COMMIT, LARGEST_LISTING), journal / COMMIT))
@@ -297,7 +315,7 @@ def _redo(folder: Path, record: _Record) -> None:
         _copy_ranges(folder, record.ranges, files)
         _install(folder, record.remove)
         unseal(sealed)
-    # From here on a repetition would find nothing to install; the commit goes first, then what it spoke of.
+    # Repeating the change from here would find nothing to install, so the commit is removed before the rest of the journal.
     os.unlink(folder / JOURNAL / COMMIT)
     sync_folder(folder / JOURNAL)
 
@@ -312,7 +330,7 @@ def _copy_ranges(folder: Path, ranges: Sequence[dict[str, Any]], files: Mapping[
 
 
 def _install(folder: Path, remove: Sequence[str]) -> None:
-    """Take away what the change removes, and give what it adds its place."""
+    """Remove what the change removes, and move new files to their places."""
     journal = folder / JOURNAL
     for name in remove:
         with suppress(FileNotFoundError):
@@ -331,12 +349,12 @@ def _install(folder: Path, remove: Sequence[str]) -> None:
 
 
 def _checked(folder: Path, record: dict[str, Any]) -> _Record:
-    """The record, of which nothing reaches outside the folder or what loratool owns in it.
+    """Return the record, after checking that it changes only weight files and loratool's own files in this folder.
 
     Raises:
-        _ObstacleError: the folder is not as it was when the change was prepared.
-        ValueError: says what does, or that the redo log is gone.
-        OSError: the folder cannot be looked at.
+        _ObstacleError: the folder has changed since the change was prepared.
+        ValueError: the record reaches further, or the redo log is missing.
+        OSError: the folder cannot be accessed.
     """
     journal = folder / JOURNAL
     for path in journal.rglob("*"):
@@ -371,12 +389,12 @@ def _checked(folder: Path, record: dict[str, Any]) -> _Record:
 
 
 def _is_of_tokenizer(name: str) -> bool:
-    """Whether a name is that of a tokenizer's file or a chat template in the folder itself, which a merge may bring along."""
+    """Return whether `name` is that of a tokenizer file or chat template in the folder, which a merge may add."""
     return "/" not in name and role_of(name) in (FileRole.TOKENIZER, FileRole.CHAT_TEMPLATE)
 
 
 def _check_head(file: Path, head: dict[str, Any]) -> None:
-    """Raise _ObstacleError unless `file` is the one that began so when the change was prepared."""
+    """Raise _ObstacleError unless `file` has the head that it had when the change was prepared."""
     if type(head["length"]) is not int:
         raise ValueError(f"{quoted(file)} is in the way")
     fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
@@ -385,14 +403,14 @@ def _check_head(file: Path, head: dict[str, Any]) -> None:
     finally:
         os.close(fd)
     if not same:
-        raise _ObstacleError(f"{quoted(file)} is another file than it was", "put the file back that was there")
+        raise _ObstacleError(f"{quoted(file)} is another file than it was", "put the original file back")
 
 
 def _check_own_file(file: Path, stop: int) -> None:
-    """Raise _ObstacleError unless `file` is a regular file of `stop` bytes or more that nothing else leads to or shares."""
+    """Raise _ObstacleError unless `file` is a regular file with a single name and at least `stop` bytes."""
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise _ObstacleError(f"{quoted(file)} is a link or no file", "put the file itself in its place")
+        raise _ObstacleError(f"{quoted(file)} is a link or not a file", "put the file itself in its place")
     if status.st_nlink > 1:
         raise _ObstacleError(f"{quoted(file)} has a second name", "remove that")
     if status.st_size < stop:
@@ -405,9 +423,9 @@ def _refuse_link(path: Path) -> None:
 
 
 def _how_it_ends(folder: Path) -> str:
-    """What to say of a change that is committed and not carried out."""
+    """Return a note on a change that is committed but not carried out."""
     return (
-        f"the change of {quoted(folder)} is prepared, and finished by the next loratool command on it; until then no program "
+        f"the change of {quoted(folder)} is prepared, and the next loratool command on it finishes it; until then no program "
         "can load it"
     )
 

@@ -1,7 +1,7 @@
-"""JSON from outside, read within bounds: its length, how deep it is nested, and the size of its numbers.
+"""JSON from outside, read with limits on its length, its nesting and the size of its numbers.
 
-Every configuration, index, manifest, header and sidecar is read here, so that no file, however it was made, costs more
-memory than its kind can need, and no later step meets a list a thousand levels deep or a number that no double holds.
+Every configuration, index, manifest, header and sidecar is read here. So a hostile file cannot take more memory than its kind
+needs, and later code meets neither deeply nested lists nor numbers beyond a double.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from loratool.checkpoint.file_type import LOOKED_AT, type_by_content
 from loratool.errors import CheckpointError, quoted
 
 LARGEST: Final = 16 << 20
-"""Bytes of a configuration; the largest known, an AdaLoRA's with masks for thousands of modules, has a third of that."""
+"""Largest configuration, in bytes. The largest known, AdaLoRA's with masks for thousands of modules, has a third of that."""
 
 LARGEST_LISTING: Final = 100_000_000
-"""Bytes of JSON that lists the tensors of a model: headers (the format's own limit), indexes and manifests."""
+"""Largest listing of a model's tensors, in bytes: a header (by the format's own limit), index or manifest."""
 
 DEEPEST: Final = 64
-"""Levels of nesting; configurations in use have five or six."""
+"""Largest depth of nesting. Real configurations have five or six levels."""
 
 MOST_DIGITS: Final = 308
-"""Digits of a whole number: one that has more is beyond the largest double."""
+"""Largest number of digits of an integer. One with more digits is beyond the largest double."""
 
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _LONG_NUMBER: Final = re.compile(rb"\d{%d}" % (MOST_DIGITS + 1))
@@ -38,7 +38,7 @@ def read_json_object(file: Path, largest: int = LARGEST) -> dict[str, Any]:
     """Return the JSON object in `file`, which has at most `largest` bytes.
 
     Raises:
-        CheckpointError: it cannot be read, is no regular file, is too large, or is not such JSON (`parse_json_object`).
+        CheckpointError: it cannot be read, is not a regular file, is too large, or is not valid (`parse_json_object`).
     """
     try:
         return parse_json_object(read_limited(file, largest), file)
@@ -47,10 +47,10 @@ def read_json_object(file: Path, largest: int = LARGEST) -> dict[str, Any]:
 
 
 def parse_json_object(text: bytes, file: Path) -> dict[str, Any]:
-    """Return the JSON object in `text`, without duplicate keys, NaN or infinity.
+    """Return the JSON object in `text`, which must not have duplicate keys, NaN or infinity.
 
     Raises:
-        CheckpointError: `text` is something else; the message names `file`.
+        CheckpointError: `text` is not such an object; the message names `file`.
     """
     try:
         value = parse_json(text)
@@ -66,7 +66,7 @@ def parse_json(text: bytes, deepest: int = DEEPEST) -> Any:
 
     Raises:
         ValueError: it is not JSON, has a key twice, is nested more than `deepest` levels, or holds NaN, infinity, a number
-            that no double holds, or half of a surrogate pair. The message says which.
+            beyond the largest double, or half of a surrogate pair. The message says which.
     """
     whole_number = {"parse_int": _whole_number} if _LONG_NUMBER.search(text) else {}
     try:
@@ -93,7 +93,7 @@ def parse_json(text: bytes, deepest: int = DEEPEST) -> Any:
 
 
 def _what_instead(text: bytes) -> str | None:
-    """What a file is that should be JSON, where it is a web page or a pointer: a download that failed."""
+    """Describe what a failed download left instead of JSON: a web page or a pointer; None if it is neither."""
     what = type_by_content(text[:LOOKED_AT]) if text.lstrip().startswith((b"<", b"version https://")) else None
     return None if what is None else f"it is {what.partition(';')[0]}"
 
@@ -102,7 +102,7 @@ def read_limited(file: Path, largest: int) -> bytes:
     """Return the content of a regular file of at most `largest` bytes.
 
     Raises:
-        CheckpointError: it is no regular file, or is larger.
+        CheckpointError: it is not a regular file, or is larger.
         OSError: it cannot be read.
     """
     with open(file, "rb", opener=open_without_waiting) as stream:
@@ -119,12 +119,12 @@ def read_limited(file: Path, largest: int) -> bytes:
 
 
 def open_without_waiting(path: str, flags: int) -> int:
-    """Open a file for reading; a FIFO, which nobody may ever write to, is opened at once too, to be refused."""
+    """Open a file without waiting, as an `opener` for `open`: opening a FIFO would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def broken_file(file: Path, reason: str) -> CheckpointError:
-    """The error for a file that breaks a rule of its format, JSON or safetensors."""
+    """Return the error for a file that breaks a rule of its format, JSON or safetensors."""
     kind = "JSON" if file.suffix == ".json" else "safetensors"
     return CheckpointError(f"{quoted(file)} is not a valid {kind} file: {reason}; download or save it again")
 
@@ -155,7 +155,7 @@ def _whole_number(literal: str) -> int:
 
 
 def _check_depth(value: object, deepest: int) -> None:
-    """Raise ValueError if JSON is nested more than `deepest` levels; counted without recursion."""
+    """Raise ValueError if JSON is nested more than `deepest` levels; no recursion is used."""
     level = [value] if isinstance(value, dict | list) else []
     depth = 0
     while level:

@@ -1,7 +1,7 @@
-"""The files of a model whose tensors are not those of the model it is made from: other dtypes, sizes and numbers.
+"""The files of a new model whose tensors differ from its base's in dtype, size or number.
 
-What stands for a tensor of the source lies in the file where the source has that tensor, under the file's own name. The
-layout is made from headers alone: where every byte goes is known before a matrix is read.
+What replaces a tensor goes into the file of the same name as the base's file with that tensor. The layout is made from
+headers alone, so that the place of every byte is known before a matrix is read.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loratool.checkpoint.model_copy import copy_file, pieces
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor that is to be written, with a dtype as safetensors calls it."""
+    """A tensor to write. `dtype` is a name of safetensors."""
 
     name: str
     dtype: str
@@ -38,7 +38,7 @@ class NewTensor:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file to write: its first bytes, and its `tensors` in the order in which they lie; `file` is a plain name."""
+    """One file to write: its first bytes, and its `tensors` in file order; their `file` is a plain name."""
 
     source: Header
     head: bytes
@@ -58,10 +58,10 @@ class Layout:
     """All files of a model to write.
 
     Attributes:
-        base: what it is made from.
+        base: the model it is made from.
         shards: in the order of the base's headers.
-        tensors: every tensor of the new model by name; its `file` is the name of its shard alone.
-        kept: the names of those that are the base's, byte for byte.
+        tensors: every tensor of the new model by name. `file` is the name of its shard, without a folder.
+        kept: names of the tensors whose bytes are the base's.
     """
 
     base: Checkpoint
@@ -75,7 +75,7 @@ class Layout:
         return sum(info.nbytes for info in self.tensors.values())
 
     def index(self) -> bytes | None:
-        """The new content of the index file; None where the base has none."""
+        """Return the new content of the index file; None if the base has no index."""
         if self.base.index is None:
             return None
         content = read_json_object(self.base.index, LARGEST_LISTING)
@@ -86,7 +86,7 @@ class Layout:
 
 
 def plan_layout(base: Checkpoint, replaced: Mapping[str, Sequence[NewTensor]]) -> Layout:
-    """The layout of `base` with other tensors in the place of those in `replaced`; none means that it goes."""
+    """Return the layout of `base` with new tensors for each name in `replaced`; an empty sequence removes the tensor."""
     shards = tuple(_shard(header, replaced) for header in base.headers)
     tensors = {info.name: info for shard in shards for info in shard.tensors}
     return Layout(base, shards, tensors, frozenset(tensors.keys() - _new_names(replaced)))
@@ -97,7 +97,7 @@ def _new_names(replaced: Mapping[str, Sequence[NewTensor]]) -> set[str]:
 
 
 def _shard(header: Header, replaced: Mapping[str, Sequence[NewTensor]]) -> Shard:
-    """The tensors of one file in safetensors' own order: large elements first, so that all are aligned; then by name."""
+    """Lay out one file in safetensors' own order: by decreasing element size, which aligns all tensors, then by name."""
     new = [
         tensor
         for info in header.tensors.values()
@@ -115,7 +115,7 @@ def _shard(header: Header, replaced: Mapping[str, Sequence[NewTensor]]) -> Shard
 
 @dataclass(frozen=True, slots=True)
 class NewFiles:
-    """The files of a layout, open for writing, by their names; and the jobs that copy what is kept."""
+    """The files of a layout by name, open for writing, and the jobs that copy the kept bytes."""
 
     files: Mapping[str, int]
     copies: Sequence[Callable[[], None]]
@@ -124,9 +124,9 @@ class NewFiles:
 @contextmanager
 def new_files(layout: Layout, folder: Path, others: Collection[Path],
               progress: Callable[[int], None]) -> Iterator[NewFiles]:  # fmt: skip
-    """Make the files of `layout` in the empty `folder`, with room for the tensors that are not kept, and its index.
+    """Create the files and the index of `layout` in the empty `folder`, with space for the new tensors.
 
-    `others` are the paths, relative to the base's folder, of the other files to copy.
+    `others` are further files to copy, as paths relative to the base's folder.
     """
     with ExitStack() as stack:
         files: dict[str, int] = {}
@@ -153,7 +153,7 @@ def new_files(layout: Layout, folder: Path, others: Collection[Path],
 
 
 def _kept_ranges(shard: Shard, kept: Collection[str]) -> Iterator[tuple[int, int, int]]:
-    """Where kept bytes start and stop in the source and where they go; tensors that lie together in both are joined."""
+    """Yield the start and stop of kept bytes in the source, and their new offset; ranges adjacent in both are joined."""
     begin = end = at = 0
     for info in shard.tensors:
         if info.name not in kept:

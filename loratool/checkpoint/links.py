@@ -1,4 +1,4 @@
-"""Links in a model's folder: which of them stay in it, or lead where huggingface_hub keeps the folder's own files."""
+"""Check of links in a model's folder: into the folder, into huggingface_hub's cache for it, or elsewhere."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _BLOB: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def leads_outside(file: Path, folder: Path) -> bool:
-    """Whether `file`, which lies below `folder`, is a link to what is not the folder's own.
+    """Return whether `file`, which lies below `folder`, is a link to a file that does not belong to the folder.
 
-    Not one inside the folder, nor one as huggingface_hub makes them in its cache: of a file below ``snapshots/<commit>`` to
-    ``blobs/<hash>`` of the same repository.
+    Links into the folder belong to it. So do the links of huggingface_hub's cache, from a file below ``snapshots/<commit>``
+    to ``blobs/<hash>`` of the same repository.
     """
     target = Path(os.path.realpath(file))
     if target.is_relative_to(os.path.realpath(folder)):

@@ -1,4 +1,4 @@
-"""A model on disk: its safetensors files, its index, its configuration and everything else in its folder."""
+"""A model on disk: its safetensors files, its index, its configuration and the other files in its folder."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ CONFIG_NAME: Final = "config.json"
 
 NAME_BYTES: Final = 255
 PATH_BYTES: Final = 4096
-"""The longest name and path (Linux)."""
+"""Limits on the length of a file name and of a path, in bytes (Linux)."""
 
 BOOKKEEPING: Final = frozenset({".git", ".cache", JOURNAL})
-"""Folders in which download tools, and loratool, keep their own state; they are no part of a model."""
+"""Folders in which download tools and loratool keep their state. They do not belong to the model."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of one model and the folder they lie in.
+    """The weights of one model and their folder.
 
     Attributes:
-        path: the model folder, or the one safetensors file that is the whole model.
-        headers: the checked headers of its safetensors files, in name order.
+        path: the model's folder, or the single safetensors file of the whole model.
+        headers: the checked headers of its safetensors files, sorted by name.
         tensors: every tensor of the model by name.
         index: the index file that lists the shards, if there is one.
-        described: states, before they were read, of the files that say what the model is: its configuration and index.
+        described: states of its configuration and index, taken before they were read.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class Checkpoint:
 
         Raises:
             NotFoundError: there is nothing at `path`.
-            CheckpointError: it holds no safetensors model, or one that is damaged or incomplete.
+            CheckpointError: there is no safetensors model, or it is damaged or incomplete.
         """
         if path.is_file():
             if path.suffix in PICKLE_SUFFIXES:
@@ -80,12 +80,12 @@ class Checkpoint:
     def of_headers(
         cls, path: Path, headers: Iterable[Header], index: Path | None, shards: Mapping[str, str]
     ) -> Checkpoint:
-        """The model whose files have these headers, of which nothing else need be there; enough for a plan.
+        """Return the model whose files have these headers. The files themselves need not exist; a plan needs no more.
 
-        `shards` is what `index` says: tensor name to file name; empty where the model is one file.
+        `shards` is the content of `index`: tensor name to file name, and empty for a model of one file.
 
         Raises:
-            CheckpointError: a tensor is twice there, or not where the index says.
+            CheckpointError: a tensor occurs twice, or is not in the file that the index names.
         """
         checkpoint = cls._of_files(path, tuple(headers), index)
         for tensor, shard in shards.items():
@@ -112,12 +112,12 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """The folder that holds the weights (for a single-file model, the file's own folder)."""
+        """The folder that holds the weights."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def states(self) -> tuple[FileState, ...]:
-        """States of the files that it was read from, its weights among them, when they were opened."""
+        """States of all files that the model is read from, taken when they were opened."""
         return (*self.described, *(header.state for header in self.headers if header.state is not None))
 
     @property
@@ -127,17 +127,17 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The model's ``config.json``, or an empty mapping where there is none."""
+        """The content of the model's ``config.json``; empty if there is no such file."""
         file = self.path / CONFIG_NAME
         if not self.path.is_dir() or not file.is_file():
             return {}
         return read_json_object(file)
 
     def other_files(self) -> Iterator[Path]:
-        """Paths, relative to the folder, of everything in it that is not a weight file of the model, sorted.
+        """Yield the sorted paths, relative to the folder, of all files but the model's weight files.
 
         Raises:
-            CheckpointError: the folder holds something that cannot be copied safely: a link to a folder, a socket.
+            CheckpointError: the folder holds something that cannot be copied safely, such as a link to a folder or a socket.
         """
         if not self.path.is_dir():
             return
@@ -149,7 +149,7 @@ class Checkpoint:
 
 
 def can_be_file(path: Path) -> bool:
-    """Whether there may be a file of this name: it is not too long, nor is any part of it, and it is text."""
+    """Return whether `path` is a possible file name: it can be encoded, and neither it nor a part of it is too long."""
     try:
         parts = [os.fsencode(part) for part in path.parts]
     except UnicodeEncodeError:
@@ -160,7 +160,7 @@ def can_be_file(path: Path) -> bool:
 
 
 def has_file(path: Path) -> bool:
-    """Whether a file is at `path`; a name that no file can have (too long, a zero byte) has none."""
+    """Return whether there is a file at `path`; False for impossible names (too long, with a zero byte)."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -192,15 +192,17 @@ def _may_be_weights(name: str) -> bool:
 
 
 def choose_weights(names: Collection[str], folder: Path | str) -> str:
-    """Which of a folder's files says where its weights are, as transformers chooses: one file first, then an index.
+    """Return the file that holds or lists a folder's weights; like transformers, prefer a single file to an index.
+
+    `folder` is named in errors.
 
     Raises:
-        CheckpointError: none does, or several do; `folder` is what to call it.
+        CheckpointError: there is no such file, or more than one.
     """
     for preferred in (WEIGHTS_NAME, "model" + INDEX_SUFFIX):
         if preferred in names:
             return preferred
-    # What is an adapter's is no model's, unless there are no other weights: then whoever opens it says so.
+    # An adapter's files are no model's weights. If there are no others, opening one of them gives the better error.
     others = [name for name in names if role_of(name) is not FileRole.ADAPTER]
     names = others if any(map(_may_be_weights, others)) else names
     indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIX))
@@ -226,10 +228,10 @@ def _pickle_advice(file: Path | str) -> str:
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """An index's map from tensor name to shard name; a shard is a plain file name in the index's own folder.
+    """Return an index's map from tensor name to shard: a plain file name in the index's own folder.
 
     Raises:
-        CheckpointError: it cannot be read, or is no such index.
+        CheckpointError: the file cannot be read, or is not such an index.
     """
     if not file.is_file():
         raise CheckpointError(f"{quoted(file)} is not a regular file; download the model again")

@@ -1,4 +1,4 @@
-"""A new folder that gets a model's files: what does not change is copied by the kernel, room is left for the rest."""
+"""A copy of a model's files in which space is left for the tensors that change. The kernel copies the rest."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from loratool.checkpoint.header import Header
 from loratool.checkpoint.model import Checkpoint
 
 PIECE_BYTES: Final = 1 << 26
-"""Ranges are copied in pieces of this many bytes, so that several workers share them evenly."""
+"""Size of the pieces in which ranges are copied, in bytes, so that workers share the copying evenly."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCopy:
-    """The new weight files, open for writing, by the path of their original; and the jobs that copy the rest.
+    """The new weight files by the path of their original, open for writing, and the jobs that copy the rest.
 
-    `direct` has the same files, open for writing past the page cache, where the file system can.
+    `direct` holds the same files, open for writing past the page cache, where the file system supports it.
     """
 
     files: dict[Path, int]
@@ -34,9 +34,9 @@ class ModelCopy:
 @contextmanager
 def model_copy(checkpoint: Checkpoint, folder: Path, changing: Collection[str], others: Collection[Path],
                progress: Callable[[int], None]) -> Iterator[ModelCopy]:  # fmt: skip
-    """Make the weight files of `checkpoint` in the empty `folder`, with the bytes of `changing` tensors left open.
+    """Create the weight files of `checkpoint` in the empty `folder`, without the bytes of `changing` tensors.
 
-    `others` are the paths, relative to the model's folder, of the other files to copy.
+    `others` are further files to copy, as paths relative to the model's folder.
     """
     with ExitStack() as stack:
         files: dict[Path, int] = {}
@@ -68,7 +68,7 @@ def _copy(source: int, target: int, start: int, stop: int, progress: Callable[[i
 
 
 def _changing_ranges(header: Header, changing: Collection[str]) -> Iterator[tuple[int, int]]:
-    """The ranges of a file that hold changing tensors alone, neighbours joined."""
+    """Yield the byte ranges of a file that hold changing tensors; adjacent ranges are joined."""
     ranges = sorted(
         (info.start, info.stop) for info in header.tensors.values() if info.name in changing and info.nbytes
     )
@@ -80,7 +80,7 @@ def _changing_ranges(header: Header, changing: Collection[str]) -> Iterator[tupl
 
 
 def _kept_pieces(header: Header, changing: Collection[str]) -> Iterator[tuple[int, int]]:
-    """The ranges of a file, header included, that hold no changing tensor, in pieces."""
+    """Yield, in pieces, the byte ranges of a file (header included) that hold no changing tensor."""
     start = 0
     for info in sorted(header.tensors.values(), key=lambda info: info.start):
         if info.name in changing:
@@ -90,6 +90,7 @@ def _kept_pieces(header: Header, changing: Collection[str]) -> Iterator[tuple[in
 
 
 def pieces(start: int, stop: int, size: int = PIECE_BYTES) -> Iterator[tuple[int, int]]:
+    """Cut ``start:stop`` at multiples of `size` bytes."""
     while start < stop:
         end = min(stop, (start // size + 1) * size)
         yield start, end
@@ -97,6 +98,7 @@ def pieces(start: int, stop: int, size: int = PIECE_BYTES) -> Iterator[tuple[int
 
 
 def copy_file(source: Path, target: Path) -> None:
+    """Copy a file and its permissions to `target`, which must not exist; the copy is writable for its owner."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as reader, open(target, "xb") as writer:
         status = os.fstat(reader.fileno())

@@ -1,7 +1,7 @@
-"""What kind of output is at a path: each says by itself that loratool wrote it and what it is, and only its kind replaces it.
+"""Kinds of output. Each output records that loratool wrote it and what it is, and only the same kind may replace it.
 
-A model and an adapter's folder say it in ``loratool.json``, an adapter's file and a picture in their metadata, a training
-log in its first line.
+Models and adapter folders record it in ``loratool.json``, adapter files and pictures in their metadata, training logs in
+their first line.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from loratool.checkpoint.header import read_header
 from loratool.checkpoint.json_text import LARGEST_LISTING, parse_json, read_json_object
 from loratool.errors import CheckpointError, quoted
 
-# A merge's manifest and an adapter's facts have these names, too, by constants of rooms that this one does not import.
+# The same names stand in packages that this one must not import: the merge's manifest, the adapter's facts.
 OWN_FILE: Final = "loratool.json"
 OWN_METADATA: Final = "loratool"
 UNDO_FOLDER: Final = "loratool-undo"
-"""Folder, in a merged model, of the undo files and their adapters."""
+"""Folder in a merged model for undo files and their adapters."""
 
 ADAPTER_FILES: Final = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 WEIGHT_SUFFIXES: Final = (".safetensors", ".safetensors.index.json")
@@ -31,14 +31,14 @@ PICTURE_MARKS: Final[Mapping[str, bytes]] = {
     ".png": b"Software\0loratool",
     ".svg": b"<dc:title>loratool</dc:title>",
 }
-"""Bytes near the beginning or the end of a picture that loratool drew, by its suffix."""
+"""Bytes that occur near the beginning or the end of a picture that loratool drew, by suffix."""
 
 NEAR_BYTES: Final = 4096
 LOG_LINE_BYTES: Final = 1 << 20
 
 
 class OutputKind(Enum):
-    """What loratool writes; the value says it in a sentence."""
+    """The kind of an output. The value is a noun phrase for messages."""
 
     MERGED_MODEL = "a merged model"
     QUANTIZED_MODEL = "a quantized model"
@@ -47,7 +47,7 @@ class OutputKind(Enum):
     PICTURE = "a picture"
     TRAINING_LOG = "a training log"
     OWN_RECORD = "a record of its own"
-    """A file in loratool's home folder, where nobody else writes."""
+    """A file in loratool's home folder, where no other program writes."""
 
     @property
     def is_folder(self) -> bool:
@@ -59,20 +59,20 @@ _MODELS: Final = {"merge": OutputKind.MERGED_MODEL, "quantization": OutputKind.Q
 
 
 def why_not_replaced(path: Path, kind: OutputKind) -> str | None:
-    """Why an output of this kind must not replace what is at `path`; None if replacing it loses nothing else.
+    """Return why an output of this kind must not replace the file or folder at `path`; None if it may.
 
     Raises:
-        OSError: it cannot be looked at.
+        OSError: it cannot be accessed.
     """
     if path.is_symlink():
         return "is a link, which loratool never writes through"
     if Path.cwd().is_relative_to(os.path.abspath(path)):
-        return "holds the folder that you work in"
+        return "holds the current working folder"
     status = path.lstat()
     if stat.S_ISDIR(status.st_mode):
         return _why_not_folder(path, kind)
     if not stat.S_ISREG(status.st_mode):
-        return "is no regular file"
+        return "is not a regular file"
     if kind.is_folder:
         return f"is a file, and the output is {kind.value}, a folder"
     if status.st_size == 0 or kind is OutputKind.OWN_RECORD:
@@ -104,7 +104,7 @@ def _why_other(found: OutputKind | None, kind: OutputKind, what: str) -> str | N
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
-    """What ``loratool.json`` in `folder` says; None where loratool did not write it."""
+    """Return the content of ``loratool.json`` in `folder`; None if loratool did not write it."""
     try:
         record = read_json_object(folder / OWN_FILE, LARGEST_LISTING)
     except CheckpointError:
@@ -113,7 +113,10 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _kind_of_record(record: Mapping[str, Any]) -> OutputKind | None:
-    """A manifest's kind is ``merge`` or ``quantization``; an adapter's facts name the kind of its updates."""
+    """Return the kind of a folder from its ``loratool.json``.
+
+    A manifest's ``kind`` is ``merge`` or ``quantization``. An adapter's facts name the kind of its updates there.
+    """
     if not isinstance(record.get("kind"), str):
         return None
     return _MODELS.get(record["kind"], OutputKind.ADAPTER_FOLDER)
@@ -132,7 +135,7 @@ def _kind_of_file(file: Path) -> OutputKind | None:
 
 
 def _ends_of(file: Path) -> bytes:
-    """The first and the last bytes of a file."""
+    """Return the first and the last `NEAR_BYTES` bytes of a file."""
     with open(file, "rb") as stream:
         first = stream.read(NEAR_BYTES)
         stream.seek(max(len(first), stream.seek(0, os.SEEK_END) - NEAR_BYTES))
@@ -150,7 +153,11 @@ def _begins_as_log(file: Path) -> bool:
 
 
 def _names_in(folder: Path) -> Iterator[str]:
-    """The paths below `folder` of everything that is not a folder, in order; OSError where it cannot look."""
+    """Yield the relative paths below `folder` of files and links, in order.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
 
     def stop(error: OSError) -> NoReturn:
         raise error
@@ -163,7 +170,7 @@ def _names_in(folder: Path) -> Iterator[str]:
 
 
 def _is_accounted_for(name: str, record: Mapping[str, Any]) -> bool:
-    """Whether a file in an output belongs to it."""
+    """Return whether a file in an output's folder belongs to the output."""
     if name == OWN_FILE:
         return True
     if _kind_of_record(record) is OutputKind.ADAPTER_FOLDER:

@@ -1,8 +1,8 @@
-"""Weight files that no program loads while they change: the length of their header is one that no file can have.
+"""Sealing of weight files, so that no program loads them while they change.
 
-A program that opens a sealed file finds a header of 2**64 - 1 bytes and refuses it, as the format asks. One that had opened it
-before would see bytes change under it; so a file is sealed while no other program has it open, which a lease tells (fcntl(2),
-F_SETLEASE): until it is given back, whoever opens the file waits.
+A sealed file claims a header of 2**64 - 1 bytes, which every reader of safetensors must refuse. A program that opened the file
+earlier would still see its bytes change. So a file is sealed under a lease (fcntl(2), F_SETLEASE): the lease is granted only
+while no other program has the file open, and makes others wait to open it until it is released.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from loratool.checkpoint.header import SEAL
 from loratool.errors import CheckpointError, OutputError, quoted
 
 F_SETSIG: Final = 10
-"""fcntl(2): the signal that says that somebody waits for a lease; SIGURG, which does nothing where nobody handles it."""
+"""Command of fcntl(2) that sets the signal sent when another program waits for a lease. SIGURG is ignored by default."""
 
 Head = dict[str, Any]
-"""What a file begins with: the ``length`` of its header, in bytes, and the BLAKE3 ``digest`` of that header."""
+"""Identity of a weight file: the ``length`` of its header in bytes, and the header's BLAKE3 ``digest``."""
 
 
 def head_of(fd: int, file: Path) -> Head:
-    """The head of an open weight file that is not sealed."""
+    """Return the head of an open weight file that is not sealed.
+
+    Raises:
+        CheckpointError: its header is longer than the file.
+    """
     start = memoryview(bytearray(8))
     read_exactly(fd, start, 0)
     length = int.from_bytes(start, "little")
@@ -41,7 +45,7 @@ def head_of(fd: int, file: Path) -> Head:
 
 
 def has_head(fd: int, head: Head) -> bool:
-    """Whether an open file, sealed or not or in between, is the one that had this head."""
+    """Return whether an open file had this head, even if it is now sealed, fully or in part."""
     start = os.pread(fd, len(SEAL), 0)
     halfway = zip(start, _prefix(head), SEAL, strict=False)
     if (
@@ -54,12 +58,12 @@ def has_head(fd: int, head: Head) -> bool:
 
 
 def seal(files: Iterable[int]) -> None:
-    """Seal open files, durably."""
+    """Seal open files and make that durable."""
     _begin_with({fd: SEAL for fd in files if os.pread(fd, len(SEAL), 0) != SEAL})
 
 
 def unseal(heads: Mapping[int, Head]) -> None:
-    """Give open files the beginning that they had, durably."""
+    """Restore the first bytes of open files and make that durable."""
     _begin_with({fd: _prefix(head) for fd, head in heads.items()})
 
 
@@ -83,9 +87,9 @@ def _digest(fd: int, length: int) -> str:
 
 @contextmanager
 def leased(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
-    """Open `files` for writing, with nobody else: whoever opens one meanwhile waits for the end of the block.
+    """Open `files` for writing under leases: a program that opens one of them waits until the block ends.
 
-    Where the file system has no leases, or the files are another user's, they are just opened.
+    No lease is taken where the file system has none, or where another user owns the file.
 
     Raises:
         OutputError: another program has one of them open.
@@ -110,7 +114,7 @@ def leased(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
 
 
 def _who_has(fd: int) -> str:
-    """Which other program has the file `fd` open, or mapped into its memory, as far as this user may know."""
+    """Describe the program that has the file `fd` open or mapped into memory, as far as this user may see it."""
     wanted = os.fstat(fd)
     for pid in sorted(filter(str.isdigit, os.listdir("/proc")), key=int):
         own = int(pid) == os.getpid()

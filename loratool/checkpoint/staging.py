@@ -1,7 +1,7 @@
 """Output that appears under its final name complete and durable, or not at all.
 
-It is written under a temporary name beside the final one, fsynced and renamed. What a killed run left under the
-temporary name is removed by the next run for the same output; two runs at once for one output are told apart by a lock.
+It is written under a temporary name beside the final one, fsynced and renamed. The next run for the same output removes the
+remains of a killed one. A lock keeps two runs from writing one output at the same time.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from loratool.errors import CheckpointError, OutputError, quoted
 from loratool.interrupts import note, whole
 
 RENAME_EXCHANGE: Final = 2
-"""renameat2(2): swap two names in one step (Linux)."""
+"""Flag of renameat2(2) that swaps two names in one step (Linux)."""
 
 
 @contextmanager
 def staged_folder(out: Path, kind: OutputKind, *, force: bool = False) -> Iterator[Path]:
-    """Give an empty folder to write into; when the block ends without an error it becomes `out`.
+    """Yield an empty folder to write into, which becomes `out` when the block ends without an error.
 
     Raises:
-        OutputError: `out` exists (with `force`: and is not of this kind, or loratool did not write it), another run is
+        OutputError: `out` exists (with `force`: if it is of another kind, or loratool did not write it), another run is
             writing it, or the disk is full or read-only.
-        CheckpointError: a file that the block reads from elsewhere cannot be read.
+        CheckpointError: a file outside the output that the block reads cannot be read.
     """
     out = Path(os.path.abspath(out))
     with _explained(out):
@@ -48,7 +48,9 @@ def staged_folder(out: Path, kind: OutputKind, *, force: bool = False) -> Iterat
 
 @contextmanager
 def staged_file(out: Path, kind: OutputKind, *, force: bool = False, option: str = "--out") -> Iterator[Path]:
-    """Give a path to write a file at; when the block ends without an error it becomes `out`, which `option` gave.
+    """Yield a path to write a file at, which becomes `out` when the block ends without an error.
+
+    `option` is the command line option of `out`, for messages.
 
     Raises:
         OutputError: as `staged_folder`.
@@ -63,9 +65,9 @@ def staged_file(out: Path, kind: OutputKind, *, force: bool = False, option: str
 
 
 class _Stage(ABC):
-    """What is written beside `out` under a temporary name: held by a lock, noted, and removed unless it is published.
+    """An output under a temporary name beside `out`: locked, noted, and removed unless it is published.
 
-    Entering and leaving are not torn by an interrupt, and neither is `publish`.
+    No interrupt is raised in the middle of entering, leaving or `publish`.
     """
 
     def __init__(self, out: Path, kind: OutputKind, *, force: bool, option: str = "--out") -> None:
@@ -104,28 +106,28 @@ class _Stage(ABC):
 
     @whole
     def publish(self) -> None:
-        """Give what was written its final name, durably.
+        """Rename the output to its final name and make that durable.
 
         Raises:
-            OutputError: somebody put another in its place meanwhile.
+            OutputError: another file or folder has appeared there.
         """
         self._publish()
         self._published = True
 
     @abstractmethod
     def _claim(self, held: ExitStack) -> None:
-        """Make the stage and lock it, for as long as `held` is open; take over what a killed run left."""
+        """Create the stage and lock it while `held` is open; clear the remains of a killed run."""
 
     @abstractmethod
     def _publish(self) -> None:
-        """Rename it."""
+        """Rename the stage to the output."""
 
     @abstractmethod
     def _discard(self) -> None:
-        """Remove it."""
+        """Remove the stage."""
 
     def _remove_folders(self) -> None:
-        """Remove the folders that were made above the output, where nothing came into them."""
+        """Remove the folders that were created for the output, if they are empty."""
         for folder in self._made:
             with suppress(OSError):
                 folder.rmdir()
@@ -153,7 +155,7 @@ class _FileStage(_Stage):
 
     def _publish(self) -> None:
         if self.force:
-            # Somebody may have put another there meanwhile.
+            # Another program may have put a file there since the run began.
             refuse_existing(self.out, self.kind, force=True, option=self.option)
         elif os.path.lexists(self.out):
             raise OutputError(f"{quoted(self.out)} appeared while it was being written; choose another {self.option}")
@@ -165,9 +167,9 @@ class _FileStage(_Stage):
 
 
 def refuse_existing(out: Path, kind: OutputKind, *, force: bool, option: str = "--out") -> None:
-    """Raise OutputError if an output of this kind must not be written to `out`.
+    """Raise OutputError if `out` exists and must not be replaced by an output of this kind.
 
-    Something is there, and `force` is off, or loratool did not write it, or it is of another kind.
+    It must not without `force`, if loratool did not write it, or if it is of another kind.
     """
     refuse_impossible(out, option)
     if not os.path.lexists(out):
@@ -175,7 +177,7 @@ def refuse_existing(out: Path, kind: OutputKind, *, force: bool, option: str = "
     try:
         reason = why_not_replaced(out, kind)
     except OSError as error:
-        reason = f"cannot be looked at ({error.strerror})"
+        reason = f"cannot be accessed ({error.strerror})"
     if reason is None and not force:
         raise OutputError(f"{quoted(out)} exists already; choose another {option}, or give --force to replace it")
     if reason is None:
@@ -188,26 +190,26 @@ def refuse_existing(out: Path, kind: OutputKind, *, force: bool, option: str = "
 
 
 def refuse_impossible(out: Path, option: str = "--out") -> None:
-    """Raise OutputError if no file can have the name of `out`: it holds a zero byte, or what is no character."""
+    """Raise OutputError if no file can have the name `out`: it holds a zero byte, or cannot be encoded."""
     try:
         possible = b"\0" not in os.fsencode(out)
     except UnicodeEncodeError:
         possible = False
     if not possible:
-        raise OutputError(f"{quoted(out)} is no name for a file or folder; choose another {option}")
+        raise OutputError(f"{quoted(out)} is not a valid name for a file or folder; choose another {option}")
 
 
 def refuse_no_text(sources: Iterable[Path]) -> None:
-    """Raise CheckpointError if the name of one of the `sources` is no text, which a manifest could not hold."""
+    """Raise CheckpointError if the name of one of the `sources` is not valid text, so that no manifest could hold it."""
     for path in sources:
         try:
             str(path).encode()
         except UnicodeEncodeError:
-            raise CheckpointError(f"the name {quoted(path)} is no valid text; write it in UTF-8") from None
+            raise CheckpointError(f"the name {quoted(path)} is not valid text; write it in UTF-8") from None
 
 
 def foreign_file(error: OSError, own: tuple[Path, ...]) -> str | None:
-    """The file that `error` names, if it has nothing to do with the `own` paths: is none, in none and above none."""
+    """Return the file that `error` names, or None if that is one of the `own` paths, below one, or above one."""
     if not isinstance(error.filename, str | bytes | os.PathLike):
         return None
     file = Path(os.path.abspath(os.fsdecode(error.filename)))
@@ -216,19 +218,19 @@ def foreign_file(error: OSError, own: tuple[Path, ...]) -> str | None:
 
 
 def unreadable(file: str, error: OSError) -> CheckpointError:
-    """What to say when a file that an output is made from cannot be read."""
-    return CheckpointError(f"cannot read {quoted(file)}: {error.strerror or error}; mend that and run again")
+    """Return the error for a source file that cannot be read."""
+    return CheckpointError(f"cannot read {quoted(file)}: {error.strerror or error}; fix that and run again")
 
 
 def partials_of(out: Path) -> list[Path]:
-    """What a run that was killed left of `out`, under temporary names beside it."""
+    """Return the remains of a killed run for `out`, under temporary names beside it."""
     return [path for path in (_beside(out, "partial"), _beside(out, "replaced")) if os.path.lexists(path)]
 
 
 def clear_partials(out: Path) -> int:
-    """Remove what a run that was killed left of `out`, unless another run has taken it over; how many bytes that were.
+    """Remove the remains of a killed run for `out`, unless another run uses them; return the bytes freed.
 
-    Where the run was killed in the middle of a replacement, what it replaced is put back.
+    If the run was killed while it replaced a folder, the old folder is restored.
     """
     freed, stage = 0, _beside(out, "partial")
     with suppress(OSError, OutputError):
@@ -244,14 +246,14 @@ def clear_partials(out: Path) -> int:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder; 0 where nothing is there."""
+    """Return the size in bytes of a file, or of all files below a folder; 0 if `path` does not exist."""
     if not path.is_dir() or path.is_symlink():
         return path.lstat().st_size if os.path.lexists(path) else 0
     return sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
 
 
 def sync_tree(folder: Path) -> None:
-    """Make every file and folder under `folder` durable."""
+    """Make every file and folder below `folder` durable."""
     for root, _, files in os.walk(folder):
         for name in files:
             sync_file(Path(root) / name)
@@ -268,7 +270,7 @@ def sync_file(file: Path) -> None:
 
 
 def _make_folder(folder: Path) -> list[Path]:
-    """Make `folder` and the folders above it that are not there, all of them durable; those that were made, deepest first."""
+    """Create `folder` and missing folders above it, durably; return the new ones, deepest first."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(new):
@@ -296,7 +298,11 @@ def _explained(out: Path, option: str = "--out") -> Iterator[None]:
 
 @contextmanager
 def _locked(stage: Path, out: Path, flags: int, option: str = "--out") -> Iterator[None]:
-    """Hold the lock on `stage`, unless another run does, or published or removed it while this one waited."""
+    """Hold the lock on `stage`.
+
+    Raises:
+        OutputError: another run holds it, or has just published or removed the stage.
+    """
     fd = os.open(stage, flags | os.O_NOFOLLOW, 0o644)
     try:
         try:
@@ -320,7 +326,7 @@ def _publish_folder(stage: Path, out: Path, kind: OutputKind, *, force: bool) ->
         raise OutputError(f"{quoted(out)} appeared while it was being written; choose another --out")
     else:
         with _locked(out, out, os.O_RDONLY | os.O_DIRECTORY):
-            # Somebody may have put a file into it since the run began.
+            # Another program may have put a file into it since the run began.
             refuse_existing(out, kind, force=True)
             _replace_folder(stage, out)
     sync_folder(out.parent)
@@ -339,9 +345,9 @@ def _replace_folder(stage: Path, out: Path) -> None:
 
 
 def _put_back_replaced(out: Path) -> bool:
-    """Finish a replacement that was killed between its two renames, on systems that cannot exchange two names.
+    """Finish a replacement that was killed between its two renames (`_replace_folder`).
 
-    Whether the folder that was to be replaced is back.
+    Return whether the replaced folder is back under its name.
     """
     replaced = _beside(out, "replaced")
     if not replaced.is_dir():
@@ -354,7 +360,7 @@ def _put_back_replaced(out: Path) -> bool:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step; False where the system cannot."""
+    """Swap two names in one step; return False if the system does not support it."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):

@@ -1,4 +1,4 @@
-"""Work on many things by several threads at once, which an error or Ctrl-C stops."""
+"""Work on many items in several threads, which an error or Ctrl-C stops."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SECONDS_BETWEEN_LOOKS: Final = 0.1
-"""How long Ctrl-C may have come before threads that wait for the network are left."""
+"""Interval of checks for Ctrl-C while threads wait for the network."""
 
 
 def in_threads(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int, *, leave: bool = False
 ) -> list[Result]:
-    """Return the result of `work` for each of `items`, in their order; the first error stops everything and is raised.
+    """Return the result of `work` for each of `items`, in order. The first error stops the rest and is raised.
 
-    Ctrl-C does so, too: raised in the middle it could leave locked what the threads wait for (`loratool.interrupts`). What is
-    under way is waited for, or with `leave`, for threads that may hang in the network, is left to itself.
+    Ctrl-C stops the work, too, but is raised only at the end: an exception in between could leave a lock taken that the
+    threads wait for (`loratool.interrupts`). Work that is running is waited for; with `leave` (for threads that may hang in
+    the network) it is abandoned.
     """
 
     def one(item: Item) -> Result:
@@ -41,7 +42,7 @@ def in_threads(
 
 
 def _first_failure(futures: list[Future[Result]], deferral: Deferral | None) -> Future[Result] | None:
-    """Wait for all, for the first that fails, or for Ctrl-C; the one that failed."""
+    """Wait for all, for the first failure, or for Ctrl-C; return the future that failed, if any."""
     waiting = set(futures)
     while waiting and (deferral is None or deferral.number is None):
         done, waiting = wait(

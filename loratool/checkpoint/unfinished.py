@@ -1,8 +1,8 @@
-"""Notes of what runs are writing, so that what a killed run left is found wherever it lies.
+"""Notes on the outputs that runs are writing, by which the remains of a killed run are found anywhere on disk.
 
-A note is a small JSON file in a folder that the caller names (`noting_in`). It is written before its subject appears, and
-removed when that is complete or gone. While the run lives it holds a lock on its note: one that nobody holds is of a run that
-was killed. Where no note can be written the run goes on without.
+A note is a small JSON file in a folder that the caller chooses (`noting_in`). It is written before its output appears, and
+removed when the output is complete or gone. A live run holds a lock on its note, so an unlocked note belongs to a killed run.
+If no note can be written, the run continues without one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from loratool.interrupts import whole
 SUFFIX: Final = ".json"
 DRAFT_SUFFIX: Final = ".draft"
 MOST_BYTES: Final = 1 << 20
-"""No note comes near."""
+"""Limit on the size of a note that is read, far above that of any real one."""
 
 _folder: ContextVar[Path | None] = ContextVar("folder of the notes", default=None)
 
 
 @contextmanager
 def noting_in(folder: Path) -> Iterator[None]:
-    """Have what is begun inside the block noted in `folder`, which is made with the first note."""
+    """Write the notes of outputs that the block begins into `folder`, which the first note creates."""
     token = _folder.set(folder)
     try:
         yield
@@ -41,7 +41,7 @@ def noting_in(folder: Path) -> Iterator[None]:
 
 
 class Note:
-    """A note that is there while the block runs; `facts` are JSON."""
+    """A note that exists while the block runs. `facts` must be JSON."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.facts = dict(facts)
@@ -69,12 +69,12 @@ class Note:
 
     @whole
     def leave(self) -> None:
-        """Leave the note where it is, for whoever takes over what it speaks of."""
+        """Keep the note and release its lock, for the run that takes over its output."""
         self._close()
 
     @whole
     def say(self, facts: Mapping[str, Any]) -> None:
-        """Have the note say this instead; where it cannot be written, it says what it said."""
+        """Replace the content of the note; if that fails, the old content stays."""
         self.facts = dict(facts)
         if self._file is None:
             return
@@ -85,7 +85,7 @@ class Note:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(fd, json.dumps({"process": _process(), **self.facts}).encode())
-            os.rename(draft, self._file)  # whoever finds it finds it locked
+            os.rename(draft, self._file)  # so it is locked from the moment it appears
         except (OSError, UnicodeEncodeError):
             if fd >= 0:
                 os.close(fd)
@@ -101,24 +101,24 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """What a run that was killed had noted."""
+    """The note of a killed run."""
 
     file: Path
     facts: Mapping[str, Any]
 
     @property
     def pid(self) -> int:
-        """Of the run."""
+        """Process id of the run."""
         return int(self.facts["process"]["pid"])
 
     def forget(self) -> None:
-        """Remove the note: what it spoke of is complete or gone."""
+        """Remove the note, once its output is complete or gone."""
         self.file.unlink(missing_ok=True)
 
 
 @contextmanager
 def taken_over(folder: Path) -> Iterator[list[Unfinished]]:
-    """Give the notes in `folder` of runs that are dead; no other process takes them over meanwhile."""
+    """Yield the notes of dead runs in `folder`, locked against other processes until the block ends."""
     descriptors: list[int] = []
     try:
         found = []
@@ -136,7 +136,7 @@ def taken_over(folder: Path) -> Iterator[list[Unfinished]]:
 
 
 def are_in(folder: Path) -> bool:
-    """Whether there are notes at all, of living runs or of dead ones."""
+    """Return whether `folder` holds any notes, of live or dead runs."""
     return bool(_files(folder))
 
 
@@ -149,7 +149,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _facts(fd: int) -> dict[str, Any] | None:
-    """What a note says; None where that is nothing a run wrote."""
+    """Return the content of a note; None if no run wrote it."""
     try:
         facts = json.loads(os.pread(fd, MOST_BYTES, 0))
         process = facts["process"]
@@ -160,12 +160,12 @@ def _facts(fd: int) -> dict[str, Any] | None:
 
 
 def _process() -> dict[str, Any]:
-    """What tells this process from all others."""
+    """Return facts that identify this process among all others."""
     return {**_here(), "pid": os.getpid(), "began": _began(os.getpid())}
 
 
 def _here() -> dict[str, str]:
-    """This machine, since when it runs, and the space in which its processes have their numbers (a container's own)."""
+    """Return the host name, the id of the machine's boot, and the namespace of its process ids (a container has its own)."""
     boot = space = ""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -174,9 +174,9 @@ def _here() -> dict[str, str]:
 
 
 def _is_dead(fd: int, file: Path, process: Mapping[str, Any]) -> bool:
-    """Whether the process of a note is dead, for sure: nobody holds its lock, and it was a process of this machine.
+    """Return whether a note's process is certainly dead: it ran on this machine, and its lock is free.
 
-    Where there are no locks, it is dead if it is not there any more.
+    On file systems without locks, return whether the process no longer exists.
     """
     here = _here()
     same_machine = bool(process["machine"] == here["machine"] or process["boot"] == here["boot"])
@@ -192,7 +192,7 @@ def _is_dead(fd: int, file: Path, process: Mapping[str, Any]) -> bool:
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, in ticks since the machine was started; None where there is no such process."""
+    """Return when a process started, in clock ticks since boot; None if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
