@@ -102,7 +102,7 @@ def as_parameter(storage: Synthetic, parts: tuple[torch.Tensor, ...] | None = No
 @pytest.mark.parametrize("adds", [True, False], ids=["adds", "depends on W"])
 def test_what_is_merged_is_taken_out_bit_for_bit(storage: Synthetic, adds: bool) -> None:
     change = update(adds=adds, strength=0.08 * storage.step())
-    target = Target(Stored(storage), (PlannedUpdate(0, "w", change, 1.0),), transposed=False, seed=3)
+    target = Target(Stored(storage), (PlannedUpdate(0, "w", change, 1.0),), seed=3)
     parts, frames = storage.parts(), []
     everything = range(storage.weight.rows)
     Merge(target, "cpu", lambda rows, packed: frames.append((rows, packed))).change(everything, parts)
@@ -128,7 +128,7 @@ def test_a_calibrated_merge_is_nearer_on_its_inputs_and_taken_out_bit_for_bit(
     np.save(tmp_path / "inputs.npy", inputs)
     change, everything = update(adds=adds, strength=0.2 * storage.step()), range(storage.weight.rows)
     for file in (None, tmp_path / "inputs.npy"):
-        target = Target(Stored(storage), (PlannedUpdate(0, "w", change, 1.0),), transposed=False, seed=3, inputs=file)
+        target = Target(Stored(storage), (PlannedUpdate(0, "w", change, 1.0),), seed=3, inputs=file)
         parts = storage.parts()
         frames.clear()
         Merge(target, "cpu", lambda rows, packed: frames.append((rows, packed))).change(everything, parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,10 @@ class View:
     expert: int | None = None
     outputs: slice = field(default_factory=lambda: slice(None))
     transposed: bool = False
+
+    def turned(self) -> View:
+        """The same part of the transposed parameter."""
+        return replace(self, transposed=not self.transposed)
 
 
 WHOLE = View()

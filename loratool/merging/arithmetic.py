@@ -87,9 +87,9 @@ class BlockArithmetic:
         self._adds = all(not planned.update.needs_weight for planned in target.updates)
         with self._on_stream():
             self.codec = target.weight.load(device)
-            transposed = target.transposed != self.weight.turned
+            turned = self.weight.turned
             self._updates = [
-                planned.update.load(transposed=transposed, weight=planned.weight, device=device)
+                planned.update.load(transposed=planned.view.transposed != turned, weight=planned.weight, device=device)
                 for planned in target.updates
             ]
             self._kept = [b""] * len(self._updates)

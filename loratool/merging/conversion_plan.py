@@ -171,7 +171,7 @@ def _unwritten(weight: StoredWeight, dtype: Dtype, shape: tuple[int, int]) -> De
 
 def _on(dense: DenseWeight, target: Target | None, *, turned: bool) -> Target | None:
     """The target with its updates on the dense matrix, which is the transpose of its own where it was `turned`."""
-    return None if target is None else replace(target, weight=dense, transposed=target.transposed != turned)
+    return None if target is None else target.on(dense, turned=turned)
 
 
 @dataclass(frozen=True)

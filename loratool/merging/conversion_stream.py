@@ -11,7 +11,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -228,7 +228,7 @@ class _Stream:
         first = self._stretches(self._unmerged(digest=True), quantizer.unit)
         measured = [self._measured(quantizer, stretch) for stretch in first]
         image = quantizer.image(self._write_parts(quantizer, torch.cat(measured)), self._outlet.info(self._codes))
-        merge = Merge(replace(target, weight=image, transposed=False), choose_device(self._device))
+        merge = Merge(target.upright(image), choose_device(self._device))
         second = self._stretches(self._unmerged(digest=False), quantizer.unit)
         codes = (quantizer.codes(stretch.numbers, here) for stretch, here in zip(second, measured, strict=True))
         blocks = list(merge.blocks())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from loratool.architecture import Architecture, Orientation, architecture_of, module_of
+from loratool.architecture import WHOLE, Architecture, Orientation, View, architecture_of, module_of
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.file_role import holds_weights
 from loratool.checkpoint.model import Checkpoint
@@ -37,17 +37,21 @@ class WeightedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class PlannedUpdate:
-    """One update on its way to a tensor: the `adapter` it comes from (its place in the plan), and its name for that."""
+    """One update on its way to a tensor: the `adapter` it comes from (its place in the plan), and its name for that.
+
+    `view` is the part of the stored parameter that it sees as a matrix (out_features, in_features).
+    """
 
     adapter: int
     parameter: str
     update: Update
     weight: float
+    view: View = WHOLE
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One stored matrix that changes. `transposed`: it is stored as (in_features, out_features).
+    """One stored parameter that changes.
 
     `seed`, below 2**64, is that of its rounding, where the storage is so coarse that rounding is by chance. `inputs` is a
     file of numpy's with what the matrix multiplies, fp32, (tokens, in_features), where the merge is calibrated.
@@ -55,7 +59,6 @@ class Target:
 
     weight: StoredWeight
     updates: tuple[PlannedUpdate, ...]
-    transposed: bool
     seed: int = 0
     inputs: Path | None = None
 
@@ -67,6 +70,16 @@ class Target:
     def nbytes(self) -> int:
         """Bytes that the matrix takes in the checkpoint."""
         return sum(info.nbytes for info in self.weight.tensors)
+
+    def on(self, weight: StoredWeight, *, turned: bool = False) -> Target:
+        """The same updates on another parameter, which is the transpose of its own where it was `turned`."""
+        views = (planned.view.turned() if turned else planned.view for planned in self.updates)
+        updates = tuple(replace(planned, view=view) for planned, view in zip(self.updates, views, strict=True))
+        return replace(self, weight=weight, updates=updates)
+
+    def upright(self, weight: StoredWeight) -> Target:
+        """The same updates on another parameter, (out_features, in_features)."""
+        return replace(self, weight=weight, updates=tuple(replace(each, view=WHOLE) for each in self.updates))
 
 
 @dataclass(frozen=True)
@@ -206,8 +219,8 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             "LoRA on embeddings is not supported yet"
         )
     stored = False if weight.is_oriented else orientation.transposed(name)
-    transposed = source.settings.fan_in_fan_out if stored is None else stored
-    fitting = weight.shape[::-1] if transposed else weight.shape
+    view = View(transposed=source.settings.fan_in_fan_out if stored is None else stored)
+    fitting = weight.shape[::-1] if view.transposed else weight.shape
     for planned in updates:
         if planned.update.shape != fitting:
             raise PlacementError(
@@ -215,12 +228,12 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
                 f"shape {list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; "
                 + misfit_advice(name, planned.update.shape, fitting, orientation.architecture)
             )
-        if planned.update.needs_outputs and transposed != weight.turned:
+        if planned.update.needs_outputs and view.transposed != weight.turned:
             raise UnsupportedError(
                 f"{quoted(module_of(planned.parameter))} of {quoted(source.name)} is {planned.update.kind}, and {quoted(name)} "
                 "is stored as (in_features, out_features): loratool does not compute that yet; merge it with PEFT"
             )
-    return Target(weight, updates, transposed)
+    return Target(weight, tuple(replace(planned, view=view) for planned in updates))
 
 
 def _refuse_order(name: str, updates: Sequence[PlannedUpdate], adapters: Sequence[WeightedAdapter]) -> None:
@@ -279,7 +292,7 @@ def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpda
             f"{quoted(own)} of {quoted(adapter.name)} is {tensor.dtype} and replaces {quoted(name)}, stored as "
             f"{found.dtype}; loratool replaces fp32, fp16 and bf16 tensors by such"
         )
-    return Target(weight, (replacing,), transposed=False)
+    return Target(weight, (replacing,))
 
 
 def _in_order(arriving: tuple[str, Sequence[PlannedUpdate]]) -> tuple[bool, tuple[tuple[int, str], ...]]:

@@ -119,7 +119,7 @@ def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) 
         weight = stored_weight(merged, name)
         if weight is None or stored_weight(base, name) is None or not _are_alike(weight, base):
             raise RestoreError(f"{quoted(name)} is not alike in {quoted(merged.path)} and {quoted(base.path)}")
-        targets.append(Target(weight, (), transposed=False))
+        targets.append(Target(weight, ()))
     originals = Originals(base.folder if base.path.is_dir() else None)
     return Restoration("base", tuple(targets), lambda target: _CopyFrom(base, target), originals, heads_of(base))
 
