@@ -506,11 +506,14 @@ def test_merge_show_and_verify_say_what_was_delivered(
     assert loratool.show("pirate").to_json()["merges"][0]["survival"] == result.survival.to_json()
     share = f"{result.survival.share:.1%} of the update"
     both = f"delivered {share}; {result.survival.changed:.1%} of codes changed"
+    noisy = f"{both}; noise {result.survival.noise:.1%} of the weights"
     again = ["merge", "pirate", "--into", str(four_bit()), "--out", str(tmp_path / "again")]
     for words, expected in (
-        (["show", "pirate"], f"delivered {share}"),
+        (["show", "pirate"], both),
         (["verify", str(tmp_path / "merged")], both),
+        (["verify", str(tmp_path / "merged"), "--verbose"], noisy),
         (again, both),
+        ([*again, "--force", "--verbose"], noisy),
     ):
         printed = CliRunner().invoke(cli, words)
         assert expected in " ".join(printed.output.split()), printed.output

@@ -19,7 +19,6 @@ from loratool.cli.options import (
     example,
     force_option,
     json_option,
-    verbose_option,
 )
 from loratool.cli.plan_view import PlannedTensor, print_plan
 from loratool.cli.rendering import (
@@ -82,7 +81,9 @@ if TYPE_CHECKING:
 @click.option("--untie", is_flag=True, help="Give a head that the base ties to its embedding a tensor of its own.")
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
-@verbose_option
+@click.option(
+    "--verbose", is_flag=True, help="List every tensor, and print the noise of a merge into quantized weights."
+)
 @force_option
 @any_base_option
 @click.option("--again", is_flag=True, help="Add once more what is in the base already.")
@@ -173,7 +174,7 @@ def command(
     if dry_run:
         _print_plan(result, in_place=in_place)
     else:
-        _print_result(result, in_place=in_place)
+        _print_result(result, in_place=in_place, verbose=verbose)
     print_notes(result.notes)
 
 
@@ -226,7 +227,7 @@ def _print_plan(result: MergeResult, *, in_place: bool) -> None:
     )
 
 
-def _print_result(result: MergeResult, *, in_place: bool) -> None:
+def _print_result(result: MergeResult, *, in_place: bool, verbose: bool) -> None:
     names = [shown_path(name) if Path(name).is_absolute() else name for name in (m.adapter for m in result.adapters)]
     terms = [
         name if merged.weight == 1 else f"{merged.weight:g} x {name}"
@@ -243,7 +244,7 @@ def _print_result(result: MergeResult, *, in_place: bool) -> None:
             ("changed", _changed(result)),
             ("stored anew", _stored_anew(result)),
             ("tokenizer", shown(result.tokenizer.source or "")),
-            ("delivered", delivered(result.survival) if result.survival else ""),
+            ("delivered", delivered(result.survival, verbose=verbose) if result.survival else ""),
             ("time", duration(result.seconds)),
             ("undo", _undo(result)),
             ("check it", f"loratool verify {word}"),

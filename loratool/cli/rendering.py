@@ -95,9 +95,13 @@ def percent(share: float, digits: int = 3) -> str:
     return f"<{least:.{digits}%}" if 0 < share < least else f"{share:.{digits}%}"
 
 
-def delivered(survival: Survival) -> str:
-    """Return the share of an update that quantized weights carry: ``98.3% of the update; 7.1% of codes changed``."""
-    return f"{survival.share:.1%} of the update; {survival.changed:.1%} of codes changed"
+def delivered(survival: Survival, *, verbose: bool = False) -> str:
+    """Return the share of an update that quantized weights carry: ``98.3% of the update; 7.1% of codes changed``.
+
+    With `verbose`, the noise is added: ``; noise 5.5% of the weights``.
+    """
+    noise = f"; noise {survival.noise:.1%} of the weights" if verbose else ""
+    return f"{survival.share:.1%} of the update; {survival.changed:.1%} of codes changed{noise}"
 
 
 def bar(share: float, cells: int) -> str:

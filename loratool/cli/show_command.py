@@ -15,6 +15,7 @@ from loratool.cli.rendering import (
     console,
     count,
     counted,
+    delivered,
     listed,
     print_json,
     ranks,
@@ -167,7 +168,7 @@ def _merge(merge: MergeRecord) -> str:
     from loratool.library.adapters import survival_of
 
     survival = survival_of(merge)
-    share = "" if survival is None else f", delivered {survival.share:.1%} of the update"
+    share = "" if survival is None else f", delivered {delivered(survival)}"
     return f"{shown_path(merge.output)} ({merge.state}{share})"
 
 

@@ -29,9 +29,10 @@ WORDS = {
 
 @click.command("verify", **example("loratool verify smollm2-pirate"))
 @click.argument("merged")
+@click.option("--verbose", is_flag=True, help="Print the noise of a merge into quantized weights, too.")
 @json_option
 @click.pass_obj
-def command(registry: str | None, merged: str, as_json: bool) -> None:
+def command(registry: str | None, merged: str, verbose: bool, as_json: bool) -> None:
     """Check a merged or quantized model against its manifest, byte by byte, and replay its merge."""
     preload_torch()
     from loratool.library.unmerge import verify
@@ -52,7 +53,7 @@ def command(registry: str | None, merged: str, as_json: bool) -> None:
                 "edited",
                 ", ".join(result.edited) + ", which do not affect its results" if result.edited else "",
             ),
-            ("delivered", delivered(result.survival) if result.survival else ""),
+            ("delivered", delivered(result.survival, verbose=verbose) if result.survival else ""),
             ("least delivered", _least(result)),
             ("replay", WORDS.get(result.replayed, "")),
             ("fingerprint", result.fingerprint[:16] + "…"),
