@@ -117,14 +117,14 @@ class Store:
                         f"the copy of '{name}' in the store has sha256 {found}, expected {digest}; "
                         "the file changed while it was read: add it again"
                     )
+            digests = {name: digest for name, (digest, _) in copied.items()}
+            return Staged(entry_key(digests), folder, digests, sum(size for _, size in copied.values()))
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise _disk_error(error, folder) from error
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        digests = {name: digest for name, (digest, _) in copied.items()}
-        return Staged(entry_key(digests), folder, digests, sum(size for _, size in copied.values()))
 
     def publish(self, staged: Staged) -> Path:
         """Puts staged files under their key and returns the entry's folder. An entry already there, whole, is kept.

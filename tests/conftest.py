@@ -6,6 +6,7 @@ The environment is set before any test module is imported, since torch and huggi
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,23 @@ def home_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     monkeypatch.delenv("LORATOOL_REGISTRY", raising=False)
     monkeypatch.setenv("COLUMNS", "160")
     return home
+
+
+@pytest.fixture
+def signals_as_in_a_terminal() -> Iterator[None]:
+    """Handle Ctrl-C, SIGTERM and SIGHUP as Python does, here and in the processes that are started.
+
+    A shell has what runs in its background, and nohup what it runs, ignore some of them, and those pass that on.
+    """
+    plain = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in plain.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -131,6 +131,20 @@ def call_at(number: int, act: Callable[[], None]) -> Callable[[], int]:
     return lambda: count
 
 
+def see_through_strikes() -> None:
+    """Have the signals' handler look at the frame that is struck, not at those of this file that strike it."""
+    from loratool import interrupts
+
+    handle = interrupts._raise_where_it_does_no_harm
+
+    def handle_below(number: signal.Signals, frame: Any) -> None:
+        while frame is not None and frame.f_code.co_filename == __file__:
+            frame = frame.f_back
+        handle(number, frame)
+
+    interrupts._raise_where_it_does_no_harm = handle_below
+
+
 def run_words(words: str, work: Path, out: Path, arm: Callable[[], Callable[[], int]] | None = None) -> int:
     """Fork a child that runs the command line in `work`; its process id."""
     from test_crash import _wait_to_be_alone
@@ -153,6 +167,7 @@ def run_words(words: str, work: Path, out: Path, arm: Callable[[], Callable[[], 
     from loratool import __main__, cli, interrupts
 
     interrupts.install()  # as the command does first of all
+    see_through_strikes()
     run = cli.run
     cli.run = lambda: (signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS), run())
     status = 70
@@ -304,7 +319,10 @@ class Server:
     def _process(self, words: str, delay: float | None = None, number: signal.Signals = signal.SIGINT,
                  twice: bool = False) -> int:  # fmt: skip
         with open(self.out, "w") as sink:
-            program = "import signal; signal.signal(2, signal.default_int_handler); from loratool.__main__ import main; main()"
+            program = (
+                "import signal as s; s.signal(2, s.default_int_handler); s.signal(1, s.SIG_DFL); s.signal(15, s.SIG_DFL)\n"
+                "from loratool.__main__ import main; main()"
+            )
             child = subprocess.Popen(
                 [sys.executable, "-c", program, *words.split()], cwd=self.work, stdout=sink, stderr=sink
             )

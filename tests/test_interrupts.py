@@ -21,6 +21,7 @@ from loratool import interrupts
 from loratool.checkpoint.threads import in_threads
 from loratool.interrupts import Deferral, Interrupted
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
 QUICK = [name for name in CASES if not name.startswith("train")]
 
 
@@ -51,6 +52,7 @@ def run_program(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", f"{head}{strike}try:\n{body}{tail}"],
         capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
 
 
@@ -111,6 +113,40 @@ with Begins():
 """
     done = run_program(program)
     assert done.stdout.splitlines() == ["whole", "ended by SIGINT"], done
+
+
+def test_what_is_copied_into_the_store_is_gone_after_an_interrupt_at_any_call(tmp_path: Path) -> None:
+    program = f"""
+from pathlib import Path
+from interrupting import _striking, call_at, ended, see_through_strikes
+import loratool.library.opening
+from registry.store import Store
+store = Store(Path({str(tmp_path)!r}))
+store.put({{"warm": b"up"}})
+see_through_strikes()
+def stage(moment):
+    counted = call_at(moment, _striking(signal.SIGINT, False))
+    with store.stage({{"adapter_model.safetensors": b"weights", "adapter_config.json": b"{{}}"}}):
+        pass
+    sys.setprofile(None)
+    return counted()
+calls = stage(1 << 60)
+assert calls > 50, calls
+for moment in range(1, calls + 1):
+    child = os.fork()
+    if not child:
+        try:
+            stage(moment)
+            time.sleep(9)
+        except KeyboardInterrupt:
+            sys.setprofile(None)
+        finally:
+            os._exit(bool(list(store.folder("tmp").iterdir())))
+    assert ended(child) == 0, f"something is left after an interrupt at call {{moment}} of {{calls}}"
+print("nothing is left")
+"""
+    done = run_program(program)
+    assert done.stdout == "nothing is left\n", done.stderr
 
 
 def test_an_interrupt_is_not_raised_again_while_it_is_on_its_way_out() -> None:

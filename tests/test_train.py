@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from tiny_models import TinyModels
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
 WORDS = ["the", "cat", "dog", "mat", "sat", "on", "a", "what"]
 STEPS, LR = 8, 1e-2
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
     from tiny_models import TinyModels
 
+pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
 UNKNOWN = "the catalogue does not know of it"
 
 

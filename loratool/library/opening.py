@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from functools import cache
 
 from loratool.checkpoint.unfinished import are_in, noting_in
+from loratool.interrupts import whole
 from loratool.library.home_folder import RUNNING
 from registry import Registry, home, registry_url
 from registry.notices import say
+from registry.store import Staged
+
+whole(Staged.discard)  # half of a removed copy would stay in the store
 
 
 @contextmanager
