@@ -774,7 +774,7 @@ def test_the_same_weights_under_another_configuration_are_another_adapter(
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(config | otherwise))
     loratool.add(pirate, name="pirate")
-    with pytest.raises(NotFoundError, match="its weights are those of pirate@1, its configuration is another"):
+    with pytest.raises(NotFoundError, match="it has the weights of pirate@1, but a different configuration"):
         loratool.tag(other, ["x"])
     assert loratool.show(other).place == str(other / WEIGHTS)
     result = loratool.merge([other], into=base, out=tmp_path / "merged")

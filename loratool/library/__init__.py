@@ -1,1 +1,1 @@
-"""The public functions: each resolves names in the catalogue, calls the rooms, and records what happened."""
+"""The public functions. Each resolves names in the catalogue, calls the packages below, and records what happened."""

@@ -1,4 +1,4 @@
-"""The entry of an adapter in the catalogue, by what a user calls it: its name, its files or its Hub id."""
+"""Search for an adapter's entry in the catalogue, by its name, its files or its Hub id."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from registry import AdapterRecord, Registry, is_reference
 
 
 def adapter_entry(adapter: str, catalogue: Registry) -> AdapterRecord:
-    """Return the entry that a name, a path or a Hub id means.
+    """Return the entry that a name, a path or a Hub id refers to.
 
     Raises:
-        LoratoolError, registry.RegistryError: there is none; the message says how to make one, or what is near.
+        LoratoolError, registry.RegistryError: there is none; the message says how to create it, or lists similar names.
     """
     found = find_adapter_entry(adapter, catalogue)
     if found is not None:
         return found
     path = user_path(adapter)
     if HUB_ID.fullmatch(adapter) and not exists(path):
-        raise NotFoundError(f"{quoted(adapter)} is not in the catalogue; bring it in with 'loratool pull {adapter}'")
+        raise NotFoundError(f"{quoted(adapter)} is not in the catalogue; get it with 'loratool pull {adapter}'")
     sha256 = weights_sha256(adapter)
     if sha256 is None:
         raise no_such_adapter(adapter, catalogue)
     known = catalogue.adapters.find_by_sha256(sha256)
     if not known:
-        raise NotFoundError(f"{quoted(path)} is not in the catalogue; put it there with 'loratool add'")
+        raise NotFoundError(f"{quoted(path)} is not in the catalogue; add it with 'loratool add'")
     raise NotFoundError(
-        f"{quoted(path)} is not in the catalogue: its weights are those of {known[0].reference}, its configuration is "
-        "another; put it there with 'loratool add'"
+        f"{quoted(path)} is not in the catalogue: it has the weights of {known[0].reference}, but a different configuration; "
+        "add it with 'loratool add'"
     )
 
 
 def find_adapter_entry(adapter: str, catalogue: Registry) -> AdapterRecord | None:
-    """Return the entry that a name, a path or a Hub id means; None where the catalogue has none."""
+    """Return the entry that a name, a path or a Hub id refers to; None if the catalogue has none."""
     path = user_path(adapter)
     if is_reference(adapter) and catalogue.adapters.versions(adapter.partition("@")[0]):
         return catalogue.adapters.find(adapter)
@@ -49,7 +49,7 @@ def find_adapter_entry(adapter: str, catalogue: Registry) -> AdapterRecord | Non
 
 
 def weights_sha256(adapter: str) -> str | None:
-    """Return the fingerprint of the adapter at a path, whether it can be read or not; None where there are no such files."""
+    """Return the fingerprint of the adapter at a path, even if it cannot be read as one; None if there is no such file."""
     path = user_path(adapter)
     if adapter and exists(path) and path.is_dir():
         chosen = choose_weights([entry.name for entry in path.iterdir() if entry.is_file()])

@@ -1,7 +1,7 @@
-"""The name that an adapter or a base gets in the catalogue where the user gives none: by its file, a folder above, or its base.
+"""Default names of adapters and bases in the catalogue: from the file, a folder above it, or the base.
 
-Programs save adapters under names that say nothing (``checkpoint-500``, ``adapter_model.safetensors``, a commit's hash). What
-tells such an adapter from others is the folder above, or the repository that a folder of the Hub's cache is of.
+Programs save adapters under generic names (``checkpoint-500``, ``adapter_model.safetensors``, a commit's hash). Such an adapter
+is named after the folder above, or after the repository if it is in the Hub's cache.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _GENERIC: Final = """
     export exported new untitled tmp temp download downloads main snapshot snapshots of v unet text encoder transformer prior
 """
 GENERIC: Final = frozenset(_GENERIC.split())
-"""Words that name no adapter, nor does a name that is made of them and numbers alone."""
+"""Generic words. A name made only of these and of numbers is generic, too."""
 
 _SHELVES: Final = """
     home users root tmp temp var mnt media volumes opt srv data desktop documents content kaggle workspace workspaces work
     project projects experiments runs hub blobs huggingface .cache cache
 """
 SHELVES: Final = frozenset(_SHELVES.split())
-"""Folders where people keep things of every kind: neither their names nor those above them say anything of an adapter."""
+"""Folders with mixed content. Their names, and those of the folders above them, do not describe an adapter."""
 
 HIGHEST: Final = 5
-"""How many folders above a file are looked at."""
+"""Number of folders that are searched for a name."""
 
 _HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REPOSITORY: Final = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
 
 def name_from(stem: str) -> str:
-    """A name that the catalogue takes, made from any text.
+    """Turn any text into a name that the catalogue accepts.
 
     Raises:
-        AdapterError: nothing of it is left.
+        AdapterError: the text has no usable characters.
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:LONGEST_NAME]
     if not is_name(name):
@@ -53,7 +53,7 @@ def name_from(stem: str) -> str:
 
 
 def is_generic(stem: str) -> bool:
-    """Whether a file's or folder's name says nothing of what is in it: ``checkpoint-500``, ``final``, a commit's hash."""
+    """Return whether a file's or folder's name is generic, such as ``checkpoint-500``, ``final`` or a commit's hash."""
     words = [word for word in re.split(r"[^a-z]+", stem.casefold()) if word]
     return _HASH.fullmatch(stem) is not None or (
         stem.isascii() and all(word in GENERIC for word in words) and any(map(str.isalnum, stem))
@@ -61,9 +61,9 @@ def is_generic(stem: str) -> bool:
 
 
 def telling_name(stem: str, place: Path) -> str | None:
-    """The name of what lies at `place` and is called `stem`: its own, or that of the nearest folder above that has a telling one.
+    """Return a name for `place`: `stem`, or if that is generic the name of the nearest folder above that is not.
 
-    In the Hub's cache it is the repository's. None where no name says anything.
+    In the Hub's cache the name is the repository's. None if all names are generic.
     """
     if not is_generic(stem):
         return stem
@@ -79,16 +79,18 @@ def telling_name(stem: str, place: Path) -> str | None:
 
 
 def name_on_hub(repo: str, steps: list[str]) -> str:
-    """The name of what lies at `steps` in a repository: the last that says something, or the repository's."""
+    """Return a name for the path `steps` in a repository: the last step that is not generic, or the repository's name."""
     owner, _, name = repo.partition("/")
     return next((step for step in reversed(steps) if not is_generic(step)), None) or _of_repository(owner, name)
 
 
 def name_by_base(stem: str, base: str | None, kind: str) -> str:
-    """A name for an adapter that no folder names, by its base, a catalogued name, path or Hub id, and its kind: ``llama-lora``.
+    """Return a name made of the base and the kind of an adapter, such as ``llama-lora``, if no folder gives one.
+
+    `base` is a catalogued name, path or Hub id.
 
     Raises:
-        AdapterError: its base is not known, or is called nothing either.
+        AdapterError: the base is unknown, or has a generic name, too.
     """
     word = Path(base).name if base else ""
     if not word or is_generic(word):
@@ -104,12 +106,12 @@ def _of_repository(owner: str, name: str) -> str:
 
 
 def _folders(place: Path) -> Iterator[Path]:
-    """The folder at `place`, or that of a file there, and those above it, as far as they are looked at; never the root."""
+    """Return the folders to search for a name, nearest first: the one at or around `place`, and those above but the root."""
     path = Path(os.path.abspath(place))
     folders = [path, *path.parents] if path.is_dir() else [*path.parents]
     return (folder for folder in folders[:HIGHEST] if folder.name)
 
 
 def _homes() -> set[Path]:
-    """Folders whose names are a user's or a system's."""
+    """Return folders that are named after a user or by the system."""
     return {user_path("~"), Path(tempfile.gettempdir())}

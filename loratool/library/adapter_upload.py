@@ -1,4 +1,4 @@
-"""An adapter as it goes to the Hub: PEFT's layout, loratool's facts, a card, and the picture of its training."""
+"""An adapter's files for the Hub: PEFT's layout, loratool's facts, a card, and the picture of its training."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from loratool.library.user_path import exists
 from registry import AdapterRecord, BaseRecord, Registry
 
 PICTURE: Final = "training.png"
-"""The picture's name in the repository."""
+"""Name of the picture in the repository."""
 
 PICTURE_SUFFIX: Final = ".train.png"
-"""How the picture that training draws beside ``pirate.safetensors`` ends: ``pirate.train.png``."""
+"""Suffix of the picture that training draws: ``pirate.train.png`` beside ``pirate.safetensors``."""
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 _MOST_PICTURE_BYTES: Final = 8 * 1024 * 1024
@@ -39,10 +39,10 @@ _MOST_PICTURE_BYTES: Final = 8 * 1024 * 1024
 def prepare_adapter(
     found: ResolvedAdapter, catalogue: Registry, remote: Remote, wishes: Wishes, scratch: Path
 ) -> Upload:
-    """Write the adapter into `scratch` as it is to be on the Hub, and its card.
+    """Write the adapter into `scratch` in its form for the Hub, and make its card.
 
     Raises:
-        LoratoolError: the Hub id of its base is not known, it cannot be written, or the README there is broken.
+        LoratoolError: the Hub id of its base is unknown, it cannot be written, or the README on the Hub is broken.
     """
     record = found.record
     owner = catalogue.bases.get(record.base) if record and record.base else _owner(found, catalogue)
@@ -56,8 +56,8 @@ def prepare_adapter(
     write_peft(replace(adapter, config=config, facts=facts), folder, keep_metadata=keeps)
     written = read_adapter(folder)
     if written.sha256 != adapter.sha256:
-        why = "in PEFT's layout" if keeps else "without the folders that the metadata of its file names"
-        notes.append(f"its weights are written anew {why}, so their sha256 is not that of {found.reference}")
+        why = "in PEFT's layout" if keeps else "without the local folders that its file's metadata names"
+        notes.append(f"its weights are written again {why}, so their sha256 differs from that of {found.reference}")
     picture = _picture(found)
     card = _card(found, written, owner, base, remote.repository, lineage, wishes, picture is not None)
     local = _hand_written(adapter)
@@ -71,10 +71,10 @@ def prepare_adapter(
 
 
 def with_whole_names(adapter: Adapter, owner: BaseRecord | None) -> Adapter:
-    """An adapter in another layout than PEFT's, whose names may have ``_`` for dots, under the names that PEFT and its base have.
+    """Rename the modules of an adapter in another layout, whose names may have ``_`` for dots, to the names of its base.
 
     Raises:
-        HubError: the base, which knows them, is not at hand, or a module lands nowhere in it.
+        HubError: the base's files are not available, or a module does not land in it.
     """
     layout = "its" if adapter.layout is None else f"{adapter.layout.title}'s"
     problem = f"{quoted(adapter.name)} is in {layout} layout, whose names PEFT does not read"
@@ -139,7 +139,7 @@ def _owner(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | None:
 
 
 def _facts(found: ResolvedAdapter, lineage: list[dict[str, Any]]) -> dict[str, Any]:
-    """What loratool knows of the adapter, for whoever pulls it."""
+    """Return loratool's facts about the adapter, for those who pull it."""
     adapter, record = found.adapter, found.record
     known: dict[str, Any] = {"base_fingerprint": found.base_fingerprint}
     if record is not None:
@@ -153,7 +153,7 @@ def _facts(found: ResolvedAdapter, lineage: list[dict[str, Any]]) -> dict[str, A
 
 
 def _lineage(record: AdapterRecord | None, adapter: Adapter, catalogue: Registry) -> list[dict[str, Any]]:
-    """The operation that the adapter came from, with its parents; of the catalogue, or else of its own facts."""
+    """Return the operation that made the adapter, with its parents, from its own facts or else from the catalogue."""
     own = adapter.facts.get("lineage")
     if isinstance(own, Mapping) and isinstance(own.get("parents"), list):
         parents = [parent for parent in own["parents"] if isinstance(parent, Mapping) and "name" in parent]
@@ -168,7 +168,7 @@ def _lineage(record: AdapterRecord | None, adapter: Adapter, catalogue: Registry
 
 
 def _names_a_path(adapter: Adapter) -> bool:
-    """Whether the metadata of the weights' own file names a folder of this machine."""
+    """Return whether the metadata of the weights' file names a local path."""
     from loratool.formats.adapter_files import open_adapter
 
     metadata = open_adapter(adapter.file).metadata
@@ -183,7 +183,7 @@ def _names_a_path(adapter: Adapter) -> bool:
 
 
 def _picture(found: ResolvedAdapter) -> Path | None:
-    """The picture that training drew beside the adapter's file, wherever that is known to be."""
+    """Return the picture that training drew beside the adapter's file, at any known location of it."""
     record, file = found.record, found.adapter.file
     places = [file.parent if file.name == WEIGHTS_NAME else file]
     if record is not None:
@@ -200,13 +200,13 @@ def _picture(found: ResolvedAdapter) -> Path | None:
 
 
 def _is_of(place: Path, record: AdapterRecord) -> bool:
-    """Whether the file or folder, in the working folder, is where training wrote the adapter."""
+    """Return whether the file or folder `place` holds this adapter's weights."""
     file = place / WEIGHTS_NAME if place.is_dir() else place
     return file.is_file() and file.stat().st_size == record.size_bytes and sha256_of(file) == record.sha256
 
 
 def _hand_written(adapter: Adapter) -> str | None:
-    """The README of the adapter's own folder, where a person wrote it."""
+    """Return the README in the adapter's own folder, if a person wrote it."""
     file = adapter.file.parent / README
     if adapter.file.name != WEIGHTS_NAME or file.is_symlink() or not file.is_file():
         return None

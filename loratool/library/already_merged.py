@@ -1,4 +1,4 @@
-"""Whether an adapter is in a base's weights already: itself, what it was made of, or what was made of it."""
+"""Check that an adapter is not in a base's weights already: itself, one it was made from, or one made from it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ AGAIN: Final = "--again"
 
 @dataclass(frozen=True, slots=True)
 class _Kin:
-    """By what an adapter is known: its own digests, and the sha256 of all that it was made of."""
+    """Identity of an adapter: its own digests, and the sha256 of all adapters it was made from."""
 
     name: str
     own: frozenset[str]
     made_of: frozenset[str]
 
     def relation(self, other: _Kin) -> str | None:
-        """What `other` holds of this one's update; None where the two have nothing in common."""
+        """Describe how `other` holds this adapter's update, as the subject of a sentence; None if they are unrelated."""
         if self.own & other.own:
             return quoted(self.name)
         if self.made_of & other.own:
@@ -46,12 +46,12 @@ class _Kin:
 
 def refuse_again(adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, catalogue: Registry, watcher: Progress, *,
                  again: bool) -> list[str]:  # fmt: skip
-    """Check that no adapter is merged twice: with another of `adapters`, or into weights that it is in; notes.
+    """Check that no adapter is merged twice: by the same command, or into weights that hold it already. Return notes.
 
-    What is in a base its manifest says, if the base has the content that the manifest speaks of.
+    The base's manifest lists what it holds. It counts only if the base still has the content that the manifest describes.
 
     Raises:
-        AlreadyMergedError: one is merged twice, and `again` is off.
+        AlreadyMergedError: an adapter is merged twice, and `again` is off.
     """
     manifest = manifest_of(checkpoint.folder)
     if again or (manifest is None and len(adapters) == 1):
@@ -72,8 +72,8 @@ def refuse_again(adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, ca
     digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
     if fingerprint(checkpoint.tensors, digests) != manifest.fingerprint:
         return [
-            f"{quoted(checkpoint.folder)} was changed since its loratool.json was written, so that what this says is in it "
-            f"({shared.rstrip(',')}) was not believed"
+            f"{quoted(checkpoint.folder)} has changed since its loratool.json was written, so the statement there that {shared} "
+            "is in it was ignored"
         ]
     where = shlex.quote(str(checkpoint.folder)) + (" --in-place" if manifest.in_place else "")
     raise AlreadyMergedError(
@@ -83,12 +83,12 @@ def refuse_again(adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, ca
 
 
 def _by_rank(one: ResolvedAdapter, other: ResolvedAdapter) -> bool:
-    """Whether two of one command's adapters are two ranks of one DyLoRA, each chosen by the user."""
+    """Return whether two adapters of one command are different ranks of a DyLoRA, both chosen by the user."""
     return None not in (one.rank, other.rank) and one.rank != other.rank
 
 
 def _first_in(kin: Sequence[_Kin], manifest: Manifest, catalogue: Registry) -> tuple[str, float] | None:
-    """The first relation of one of `kin` to an adapter that a manifest lists, and the weight of that."""
+    """Return the first relation of one of `kin` to an adapter in the manifest, and that adapter's weight."""
     for entry in contents_of(manifest):
         held = _kin_of_entry(entry, catalogue)
         for one in kin:
@@ -116,7 +116,7 @@ def _with_ancestors(parents: set[str], catalogue: Registry) -> frozenset[str]:
 
 
 def _ancestors(sha256: str, catalogue: Registry) -> Iterator[str]:
-    """The sha256 of everything that the catalogue knows adapters with these weights to be made of."""
+    """Yield the sha256 of all catalogued ancestors of adapters with these weights."""
     for record in catalogue.adapters.find_by_sha256(sha256):
         for edge in catalogue.lineage.ancestors(record):
             if edge.parent_sha256 is not None:

@@ -1,4 +1,4 @@
-"""The entry of a base in the catalogue, by what a user calls it: its name, its folder or file, or its Hub id."""
+"""Search for a base's entry in the catalogue, by its name, its folder or file, or its Hub id."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from registry import BaseRecord, Registry, check_name, is_name
 
 def base_entry(name: str | os.PathLike[str], catalogue: Registry, progress: Progress | None = None, *,
                by_content: bool = True) -> BaseRecord:  # fmt: skip
-    """Return the catalogued base that `name` means; as `find_base`, but one that is not catalogued is an error.
+    """Return the catalogued base that `name` refers to, as `find_base` does.
 
     Raises:
         LoratoolError, registry.RegistryError: there is no such entry; the nearest names are listed.
@@ -33,19 +33,19 @@ def base_entry(name: str | os.PathLike[str], catalogue: Registry, progress: Prog
     if HUB_ID.fullmatch(text) is None and not exists(user_path(text)):
         raise NotFoundError(f"there is no model at {quoted(text)}; 'loratool base list' shows the catalogued bases")
     raise NotFoundError(
-        f"{quoted(text)} is no catalogued base; catalogue it with 'loratool base add NAME {text}', or see "
+        f"{quoted(text)} is not a catalogued base; catalogue it with 'loratool base add NAME {text}', or see "
         "'loratool base list'"
     )
 
 
 def find_base(name: str | os.PathLike[str], catalogue: Registry, progress: Progress | None = None, *,
               by_content: bool = True) -> BaseRecord | None:  # fmt: skip
-    """Return the catalogued base that `name` means, in the order of `resolve.resolve_base`; None where there is none.
+    """Return the catalogued base that `name` refers to, in the order of `resolve.resolve_base`; None if there is none.
 
-    A folder or file is known by where it lies, or `by_content`, by its fingerprint. The Hub is not asked.
+    A folder or file is recognized by its path, or with `by_content` by its fingerprint. The Hub is not asked.
 
     Raises:
-        CheckpointError: the folder has to be fingerprinted, and holds no model.
+        CheckpointError: the folder must be fingerprinted but holds no model.
     """
     text = os.fspath(name)
     path = user_path(text)
@@ -64,7 +64,7 @@ def _with_content_of(path: Path, catalogue: Registry, progress: Progress | None)
     checkpoint = Checkpoint.open(path)
     sizes = {base.size_bytes for base in catalogue.bases.list()}
     if checkpoint.nbytes not in sizes:
-        return None  # not read for nothing
+        return None  # without reading the weights
     watcher = progress or Silent()
     watcher.begin("fingerprinting", checkpoint.nbytes)
     digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
@@ -72,7 +72,7 @@ def _with_content_of(path: Path, catalogue: Registry, progress: Progress | None)
 
 
 def _from_hub(address: HubAddress, catalogue: Registry) -> BaseRecord | None:
-    """The base from a repository, whatever the case of its letters; at a revision, where one is named."""
+    """Return the base from a repository, ignoring the case of letters, and at a revision if the address names one."""
     for base in catalogue.bases.list():
         if base.source.casefold() == address.repo.casefold() and address.revision in (None, base.revision):
             return base

@@ -26,7 +26,7 @@ from registry import AdapterSummary, BaseRecord, MergeRecord, Registry, check_na
 
 @dataclass(frozen=True, slots=True)
 class BaseShowResult:
-    """Everything known of one base: its entry, its adapters, and the merges into it."""
+    """The catalogue's record of one base: its entry, its adapters, and the merges into it."""
 
     record: BaseRecord
     adapters: tuple[AdapterSummary, ...]
@@ -46,21 +46,21 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | os.
              progress: Progress | None = None) -> BaseRecord:  # fmt: skip
     """Catalogue a base model under `name`, with the fingerprint of its content. Its files stay where they are.
 
-    One on the Hub is catalogued by what the Hub and its headers say, and downloaded, checked and fingerprinted when its
-    weights are first needed; at once where they are in huggingface_hub's cache.
+    A base on the Hub is catalogued from its headers and the Hub's facts. It is downloaded, checked and fingerprinted when its
+    weights are first needed, or at once if they are in huggingface_hub's cache.
 
     Args:
         name: letters, digits, ``.``, ``_`` and ``-``, beginning with a letter or digit, 96 at most.
         source: its folder or safetensors file, or a Hub id (``owner/name`` or ``owner/name@revision``).
-        variant_of: the catalogued base that this is the same model as, stored differently: its name, folder or Hub id. A
-            model on the Hub is downloaded to compare them.
-        hub_id: of a folder or file, the Hub model that it is (``owner/name``), which adapters that are pushed name.
-        download: get one on the Hub at once.
+        variant_of: name, folder or Hub id of a catalogued base that is the same model, stored differently. A model on the
+            Hub is downloaded to compare them.
+        hub_id: the Hub model (``owner/name``) that the folder or file is a copy of. Pushed adapters name it.
+        download: download a base on the Hub at once.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes are done.
 
     Raises:
-        LoratoolError, registry.RegistryError: it is no model, the name is taken by another one, or it is no variant.
+        LoratoolError, registry.RegistryError: there is no model, another model has the name, or it is not such a variant.
     """
     _check_name(name)
     if hub_id is not None:
@@ -76,14 +76,14 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | os.
 
 @dataclass(frozen=True, slots=True)
 class NewBase:
-    """A base model that was looked at whole, and is not catalogued yet.
+    """A base model that was examined but is not catalogued yet.
 
     Attributes:
         source: its Hub id, or else its folder or file.
-        checkpoint: what its headers say.
-        path: where its files are; None for one on the Hub that is not downloaded.
-        fingerprint: of its content; None where `path` is.
-        on_hub: its commit on the Hub and what the Hub says of its weight files.
+        checkpoint: its headers.
+        path: its folder or file; None if it is on the Hub and not downloaded.
+        fingerprint: of its content; None if `path` is None.
+        on_hub: its commit on the Hub, and the Hub's facts about its weight files.
     """
 
     source: str
@@ -96,7 +96,7 @@ class NewBase:
         """Catalogue it under `name`.
 
         Raises:
-            registry.RegistryError: the name is taken by another model, or the catalogue cannot be written.
+            registry.RegistryError: another model has the name, or the catalogue cannot be written.
         """
         return catalogue.bases.add(
             name,
@@ -111,12 +111,12 @@ class NewBase:
 
 def look_at_base(name: str, source: str | os.PathLike[str], catalogue: Registry, *, watcher: Progress,
                  hub_id: str | None = None, download: bool = False, original: BaseRecord | None = None) -> NewBase:  # fmt: skip
-    """Read the model in a folder or at a Hub id, and fingerprint it where its weights are on this disk.
+    """Read the model in a folder or at a Hub id, and fingerprint it if its weights are on this disk.
 
-    `name` is what it is to be called, `original` the base that it has to be a variant of, if any.
+    `name` is its future name; `original` is the base that it must be a variant of, if any.
 
     Raises:
-        LoratoolError: it is no model, cannot be got, or is no variant of `original`.
+        LoratoolError: there is no model, it cannot be downloaded, or it is not a variant of `original`.
     """
     text = os.fspath(source)
     path, base = user_path(text), None
@@ -152,7 +152,7 @@ def look_at_base(name: str, source: str | os.PathLike[str], catalogue: Registry,
 
 
 def _find_on_hub(name: str, hub_id: str, catalogue: Registry) -> HubBase:
-    """The base at a Hub id; of one that is catalogued under `name` already, at the commit that it was catalogued at."""
+    """Find the base at a Hub id. If it is already catalogued under `name`, use the catalogued commit."""
     address = HubAddress.parse(hub_id)
     known = catalogue.bases.get(name)
     if known is not None and known.source == address.repo and address.revision is None:
@@ -166,7 +166,7 @@ def _place_on_hub(base: HubBase) -> dict[str, Any]:
 
 
 def base_list(*, registry: str | None = None) -> tuple[BaseRecord, ...]:
-    """The catalogued bases, by name.
+    """Return the catalogued bases, sorted by name.
 
     Args:
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -179,7 +179,7 @@ def base_list(*, registry: str | None = None) -> tuple[BaseRecord, ...]:
 
 
 def base_show(name: str | os.PathLike[str], *, registry: str | None = None) -> BaseShowResult:
-    """Everything the catalogue knows of one base.
+    """Return everything that the catalogue knows about one base.
 
     Args:
         name: of the catalogued base; or its folder, or its Hub id.
@@ -197,7 +197,7 @@ def base_show(name: str | os.PathLike[str], *, registry: str | None = None) -> B
 def base_verify(
     name: str | os.PathLike[str], *, registry: str | None = None, progress: Progress | None = None
 ) -> BaseRecord:
-    """Read every byte of a catalogued base again and compare its fingerprint; its entry.
+    """Read every byte of a catalogued base, compare its fingerprint, and return its entry.
 
     Args:
         name: of the catalogued base; or its folder, or its Hub id.
@@ -205,7 +205,7 @@ def base_verify(
         progress: told how many bytes are done.
 
     Raises:
-        VerificationError: the files are no longer what was catalogued.
+        VerificationError: the files have changed since they were catalogued, or are missing.
         LoratoolError, registry.RegistryError: there is no such base, or it is damaged.
     """
     watcher = progress or Silent()
@@ -235,11 +235,11 @@ def base_verify(
 
 
 def base_remove(name: str | os.PathLike[str], *, force: bool = False, registry: str | None = None) -> BaseRecord:
-    """Forget a base; its files stay. Returns the entry that it had.
+    """Remove a base from the catalogue and return its former entry. Its files stay.
 
     Args:
         name: of the catalogued base; or its folder, or its Hub id.
-        force: also while adapters belong to it; they then keep only its fingerprint.
+        force: remove it even if adapters belong to it. They keep its fingerprint.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
@@ -250,7 +250,7 @@ def base_remove(name: str | os.PathLike[str], *, force: bool = False, registry: 
 
 
 def base_json(record: BaseRecord) -> dict[str, Any]:
-    """A base's entry in the words of ``--json``: the catalogue's columns."""
+    """Return a base's entry for ``--json``, with the catalogue's columns as keys."""
     return {
         "name": record.name,
         "source": record.source,
@@ -270,12 +270,12 @@ def base_json(record: BaseRecord) -> dict[str, Any]:
 
 
 def _check_name(name: str) -> None:
-    """Refuse a bad name before the catalogue is opened, and before minutes are spent on the base's fingerprint."""
+    """Refuse an invalid name before the catalogue is opened and minutes are spent on the fingerprint."""
     check_name(name, "base")
 
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if all that is there is the factors of a LoRA."""
+    """Raise CheckpointError if all tensors are factors of a LoRA."""
     if all(".lora_" in name for name in checkpoint.tensors):
         raise CheckpointError(
             f"{quoted(checkpoint.path)} is an adapter and no base model; catalogue it with 'loratool add' instead"
@@ -283,7 +283,7 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
 
 
 def _refuse_other_model(checkpoint: Checkpoint, original: BaseRecord) -> None:
-    """Raise WrongBaseError unless both have the same tensors: names and shapes, and bytes where both store them alike."""
+    """Raise WrongBaseError unless both have tensors of equal names and shapes, with equal bytes where the storage is equal."""
     label = quoted(original.name)
     if original.path is None or not exists(original.path):
         raise WrongBaseError(f"the files of base {label} are needed to compare, and are not there; add it again first")
@@ -309,6 +309,6 @@ def _refuse_other_model(checkpoint: Checkpoint, original: BaseRecord) -> None:
 
 
 def _plain_tensors(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The tensors that are weights themselves, not parts of a quantized one."""
+    """Return the tensors that are whole parameters, not parts of a quantized one."""
     names = checkpoint.tensors
     return {name: info for name, info in names.items() if name.rpartition(".weight.")[0] + ".weight" not in names}

@@ -1,4 +1,4 @@
-"""A merge that knows what its matrices multiply on a user's text: `loratool merge --calibrate`."""
+"""Merges calibrated by the inputs of their matrices on a user's text: `loratool merge --calibrate`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ SUFFIX: Final = ".weight"
 
 
 def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: bool) -> Data | None:
-    """The content of the calibration file, or None where none is given.
+    """Return the content of the calibration file; None if no file is given.
+
+    `otherwise_stored` is whether the output is stored differently than the base.
 
     Raises:
-        LoratoolError: the merge is of a kind that is not calibrated.
-        DataError, NotFoundError: the file cannot be read, or is no data.
+        LoratoolError: this kind of merge cannot be calibrated.
+        DataError, NotFoundError: the file cannot be read, or holds no samples.
     """
     if file is None:
         return None
@@ -46,10 +48,12 @@ def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: b
 
 @contextmanager
 def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progress) -> Iterator[MergePlan]:
-    """The plan with the inputs of its quantized matrices on `text`, while they are kept; as it is where there is no text.
+    """Yield the plan with the inputs of its quantized matrices on `text`, or unchanged if there is no text.
+
+    The inputs are in temporary files, which are removed at the end of the block.
 
     Raises:
-        UnsupportedError: nothing lands on quantized weights.
+        UnsupportedError: the plan changes no quantized weights.
         LoratoolError: transformers cannot run the model, or the text does not fit it.
     """
     if text is None:
@@ -80,7 +84,7 @@ def calibrated(plan: MergePlan, text: Data | None, device: str, watcher: Progres
                 device=place,
                 progress=watcher.advance,
             )
-        gc.collect()  # the model is part of cycles, and holds its files open
+        gc.collect()  # the model is in reference cycles, and keeps its files open
         targets = tuple(_with_inputs(target, files) for target in plan.targets)
         yield replace(plan, targets=targets, calibration=file_digest(text.file))
 

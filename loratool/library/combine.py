@@ -44,11 +44,10 @@ class CombineResult:
     Attributes:
         out: the file or folder that was written.
         record: its entry in the catalogue.
-        parents: ``name@version`` of each adapter that it was made from, or its name where it is not catalogued, with its
-            weight.
-        recipe: the method, with the density, rank and seed that belong to it.
-        error: what ``svd`` lost, relative to the exact weighted sum in the Frobenius norm; None for other methods.
-        notes: what a user should know.
+        parents: ``name@version`` (or the name, if not catalogued) and weight of each adapter it was made from.
+        recipe: the method, with its density, rank and seed.
+        error: relative error of ``svd`` against the exact weighted sum, in the Frobenius norm; None for other methods.
+        notes: notes for the user.
     """
 
     out: Path
@@ -76,26 +75,26 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
             rank: int | None = None, seed: int | None = None, name: str | None = None, alpha: Alpha | None = None,
             force: bool = False, any_base: bool = False, registry: str | None = None,
             progress: Progress | None = None) -> CombineResult:  # fmt: skip
-    """Make one adapter of several, with the numbers of PEFT's ``add_weighted_adapter``, and catalogue it as their child.
+    """Combine several adapters into one, with the numbers of PEFT's ``add_weighted_adapter``, and catalogue it as their child.
 
     Args:
-        adapters: catalogued names, paths or Hub ids, each alone or as (adapter, weight); weights may be negative. A DyLoRA
-            acts at its full rank, or as ``ADAPTER@rank=b`` at rank b.
+        adapters: catalogued names, paths or Hub ids, each alone or as (adapter, weight). Weights may be negative. A DyLoRA
+            has its full rank, or rank b as ``ADAPTER@rank=b``.
         method: ``linear``, ``cat``, ``svd``, ``ties``, ``dare-linear``, ``dare-ties`` or ``magnitude-prune``; see
             `loratool.ranks.methods`.
         out: the new file (``.safetensors``, ``.st``) or PEFT folder. Its factors are fp32, its scaling is 1.
-        density: the share of each factor's numbers that is kept, for the last four methods.
-        rank: of the result of ``svd``; by default the largest of the adapters.
-        seed: of the two dare methods; by default made from what is combined, so that it gives the same bytes again.
-        name: of the result in the catalogue; by default that of the file.
-        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
-        force: replace an adapter that loratool wrote before.
+        density: share of each factor's numbers that is kept, for the last four methods.
+        rank: rank of the result of ``svd``; by default the largest of the adapters.
+        seed: seed of the two dare methods; by default made from the inputs, so that equal inputs give equal bytes.
+        name: name of the result in the catalogue; by default that of the file.
+        alpha: alpha of a bare adapter file that does not state it: a number, or ``rank`` for each module's rank.
+        force: replace an adapter that loratool wrote.
         any_base: combine adapters that record different bases.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: told how many bytes of factors are done.
 
     Raises:
-        LoratoolError: says what is wrong; nothing was written then.
+        LoratoolError: the message says what is wrong; nothing is written.
         registry.RegistryError: the catalogue cannot be read, or cannot take the result.
     """
     if not os.fspath(out):
@@ -125,7 +124,7 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
 
 
 def _check_bases(found: Sequence[ResolvedAdapter], catalogue: Registry, *, any_base: bool) -> tuple[str, ...]:
-    """Notes on adapters whose base is not known to be that of the others.
+    """Return notes on adapters that may belong to different bases.
 
     Raises:
         WrongBaseError: two adapters record different bases, and `any_base` is off.
@@ -147,7 +146,7 @@ def _check_bases(found: Sequence[ResolvedAdapter], catalogue: Registry, *, any_b
 
 
 def _base_problem(left: ResolvedAdapter, right: ResolvedAdapter, catalogue: Registry) -> str | None:
-    """Why two adapters seem to belong to different bases; their fingerprints tell, else the names that they record."""
+    """Return why two adapters seem to belong to different bases, by fingerprint or else by recorded name; None if not."""
     names = quoted(left.adapter.name), quoted(right.adapter.name)
     mine, other = left.base_fingerprint, right.base_fingerprint
     if mine and other:
@@ -169,7 +168,7 @@ def _config(plan: Combination) -> dict[str, Any]:
 
 
 def _figures(plan: Combination, chosen: Sequence[int | None]) -> dict[str, Any]:
-    """What the catalogue remembers of the operation; `chosen` are the ranks at which DyLoRAs were made to act."""
+    """Return the details of the operation for the catalogue. `chosen` holds the chosen ranks of DyLoRAs."""
     recipe = plan.recipe
     given = {"density": recipe.density, "rank": recipe.rank, "seed": recipe.seed}
     weights = [

@@ -1,4 +1,4 @@
-"""What operations on adapters share: where new adapters are written, and how they are catalogued as children."""
+"""Writing of new adapters that are made from others, and cataloguing them as children."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ from registry import AdapterRecord, Registry, RegistryUnwritableError, uncatalog
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a new adapter came from: a catalogue entry, or the name of what is not catalogued, with its sha256 and the states of
-    its files when they were opened."""
+    """An adapter or model that a new adapter is made from.
+
+    Attributes:
+        parent: its catalogue entry, or its name if it is not catalogued.
+        sha256: of its weights.
+        states: states of its files when they were opened.
+    """
 
     parent: AdapterRecord | str
     sha256: str | None = None
@@ -34,7 +39,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A new adapter, in a draft: where it is to be written, its name in the catalogue, and the figures of its making."""
+    """A new adapter in a draft, with its output path, its name in the catalogue, and details of how it was made."""
 
     adapter: Adapter
     out: Path
@@ -43,9 +48,10 @@ class Child:
 
 
 def default_output(source: ResolvedAdapter, given: str | os.PathLike[str], suffix: str) -> Path:
-    """``dylora-r16.st`` beside ``dylora.st``; a folder beside a folder; for a catalogued name, in the working folder.
+    """Return the default output path, such as ``dylora-r16.st`` beside ``dylora.st``, or a folder beside a folder.
 
-    `given` is how the user named the adapter, `suffix` what is added to its name (``r16``).
+    For a catalogued name or a Hub id it is a file in the working folder. `given` is the user's argument for the adapter;
+    `suffix` (``r16``) is added to its name.
     """
     path = user_path(given)
     if source.record is not None and source.record.name == os.fspath(given).partition("@")[0]:
@@ -58,30 +64,29 @@ def default_output(source: ResolvedAdapter, given: str | os.PathLike[str], suffi
 
 
 def scratch_folder(out: Path) -> Path:
-    """The nearest folder above `out` that is there already: where a draft of it can lie."""
+    """Return the nearest existing folder above `out`, as a place for its draft."""
     return next(folder for folder in Path(os.path.abspath(out)).parents if folder.is_dir())
 
 
 def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, origins: Sequence[Origin], *,
              base: str | None, force: bool = False) -> list[AddResult]:  # fmt: skip
-    """Write new adapters, and catalogue them as children of what they came from: all of them, or none.
+    """Write new adapters, and catalogue them as children of their origins: all of them, or none.
 
-    Their entries and lineage are one transaction, and the files get their final names at its end: whatever fails before
-    leaves nothing. A kill between the names and the commit leaves whole files that are not catalogued. Where nothing can be
-    written to the catalogue, on a full disk or in somebody else's home, the files are written all the same, with a note.
+    Entries and lineage are one transaction, at whose end the files get their final names. An earlier failure leaves nothing.
+    A kill between the renames and the commit leaves complete files that are not catalogued. If the catalogue cannot be
+    written (a full disk, another user's home), the files are written with a note.
 
     Args:
-        children: each with an output of its own.
-        catalogue: that they are entered in.
-        operation: the command's name.
-        origins: what each of them came from.
-        base: the catalogued base that they belong to; None for the one that they record.
-        force: replace adapters that loratool wrote before.
+        children: the new adapters, with different outputs.
+        catalogue: the catalogue for their entries.
+        operation: name of the command.
+        origins: the adapters or models that each of them was made from.
+        base: the catalogued base that they belong to; by default the one that they record.
+        force: replace adapters that loratool wrote.
 
     Raises:
-        LoratoolError: an output exists or cannot be written, an adapter does not fit `base`, or a file changed that one was
-            made from.
-        registry.RegistryError: the catalogue cannot take one.
+        LoratoolError: an output exists or cannot be written, an adapter does not fit `base`, or a source file changed.
+        registry.RegistryError: the catalogue does not accept one of them.
     """
     with ExitStack() as outputs:
         written = [
@@ -112,30 +117,30 @@ def _record_lineage(
     record: AdapterRecord, origins: Sequence[Origin], catalogue: Registry, operation: str, details: Mapping[str, Any]
 ) -> None:
     for origin in origins:
-        # A cut to the full rank, made again, is the very adapter that it is made of.
+        # A cut to the full rank can have the very bytes of the adapter that it is made from.
         if not (isinstance(origin.parent, AdapterRecord) and origin.parent.id == record.id):
             catalogue.lineage.record(record, origin.parent, operation, parent_sha256=origin.sha256, details=details)
 
 
 def origin_of(parent: ResolvedAdapter) -> Origin:
-    """An adapter as what another came from."""
+    """Return an adapter as the origin of another."""
     return Origin(parent.record or parent.adapter.name, parent.adapter.sha256, parent.adapter.states)
 
 
 def reference_of(parent: ResolvedAdapter) -> str:
-    """``name@version``, or the name of an adapter that is not catalogued; with ``@rank=b`` where one was chosen."""
+    """Return ``name@version``, or the name if it is not catalogued, with ``@rank=b`` if a rank was chosen."""
     return parent.reference if parent.record else parent.label
 
 
 def base_of(parents: Sequence[ResolvedAdapter]) -> str | None:
-    """The catalogued base of the first of `parents` that has one."""
+    """Return the catalogued base of the first of `parents` that has one."""
     return next((parent.record.base for parent in parents if parent.record and parent.record.base), None)
 
 
 def child_facts(
     kind: str, operation: str, parents: Sequence[ResolvedAdapter], details: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What loratool records in the file of a new adapter: its kind, its base, and what it was made from and how."""
+    """Return loratool's facts for the file of a new adapter: its kind, base, parents and operation."""
     base = next((parent.base_fingerprint for parent in parents if parent.base_fingerprint), None)
     named = [{"name": parent.adapter.name, "sha256": parent.adapter.sha256} for parent in parents]
     beside = sorted({name for parent in parents for name in trained_beside(parent.adapter)})
@@ -144,6 +149,6 @@ def child_facts(
 
 
 def default_name(out: Path) -> str:
-    """The name in the catalogue of an adapter written to `out`: the file's or folder's own, or that of a folder above."""
+    """Return the catalogue name of an adapter written to `out`: that of the file or folder, or of a folder above."""
     stem = out.stem if out.suffix in SINGLE_FILE_SUFFIXES else out.name
     return name_from(telling_name(stem, out) or stem)

@@ -1,4 +1,4 @@
-"""`loratool.doctor`: the catalogue against the disk."""
+"""`loratool.doctor`: check the catalogue against the disk."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from registry.trash import KEPT_DAYS
 
 @dataclass(frozen=True, slots=True)
 class DoctorResult:
-    """What was found wrong, what the catalogue holds, what a garbage collection freed, and what a rebuild named again.
+    """The result of a check.
 
-    `backups` are those of the catalogue's database, the newest first; `put_back` is the shell command that puts the newest one
-    in its place. `trash` is what was removed and can be restored.
+    Attributes:
+        findings: the faults.
+        counts: numbers of entries in the catalogue.
+        freed: what garbage collection freed, if it ran.
+        rebuilt: what a rebuild restored, if it ran.
+        backups: backups of the catalogue's database, newest first.
+        put_back: shell command that restores the newest backup.
+        trash: removed adapters that can be restored.
     """
 
     findings: tuple[Finding, ...]
@@ -33,26 +39,28 @@ class DoctorResult:
 def doctor(*, gc: bool = False, deep: bool = False, rebuild: bool = False, yes: bool = False,
            trash_days: float = KEPT_DAYS, registry: str | None = None,
            progress: Progress | None = None) -> DoctorResult:  # fmt: skip
-    """Check that what the catalogue names is on the disk, and that nothing in the store is unnamed or left by a killed run.
+    """Check that the catalogue's files exist and that the catalogue has all entries of the store; find remains of killed runs.
 
     Args:
-        gc: free what nothing in the catalogue names, and what killed runs left, wherever it lies; note which merged models and
-            undo files are gone.
+        gc: free files that nothing in the catalogue refers to, and remains of killed runs anywhere on disk; record which
+            merged models and undo files are gone.
         deep: read every stored file and compare its sha256.
-        rebuild: name again what the store has and the catalogue has lost. Entries that are there stay as they are.
-        trash_days: with `gc`, free what has been in the trash for so many days.
-        yes: free also what a rebuild could name, or most of the store.
+        rebuild: restore entries that the store has and the catalogue has lost. Existing entries stay as they are.
+        trash_days: with `gc`, free what has been in the trash for this many days.
+        yes: also free files that a rebuild could restore, or most of the store.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many adapters are checked, or with `deep` how many bytes are read.
+        progress: receives the number of adapters checked, or with `deep` of bytes read.
 
     Raises:
-        registry.RegistryError: the catalogue cannot be read, or with `gc` or `rebuild` not written; `registry.NotSureError`
-            where `gc` would free what needs `yes`.
+        registry.NotSureError: `gc` would free files that need `yes`.
+        registry.RegistryError: the catalogue cannot be read, or cannot be written with `gc` or `rebuild`.
     """
     with open_registry(registry, read_only=not (gc or rebuild), examined=True) as catalogue:
         rebuilt = catalogue.doctor.rebuild() if rebuild else None
         freed = _freed(catalogue, yes, trash_days) if gc else None
-        unnamed = {each.subject: each for each in rebuilt.unnamed} if rebuilt else {}  # these say why
+        unnamed = (
+            {each.subject: each for each in rebuilt.unnamed} if rebuilt else {}
+        )  # these say why it was not restored
         examined = [unnamed.get(each.subject, each) for each in catalogue.doctor.examine(deep=deep, watcher=progress)]
         found = (*examined, *find_leftovers())
         backups, file = catalogue.backups(), catalogue.file
@@ -61,8 +69,8 @@ def doctor(*, gc: bool = False, deep: bool = False, rebuild: bool = False, yes: 
 
 
 def _freed(catalogue: Registry, yes: bool, trash_days: float) -> Freed:
-    """Free what nothing in the catalogue names, and what killed runs left."""
-    with Deferral():  # an entry that has left the trash and not the store would be offered for a rebuild
+    """Free files that nothing in the catalogue refers to, and remains of killed runs."""
+    with Deferral():  # or an entry removed from the trash but not from the store would look like one to restore
         freed = catalogue.doctor.collect(sure=yes, trash_days=trash_days)
     entries, size_bytes = clear_leftovers()
     return replace(freed, entries=freed.entries + entries, size_bytes=freed.size_bytes + size_bytes)

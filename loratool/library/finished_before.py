@@ -1,4 +1,4 @@
-"""A merge in place that an interrupted run has finished, or that was finished for it, and that nobody recorded."""
+"""Recognition of a merge in place that was completed but not recorded in the catalogue, since its run was killed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from registry import Registry
 
 def finished_before(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter], catalogue: Registry,
                     watcher: Progress) -> Manifest | None:  # fmt: skip
-    """The manifest of this very merge, if it was the last that was made in place and the catalogue does not know of it.
+    """Return the manifest of this merge, if it was the last one in place and the catalogue has no record of it.
 
-    A run that was killed after its commit leaves that: its change is carried out by whoever opens the folder next, and only
-    the record is missing. Merging once more would add the update twice.
+    A run that is killed after its commit leaves this state: the next command carries the change out, and only the record is
+    missing. Merging again would add the update twice.
     """
     manifest = manifest_of(checkpoint.folder)
     if manifest is None or not manifest.in_place or manifest.kind != "merge" or not _is_it(manifest.adapters, adapters):
@@ -33,7 +33,7 @@ def finished_before(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter],
 
 
 def _is_it(merged: Sequence[MergedAdapter], adapters: Sequence[WeightedAdapter]) -> bool:
-    """Whether a manifest lists these adapters, in this order, with these weights and at these ranks."""
+    """Return whether a manifest lists these adapters, in this order, with the same weights, ranks, alphas and scalings."""
     if len(merged) != len(adapters):
         return False
     return all(

@@ -1,4 +1,4 @@
-"""Holding a model's folder while a command reads or changes it."""
+"""Locking of a model's folder while a command reads or changes it."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from loratool.checkpoint.journal import locked
 
 
 def hold(path: Path, *, exclusive: bool) -> AbstractContextManager[None]:
-    """Hold a model folder against other processes (see `checkpoint.journal.locked`); a single file is not held."""
+    """Lock a model's folder against other processes (see `checkpoint.journal.locked`). A single file is not locked."""
     return locked(path, exclusive=exclusive) if path.is_dir() else nullcontext()

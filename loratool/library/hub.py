@@ -1,4 +1,4 @@
-"""`loratool.hub_search`: adapters that the Hugging Face Hub knows."""
+"""`loratool.hub_search`: search for adapters on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ MOST: int = 1000
 
 def hub_search(text: str | None = None, *, base: str | None = None, limit: int = 20, sort: HubSort = "downloads",
                registry: str | None = None) -> tuple[FoundAdapter, ...]:  # fmt: skip
-    """Adapters on the Hugging Face Hub: those of a base, or those whose names hold a text, or both.
+    """Search for adapters on the Hugging Face Hub, by their base, by a text in their names, or by both.
 
     Args:
-        text: what the repository's name holds.
+        text: a part of the repository's name.
         base: a catalogued base that came from the Hub (its name or its folder), or a Hub id.
-        limit: how many, 1000 at most.
-        sort: ``downloads`` (of the last 30 days), ``likes``, ``updated`` or ``created``; the most or newest first.
+        limit: largest number of results, at most 1000.
+        sort: ``downloads`` (of the last 30 days), ``likes``, ``updated`` or ``created``; the highest or newest first.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        LoratoolError, registry.RegistryError: neither is given, there is no such base, or the Hub cannot be asked.
+        LoratoolError, registry.RegistryError: neither is given, there is no such base, or the Hub cannot be reached.
     """
     if not text and base is None:
         raise LoratoolError("nothing is searched for; give a text, or --base BASE")
     if not 1 <= limit <= MOST:
-        raise LoratoolError(f"{limit} adapters are none or too many; give a --limit of 1 to {MOST}")
+        raise LoratoolError(f"--limit is {limit} and must be 1 to {MOST}")
     if sort not in SORTS:
-        raise LoratoolError(f"{quoted(sort)} is nothing to sort by; use one of {', '.join(SORTS)}")
+        raise LoratoolError(f"adapters cannot be sorted by {quoted(sort)}; use one of {', '.join(SORTS)}")
     return search_adapters(text or None, None if base is None else _hub_id(base, registry), limit, sort)
 
 
 def _hub_id(base: str, registry: str | None) -> str:
-    """The Hub id of a base: `base` itself, or what its entry in the catalogue, or that of its family, says."""
+    """Return the Hub id of a base: `base` itself, or the one in its catalogue entry or its family's."""
     with open_registry(registry, read_only=True) as catalogue:
         is_hub_id_itself = not is_name(base) and not exists(user_path(base))
         record = find_base(base, catalogue) if is_hub_id_itself else base_entry(base, catalogue)
