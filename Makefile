@@ -26,6 +26,7 @@ tests: .venv/ready
 # Real signals to every command that writes, 50 times each at moments spread over its run; half an hour or so.
 interrupts: .venv/ready
 	$(BIN)/python tests/interrupting.py --tries 50
+	$(BIN)/python tests/interrupting.py --tries 4 --processes
 
 # What each extra brings is what its commands need: the README's commands, in an environment of that and no more.
 extras: .venv/ready

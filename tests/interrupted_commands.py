@@ -55,7 +55,7 @@ CASES = {
     "remove": Case("remove pirate", (ADD,)),
     "remove now": Case("remove pirate --now", (ADD,)),
     "restore": Case("restore pirate@1", (ADD, "remove pirate")),
-    "doctor gc": Case("doctor --gc --trash-days 0 --yes", (ADD, "remove pirate")),
+    "doctor gc": Case("doctor --gc --trash-days 0", (ADD, "remove pirate")),
     "push": Case("push pirate ada/pirate-{turn} --yes --base-model ada/base", (ADD,)),
 }
 ONLINE = {"pull", "push"}
