@@ -365,7 +365,7 @@ def test_an_adapter_given_twice_is_refused(trio: list[Path], tmp_path: Path) -> 
 def test_an_output_that_is_one_of_the_adapters_is_refused(trio: list[Path], tmp_path: Path) -> None:
     copy = copy_with(trio[0], tmp_path / "copy")
     before = (copy / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(LoratoolError, match="lie in one another"):
+    with pytest.raises(LoratoolError, match="overlap; choose another"):
         loratool.combine([copy, trio[1]], "cat", out=copy, force=True)
     assert (copy / "adapter_model.safetensors").read_bytes() == before
 

@@ -575,7 +575,7 @@ def test_a_model_without_a_tokenizer_or_with_anothers_is_refused(base: Path, dat
         loratool.eval(without, data, device="cpu")
     larger = tiny_tokenizer(template=CHATML)
     larger.add_tokens([f"zebra-{number}-" for number in range(VOCABULARY)])
-    with pytest.raises(CheckpointError, match="knows 131 only"):
+    with pytest.raises(CheckpointError, match="the model has only 131"):
         loratool.eval(
             with_tokenizer(base, tmp_path / "larger", larger),
             write_lines(tmp_path / "mat.jsonl", {"text": "a zebra-130-"}),
@@ -813,15 +813,15 @@ def test_a_bar_is_drawn_to_an_eighth_and_in_ascii_where_it_must_be(monkeypatch: 
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--adapter", "ADAPTER", "--ranks", "0"], "ranks 1 to 4, and rank 0 is none of its ranks"),
-        (["--adapter", "ADAPTER", "--ranks", "1,5"], "rank 5 is none"),
-        (["--adapter", "ADAPTER", "--ranks", "999999999"], "rank 999999999 is none"),
+        (["--adapter", "ADAPTER", "--ranks", "0"], "ranks 1 to 4, and rank 0 is not one of these"),
+        (["--adapter", "ADAPTER", "--ranks", "1,5"], "rank 5 is not one of these"),
+        (["--adapter", "ADAPTER", "--ranks", "999999999"], "rank 999999999 is not one of these"),
         (["--ranks", "1"], "give the --adapter"),
         (["--adapter", "ADAPTER", "--plot", "x.png"], "give the --ranks"),
         (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "x.jpg"], "end it in .pdf, .png, .svg"),
-        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "."], "no name for a picture"),
+        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "."], "not a name for a picture"),
         (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "folder.png", "--force"], "is a folder"),
-        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "DATA/x.png"], "no folder that you may write in"),
+        (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "DATA/x.png"], "not a folder that you may write in"),
         (["--adapter", "ADAPTER", "--ranks", "1", "--plot", "a\ud800.png"], "write the name in UTF-8"),
     ],
 )

@@ -402,7 +402,7 @@ def test_models_that_do_not_belong_together_are_refused(case: str, base: Path, t
 
 
 def test_an_output_inside_a_model_is_refused(base: Path, tuned: Path) -> None:
-    with pytest.raises(LoratoolError, match="lie in one another"):
+    with pytest.raises(LoratoolError, match="overlap; choose another"):
         loratool.extract(tuned, base, rank=2, out=tuned / "found.st")
 
 

@@ -50,7 +50,7 @@ def test_what_is_pushed_loads_verifies_and_unmerges(hub: HubStandIn, merged: Pat
     assert not any(str(tmp_path).encode() in data or b"pytest-of" in data for data in pushed.values())
     assert not [path for path in pushed if "undo" in path or path == "notes.txt"]
     assert any(note.startswith("the undo file stays here") for note in result.notes)
-    assert "'notes.txt' is no part of the model and stays here; --file sends one, --all-files all" in result.notes
+    assert "'notes.txt' does not belong to the model and stays here; --file sends one, --all-files all" in result.notes
     assert len(hub.repositories["ada/merged"].history) == 2
     assert not loratool.push(merged, "ada/merged", merged=True).sent
 
@@ -181,7 +181,7 @@ def test_what_is_no_merged_model_is_refused(
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(VerificationError, match="not what its manifest says"):
+    with pytest.raises(VerificationError, match="differs from its manifest"):
         loratool.push(merged, "ada/x", merged=True)
     data[-1] ^= 1
     shard.write_bytes(data)

@@ -262,7 +262,7 @@ def test_a_picture_is_replaced_only_with_force(adapter: Path, tmp_path: Path) ->
 
 def test_a_file_that_is_no_picture_is_refused(adapter: Path, tmp_path: Path) -> None:
     for name in ("x.gif", "x", "x.exe"):
-        with pytest.raises(LoratoolError, match="is no name for a picture"):
+        with pytest.raises(LoratoolError, match="is not a name for a picture"):
             loratool.spectrum("pirate", plot=tmp_path / name)
 
 

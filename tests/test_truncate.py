@@ -408,7 +408,7 @@ def test_an_output_that_exists_or_is_the_input_is_refused(tiny_adapters: TinyAda
     with pytest.raises(LoratoolError, match=r"two-r2\.st"):
         loratool.truncate(source, rank=[1, 2], out=tmp_path / "two.st")
     assert [path.name for path in tmp_path.iterdir()] == ["two-r2.st"]
-    with pytest.raises(LoratoolError, match="lie in one another"):
+    with pytest.raises(LoratoolError, match="overlap; choose another"):
         loratool.truncate(source, rank=1, out=source / "adapter_model.safetensors", force=True)
 
 

@@ -33,7 +33,7 @@ class BaseShowResult:
     merges: tuple[MergeRecord, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             **base_json(self.record),
             "adapters": [adapter.reference for adapter in self.adapters],
@@ -57,7 +57,7 @@ def base_add(name: str, source: str | os.PathLike[str], *, variant_of: str | os.
         hub_id: the Hub model (``owner/name``) that the folder or file is a copy of. Pushed adapters name it.
         download: download a base on the Hub at once.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes are done.
+        progress: receives the number of bytes done.
 
     Raises:
         LoratoolError, registry.RegistryError: there is no model, another model has the name, or it is not such a variant.
@@ -202,7 +202,7 @@ def base_verify(
     Args:
         name: of the catalogued base; or its folder, or its Hub id.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes are done.
+        progress: receives the number of bytes done.
 
     Raises:
         VerificationError: the files have changed since they were catalogued, or are missing.

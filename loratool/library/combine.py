@@ -58,7 +58,7 @@ class CombineResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "out": str(self.out),
             **adapter_json(self.record),
@@ -91,7 +91,7 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
         force: replace an adapter that loratool wrote.
         any_base: combine adapters that record different bases.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes of factors are done.
+        progress: receives the number of bytes of factors done.
 
     Raises:
         LoratoolError: the message says what is wrong; nothing is written.

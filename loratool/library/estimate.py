@@ -1,4 +1,4 @@
-"""`loratool.estimate`: what training an adapter costs, before it is spent."""
+"""`loratool.estimate`: parameters and memory that training an adapter takes."""
 
 from __future__ import annotations
 
@@ -47,12 +47,13 @@ _STORED: Final = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to train: ``full``, or the method with the base in 16 bits, or in NF4.
+    """One way to train: ``full``, or the method with the base in 16 bits or in NF4.
 
     Attributes:
-        trainable: parameters that are trained.
-        memory: in which every layer keeps what its backward pass needs.
-        checkpointed: with gradient checkpointing.
+        name: of the way.
+        trainable: number of trained parameters.
+        memory: memory without gradient checkpointing.
+        checkpointed: memory with gradient checkpointing.
     """
 
     name: str
@@ -63,16 +64,17 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class EstimateResult:
-    """What training takes. Sizes in bytes.
+    """Parameters and memory of a training. Sizes are in bytes.
 
     Attributes:
-        model, model_type: its name and its type in transformers.
-        parameters: of the model.
-        rank: of each module: DyLoRA's largest, the average that AdaLoRA ends with.
-        initial_rank: what AdaLoRA begins with; else `rank`.
-        target_modules: the last components of the names of the modules with an adapter.
-        adapted_modules: how many they are.
-        trainable_parameters: of the adapter while it is trained.
+        model: name of the model.
+        model_type: its type in transformers.
+        parameters: number of the model's parameters.
+        rank: rank of each module; for DyLoRA the largest, for AdaLoRA the final average.
+        initial_rank: AdaLoRA's initial rank; for other methods `rank`.
+        target_modules: last components of the adapted modules' names.
+        adapted_modules: number of adapted modules.
+        trainable_parameters: number of the adapter's parameters during training.
         adapter_file: size of the adapter's file.
         ways: full fine-tuning, the method, and the method on a base in NF4.
     """
@@ -97,7 +99,7 @@ class EstimateResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "model": self.model,
             "model_type": self.model_type,
@@ -131,26 +133,26 @@ def estimate(base: str | os.PathLike[str], *, method: str = "lora", rank: int = 
              targets: str | Sequence[str] | None = None, batch_size: int = BATCH_OF_FEW, max_length: int | None = None,
              optimizer: str = "adamw", precision: str = "bf16", adapter_dtype: str = "fp32", attention: str = "sdpa",
              registry: str | None = None) -> EstimateResult:  # fmt: skip
-    """Count what training an adapter of `base` takes, beside full fine-tuning and beside a base in NF4; `loratool.estimate`.
+    """Estimate parameters and memory for training an adapter of `base`, compared with full fine-tuning and a base in NF4.
 
-    From its configuration, and where its weights are at hand from their headers; no weights are read and none downloaded.
+    Only the configuration is read, and the headers of the weights if they are on this disk. Nothing else is downloaded.
 
     Args:
         base: a catalogued name, a folder, a ``config.json``, a Hub id, or the name of a known shape such as ``gpt3-175b``.
         method: ``lora``, ``dylora`` or ``adalora``.
-        rank: of each module: DyLoRA's largest, the average that AdaLoRA ends with.
-        initial_rank: what AdaLoRA begins with; by default a quarter more.
-        targets: names of modules with commas between them, or as a list, or a pattern; by default ``all-linear``.
-        batch_size: rows that are computed at once.
-        max_length: tokens of a row; by default 512, or the model's context where that is shorter.
+        rank: rank of each module; for DyLoRA the largest, for AdaLoRA the final average.
+        initial_rank: AdaLoRA's initial rank; by default a quarter more than `rank`.
+        targets: names of modules, separated by commas or as a list, or a pattern; by default ``all-linear``.
+        batch_size: number of rows computed at once.
+        max_length: tokens per row; by default 512, or the model's context if that is shorter.
         optimizer: ``adamw``, ``adamw-8bit``, ``adamw-paged`` or ``sgd``.
-        precision: ``bf16`` or ``fp32``: the type that computes, and that holds the weights.
-        adapter_dtype: ``fp32``, ``bf16`` or ``fp16``: the type that the adapter is trained and saved in.
+        precision: dtype of the weights and of the computation: ``bf16`` or ``fp32``.
+        adapter_dtype: dtype in which the adapter is trained and saved: ``fp32``, ``bf16`` or ``fp16``.
         attention: ``sdpa`` or ``eager``.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong.
+        LoratoolError, registry.RegistryError: the message says what is wrong.
     """
     _check_word("--method", method, tuple(METHODS))
     _check_word("--optimizer", optimizer, tuple(MOMENTS))
@@ -227,7 +229,7 @@ def _figures(memory: Memory) -> dict[str, int]:
 
 
 def _shape(text: str, registry: str | None) -> tuple[ModelShape, str, tuple[str, ...]]:
-    """The shape of the model, its name, and notes."""
+    """Return the shape of the model, its name, and notes."""
     path = user_path(text)
     is_here = bool(text) and exists(path)
     if is_here and has_file(path) and path.suffix == ".json":
@@ -260,14 +262,14 @@ def _of_folder(folder: Path, name: str) -> tuple[ModelShape, str, tuple[str, ...
         tensors = Checkpoint.open(folder).tensors
     except LoratoolError as error:
         if any(folder.glob("*.safetensors")):
-            note = f"its weights cannot be read, and its configuration alone was counted ({error})"
+            note = f"its weights cannot be read, so only its configuration was used ({error})"
             return read_shape(config, name), name, (note,)
         return read_shape(config, name), name, ()
     if "quantization_config" in config:
         return (
             read_shape(config, name),
             name,
-            ("the base is stored in 4 bits; counted is the model that it was made of",),
+            ("the base is stored in 4 bits; the figures are for the model that it was made from",),
         )
     linears = {weight.removesuffix(SUFFIX): _linear(weight, tensors[weight].shape, config)
                for weight in linear_weights(tensors, config)}  # fmt: skip
@@ -279,7 +281,7 @@ def _of_folder(folder: Path, name: str) -> tuple[ModelShape, str, tuple[str, ...
 
 
 def _shape_of_any(config: Mapping[str, Any], name: str) -> tuple[ModelShape, tuple[str, ...]]:
-    """The shape, and a note where it is counted as that of a Llama."""
+    """Return the shape, and a note if an unknown model type is treated as a Llama."""
     try:
         return read_shape(config, name), ()
     except LoratoolError as error:
@@ -303,7 +305,7 @@ def _read_json(file: Path) -> Mapping[str, Any]:
 
 
 def _modules(shape: ModelShape, targets: str | Sequence[str] | None, name: str) -> tuple[str, ...]:
-    """The modules that get an adapter, as ``loratool train`` chooses them."""
+    """Return the modules that get an adapter, chosen as by ``loratool train``."""
     if targets is None or targets == ALL_LINEAR:
         return tuple(shape.linears)
     is_pattern = isinstance(targets, str) and any(sign in targets for sign in "*+?()[]{}|^$\\")
@@ -327,7 +329,7 @@ def _matched(shape: ModelShape, targets: object) -> list[str]:
 
 
 def _file_size(shape: ModelShape, modules: Sequence[str], rank: int, method: str, dtype: str) -> int:
-    """Of the safetensors file in PEFT's layout; of AdaLoRA with the average rank on each module."""
+    """Return the size of the safetensors file in PEFT's layout; for AdaLoRA with the average rank in each module."""
     stored = _STORED[dtype]
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for module in modules:

@@ -43,14 +43,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 DEFAULT_MAX_LENGTH: Final = 2048
-"""Tokens; the memory for the logits grows with it."""
+"""Default limit on the tokens of a sample. The memory for the logits grows with it."""
 
 MOST_TICKS: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
 class RankScore:
-    """The score of a model with an adapter cut to `rank` beside it."""
+    """The score of a model with an adapter beside it that is cut to `rank`."""
 
     rank: int
     score: Score
@@ -58,20 +58,20 @@ class RankScore:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """How well a model, or a model with an adapter beside it, foretells samples.
+    """Loss and perplexity of a model on samples, alone or with an adapter beside it.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         adapter: the adapter's reference, or None.
         data: the file of samples, or the id of a data set.
-        samples: how many there are; windows of a text file.
-        truncated: how many of them were cut off at `max_length`.
-        score: of the model, with the adapter where one is given.
-        without_adapter: of the model alone, where an adapter is given.
-        ranks: of the model with the adapter at each rank that was asked for and, last, whole; empty where none was.
-        max_length: the most tokens of a sample.
-        device: where it was computed.
-        plot: the picture of the loss by rank, where one was drawn.
+        samples: number of samples, or of windows of a text file.
+        truncated: number of samples that were cut at `max_length`.
+        score: score of the model, with the adapter if one is given.
+        without_adapter: score of the model alone, if an adapter is given.
+        ranks: scores with the adapter cut to each of the given ranks and, last, uncut; empty without `ranks`.
+        max_length: largest number of tokens of a sample.
+        device: device of the computation.
+        plot: the picture of the loss by rank, if one was drawn.
     """
 
     model: str
@@ -89,11 +89,11 @@ class EvalResult:
 
     @property
     def gap(self) -> float | None:
-        """What the adapter adds to the loss, in nats; below zero where it helps. None without an adapter."""
+        """Difference that the adapter makes to the loss, in nats per token; negative if it helps. None without an adapter."""
         return None if self.without_adapter is None else self.score.loss - self.without_adapter.loss
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "model": self.model,
             "adapter": self.adapter,
@@ -117,33 +117,33 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
              plot: str | os.PathLike[str] | None = None, max_length: int | None = None, batch_size: int = 4,
              plain: bool = False, truncate: bool = False, force: bool = False, device: str = "auto", alpha: Alpha | None = None,
              registry: str | None = None, progress: Progress | None = None) -> EvalResult:  # fmt: skip
-    """Measure the loss and the perplexity of a model on a file of samples; `loratool.eval`.
+    """Measure the loss and the perplexity of a model on samples; `loratool.eval`.
 
     Args:
         model: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it.
         data: samples of ``text``, ``prompt`` and ``completion``, or ``messages`` in a JSONL, JSON, CSV or Parquet file, or
-            in a data set of the Hub (``owner/name:split``); or a ``.txt`` file, which is cut into windows. See
-            `loratool.running.data` for what counts.
+            in a data set of the Hub (``owner/name:split``); or a ``.txt`` file, which is cut into windows.
+            `loratool.running.data` says which tokens count towards the loss.
         adapter: a catalogued name, a path or a Hub id. The model is then measured alone and with the adapter beside it.
-        ranks: measure the adapter also cut to each of these ranks; see `loratool.ranks.truncate`.
+        ranks: also measure the adapter cut to each of these ranks; see `loratool.ranks.truncate`.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a picture of the loss by rank.
-        max_length: the most tokens of a sample, and the length of a window; by default the model's context, but 2,048 at
-            most.
-        batch_size: how many samples are computed at once.
-        plain: read ``prompt`` and ``completion`` as they are, without the model's chat template.
-        truncate: cut the end off a sample of more than `max_length` tokens instead of refusing it.
-        force: replace a picture that loratool drew before.
+        max_length: largest number of tokens of a sample, and the length of a window; by default the model's context, at
+            most 2,048.
+        batch_size: number of samples computed at once.
+        plain: use ``prompt`` and ``completion`` as they are, without the model's chat template.
+        truncate: cut samples of more than `max_length` tokens at the end instead of refusing them.
+        force: replace a picture that loratool drew.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
+        alpha: alpha of a bare adapter file that does not state it: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many samples are done.
+        progress: receives the number of samples done.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong, and in which line of the data.
+        LoratoolError, registry.RegistryError: the message says what is wrong, and in which line of the data.
     """
     watcher = progress or Silent()
     if batch_size < 1:
-        raise LoratoolError(f"a batch of {batch_size} samples is none; give a --batch-size of at least 1")
+        raise LoratoolError(f"--batch-size is {batch_size} and must be at least 1")
     with open_registry(registry, read_only=True) as catalogue:
         base = resolve_base(model, catalogue)
         found = None if adapter is None else resolve_adapter(adapter, catalogue, alpha)
@@ -154,7 +154,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
     picture = _checked_picture(plot, wanted, force=force)
     content = resolve_data(data)
     with hold(base.path, exclusive=False), quiet_libraries():
-        Checkpoint.open(base.path)  # raises for what is damaged, incomplete or a pickle
+        Checkpoint.open(base.path)  # raises if it is damaged, incomplete or a pickle
         place = choose_device(device)
         config = load_config(base.path)
         length = checked_max_length(max_length, config)
@@ -189,7 +189,7 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
 
 @dataclass(frozen=True, slots=True)
 class _Scorer:
-    """Scores models on the same samples."""
+    """Scorer of several models on the same samples."""
 
     samples: Sequence[TokenizedSample]
     batch_size: int
@@ -207,7 +207,7 @@ class _Scorer:
 
 def _by_rank(scorer: _Scorer, model: PreTrainedModel, adapter: Adapter, ranks: Sequence[int],
              whole: Score) -> Iterator[RankScore]:  # fmt: skip
-    """The score at each of `ranks`; at the adapter's own it is that of the `whole`."""
+    """Yield the score at each of `ranks`; at the adapter's own rank it is `whole`."""
     for rank in ranks:
         if rank == adapter.rank:
             yield RankScore(rank, whole)
@@ -225,7 +225,7 @@ def _cut(adapter: Adapter, rank: int, draft: Draft) -> Adapter:
 
 
 def _checked_ranks(asked: Sequence[int] | None, found: ResolvedAdapter | None) -> tuple[int, ...]:
-    """The ranks to measure, rising, each once, with the adapter's own at their end; none where none are asked for."""
+    """Return the ranks to measure, ascending and without duplicates, the adapter's own last; empty without ``--ranks``."""
     if asked is None:
         return ()
     if found is None:
@@ -233,9 +233,9 @@ def _checked_ranks(asked: Sequence[int] | None, found: ResolvedAdapter | None) -
     most = found.adapter.rank or 0
     unfit = next((rank for rank in asked if not 1 <= rank <= most), None)
     if unfit is not None or not asked:
-        problem = "no rank is given" if unfit is None else f"rank {unfit} is none of its ranks"
+        problem = "no rank is given" if unfit is None else f"rank {unfit} is not one of these"
         raise LoratoolError(
-            f"{quoted(found.adapter.name)} can be cut to ranks 1 to {most}, and {problem}; mend --ranks"
+            f"{quoted(found.adapter.name)} can be cut to ranks 1 to {most}, and {problem}; correct --ranks"
         )
     return tuple(sorted({*asked, most}))
 
@@ -251,7 +251,7 @@ def _checked_picture(plot: str | os.PathLike[str] | None, ranks: Sequence[int], 
 
 
 def _draw(result: EvalResult, file: Path, *, force: bool) -> None:
-    """The loss against the rank as a curve, and that of the model alone as a dashed line."""
+    """Draw the loss against the rank as a curve, and the loss of the model alone as a dashed line."""
     ranks = [each.rank for each in result.ranks]
     ticks = ranks if len(ranks) <= MOST_TICKS else [2**power for power in range(ranks[-1].bit_length())]
     with drawn(file, force=force) as figure:
@@ -264,7 +264,7 @@ def _draw(result: EvalResult, file: Path, *, force: bool) -> None:
         axes.set_xticks([], minor=True)
         axes.set_xlabel("rank")
         axes.set_ylabel("loss (nats per token)")
-        # Names from outside: no mathematics between dollar signs.
+        # In names from outside, dollar signs do not mean mathematics.
         axes.set_title(printable(f"{result.model} on {result.data.name}"), parse_math=False)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -279,7 +279,7 @@ def _figures(score: Score) -> dict[str, float | None]:
 
 
 def _right_base(found: ResolvedAdapter, base: ResolvedBase, catalogue: Registry) -> list[str]:
-    """A note if the catalogue knows that the adapter belongs to another model. Nothing is written, so it is no error."""
+    """Return a note if the adapter belongs to another base by the catalogue. Nothing is written, so this is not an error."""
     wanted, actual = found.base_fingerprint, base.record.fingerprint if base.record else None
     if wanted is None or actual is None or catalogue.bases.same_family(wanted, actual):
         return []
@@ -289,16 +289,16 @@ def _right_base(found: ResolvedAdapter, base: ResolvedBase, catalogue: Registry)
 
 
 def checked_max_length(asked: int | None, config: PreTrainedConfig, most: int = DEFAULT_MAX_LENGTH) -> int:
-    """The most tokens of a sample: `asked`, or the model's context but `most` at most.
+    """Return the largest number of tokens of a sample: `asked`, or else the model's context, at most `most`.
 
     Raises:
-        LoratoolError: the model does not read so many, or they leave nothing to foretell.
+        LoratoolError: `asked` is beyond the model's context, or leaves no token to predict.
     """
     context = context_length(config)
     if asked is None:
         return min(context or DEFAULT_MAX_LENGTH, most)
     if asked < 2:
-        raise LoratoolError(f"{asked} tokens leave nothing to foretell; give a --max-length of at least 2")
+        raise LoratoolError(f"{asked} tokens leave nothing to predict; give a --max-length of at least 2")
     if context is not None and asked > context:
         raise LoratoolError(
             f"the model reads {context:,} tokens at most; give a --max-length up to that, not {asked:,}"
@@ -308,10 +308,10 @@ def checked_max_length(asked: int | None, config: PreTrainedConfig, most: int = 
 
 def tokenized_for(data: Data, folder: Path, config: PreTrainedConfig, max_length: int, *,
                   plain: bool, truncate: bool = False) -> list[TokenizedSample]:  # fmt: skip
-    """The samples as tokens that the model in `folder` knows.
+    """Return the samples as tokens of the model in `folder`.
 
     Raises:
-        DataError: a sample, whose line is named, cannot be used.
+        DataError: a sample cannot be used; the message names its line.
         CheckpointError: there is no tokenizer, or it belongs to another model.
     """
     samples = tokenize_data(data, load_tokenizer(folder), max_length, plain=plain, truncate=truncate)
@@ -319,7 +319,7 @@ def tokenized_for(data: Data, folder: Path, config: PreTrainedConfig, max_length
     largest = max(max(sample.input_ids) for sample in samples)
     if largest >= vocabulary:
         raise CheckpointError(
-            f"the tokenizer of {quoted(folder)} gives token {largest:,}, and the model knows {vocabulary:,} only; give it "
-            "the tokenizer that it was trained with"
+            f"the tokenizer of {quoted(folder)} produces token {largest:,}, but the model has only {vocabulary:,}; give it the "
+            "tokenizer that it was trained with"
         )
     return samples

@@ -1,4 +1,4 @@
-"""`loratool.extract`: a fine-tuned model and its base into an adapter."""
+"""`loratool.extract`: turn a fine-tuned model and its base into an adapter."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from registry import AdapterRecord, check_name
 
 @dataclass(frozen=True, slots=True)
 class ExtractResult:
-    """An adapter made of the difference of two models.
+    """An adapter made from the difference of two models.
 
     Attributes:
         out: the file or folder that was written.
         record: its entry in the catalogue.
         tuned: the fine-tuned model's name.
         base: the base's name.
-        extraction: what was found: ranks, errors, and what the adapter does not hold.
-        notes: what a user should know.
+        extraction: ranks, errors, and the tensors that the adapter leaves out.
+        notes: notes for the user.
     """
 
     out: Path
@@ -52,7 +52,7 @@ class ExtractResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         found = self.extraction
         return {
             "out": str(self.out),
@@ -71,27 +71,27 @@ class ExtractResult:
 def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None = None, energy: float | None = None,
             keep_full: bool = False, name: str | None = None, force: bool = False, any_base: bool = False,
             registry: str | None = None, progress: Progress | None = None) -> ExtractResult:  # fmt: skip
-    """Make an adapter of the difference of a fine-tuned model and its base, and catalogue it as a child of the model.
+    """Make an adapter from the difference of a fine-tuned model and its base, and catalogue it as a child of the model.
 
-    Each linear layer that changed gets the best factors of its rank; the error that is stated is measured on them.
+    Each linear layer that changed gets the best factors of its rank. The stated error is measured on these factors.
 
     Args:
         tuned: the fine-tuned model: a catalogued name, a folder, a safetensors file, or a Hub id; fp32, fp16 or bf16.
-        base: the model that it was made from, likewise.
+        base: the model that it was made from, given in the same way.
         out: the new file (``.safetensors``, ``.st``) or PEFT folder. Its factors are fp32, its scaling is 1.
-        rank: of every module, or less where its matrix is smaller.
-        energy: instead of `rank`: each module gets the smallest rank that keeps this share of the square of its
-            difference's Frobenius norm, above 0 and at most 1.
-        keep_full: keep modules of which another tensor changed (a norm, an embedding, a bias) whole, as PEFT's
-            ``modules_to_save`` does; without it they are left out and reported.
-        name: of the result in the catalogue; by default that of the file.
-        force: replace an adapter that loratool wrote before.
-        any_base: go on where a catalogued model is not what was catalogued; the adapter then belongs to what was read.
+        rank: rank of every module, or less if its matrix is smaller.
+        energy: an alternative to `rank`: each module gets the smallest rank that keeps this share, above 0 and at most 1, of
+            the squared Frobenius norm of its difference.
+        keep_full: keep other modules that changed (norms, embeddings, biases) whole, as PEFT's ``modules_to_save`` does.
+            Without it they are left out and reported.
+        name: name of the result in the catalogue; by default that of the file.
+        force: replace an adapter that loratool wrote.
+        any_base: continue if a catalogued model has changed. The adapter then belongs to the model as it is now.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes are done.
+        progress: receives the number of bytes done.
 
     Raises:
-        LoratoolError: says what is wrong; nothing was written then.
+        LoratoolError: the message says what is wrong; nothing is written.
         registry.RegistryError: the catalogue cannot be read, or cannot take the result.
     """
     if not os.fspath(out):
@@ -134,7 +134,7 @@ def _fingerprint(checkpoint: Checkpoint, watcher: Progress) -> str:
 
 
 def _config(plan: ExtractPlan, found: Extraction, base: ResolvedBase) -> dict[str, Any]:
-    """The configuration, with short target names where they choose no other layer of the model."""
+    """Return the configuration, with short target names if they match no other layer of the model."""
     modules = found.ranks.keys()
     leaves = {module.rsplit(".", 1)[-1] for module in modules}
     chosen = {module for module in plan.linear if module.rsplit(".", 1)[-1] in leaves}
@@ -149,7 +149,7 @@ def _config(plan: ExtractPlan, found: Extraction, base: ResolvedBase) -> dict[st
 
 
 def _figures(wanted: Wanted, found: Extraction, tuned_fingerprint: str) -> dict[str, Any]:
-    """What the catalogue remembers of the operation."""
+    """Return the details of the operation for the catalogue."""
     size = {"rank": wanted.rank} if wanted.rank is not None else {"energy": wanted.share}
     return size | {
         "lost": found.error,

@@ -1,4 +1,4 @@
-"""Catalogued bases from the Hub: registered by their headers, downloaded, checked and fingerprinted when they are needed."""
+"""Bases from the Hub: catalogued by their headers; downloaded, checked and fingerprinted when their weights are needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from registry import BaseRecord, Registry, RegistryUnwritableError, home
 
 @dataclass(frozen=True, slots=True)
 class HubBase:
-    """A base model on the Hub at one commit, and which of its files are the weights."""
+    """A base model on the Hub at one commit, with its weight files."""
 
     snapshot: Snapshot
     weights: HubWeights
@@ -37,37 +37,37 @@ class HubBase:
 
     @classmethod
     def find(cls, address: HubAddress, command: str) -> HubBase:
-        """Ask the Hub, or offline the cache, for the base at an address; `command` is what the user ran.
+        """Ask the Hub (offline: the cache) for the base at an address. `command` is the user's command, for messages.
 
         Raises:
-            NotFoundError, HubError, CheckpointError: it is not there, cannot be seen, or holds no safetensors weights.
+            NotFoundError, HubError, CheckpointError: it does not exist, cannot be accessed, or has no safetensors weights.
         """
         snapshot = look(address, command)
         return cls(snapshot, find_weights(snapshot, command), address.revision, command)
 
     @property
     def is_here(self) -> bool:
-        """Whether its weights are in huggingface_hub's cache, as far as they can be got now."""
+        """Whether its weights are in huggingface_hub's cache, or nothing else can be reached now."""
         return self.snapshot.is_from_cache or is_downloaded(self.snapshot, self.weights)
 
     @property
     def can_wait(self) -> bool:
-        """Whether the Hub says enough of it to catalogue it before it is downloaded."""
+        """Whether the Hub's facts suffice to catalogue it before it is downloaded."""
         return self.weights.are_known
 
     def headers(self) -> Checkpoint:
-        """What its headers say, without its weights; see `hub.bases.open_headers`."""
+        """Return its headers, without its weights; see `hub.bases.open_headers`."""
         return open_headers(self.snapshot, self.weights, header_cache(), self.command)
 
     def download(self, watcher: Progress, *, recheck: bool = True) -> Path:
-        """Its folder in huggingface_hub's cache; see `hub.bases.download_base`."""
+        """Download it, and return its folder in huggingface_hub's cache; see `hub.bases.download_base`."""
         path = download_base(self.snapshot, self.weights, self.command, watcher, recheck=recheck)
         remember(self.snapshot, self.revision)
         return path
 
 
 def find_hub_base(address: HubAddress, command: str) -> HubBase:
-    """The base at an address that might also have been a mistyped folder, as an error then says.
+    """Find the base at an address. An error also mentions that there is no such folder, in case one was meant.
 
     Raises:
         NotFoundError, HubError, CheckpointError: as `HubBase.find`.
@@ -79,15 +79,15 @@ def find_hub_base(address: HubAddress, command: str) -> HubBase:
 
 
 def is_away(record: BaseRecord) -> bool:
-    """Whether a catalogued base is known by its files on the Hub, and they are not on this disk."""
+    """Return whether a catalogued base has recorded files on the Hub that are not on this disk."""
     return bool(record.files) and record.revision is not None and (record.path is None or not exists(record.path))
 
 
 def hub_base(record: BaseRecord) -> HubBase:
-    """A catalogued base as the Hub has it, its weights what they were when it was catalogued.
+    """Find a catalogued base on the Hub, with the weight files that were recorded when it was catalogued.
 
     Raises:
-        NotFoundError, HubError, CheckpointError: it is not there any more, or cannot be asked for.
+        NotFoundError, HubError, CheckpointError: it no longer exists, has changed, or cannot be accessed.
     """
     command = f"loratool base add {record.name} {record.source} --download"
     found = HubBase.find(HubAddress.parse(record.source).at(record.revision), command)
@@ -97,17 +97,17 @@ def hub_base(record: BaseRecord) -> HubBase:
         said = (file.sha256, file.blob_id) if file.is_known else None
         if known is None or (said is not None and said != (known.sha256, known.blob_id)):
             raise HubError(
-                f"the Hub says otherwise of {quoted(name)} of {quoted(record.source)} than when base {quoted(record.name)} "
-                f"was catalogued; do not use it, or remove the base with 'loratool base remove {record.name}' and add it again"
+                f"the Hub's record of {quoted(name)} of {quoted(record.source)} has changed since base {quoted(record.name)} was "
+                f"catalogued; do not use it, or remove the base with 'loratool base remove {record.name}' and add it again"
             )
     return replace(found, weights=replace(found.weights, files=recorded.files))
 
 
 def obtain(record: BaseRecord, catalogue: Registry, progress: Progress | None = None) -> BaseRecord:
-    """Download a catalogued base, check and fingerprint it, and record where it lies; its entry then.
+    """Download a catalogued base, check and fingerprint it, record its path, and return its new entry.
 
     Raises:
-        LoratoolError, registry.RegistryError: it cannot be downloaded, or is not what was catalogued.
+        LoratoolError, registry.RegistryError: it cannot be downloaded, or differs from what was catalogued.
     """
     watcher = progress or Silent()
     path = hub_base(record).download(watcher)
@@ -127,7 +127,7 @@ def obtain(record: BaseRecord, catalogue: Registry, progress: Progress | None = 
 
 
 def known_headers(record: BaseRecord) -> Checkpoint | None:
-    """What the headers of a base that is not downloaded said when it was catalogued; None where that is not here any more."""
+    """Return the cached headers of a base that is not downloaded; None if they are no longer in the cache."""
     try:
         weights = recorded_weights(record.files or {})
         return cached_headers(record.source, str(record.revision), weights, header_cache())
@@ -136,5 +136,5 @@ def known_headers(record: BaseRecord) -> Checkpoint | None:
 
 
 def header_cache() -> HeaderCache:
-    """The cache of the headers of bases that are not downloaded, in the home folder."""
+    """Return the cache in the home folder for headers of bases that are not downloaded."""
     return HeaderCache(home() / "headers")

@@ -1,4 +1,4 @@
-"""What killed runs left, wherever it lies: partial outputs, changes in place that are not finished, scratch in the home."""
+"""Remains of killed runs, anywhere on disk: partial outputs, unfinished changes in place, scratch files in the home folder."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from loratool.library.training_run import abandoned_runs, clear_run
 from registry import Finding, home
 
 KINDS: Final = ("output", "change")
-"""What notes speak of that leaves something on the disk."""
+"""Kinds of notes whose runs can leave remains on the disk."""
 
 SCRATCH: Final = ("digests/*.tmp", f"{RUNNING}/*{DRAFT_SUFFIX}")
 SCRATCH_SECONDS: Final = 3600.0
-"""Scratch is written in a moment; what is older than this was left."""
+"""Age in seconds above which a scratch file, which is written in a moment, was left by a killed run."""
 
 
 def find_leftovers() -> tuple[Finding, ...]:
-    """One finding for each thing that a run left which was killed."""
+    """Return one finding for each of the remains of killed runs."""
     with taken_over(home() / RUNNING) as notes:
         found = [_finding(note.facts) for note in notes if is_left(note.facts)]
-    way = "is what a run that was killed left; 'loratool doctor --gc' frees it"
+    way = "was left by a run that was killed; 'loratool doctor --gc' frees it"
     return (*found, *(_leftover(path, f"{quoted(path)} {way}") for path in (*abandoned_runs(), *_scratch())))
 
 
 def clear_leftovers() -> tuple[int, int]:
-    """Remove what killed runs left, and finish or take back their changes in place: how much that was, and its bytes."""
+    """Remove the remains of killed runs, finish or discard their changes in place, and return their number and bytes."""
     entries = size_bytes = 0
     with taken_over(home() / RUNNING) as notes:
         for note in notes:
@@ -54,16 +54,16 @@ def clear_leftovers() -> tuple[int, int]:
 
 
 def _clear(facts: Mapping[str, Any]) -> int:
-    """Remove a partial output, or finish or take back a change in place; the bytes that were freed."""
+    """Remove a partial output, or finish or discard a change in place; return the bytes freed."""
     if facts["what"] == "output":
         return clear_partials(Path(facts["out"]))
     with suppress(LoratoolError), locked(Path(facts["folder"]), exclusive=True):
-        pass  # to hold it is to finish it
+        pass  # locking the folder finishes or discards the change
     return 0
 
 
 def is_left(facts: Mapping[str, Any]) -> bool:
-    """Whether something is left of what a note speaks of: a partial output, or a change in place."""
+    """Return whether remains of a note's run exist: a partial output, or an unfinished change in place."""
     if facts.get("what") == "output":
         return bool(partials_of(Path(facts["out"])))
     return facts.get("what") == "change" and (Path(facts["folder"]) / JOURNAL).is_dir()
@@ -73,7 +73,7 @@ def _finding(facts: Mapping[str, Any]) -> Finding:
     by = f"a run that was killed (process {facts['process']['pid']})"
     if facts["what"] == "change":
         folder = Path(facts["folder"])
-        way = "any loratool command on it, or 'loratool doctor --gc', finishes it or takes it back"
+        way = "any loratool command on it, or 'loratool doctor --gc', finishes or discards the change"
         return _leftover(folder / JOURNAL, f"{by} was changing {quoted(folder)} in place; {way}")
     partial = partials_of(Path(facts["out"]))[0]
     way = "'loratool doctor --gc' frees it, as does the same command again"
@@ -85,7 +85,7 @@ def _leftover(path: Path, message: str) -> Finding:
 
 
 def _scratch() -> Iterator[Path]:
-    """Small files in the home folder that were written, and not renamed in the moment after."""
+    """Yield temporary files in the home folder that are too old to be in use."""
     for pattern in SCRATCH:
         for file in sorted(home().glob(pattern)):
             with suppress(OSError):

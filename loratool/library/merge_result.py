@@ -1,4 +1,4 @@
-"""What `loratool.merge` did, or would do."""
+"""The result of `loratool.merge`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from registry import MergedAdapter
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """What a merge did, or with ``dry_run`` would do. Sizes in bytes.
+    """The result of a merge, or with ``dry_run`` the expected result. Sizes are in bytes.
 
     Attributes:
         out: the merged model's folder.
-        base, base_fingerprint: the base's name, and its fingerprint (None in a dry run that did not need it).
+        base: name of the base.
+        base_fingerprint: of the base; None in a dry run that did not need it.
         adapters: each adapter's reference, sha256 and weight.
-        output_fingerprint: of the merged model.
-        undo_file: what takes the merge out again, where it was kept.
+        output_fingerprint: of the merged model; None in a dry run.
+        undo_file: the undo file, if one was kept.
         plan: the matrices that change.
-        survival: of a merge into quantized matrices, what of the update the stored codes carry, in all.
-        survivals: the same of each matrix, by name.
-        unchanged: names of planned tensors that kept the base's bytes: their update is zero or was lost by rounding.
+        survival: for a merge into quantized matrices, the delivered share of the update in total.
+        survivals: the same for each matrix, by name.
+        unchanged: names of planned tensors that kept the base's bytes, since their update is zero or was lost by rounding.
         seconds: the time taken, or expected.
-        conversion: what is stored otherwise than in the base; None where nothing is.
-        tokenizer: what the tokenizer and the chat template are from.
+        conversion: what is stored differently than in the base; None if nothing is.
+        tokenizer: the sources of the tokenizer and the chat template.
     """
 
     out: Path
@@ -55,7 +56,7 @@ class MergeResult:
 
     @property
     def changed_tensors(self) -> int | None:
-        """How many planned tensors have other bytes than the base's; None in a dry run."""
+        """Number of planned tensors whose bytes differ from the base's; None in a dry run."""
         return None if self.dry_run else len(self.plan.targets) - len(self.unchanged)
 
     @property
@@ -64,7 +65,7 @@ class MergeResult:
         return self.plan.base.nbytes if self.conversion is None else self.conversion.layout.nbytes
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         options = {} if self.conversion is None else self.conversion.change.to_options()
         return {
             "out": str(self.out),
@@ -102,7 +103,7 @@ class MergeResult:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What is known of a merge's result before it is made."""
+    """The part of a merge's result that is known before the merge."""
 
     out: Path
     base: str
@@ -113,7 +114,7 @@ class Outcome:
     tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
 
     def of(self, manifest: Manifest, seconds: float, notes: Sequence[str]) -> MergeResult:
-        """The result that the manifest describes."""
+        """Return the result that the manifest describes."""
         return MergeResult(
             out=self.out,
             base=self.base,
@@ -134,7 +135,7 @@ class Outcome:
         )
 
     def expected(self, base_fingerprint: str | None, seconds: float, notes: Sequence[str]) -> MergeResult:
-        """The result of a dry run."""
+        """Return the result of a dry run."""
         return MergeResult(
             out=self.out,
             base=self.base,

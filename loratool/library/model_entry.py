@@ -1,4 +1,4 @@
-"""The catalogue's facts about a model, and the entry of a model that was just made from another."""
+"""The catalogue's facts about a model, and the entry of a model that was made from another."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def facts_of_model(checkpoint: Checkpoint) -> ModelFacts:
 
 def add_variant(catalogue: Registry, name: str, path: Path, original: Checkpoint, *, fingerprint: str,
                 variant_of: str | None, size_bytes: int, dtype: str) -> BaseRecord:  # fmt: skip
-    """Catalogue the model at `path`, just made of `original` and stored otherwise; of the same family where it has one.
+    """Catalogue the model at `path`, which was made from `original` and is stored differently, as a variant of `variant_of`.
 
-    An entry of that name of what was at `path` before is changed.
+    If `name` is the entry of the former model at `path`, the entry is updated.
 
     Raises:
-        registry.RegistryError: the name is taken by another model, or the catalogue cannot be written.
+        registry.RegistryError: another model has the name, or the catalogue cannot be written.
     """
     before = catalogue.bases.get(name)
     if before is not None and before.path == path.absolute():
@@ -58,7 +58,7 @@ def _elements(info: TensorInfo) -> int:
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str | None:
-    """The dtype that most bytes of the model have."""
+    """Return the dtype of most of the model's bytes."""
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
         sizes[info.dtype] += info.nbytes

@@ -1,4 +1,4 @@
-"""Which files of a merged model's folder go to the Hub."""
+"""Selection of the files in a merged model's folder that are sent to the Hub."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _STAY: Final = {
     FileRole.OWN: "it is loratool's own and holds the adapters",
     FileRole.ADAPTER: "transformers would put that adapter on top of the model",
 }
-"""What is never sent, and why."""
+"""Roles of files that are never sent, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What is sent, by names relative to the model's folder: weights and others; and notes on what stays."""
+    """Files to send, weights and others, by names relative to the model's folder, and notes on files that stay."""
 
     names: tuple[str, ...]
     notes: tuple[str, ...]
@@ -33,12 +33,13 @@ class Chosen:
 
 def choose_files(model: Checkpoint, manifest: Manifest, files: Sequence[str | os.PathLike[str]], *,
                  all_files: bool) -> Chosen:  # fmt: skip
-    """Choose the weights, what the manifest lists, and of what was added since the `files` that are named, or all.
+    """Choose the weights, the files that the manifest lists, and the named `files`; with `all_files` everything that may be sent.
 
-    The README is made anew, and is not among them; nor is the state of a training unless it is asked for.
+    The README is not among them, since it is made again. The state of a training is sent only if it is named or with
+    `all_files`.
 
     Raises:
-        NotFoundError, HubError: a file that is named is not in the folder, or must not be sent.
+        NotFoundError, HubError: a named file is not in the folder, or must not be sent.
         CheckpointError: a file that the model needs is missing, or is a link that leads out of the folder.
     """
     weights = {header.file.name for header in model.headers}
@@ -54,7 +55,7 @@ def choose_files(model: Checkpoint, manifest: Manifest, files: Sequence[str | os
 
 
 def _named(given: str | os.PathLike[str], model: Checkpoint, present: Iterable[str]) -> list[str]:
-    """The files that a user names: one in the folder, by its path or by its name there, or all of a folder in it."""
+    """Return the files that the user named: one in the folder, by path or relative name, or all files of a subfolder."""
     path = Path(given)
     inside = (
         path if not path.is_absolute() and (model.folder / path).exists() else Path(os.path.relpath(path, model.folder))
@@ -63,7 +64,7 @@ def _named(given: str | os.PathLike[str], model: Checkpoint, present: Iterable[s
     found = [each for each in present if each == name or each.startswith(f"{name}/")]
     if not found:
         raise NotFoundError(
-            f"there is no file {quoted(given)} in {quoted(model.folder)} to send; name one that lies there"
+            f"there is no file {quoted(given)} in {quoted(model.folder)} to send; name a file in that folder"
         )
     for each in found:
         if role_of(each) in _STAY:
@@ -86,11 +87,11 @@ def _refuse_missing(names: Iterable[str], model: Checkpoint) -> None:
 
 
 def _notes(left: Iterable[str], present: Iterable[str]) -> list[str]:
-    """What stays here, and how to send it."""
+    """Return notes on files that stay, and how to send them."""
     notes = []
     if any(name.startswith(f"{UNDO_FOLDER}/") for name in present):
         notes.append(
-            f"the undo file stays here ({UNDO_FOLDER}/): it holds the adapters; whoever has the base can do without it"
+            f"the undo file stays here ({UNDO_FOLDER}/): it holds the adapters, and those who have the base do not need it"
         )
     adapter = next((name for name in sorted(present) if role_of(name) is FileRole.ADAPTER), None)
     if adapter is not None:
@@ -99,6 +100,6 @@ def _notes(left: Iterable[str], present: Iterable[str]) -> list[str]:
     if staying:
         more = f", as do {len(staying) - 1:,} others" if staying[1:] else ""
         notes.append(
-            f"{quoted(staying[0])} is no part of the model and stays here{more}; --file sends one, --all-files all"
+            f"{quoted(staying[0])} does not belong to the model and stays here{more}; --file sends one, --all-files all"
         )
     return notes

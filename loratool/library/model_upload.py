@@ -1,4 +1,4 @@
-"""A merged or quantized model as it goes to the Hub: its weights, the files that the manifest lists, manifest and card."""
+"""A merged or quantized model's files for the Hub: its weights, the files that the manifest lists, manifest and card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from registry import Registry
 
 @dataclass(frozen=True, slots=True)
 class MergedModel:
-    """A model that loratool made, and its manifest; `fingerprint` is that of its content."""
+    """A model that loratool made, with its manifest."""
 
     path: Path
     checkpoint: Checkpoint
@@ -35,11 +35,11 @@ class MergedModel:
 
 
 def open_model(name: str, catalogue: Registry, watcher: Progress) -> MergedModel:
-    """Find a merged or quantized model, and check that it is what its manifest says.
+    """Find a merged or quantized model, and check its tensors against its manifest.
 
     Raises:
         NotFoundError: there is no such folder, or loratool did not make it.
-        VerificationError: its tensors are not those of the manifest.
+        VerificationError: its tensors differ from those in the manifest.
     """
     path = resolve_merged(name, catalogue)
     manifest = read_manifest(path, KINDS)
@@ -49,19 +49,17 @@ def open_model(name: str, catalogue: Registry, watcher: Progress) -> MergedModel
         digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
     if fingerprint(checkpoint.tensors, digests) != manifest.fingerprint:
         raise VerificationError(
-            f"{quoted(path)} is not what its manifest says; see 'loratool verify {path}', and push what it should be"
+            f"{quoted(path)} differs from its manifest; see 'loratool verify {path}', and push the model once it is restored"
         )
     return MergedModel(path, checkpoint, manifest)
 
 
 def prepare_model(model: MergedModel, catalogue: Registry, remote: Remote, wishes: Wishes, *,
                   files: Sequence[str | os.PathLike[str]] = (), all_files: bool = False) -> Upload:  # fmt: skip
-    """The files of the model as they are to be on the Hub (`choose_files`), with its card.
-
-    The manifest there records the files as they are sent.
+    """Choose the model's files for the Hub (`choose_files`), and make its card. The sent manifest records the sent files.
 
     Raises:
-        LoratoolError: the Hub id of its base is not known, a file is missing, or the README there is broken.
+        LoratoolError: the Hub id of its base is unknown, a file is missing, or the README on the Hub is broken.
     """
     from huggingface_hub import constants
 
@@ -106,7 +104,7 @@ def prepare_model(model: MergedModel, catalogue: Registry, remote: Remote, wishe
 
 
 def _public_url(sha256: str, catalogue: Registry, wishes: Wishes) -> str | None:
-    """The address of an adapter that the catalogue knows to lie on the Hub, where everybody may see it."""
+    """Return the URL of an adapter that is public on the Hub, as far as the catalogue knows; None if it is not."""
     from huggingface_hub import constants
 
     places = [place.repo for record in catalogue.adapters.find_by_sha256(sha256) for place in record.locations]

@@ -1,4 +1,4 @@
-"""Merges that would change nothing: said before, where the adapter's numbers tell, and after, where the written bytes do."""
+"""Merges that change nothing: recognized from the adapter's numbers before the merge, or from the written bytes after it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ ALLOW_NO_OP: Final = "--allow-no-op"
 
 
 def no_change_notes(adapter: Adapter) -> tuple[str, ...]:
-    """A note on an adapter that changes nothing."""
+    """Return a note if an adapter changes nothing."""
     reason = why_no_change(adapter)
     return () if reason is None else (f"{quoted(adapter.name)} changes nothing: {reason}",)
 
 
 def refuse_no_change(adapters: Sequence[WeightedAdapter], *, allow: bool) -> list[str]:
-    """Check that each adapter changes something at its weight; notes on those that do not.
+    """Check that each adapter changes something at its weight; return notes on those that do not.
 
     Raises:
-        NoChangeError: one changes nothing, and that is not allowed.
+        NoChangeError: an adapter changes nothing, and `allow` is off.
     """
     notes = []
     for weighted in adapters:
@@ -39,10 +39,10 @@ def refuse_no_change(adapters: Sequence[WeightedAdapter], *, allow: bool) -> lis
 
 
 def refuse_unchanged(manifest: Manifest, plan: MergePlan, *, allow: bool) -> None:
-    """Check that a merge that is about to appear changed something.
+    """Check that a merge changed something, before its output appears.
 
     Raises:
-        NoChangeError: every byte is what it would be without the merge, and that is not allowed.
+        NoChangeError: no byte changed, and `allow` is off.
     """
     if allow or len(manifest.unchanged) < len(plan.targets):
         return
@@ -54,7 +54,7 @@ def refuse_unchanged(manifest: Manifest, plan: MergePlan, *, allow: bool) -> Non
 
 
 def unchanged_notes(unchanged: Sequence[str], plan: MergePlan) -> tuple[str, ...]:
-    """A note on matrices that stayed as they were although the merge planned to change them."""
+    """Return a note on matrices that the merge planned to change but that kept their bytes."""
     if not unchanged:
         return ()
     more = f" and {len(unchanged) - 1:,} more" if unchanged[1:] else ""

@@ -13,16 +13,16 @@ from registry import Registry, home, registry_url
 from registry.notices import say
 from registry.store import Staged
 
-whole(Staged.discard)  # half of a removed copy would stay in the store
+whole(Staged.discard)  # an interrupt would leave half of a removed copy in the store
 
 
 @contextmanager
 def open_registry(url: str | None = None, *, read_only: bool = False, settled: bool = True,
                   examined: bool = False) -> Iterator[Registry]:  # fmt: skip
-    """The catalogue: at `url`, at LORATOOL_REGISTRY, or in the home folder, where what is written meanwhile is noted.
+    """Open the catalogue at `url`, at LORATOOL_REGISTRY, or in the home folder; outputs of the block are noted there.
 
-    What runs that were killed did not come to tell it is entered first, with `settled`. One that is empty beside a store that
-    is not is said, once, unless it is to be `examined`.
+    With `settled`, outputs of killed runs are catalogued first. A warning is printed once if the catalogue is empty but the
+    store is not, except with `examined`, where the caller reports it.
     """
     notes = home() / RUNNING
     with Registry.open(home(), url or registry_url(), read_only=read_only) as catalogue, noting_in(notes):

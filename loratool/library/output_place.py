@@ -1,4 +1,4 @@
-"""Where an output goes: not onto what it is made from, not over what must stay, and by default beside its base."""
+"""Places of outputs: by default beside the base, never over a source or over a file that must be kept."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from loratool.library.resolve import ResolvedBase
 
 
 def beside_base(base: ResolvedBase, name: str) -> Path:
-    """A folder of that name beside the base, or in the working folder for a base in the Hub's cache.
+    """Return the path of a folder `name` beside the base, or in the working folder for a base in the Hub's cache.
 
-    Beside a file that lies in a model's folder it would become a part of that model.
+    For a base that is a file in a model's folder, it is beside that folder. Inside, it would become a part of the model.
     """
     path = base.path.resolve()
     within = path.is_file() and (path.parent / CONFIG_NAME).is_file()
@@ -26,19 +26,17 @@ def beside_base(base: ResolvedBase, name: str) -> Path:
 
 
 def refuse_overlap(out: Path, sources: Iterable[Path]) -> None:
-    """Raise OutputError if the output is one of the `sources` that it is made from, holds it, or lies in it."""
+    """Raise OutputError if the output equals, contains, or is inside one of the `sources` it is made from."""
     refuse_impossible(out)
     real = Path(os.path.realpath(out))
     for path in sources:
         source = Path(os.path.realpath(path))
         if real == source or source in real.parents or real in source.parents:
-            raise OutputError(
-                f"the output {quoted(out)} and its input {quoted(path)} lie in one another; choose another --out"
-            )
+            raise OutputError(f"the output {quoted(out)} and its input {quoted(path)} overlap; choose another --out")
 
 
 def refuse_or_note_existing(out: Path, kind: OutputKind, *, force: bool, dry_run: bool) -> list[str]:
-    """Raise OutputError if an output of this kind must not be written to `out`; in a dry run, return that as a note."""
+    """Raise OutputError if an output of this kind must not be written to `out`; in a dry run, return the message as a note."""
     try:
         refuse_existing(out, kind, force=force)
     except OutputError as error:

@@ -1,4 +1,4 @@
-"""Pictures of results, drawn by matplotlib, which the extra ``plot`` installs."""
+"""Pictures of results, drawn with matplotlib (extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ FORMATS: Final[dict[str, dict[str, Any]]] = {
     ".png": {"Software": "loratool"},
     ".svg": {"Date": None, "Creator": "loratool"},
 }
-"""The suffixes of pictures, and their metadata: who drew them, and no date, so that a picture has the same bytes on any day."""
+"""Metadata of pictures, by suffix: the program, and no date, so that equal pictures have equal bytes."""
 
 INCHES: Final = (7.0, 4.5)
 DOTS_PER_INCH: Final = 150
 
 
 def refuse_picture(file: Path, *, force: bool) -> None:
-    """Raise before long work for what would fail after it.
+    """Check before long work that the picture can be drawn after it.
 
     Raises:
-        OutputError: `file` has the suffix of no picture, is there already (without `force`), or cannot be written.
+        OutputError: `file` has no known suffix, exists (without `force`), or cannot be written.
         LoratoolError: matplotlib is not installed.
     """
     if file.suffix not in FORMATS:
-        raise OutputError(f"{quoted(file)} is no name for a picture; end it in {', '.join(FORMATS)}")
+        raise OutputError(f"{quoted(file)} is not a name for a picture; end it in {', '.join(FORMATS)}")
     refuse_existing(file, OutputKind.PICTURE, force=force, option=OPTION)
     folder = next(parent for parent in Path(os.path.abspath(file)).parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        raise OutputError(f"{quoted(folder)} is no folder that you may write in; choose another place with {OPTION}")
+        raise OutputError(f"{quoted(folder)} is not a folder that you may write in; choose another place with {OPTION}")
     _require_matplotlib()
 
 
 def _require_matplotlib() -> None:
-    """Raise LoratoolError with the way on where matplotlib is not installed."""
+    """Raise LoratoolError with advice if matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -55,12 +55,12 @@ def _require_matplotlib() -> None:
 
 @contextmanager
 def drawn(file: Path, *, force: bool) -> Iterator[Figure]:
-    """Give an empty figure to draw on; when the block ends without an error it is the picture `file`.
+    """Yield an empty figure to draw on, which is saved as `file` when the block ends without an error.
 
-    matplotlib's own settings hold, whatever those of the user; nothing is shown on a screen.
+    The user's settings of matplotlib are ignored, and nothing is shown on a screen.
 
     Raises:
-        OutputError: `file` is there already (without `force`) or cannot be written.
+        OutputError: `file` exists (without `force`) or cannot be written.
         LoratoolError: matplotlib is not installed.
     """
     _require_matplotlib()
@@ -72,7 +72,7 @@ def drawn(file: Path, *, force: bool) -> Iterator[Figure]:
     chatter.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), matplotlib.rc_context():
-            warnings.simplefilter("ignore")  # of letters that its fonts lack
+            warnings.simplefilter("ignore")  # about letters that its fonts lack
             matplotlib.rcdefaults()
             matplotlib.rcParams["svg.hashsalt"] = "loratool"
             figure = Figure(INCHES, DOTS_PER_INCH, layout="constrained")

@@ -1,4 +1,4 @@
-"""Loading torch's compiled library while Python imports what else a command needs."""
+"""Loading of torch's compiled library while Python imports other modules."""
 
 from __future__ import annotations
 
@@ -14,19 +14,17 @@ LIBRARY: Final = "lib/libtorch_cpu.so"
 
 
 def preload_torch() -> None:
-    """Begin to map and to link torch's largest library on a thread of its own, for a command that will import torch.
+    """Start to load torch's largest library in a thread, for a command that will import torch.
 
-    That takes a quarter of a second, in which ``import torch`` would let nothing else run.
+    Loading takes a quarter of a second, during which ``import torch`` would block everything else.
     """
     threading.Thread(target=_load).start()
 
 
 def _load() -> None:
     spec = find_spec("torch")
-    with suppress(OSError, AttributeError):  # a system without ``dlopen``: ``import torch`` does what it always does
-        dlopen = ctypes.CDLL(
-            None
-        ).dlopen  # called through ctypes it lets Python run meanwhile; ``ctypes.CDLL(x)`` does not
+    with suppress(OSError, AttributeError):  # without ``dlopen``, ``import torch`` loads it as usual
+        dlopen = ctypes.CDLL(None).dlopen  # releases the GIL when called through ctypes; ``ctypes.CDLL(x)`` does not
         dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
         for folder in (spec and spec.submodule_search_locations) or ():
             dlopen(os.fsencode(Path(folder) / LIBRARY), os.RTLD_NOW)

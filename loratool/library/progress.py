@@ -1,4 +1,4 @@
-"""How long work tells how far it is."""
+"""Progress reports of long work."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Receives the progress of long work; `advance` is called from any thread."""
+    """Receiver of progress reports. `advance` may be called from any thread."""
 
     def begin(self, label: str, total: int) -> None:
-        """A step of `total` bytes, or of what else the work counts, begins; it ends when the next begins."""
+        """Begin a step of `total` bytes or other units. It ends when the next step begins."""
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """Report that `count` more units are done."""
 
     def retrying(self, tries: int) -> None:
-        """A connection broke, and what was asked for is asked for again: `tries` times so far."""
+        """Report that a connection broke and the request is repeated, for the `tries`-th time."""
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Receiver that ignores all reports."""
 
     def begin(self, label: str, total: int) -> None:
         pass

@@ -1,8 +1,8 @@
-"""What a command is to tell the catalogue once its output is there, so that the catalogue comes to know it even after a kill.
+"""Catalogue entries that a command promises to make for its output, and that are made even if the command is killed.
 
-An output gets its name, or a change in place is committed, a moment before the catalogue knows of it. A command that is killed
-or interrupted in that moment has noted before what it was about (`loratool.checkpoint.unfinished`); the next command that
-opens the catalogue looks at what is there and makes the entry.
+An output gets its final name, or a change in place is committed, a moment before the catalogue records it. So a command first
+writes a note of the entry (`loratool.checkpoint.unfinished`). If it is killed in that moment, the next command that opens the
+catalogue examines the output and makes the entry.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MANIFEST_NAME: Final = "loratool.json"
 
 @dataclass(frozen=True, slots=True)
 class Promise(ABC):
-    """What is to be entered once the model at `out` is another than now; `before` tells what it is now."""
+    """An entry to make once the model at `out` has changed. `before` is its state now (`_state_of`)."""
 
     what: ClassVar[str]
     out: str
@@ -44,16 +44,16 @@ class Promise(ABC):
 
     @abstractmethod
     def enter(self, catalogue: Registry) -> None:
-        """Enter it, if that was not done.
+        """Make the entry, unless it exists.
 
         Raises:
-            LoratoolError, RegistryError: what is at `out` cannot be read, or the catalogue cannot be written.
+            LoratoolError, RegistryError: the model at `out` cannot be read, or the catalogue cannot be written.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class PromisedMerge(Promise):
-    """A merge: its adapters' references, sha256 and weights, in their order."""
+    """The entry of a merge, with the reference, sha256 and weight of each adapter, in order."""
 
     what = "merge"
     adapters: tuple[tuple[str, str, float], ...]
@@ -61,7 +61,7 @@ class PromisedMerge(Promise):
 
     @classmethod
     def of(cls, out: Path, adapters: tuple[MergedAdapter, ...], *, in_place: bool) -> PromisedMerge:
-        """The promise of a merge that begins now."""
+        """Return the promise for a merge that begins now."""
         merged = tuple((each.adapter, each.sha256, each.weight) for each in adapters)
         return cls(os.path.abspath(out), _state_of(out), merged, in_place)
 
@@ -73,7 +73,7 @@ class PromisedMerge(Promise):
         manifest = read_manifest(out)
         merged = [(each.sha256, each.weight) for each in manifest.adapters]
         if manifest.in_place != self.in_place or merged != [(digest, weight) for _, digest, weight in self.adapters]:
-            return  # somebody else's
+            return  # another merge
         known = catalogue.merges.of_output(out)
         if known and (known[0].state, known[0].output_fingerprint) == ("merged", manifest.fingerprint):
             return
@@ -93,14 +93,14 @@ class PromisedMerge(Promise):
 
 @dataclass(frozen=True, slots=True)
 class PromisedUnmerge(Promise):
-    """A merge taken out in place: the fingerprint of the merged model."""
+    """The record of an unmerge in place. `fingerprint` is that of the merged model."""
 
     what = "unmerge"
     fingerprint: str
 
     @classmethod
     def of(cls, out: Path, fingerprint: str) -> PromisedUnmerge:
-        """The promise of an unmerge that begins now."""
+        """Return the promise for an unmerge that begins now."""
         return cls(os.path.abspath(out), _state_of(out), fingerprint)
 
     def enter(self, catalogue: Registry) -> None:
@@ -111,11 +111,12 @@ class PromisedUnmerge(Promise):
 
 @dataclass(frozen=True, slots=True)
 class PromisedVariant(Promise):
-    """A quantized model, to be catalogued as a variant of the base `variant_of`, if that is still what it was.
+    """The entry of a quantized model, as a variant of the base `variant_of` if that has not changed.
 
     Attributes:
-        name: in the catalogue; where the user did not choose it, it is given to variants alone.
-        original: the fingerprint that the catalogue has of the base; None where it has none.
+        name: its name in the catalogue.
+        chosen: whether the user chose the name. A default name is used only for variants.
+        original: the catalogue's fingerprint of the base, if it has one.
     """
 
     what = "quantize"
@@ -126,7 +127,7 @@ class PromisedVariant(Promise):
 
     @classmethod
     def of(cls, out: Path, name: str | None, default: str, base: str, original: str | None) -> PromisedVariant:
-        """The promise of a quantization that begins now, under a `name` that was chosen or else the `default`."""
+        """Return the promise for a quantization that begins now, under the user's `name` or else the `default`."""
         return cls(os.path.abspath(out), _state_of(out), name or default, name is not None, base, original)
 
     def enter(self, catalogue: Registry) -> None:
@@ -152,7 +153,7 @@ class PromisedVariant(Promise):
 
 
 LATER: Final = (RegistryUnwritableError, RegistryBusyError, OutputError, OSError)
-"""Errors that may pass: a catalogue that is full, busy or another user's, a model that another run is using."""
+"""Errors that may pass: the catalogue is full, busy or another user's, or another run uses the model."""
 
 KINDS: Final[Mapping[str, type[Promise]]] = {
     kind.what: kind for kind in (PromisedMerge, PromisedUnmerge, PromisedVariant)
@@ -160,7 +161,7 @@ KINDS: Final[Mapping[str, type[Promise]]] = {
 
 
 class Promised:
-    """Inside, a promise is noted. Where the block ends with an error after the output has appeared, the note stays."""
+    """Block in which a promise is noted. The note stays if the block fails after the output has appeared."""
 
     def __init__(self, promise: Promise, catalogue: Registry) -> None:
         self._promise = promise
@@ -181,20 +182,20 @@ class Promised:
             self._note.__exit__(kind, error, trace)
 
     def postpone(self, error: RegistryError) -> None:
-        """Leave it to a later command, if the catalogue cannot be written only now."""
+        """Leave the entry to a later command, if `error` may pass."""
         self._postponed = isinstance(error, LATER)
 
     def _is_due(self) -> bool:
         out = Path(self._promise.out)
         try:
             begun = (out / JOURNAL).exists()
-        except OSError:  # a name that no folder can have
+        except OSError:  # no folder can have this name
             return False
         return begun or _state_of(out) != self._promise.before
 
 
 def settle(catalogue: Registry, folder: Path) -> None:
-    """Keep the promises noted in `folder` of runs that are dead, and forget notes that speak of nothing any more."""
+    """Keep the promises of dead runs that are noted in `folder`, and remove notes whose outputs are gone."""
     from loratool.library.leftovers import is_left
 
     with taken_over(folder) as notes:
@@ -210,7 +211,7 @@ def settle(catalogue: Registry, folder: Path) -> None:
 
 
 def _settle_one(kind: type[Promise], facts: Mapping[str, Any], catalogue: Registry) -> None:
-    """Keep the promise that a note speaks of, once a change in place that was interrupted is finished.
+    """Keep the promise of a note, after finishing an interrupted change in place.
 
     Raises:
         LATER: it cannot be kept now.
@@ -225,18 +226,18 @@ def _settle_one(kind: type[Promise], facts: Mapping[str, Any], catalogue: Regist
     except LATER:
         raise
     except (LoratoolError, RegistryError):
-        pass  # what is there is nothing to enter
+        pass  # there is nothing to enter
 
 
 def _keep(promise: Promise, catalogue: Registry) -> None:
-    """Make the entry if the output is there."""
+    """Make the entry if the output has appeared."""
     if _state_of(Path(promise.out)) != promise.before:
         with catalogue.for_writing() as writable:
             promise.enter(writable)
 
 
 def _parsed(kind: type[Promise], facts: Mapping[str, Any]) -> Promise | None:
-    """The promise in a note; None where somebody changed that."""
+    """Return the promise in a note; None if the note is invalid."""
     try:
         values = {each.name: facts[each.name] for each in fields(kind)}
         merged = [(str(name), str(digest), float(weight)) for name, digest, weight in values.get("adapters", ())]
@@ -246,7 +247,7 @@ def _parsed(kind: type[Promise], facts: Mapping[str, Any]) -> Promise | None:
 
 
 def _state_of(out: Path) -> str | None:
-    """What tells whether another model has come to be at `out`: the digest of its manifest; None where it has none."""
+    """Return the state of the model at `out`: the sha256 of its manifest, or None if it has none."""
     try:
         return sha256((out / MANIFEST_NAME).read_bytes()).hexdigest()
     except OSError:

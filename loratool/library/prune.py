@@ -49,7 +49,7 @@ class PruneResult:
         before: how many triplets there were.
         total: how many are left.
         ranks: how many of them each module has; 0 where it was pruned away.
-        notes: what a user should know.
+        notes: notes for the user.
     """
 
     out: Path
@@ -62,7 +62,7 @@ class PruneResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "out": str(self.out),
             **adapter_json(self.record),
@@ -91,8 +91,8 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
         as_: ``adalora``, or ``lora`` for an ordinary LoRA with E in its factors.
         out: the new file (``.safetensors``, ``.st``) or folder; by default ``<adapter>-b64`` beside the adapter.
         name: its name in the catalogue; by default the file's.
-        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
-        force: replace an adapter that loratool wrote before.
+        alpha: alpha of a bare adapter file that does not state it: a number, or ``rank`` for each module's rank.
+        force: replace an adapter that loratool wrote.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:

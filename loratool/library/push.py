@@ -84,7 +84,7 @@ class PushResult:
     dry_run: bool
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "source": self.source,
             "merged": self.merged,

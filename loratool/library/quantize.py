@@ -62,7 +62,7 @@ class QuantizeResult:
         return self.plan.change.making.title if self.plan.change.making else ""
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "out": str(self.out),
             "name": self.name,
@@ -106,7 +106,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
         force: replace a quantized model that loratool wrote before.
         any_base: quantize a base that is not what was catalogued.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes are done.
+        progress: receives the number of bytes done.
 
     Raises:
         LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.

@@ -47,7 +47,7 @@ class SpectrumResult:
         return group_of("all", self.values.values())
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "spectrum": {module: list(found) for module, found in self.values.items()},
             "energy": {group.name: list(group.energy) for group in (*self.groups, self.whole)},

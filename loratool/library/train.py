@@ -52,7 +52,7 @@ class TrainResult:
         base: by which its base is found from any folder: a catalogued name, or a path.
         recipe: every choice that decided it.
         outcome: its loss, before and after, and what the run took.
-        notes: what a user should know.
+        notes: notes for the user.
     """
 
     out: Path
@@ -65,7 +65,7 @@ class TrainResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "out": str(self.out),
             "log": str(self.log),

@@ -53,7 +53,7 @@ class TruncateResult:
         scaling: of the leading components, the law; None for svd.
         error: of svd, the Frobenius norm of what was lost over that of the update, all modules together.
         errors: the same of each module.
-        notes: what a user should know.
+        notes: notes for the user.
     """
 
     out: Path
@@ -66,7 +66,7 @@ class TruncateResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "out": str(self.out),
             **adapter_json(self.record),
@@ -99,10 +99,10 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
         out: the new file (``.safetensors``, ``.st``) or folder; with several ranks ``-r4`` is added to its name. By default
             ``<adapter>-r4`` beside the adapter.
         name: its name in the catalogue, likewise; by default the file's.
-        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
-        force: replace an adapter that loratool wrote before.
+        alpha: alpha of a bare adapter file that does not state it: a number, or ``rank`` for each module's rank.
+        force: replace an adapter that loratool wrote.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes of factors are done.
+        progress: receives the number of bytes of factors done.
 
     Raises:
         LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.

@@ -54,7 +54,7 @@ class UnmergeResult:
         method: ``undo``, ``base`` or ``approximate``.
         fingerprint: of the base that came out; None where it is only near it.
         inexact: names of the tensors that are not the base's bit for bit: with ``approximate``, or changed by somebody.
-        notes: what a user should know.
+        notes: notes for the user.
     """
 
     out: Path
@@ -64,7 +64,7 @@ class UnmergeResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "out": str(self.out),
             "method": self.method,
@@ -95,7 +95,7 @@ class VerifyResult:
     added: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             "survival": None if self.survival is None else self.survival.to_json(),
             "survivals": {name: survival.to_json() for name, survival in self.survivals.items()},
@@ -123,7 +123,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
         force: replace a merged model that loratool wrote before.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes are done.
+        progress: receives the number of bytes done.
 
     Raises:
         VerificationError: a tensor is not what the merge wrote; it was changed since.
@@ -217,7 +217,7 @@ def verify(
     Args:
         merged: the model's folder, or its name where it is catalogued or the merge was recorded.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes are done.
+        progress: receives the number of bytes done.
 
     Raises:
         VerificationError: names the first tensor or file that differs.

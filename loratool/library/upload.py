@@ -40,7 +40,7 @@ class Upload:
         source: the adapter's reference, or the model's folder.
         record: the adapter's entry in the catalogue, where the weights that are pushed are those of the entry.
         contents: all the files, the card among them.
-        notes: what a user should know.
+        notes: notes for the user.
     """
 
     source: str
