@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.errors import LoratoolError
 
 if TYPE_CHECKING:
-    from loratool.library.adapters import add, export, show, tag
+    from loratool.library.adapters import add, tag
     from loratool.library.adapters import list_adapters as list_adapters
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
     from loratool.library.combine import combine
     from loratool.library.doctor import doctor
     from loratool.library.estimate import estimate
     from loratool.library.evaluate import evaluate as evaluate
+    from loratool.library.export import export
     from loratool.library.extract import extract
     from loratool.library.hub import hub_search
     from loratool.library.merge import merge
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from loratool.library.push import push
     from loratool.library.quantize import quantize
     from loratool.library.removal import remove, restore
+    from loratool.library.show import show
     from loratool.library.spectrum import spectrum
     from loratool.library.train import train
     from loratool.library.truncate import truncate
@@ -92,7 +94,7 @@ _FUNCTIONS: Final = {
     "estimate": ("estimate", "estimate"),
     "eval": ("evaluate", "evaluate"),
     "evaluate": ("evaluate", "evaluate"),
-    "export": ("adapters", "export"),
+    "export": ("export", "export"),
     "extract": ("extract", "extract"),
     "hub_search": ("hub", "hub_search"),
     "list": ("adapters", "list_adapters"),
@@ -104,7 +106,7 @@ _FUNCTIONS: Final = {
     "quantize": ("quantize", "quantize"),
     "remove": ("removal", "remove"),
     "restore": ("removal", "restore"),
-    "show": ("adapters", "show"),
+    "show": ("show", "show"),
     "spectrum": ("spectrum", "spectrum"),
     "tag": ("adapters", "tag"),
     "train": ("train", "train"),

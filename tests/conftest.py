@@ -16,6 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from hub_stand_in import HubStandIn
+    from other_adapters import PeftTypes
     from tiny_adapters import TinyAdapters
     from tiny_models import TinyModels
 
@@ -69,6 +70,14 @@ def tiny_adapters(tmp_path_factory: pytest.TempPathFactory, tiny_models: TinyMod
     from tiny_adapters import TinyAdapters
 
     return TinyAdapters(tmp_path_factory.mktemp("tiny-adapters"), tiny_models)
+
+
+@pytest.fixture(scope="session")
+def saved_by_peft(tmp_path_factory: pytest.TempPathFactory, tiny_models: TinyModels) -> PeftTypes:
+    """A folder of an adapter of any type of PEFT's, as PEFT saves it, each built once a session. Read them only."""
+    from other_adapters import PeftTypes
+
+    return PeftTypes(tmp_path_factory.mktemp("types"), tiny_models)
 
 
 @pytest.fixture

@@ -531,7 +531,7 @@ def test_json_of_adapters_has_the_catalogues_words(run: Run, base: Path, adapter
     shown = run("show", "pirate", "--json").json()
     assert shown.keys() == RECORD | {
         "catalogued", "changes_nothing", "trained_beside", "parent", "parent_sha256", "versions", "ancestors", "descendants",
-        "hub", "merges",
+        "hub", "merges", "commands",
     }  # fmt: skip
     assert {key: shown[key] for key in SUMMARY} == summary
     assert (summary["rank"], summary["alpha"], summary["base"]) == (4, 8.0, "llama")

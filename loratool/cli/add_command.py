@@ -35,10 +35,11 @@ def command(
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Catalogue an adapter that exists: a PEFT folder or a single safetensors file.
+    """Catalogue an adapter that exists: a folder or a single file of any kind and format that loratool can identify.
 
-    Its files are copied into the content store. Another adapter of the same name, base and targets becomes its next version; one
-    of another base or other targets needs a name of its own, with --name.
+    One that cannot be merged yet is catalogued too: 'loratool show' says which commands work on it. The files are copied into
+    the content store. Another adapter of the same name, base and targets becomes its next version; one of another base or other
+    targets needs a name of its own, with --name.
     """
     from loratool.library.adapters import adapter_json, add
 

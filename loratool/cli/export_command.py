@@ -16,8 +16,11 @@ from loratool.cli.rendering import print_json, shown_path
 @json_option
 @click.pass_obj
 def command(registry: str | None, adapter: str, out: str, alpha: Alpha | None, force: bool, as_json: bool) -> None:
-    """Write an adapter as a PEFT folder, for PEFT and all programs that read its format, or as a single file."""
-    from loratool.library.adapters import export
+    """Write an adapter as a PEFT folder, for PEFT and all programs that read its format, or as a single file.
+
+    An adapter that loratool cannot merge yet is written as it was added, byte for byte.
+    """
+    from loratool.library.export import export
 
     path = export(adapter, out, alpha=alpha, force=force, registry=registry)
     if as_json:

@@ -29,7 +29,7 @@ from loratool.cli.spectrum_view import print_spectrum
 from loratool.formats.kinds import kind_named
 
 if TYPE_CHECKING:
-    from loratool.library.adapters import ShowResult
+    from loratool.library.show import ShowResult
     from loratool.library.spectrum import SpectrumResult
     from registry import AdapterRecord, MergeRecord
 
@@ -65,7 +65,7 @@ def command(
 
     ADAPTER is a catalogued name (pirate or pirate@2), a path or a Hub id.
     """
-    from loratool.library.adapters import show
+    from loratool.library.show import show
 
     result = show(adapter, alpha=alpha, registry=registry)
     spectrum = _spectrum(adapter, plot, force, alpha, registry) if with_spectrum or plot else None
@@ -101,9 +101,11 @@ def _print_card(result: ShowResult) -> None:
         ("ranks" if kind_named(record.kind).nested else "rank", _ranks(record.kind, record.ranks, record.rank)),
         ("alpha", "" if record.alpha is None else f"{record.alpha:g}"),
         ("scaling", _scaling(record.scaling)),
+        ("works with", _working(result)),
+        ("refused", _refused(result)),
         ("effect", f"changes nothing: {result.changes_nothing}" if result.changes_nothing else ""),
         ("beside it", _beside(result.trained_beside)),
-        ("targets", f"{targets(record.target_modules)}  ({counted(len(record.ranks or {}), 'module')})"),
+        ("targets", _targets(record)),
         ("parameters", f"{count(record.parameter_count)}, {record.dtype}, {size(record.size_bytes)}"),
         ("loss", _loss(record.metrics or {})),
         ("trained", _training(record.recipe or {})),
@@ -120,6 +122,21 @@ def _print_card(result: ShowResult) -> None:
         if value:
             card.add_row(key, Text("\n".join(map(shown, value.split("\n")))))
     console().print(Panel(card, title=Text(shown(title), style="bold"), title_align="left", expand=False))
+
+
+def _working(result: ShowResult) -> str:
+    """The commands that work on an adapter that loratool does not compute."""
+    from loratool.library.commands_for import WORKS
+
+    return ", ".join(name for name, outcome in result.commands.items() if outcome == WORKS) if result.why_not else ""
+
+
+def _refused(result: ShowResult) -> str:
+    """The commands that do not work on it, and why."""
+    from loratool.library.commands_for import WORKS
+
+    refused = ", ".join(name for name, outcome in result.commands.items() if outcome != WORKS)
+    return f"{refused}\n{result.why_not}" if result.why_not else ""
 
 
 def _beside(names: Sequence[str]) -> str:
@@ -165,11 +182,17 @@ def _training(recipe: Mapping[str, Any]) -> str:
 
 def _merge(merge: MergeRecord) -> str:
     """Where a merge lies and what became of it; if quantized, how much of the update is there."""
-    from loratool.library.adapters import survival_of
+    from loratool.library.show import survival_of
 
     survival = survival_of(merge)
     share = "" if survival is None else f", delivered {delivered(survival)}"
     return f"{shown_path(merge.output)} ({merge.state}{share})"
+
+
+def _targets(record: AdapterRecord) -> str:
+    """``q_proj, v_proj  (60 modules)``; without a count where no module has a rank."""
+    modules = f"  ({counted(len(record.ranks), 'module')})" if record.ranks else ""
+    return f"{targets(record.target_modules)}{modules}" if record.target_modules or modules else ""
 
 
 def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.file_role import FileRole, role_of
-from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import CONFIG_NAME, MODEL_CONFIG, NAMES_IN_FOLDERS
+from loratool.formats.identity import AnyAdapter
 from loratool.formats.tokenizer import TokenizerFiles
 
-_PLAIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,150}")
+PLAIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,150}")
 """Names that any file system takes."""
 
 
-def folder_of(adapter: Adapter) -> Path | None:
+def folder_of(adapter: AnyAdapter) -> Path | None:
     """Return the folder of an adapter whose files are all that is in it; None for a single file, or one in a model's folder."""
     folder = adapter.file.parent
     if adapter.file.name not in NAMES_IN_FOLDERS and not (folder / CONFIG_NAME).is_file():
@@ -26,8 +26,8 @@ def folder_of(adapter: Adapter) -> Path | None:
     return None if is_model else folder
 
 
-def tokenizer_files(adapter: Adapter) -> dict[str, Path]:
+def tokenizer_files(adapter: AnyAdapter) -> dict[str, Path]:
     """Return the files of the tokenizer that an adapter was trained with, by their names; none where it brings none."""
     folder = folder_of(adapter)
     names = () if folder is None else TokenizerFiles.of(folder).names
-    return {name: adapter.file.parent / name for name in names if _PLAIN.fullmatch(name)}
+    return {name: adapter.file.parent / name for name in names if PLAIN.fullmatch(name)}

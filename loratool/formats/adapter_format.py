@@ -56,6 +56,7 @@ class AdapterFormat:
         why_not: why it does not, with the way out.
         write: the tensors, or the bytes of one fp32 number, and the metadata of a file in the format; None where loratool does
             not write it.
+        has_names_of_base: whether it calls modules as their base's tensors are called, up to a leading prefix.
     """
 
     name: str
@@ -66,3 +67,4 @@ class AdapterFormat:
     read: Callable[[AdapterFiles, Alpha | None], Adapter] | None = None
     why_not: str = ""
     write: Callable[[Adapter], tuple[Mapping[str, TensorInfo | bytes], dict[str, str]]] | None = None
+    has_names_of_base: bool = False

@@ -2,98 +2,40 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-from loratool.errors import UnsupportedError
-from loratool.formats.adapter import Adapter, target_of
+from loratool.errors import AdapterError, UnsupportedError, printable, quoted
+from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_files import AdapterFiles, open_adapter
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha
 from loratool.formats.bare import described_alpha
+from loratool.formats.describe import NEVER_ALONE
 from loratool.formats.finite import refuse_not_finite, refuse_numbers_not_finite
+from loratool.formats.identity import AnyAdapter, Identity
+from loratool.formats.kinds import KINDS, kind_named
 from loratool.formats.read import read_files
 from loratool.formats.table import format_of
+from loratool.formats.trained_beside import with_trained_beside
+
+LONGEST_FAMILY: Final = 255
+"""Characters of the family's name that the catalogue keeps."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """What is told of one adapter.
+def told_adapter(path: Path, alpha: Alpha | None = None) -> AnyAdapter:
+    """Return the adapter at `path`, or what is told of it where loratool does not compute it.
 
-    Attributes:
-        name: its folder's or file's name.
-        files: its files, parsed.
-        sha256: its fingerprint.
-        format: the word for its format (`formats.table`).
-        kind: the word for its kind (`formats.kinds`).
-        adapter: the adapter itself, where loratool computes it; else None.
-        why_not: why loratool does not compute it, with the way out; None where it does.
-        ranks: the rank of each module of which it is told.
-        alpha: what is stated for most modules.
-        scaling: what multiplies the update: one number, or that of each module.
-        modules: the modules that it changes.
-        config: its configuration, as JSON.
-        facts: what loratool recorded beside it.
-        base_model: its base's Hub id, path or name, as it is stated.
-        family: the family of models that it is for, in its trainer's word.
-        notes: what a user should know about how it was read.
+    Args:
+        path: of its folder or file.
+        alpha: for a file that does not state its own.
+
+    Raises:
+        NotFoundError: nothing is there.
+        AdapterError: it is no adapter that can be told, is damaged, or a pickle; or it can be computed and states no alpha.
     """
-
-    name: str
-    files: AdapterFiles
-    sha256: str
-    format: str
-    kind: str
-    adapter: Adapter | None
-    why_not: str | None
-    ranks: Mapping[str, int]
-    alpha: float | None
-    scaling: float | Mapping[str, float] | None
-    modules: tuple[str, ...]
-    config: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    base_model: str | None
-    family: str | None
-    notes: tuple[str, ...]
-
-    @property
-    def rank(self) -> int | None:
-        """The largest rank of any module."""
-        return max(self.ranks.values(), default=None)
-
-    @property
-    def target_modules(self) -> tuple[str, ...]:
-        """What a configuration would call the modules, once each, sorted."""
-        return tuple(sorted({target_of(module) for module in self.modules}))
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of its tensors as its file spells it, or ``mixed`` where they have several; alphas do not count."""
-        if self.adapter is not None:
-            return self.adapter.dtype
-        dtypes = {info.dtype for info in self.files.tensors.values() if math.prod(info.shape) > 1}
-        return dtypes.pop() if len(dtypes) == 1 else "mixed"
-
-    @property
-    def parameter_count(self) -> int:
-        """Numbers in its tensors."""
-        if self.adapter is not None:
-            return self.adapter.parameter_count
-        return sum(math.prod(info.shape) for info in self.files.tensors.values())
-
-    @property
-    def tensor_count(self) -> int:
-        """How many tensors its files hold."""
-        return len(self.files.tensors)
-
-    @property
-    def base_fingerprint(self) -> str | None:
-        """The fingerprint of the base that it was trained on, where it is recorded."""
-        recorded = self.facts.get("base_fingerprint")
-        return recorded if isinstance(recorded, str) and recorded else None
+    found = identify(path, alpha)
+    return found if found.adapter is None else found.adapter
 
 
 def identify(path: Path, alpha: Alpha | None = None) -> Identity:
@@ -116,16 +58,45 @@ def identify_files(files: AdapterFiles, alpha: Alpha | None = None) -> Identity:
     try:
         adapter = read_files(files, alpha)
     except UnsupportedError as error:
-        return _described(files, found, found.describe(files), str(error))
+        said = found.describe(files)
+        _refuse_hollow(files, found, said)
+        return with_trained_beside(_described(files, found, said, str(error)))
     return _read(files, found, found.describe(files), adapter)
 
 
-def refuse_broken_numbers(found: Identity) -> None:
+def refuse_broken_numbers(found: AnyAdapter) -> None:
     """Raise AdapterError if the adapter's tensors hold NaN or infinity."""
-    if found.adapter is not None:
-        refuse_not_finite(found.adapter)
+    if isinstance(found, Adapter):
+        refuse_not_finite(found)
     else:
         refuse_numbers_not_finite(found.files.tensors.values())
+
+
+def refuse_alpha(found: AnyAdapter, alpha: Alpha | None) -> None:
+    """Raise AdapterError if an alpha is given for an adapter that is not computed."""
+    if isinstance(found, Identity) and alpha is not None:
+        raise AdapterError(f"{found.why_not}; leave --alpha out")
+
+
+def _refuse_hollow(files: AdapterFiles, found: AdapterFormat, said: Description) -> None:
+    """Raise AdapterError if the tensors of an adapter that is not computed are empty, or none is of its kind."""
+    empty = next((info for info in files.tensors.values() if 0 in info.shape), None)
+    if empty is not None:
+        raise AdapterError(
+            f"{quoted(empty.name)} in {quoted(files.source)} is empty (shape {list(empty.shape)}); was it saved from a sharded "
+            "run without gathering?"
+        )
+    are_named_alike = said.kind in KINDS and said.kind not in NEVER_ALONE
+    if not files.tensors or (are_named_alike and not any(map(found.split, files.tensors))):
+        raise AdapterError(
+            f"{quoted(files.config_source)} says {kind_named(said.kind).title}, and {quoted(files.source)} holds no tensor of "
+            "it; download or save the adapter again"
+        )
+
+
+def _family(said: Description) -> str | None:
+    family = printable(said.family or "")[:LONGEST_FAMILY]
+    return family or None
 
 
 def _described(files: AdapterFiles, found: AdapterFormat, said: Description, why_not: str) -> Identity:
@@ -144,7 +115,7 @@ def _described(files: AdapterFiles, found: AdapterFormat, said: Description, why
         config=files.config,
         facts=files.facts,
         base_model=said.base_model,
-        family=said.family,
+        family=_family(said),
         notes=said.notes,
     )
 
@@ -165,6 +136,6 @@ def _read(files: AdapterFiles, found: AdapterFormat, said: Description, adapter:
         config=adapter.config,
         facts=adapter.facts,
         base_model=adapter.base_model or said.base_model,
-        family=said.family,
+        family=_family(said),
         notes=adapter.notes,
     )

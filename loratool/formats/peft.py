@@ -144,4 +144,4 @@ def _kind(files: AdapterFiles) -> str:
     return told
 
 
-FORMAT: Final = AdapterFormat("peft", "PEFT", _claims, split_peft, describe, read)
+FORMAT: Final = AdapterFormat("peft", "PEFT", _claims, split_peft, describe, read, has_names_of_base=True)

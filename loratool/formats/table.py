@@ -43,6 +43,9 @@ FORMATS: Final[tuple[AdapterFormat, ...]] = (
     peft.FORMAT,
 )
 
+OWN: Final = peft.FORMAT
+"""The format in which loratool writes adapters that came in no other."""
+
 _BY_NAME: Final = {row.name: row for row in FORMATS}
 
 

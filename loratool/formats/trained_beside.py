@@ -11,12 +11,15 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from loratool.checkpoint.file_role import WEIGHT_SUFFIXES, FileRole, role_of
 from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import CONFIG_NAME, MODEL_CONFIG, NAMES_IN_FOLDERS
+from loratool.formats.identity import AnyAdapter, Identity
+
+Told = TypeVar("Told", bound=Adapter | Identity)
 
 KEY: Final = "trained_beside"
 """Where an adapter's facts list the names."""
@@ -25,7 +28,7 @@ MOST_NAMES: Final = 64
 LONGEST_NAME: Final = 200
 
 
-def trained_beside(adapter: Adapter) -> tuple[str, ...]:
+def trained_beside(adapter: AnyAdapter) -> tuple[str, ...]:
     """Return the names of the files with weights that were trained with an adapter, sorted."""
     return recorded(adapter.facts)
 
@@ -40,7 +43,7 @@ def recorded(facts: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def with_trained_beside(adapter: Adapter, names: Iterable[str] | None = None) -> Adapter:
+def with_trained_beside(adapter: Told, names: Iterable[str] | None = None) -> Told:
     """Return the adapter with a note and a record of the weights that were trained with it.
 
     `names` are those of all files in its folder, relative to it; by default the folder on the disk is looked at.

@@ -13,12 +13,20 @@ from typing import Final
 from loratool.checkpoint.file_role import PICKLE_SUFFIXES, FileRole, role_of
 from loratool.checkpoint.json_text import LARGEST_LISTING
 from loratool.errors import AdapterError, HubError, NotFoundError, quoted
-from loratool.formats.adapter import Adapter
-from loratool.formats.adapter_names import CONFIG_NAME, FACTS_NAME, SINGLE_FILE_SUFFIXES, WEIGHTS_NAME
+from loratool.formats.adapter_names import (
+    BESIDE,
+    CONFIG_NAME,
+    FACTS_NAME,
+    INDEX_NAME,
+    NAMES_IN_FOLDERS,
+    SINGLE_FILE_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    WEIGHTS_NAME,
+)
 from loratool.formats.alpha import Alpha
 from loratool.formats.facts import check_facts
-from loratool.formats.finite import refuse_not_finite
-from loratool.formats.read import read_adapter
+from loratool.formats.identify import refuse_broken_numbers, told_adapter
+from loratool.formats.identity import AnyAdapter, Identity
 from loratool.formats.trained_beside import with_trained_beside
 from loratool.hub.address import HubAddress, is_hub_id, is_safe
 from loratool.hub.download import Watcher, fetch
@@ -28,13 +36,15 @@ LARGEST_JSON: Final = 16 << 20
 """Bytes; the configuration and records of an adapter are far smaller."""
 
 MODEL_CONFIG: Final = "config.json"
+IN_FOLDERS: Final = tuple(name for name in NAMES_IN_FOLDERS if name != INDEX_NAME)
+"""What the weights in an adapter's folder are called; the most usual first."""
 
 
 @dataclass(frozen=True, slots=True)
 class PulledAdapter:
-    """An adapter in the cache, the snapshot it is from, and `notes` for the user."""
+    """An adapter in the cache (or what is told of it, where it is not computed), its snapshot, and `notes` for the user."""
 
-    adapter: Adapter
+    adapter: AnyAdapter
     snapshot: Snapshot
     notes: tuple[str, ...]
 
@@ -71,9 +81,9 @@ def pull_adapter(address: HubAddress, command: str, *, alpha: Alpha | None = Non
     remember(snapshot, address.revision)
     single = len(paths) == 1
     with _named_as_on_hub(folder, address.repo):
-        read = read_adapter(folder / paths[0] if single else (folder / paths[0]).parent, alpha)
-        adapter = replace(read, name=address.name)
-        refuse_not_finite(adapter)
+        read = told_adapter(folder / paths[0] if single else (folder / paths[0]).parent, alpha)
+        adapter = _called(read, address, folder)
+        refuse_broken_numbers(adapter)
     if not single:
         adapter = with_trained_beside(adapter, snapshot.names_below(posixpath.dirname(paths[0])))
     listed = snapshot.files[paths[0] if single else paths[1]].sha256
@@ -90,9 +100,20 @@ def _named_as_on_hub(folder: Path, repo: str) -> Iterator[None]:
     try:
         yield
     except AdapterError as error:
-        # The message may have cut off a long path.
-        found = re.compile(rf"'({re.escape(str(folder)[:80])}[^']*)'")
-        raise type(error)(found.sub(lambda match: _on_hub(match[1], folder, repo), str(error))) from None
+        raise type(error)(_said_of_hub(str(error), folder, repo)) from None
+
+
+def _called(read: AnyAdapter, address: HubAddress, folder: Path) -> AnyAdapter:
+    """An adapter that was read from the cache, called as on the Hub, also where it is said why it is not computed."""
+    if isinstance(read, Identity):
+        return replace(read, name=address.name, why_not=_said_of_hub(str(read.why_not), folder, address.repo))
+    return replace(read, name=address.name)
+
+
+def _said_of_hub(message: str, folder: Path, repo: str) -> str:
+    """A message with the paths of the cache as they are in the repository; it may have cut off a long one."""
+    found = re.compile(rf"'({re.escape(str(folder)[:80])}[^']*)'")
+    return found.sub(lambda match: _on_hub(match[1], folder, repo), message)
 
 
 def _on_hub(path: str, folder: Path, repo: str) -> str:
@@ -111,14 +132,15 @@ def choose_files(snapshot: Snapshot, inside: str) -> list[str]:
     """
     if inside in snapshot.files:
         folder, name = posixpath.split(inside)
-        if name not in {CONFIG_NAME, WEIGHTS_NAME} or CONFIG_NAME not in snapshot.names_in(folder):
+        if name not in {CONFIG_NAME, *IN_FOLDERS} or CONFIG_NAME not in snapshot.names_in(folder):
             return [_single_file(snapshot, inside)]
         inside = folder
     names = snapshot.names_in(inside)
     where = quoted(f"{snapshot.repo}/{inside}" if inside else snapshot.repo)
-    if {CONFIG_NAME, WEIGHTS_NAME} <= set(names):
-        facts = [FACTS_NAME] if FACTS_NAME in names else []
-        chosen = [CONFIG_NAME, WEIGHTS_NAME, *facts, *_tokenizer(names)]
+    weights = next((name for name in IN_FOLDERS if name in names), None)
+    if CONFIG_NAME in names and weights is not None:
+        beside = [name for name in BESIDE if name in names and name != CONFIG_NAME]
+        chosen = [CONFIG_NAME, weights, *beside, *_tokenizer(names)]
         return [posixpath.join(inside, name) for name in chosen]
     singles = [name for name in names if Path(name).suffix in SINGLE_FILE_SUFFIXES]
     if MODEL_CONFIG in names and CONFIG_NAME not in names and singles:
@@ -143,9 +165,10 @@ def _tokenizer(names: Sequence[str]) -> list[str]:
 def _single_file(snapshot: Snapshot, path: str) -> str:
     if Path(path).suffix in PICKLE_SUFFIXES:
         raise _pickle(snapshot, path)
-    if Path(path).suffix not in SINGLE_FILE_SUFFIXES:
+    if Path(path).suffix not in WEIGHT_SUFFIXES:
         raise NotFoundError(
-            f"{quoted(path)} of {quoted(snapshot.repo)} is no adapter; name a folder or a .safetensors file"
+            f"{quoted(path)} of {quoted(snapshot.repo)} is no adapter; name a folder or a file ending in "
+            f"{' or '.join(sorted(WEIGHT_SUFFIXES))}"
         )
     return path
 
@@ -161,7 +184,7 @@ def _no_adapter(snapshot: Snapshot, inside: str, names: Sequence[str], where: st
     prefix = f"{inside}/" if inside else ""
     below = sorted(
         {posixpath.dirname(path) for path in snapshot.files
-         if path.startswith(prefix) and posixpath.basename(path) == WEIGHTS_NAME and is_safe(path)}
+         if path.startswith(prefix) and posixpath.basename(path) in IN_FOLDERS and is_safe(path)}
     )  # fmt: skip
     if below:
         return NotFoundError(f"{where} has adapters in folders ({_listed(below)}); name one with --path")

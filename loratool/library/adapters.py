@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.interrupts import Deferral
@@ -19,9 +17,7 @@ from registry import (
     AdapterRecord,
     AdapterSummary,
     BaseRecord,
-    LineageRecord,
     Location,
-    MergeRecord,
     RegistryError,
     SortKey,
     check_name,
@@ -34,11 +30,9 @@ from registry import (
 )
 
 if TYPE_CHECKING:
-    from loratool.formats.adapter import Adapter
     from loratool.formats.alpha import Alpha
+    from loratool.formats.identity import AnyAdapter
     from loratool.library.progress import Progress
-    from loratool.library.resolve import ResolvedAdapter
-    from loratool.merging.survival import Survival
     from registry import Registry  # brings SQLAlchemy, which a list does without
     from registry.store import Staged
 
@@ -60,76 +54,13 @@ class HubPlace:
     base_model: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ShowResult:
-    """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies.
-
-    An adapter that is not catalogued has a `place` instead, its file or its Hub id; its record has no version (0).
-    `changes_nothing` says why it changes nothing in any base, if that is so and its files are here. `trained_beside` are the
-    files with weights that were trained with it and that it does not hold.
-    """
-
-    record: AdapterRecord
-    base: BaseRecord | None
-    versions: tuple[AdapterRecord, ...]
-    ancestors: tuple[LineageRecord, ...]
-    descendants: tuple[LineageRecord, ...]
-    merges: tuple[MergeRecord, ...]
-    place: str | None = None
-    changes_nothing: str | None = None
-    trained_beside: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
-        parent = next((edge for edge in self.ancestors if edge.child_id == self.record.id), None)
-        return {
-            **adapter_json(self.record),
-            **({} if self.place is None else {"version": None, "created_at": None}),
-            "catalogued": self.place is None,
-            "changes_nothing": self.changes_nothing,
-            "trained_beside": list(self.trained_beside),
-            "parent": parent.parent if parent else None,
-            "parent_sha256": parent.parent_sha256 if parent else None,
-            "versions": [record.version for record in self.versions],
-            "ancestors": [_edge_json(edge) for edge in self.ancestors],
-            "descendants": [_edge_json(edge) for edge in self.descendants],
-            "hub": [
-                {"repo": place.repo, "revision": place.revision, "path_in_repo": place.path_in_repo}
-                for place in self.record.locations
-                if place.repo
-            ],
-            "merges": [_merge_json(merge) for merge in self.merges],
-        }
-
-
-def _merge_json(merge: MergeRecord) -> dict[str, Any]:
-    survival = survival_of(merge)
-    return {
-        "output": str(merge.output),
-        "base": merge.base,
-        "state": merge.state,
-        "created_at": merge.created_at.isoformat(),
-        "survival": None if survival is None else survival.to_json(),
-    }
-
-
-def survival_of(merge: MergeRecord) -> Survival | None:
-    """Return what a merge into quantized weights delivered of the update, or None if the catalogue has no record of it."""
-    from loratool.merging.survival import Survival
-
-    try:
-        return Survival.from_json((merge.options or {})["survival"])
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
 def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os.PathLike[str] | None = None,
         any_base: bool = False, alpha: Alpha | None = None, tags: Sequence[str] = (), registry: str | None = None,
         progress: Progress | None = None) -> AddResult:  # fmt: skip
     """Catalogue the adapter at `path`: its files are copied into the content store, under their sha256.
 
     Args:
-        path: a PEFT folder or a single safetensors file.
+        path: the folder or file of an adapter of any kind; one that loratool does not compute is kept as it is.
         name: letters, digits, ``.``, ``_`` and ``-``; with one that is catalogued it becomes the next version of that one. By
             default the folder's or file's name, or where that says nothing (``checkpoint-500``, ``final``) the name of the
             folder above, of the repository in the Hub's cache, or of its base.
@@ -147,8 +78,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
             it would have says nothing, or is that of an adapter with another base or other targets.
     """
     from loratool.errors import AdapterError, NotFoundError, quoted
-    from loratool.formats.finite import refuse_not_finite
-    from loratool.formats.read import read_adapter
+    from loratool.formats.identify import refuse_alpha, refuse_broken_numbers, told_adapter
     from loratool.library.base_of_adapter import name_base_of
     from loratool.library.opening import open_registry
     from loratool.library.user_path import HUB_ID, exists, user_path
@@ -159,11 +89,12 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
         pull = f", or bring one from the Hub in with 'loratool pull {path}'" if is_hub_id else ""
         raise NotFoundError(f"there is no adapter at {quoted(path)}; give a PEFT folder or a safetensors file{pull}")
     try:
-        adapter = read_adapter(source, alpha)
+        adapter = told_adapter(source, alpha)
     except AdapterError:
         _refuse_base(source)
         raise
-    refuse_not_finite(adapter)
+    refuse_alpha(adapter, alpha)
+    refuse_broken_numbers(adapter)
     if name is not None:
         check_name(name)
     with open_registry(registry) as catalogue:
@@ -177,7 +108,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
         return replace(added, notes=(*notes, *added.notes))
 
 
-def _own_name(adapter: Adapter, source: Path, entry: StagedEntry) -> str:
+def _own_name(adapter: AnyAdapter, source: Path, entry: StagedEntry) -> str:
     """The name of an adapter for which none is given, by where it lies or else by its base.
 
     Raises:
@@ -222,7 +153,7 @@ def _refuse_base(source: Path) -> None:
     )
 
 
-def enter(adapter: Adapter, catalogue: Registry, *, name: str, base: str | None = None, any_base: bool = False,
+def enter(adapter: AnyAdapter, catalogue: Registry, *, name: str, base: str | None = None, any_base: bool = False,
           tags: Sequence[str] = (), place: HubPlace | None = None) -> AddResult:  # fmt: skip
     """Put an adapter that was read, or was just written, into the catalogue and its files into the content store.
 
@@ -249,7 +180,7 @@ def at_once(catalogue: Registry) -> Iterator[None]:
 
 
 @contextmanager
-def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
+def staged_entry(adapter: AnyAdapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
                  base_model: str | None = None) -> Iterator[StagedEntry]:  # fmt: skip
     """Copy the files of an adapter to where one step more takes them into the store; gone if that is not made.
 
@@ -258,23 +189,15 @@ def staged_entry(adapter: Adapter, catalogue: Registry, *, base: str | None = No
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
     """
-    from loratool.formats.adapter_files import content_of_file
-    from loratool.formats.adapter_folder import tokenizer_files
-    from loratool.library.no_change import no_change_notes
+    from loratool.library.entry_files import entry_files, entry_notes
 
     facts, owner, notes = facts_of(adapter, catalogue, base=base, any_base=any_base, base_model=base_model)
-    files: dict[str, Path | bytes | Iterator[bytes]] = {
-        "adapter_model.safetensors": content_of_file(adapter.file),
-        "adapter_config.json": _json_bytes(adapter.config),
-    }
-    if adapter.facts:
-        files["loratool.json"] = _json_bytes(adapter.facts)
-    files |= tokenizer_files(adapter)
-    with catalogue.store.stage(files, {"adapter_model.safetensors": adapter.sha256}) as staged:
-        yield StagedEntry(catalogue, facts, owner, staged, (*adapter.notes, *no_change_notes(adapter)), tuple(notes))
+    files, weights = entry_files(adapter)
+    with catalogue.store.stage(files, {weights: adapter.sha256}) as staged:
+        yield StagedEntry(catalogue, facts, owner, staged, entry_notes(adapter), tuple(notes))
 
 
-def facts_of(adapter: Adapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
+def facts_of(adapter: AnyAdapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
              base_model: str | None = None) -> tuple[AdapterFacts, BaseRecord | None, list[str]]:  # fmt: skip
     """What the catalogue is to know of an adapter, the catalogued base that it belongs to, and notes on how that was found.
 
@@ -285,7 +208,7 @@ def facts_of(adapter: Adapter, catalogue: Registry, *, base: str | None = None, 
 
     base_model = base_model or adapter.base_model
     owner, notes = find_base_of(adapter, base, base_model, catalogue, any_base=any_base)
-    return replace(_facts(adapter, owner), base_model=base_model), owner, notes
+    return replace(facts_from(adapter, owner), base_model=base_model), owner, notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +246,7 @@ def list_adapters(*, base: str | os.PathLike[str] | None = None, kind: str | Non
 
     Args:
         base: only those of this base and of its variants: a catalogued name, a folder or a Hub id.
-        kind: only those of this kind: ``lora``, ``dylora`` or ``adalora``.
+        kind: only those of this kind, by its word in `loratool.formats.kinds`.
         tag: only those with this tag.
         sort: by ``name`` (then version), ``kind`` or ``base``; by ``rank``, ``alpha`` or ``size_bytes``, largest first;
             or by ``created_at``, newest first.
@@ -359,88 +282,6 @@ def _base_name(base: str, registry: str | None) -> str:
         return base_entry(base, catalogue).name
 
 
-def show(adapter: str | os.PathLike[str], *, alpha: Alpha | None = None, registry: str | None = None) -> ShowResult:
-    """Everything known of one adapter: by the catalogue, or else by its own files.
-
-    Args:
-        adapter: ``name``, ``name@version``, a path or a Hub id.
-        alpha: for a bare file that is not catalogued and does not say its own: a number, or ``rank`` for each module's rank.
-        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-
-    Raises:
-        LoratoolError, registry.RegistryError: there is no such adapter; the nearest names are listed.
-    """
-    from loratool.library.adapter_entry import find_adapter_entry
-    from loratool.library.opening import open_registry
-    from loratool.library.resolve import resolve_adapter
-
-    with open_registry(registry, read_only=True) as catalogue:
-        record = find_adapter_entry(os.fspath(adapter), catalogue)
-        if record is None:
-            return _uncatalogued(resolve_adapter(adapter, catalogue, alpha), catalogue)
-        return ShowResult(
-            record=record,
-            base=catalogue.bases.get(record.base) if record.base else None,
-            versions=catalogue.adapters.versions(record.name),
-            ancestors=catalogue.lineage.ancestors(record),
-            descendants=catalogue.lineage.descendants(record),
-            merges=catalogue.merges.of_adapter(record),
-            **_of_files(_read_again(record, catalogue)),
-        )
-
-
-def _read_again(record: AdapterRecord, catalogue: Registry) -> Adapter | None:
-    """A catalogued adapter as its files say; None where they cannot be read."""
-    from loratool.errors import LoratoolError
-    from loratool.library.resolve import read_entry
-
-    try:
-        return read_entry(record, catalogue)
-    except (LoratoolError, RegistryError, OSError):
-        return None
-
-
-class _OfFiles(TypedDict):
-    changes_nothing: str | None
-    trained_beside: tuple[str, ...]
-
-
-def _of_files(adapter: Adapter | None) -> _OfFiles:
-    """What `show` says that only the files of an adapter tell."""
-    from loratool.errors import LoratoolError
-    from loratool.formats.no_change import why_no_change
-    from loratool.formats.trained_beside import trained_beside
-
-    if adapter is None:
-        return {"changes_nothing": None, "trained_beside": ()}
-    try:
-        reason = why_no_change(adapter)
-    except (LoratoolError, OSError):
-        reason = None
-    return {"changes_nothing": reason, "trained_beside": trained_beside(adapter)}
-
-
-def _uncatalogued(found: ResolvedAdapter, catalogue: Registry) -> ShowResult:
-    """What the files of an adapter that is not catalogued say."""
-    from loratool.library.base_of_adapter import recorded_base
-
-    adapter = found.adapter
-    owner = recorded_base(found, catalogue)
-    facts = _facts(adapter, owner)
-    record = AdapterRecord(
-        id=0,
-        name=adapter.name,
-        version=0,
-        base=owner.name if owner else None,
-        tags=(),
-        created_at=datetime.fromtimestamp(adapter.file.stat().st_mtime, UTC),
-        locations=(),
-        **{field.name: getattr(facts, field.name) for field in fields(facts)},
-    )
-    place = found.hub_id or str(adapter.file)
-    return ShowResult(record, owner, (), (), (), (), place=place, **_of_files(adapter))
-
-
 def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = False,
         registry: str | None = None) -> AdapterRecord:  # fmt: skip
     """Put tags on an adapter, or take them off; its entry afterwards.
@@ -462,40 +303,6 @@ def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = 
         return change(adapter_entry(os.fspath(adapter), catalogue).reference, *tags)
 
 
-def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: Alpha | None = None,
-           force: bool = False, registry: str | None = None) -> Path:  # fmt: skip
-    """Write an adapter as a PEFT directory or as a single file; the path of what was written.
-
-    Args:
-        adapter: a catalogued name, a path or a Hub id.
-        out: a folder, or a file where it ends in ``.safetensors`` or ``.st``.
-        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
-        force: replace an adapter that loratool wrote before.
-        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-
-    Raises:
-        LoratoolError, registry.RegistryError: there is no such adapter, or `out` exists.
-    """
-    from loratool.errors import OutputError
-    from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
-    from loratool.formats.write import write_peft, write_single_file
-    from loratool.library.opening import open_registry
-    from loratool.library.resolve import resolve_adapter
-    from loratool.library.user_path import user_path
-
-    if not os.fspath(out):
-        raise OutputError("the output's path is empty; give --out a folder or file")
-    target = user_path(out)
-    with open_registry(registry, read_only=True) as catalogue:
-        found = resolve_adapter(adapter, catalogue, alpha)
-        facts = dict(found.adapter.facts) | {"schema": 1, "kind": found.adapter.kind}
-        if found.base_fingerprint:
-            facts["base_fingerprint"] = found.base_fingerprint
-        write = write_single_file if target.suffix in SINGLE_FILE_SUFFIXES else write_peft
-        write(replace(found.adapter, facts=facts), target, force=force)
-    return target
-
-
 def adapter_json(record: AdapterSummary) -> dict[str, Any]:
     """An adapter's entry in the words of ``--json``: the catalogue's columns."""
     value = {key: item for key, item in asdict(record).items() if key not in {"id", "locations"}}
@@ -505,19 +312,16 @@ def adapter_json(record: AdapterSummary) -> dict[str, Any]:
     return value
 
 
-def _edge_json(edge: LineageRecord) -> dict[str, Any]:
-    return {
-        "child": edge.child,
-        "parent": edge.parent,
-        "parent_sha256": edge.parent_sha256,
-        "operation": edge.operation,
-        "details": edge.details,
-    }
-
-
-def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:
+def facts_from(adapter: AnyAdapter, owner: BaseRecord | None) -> AdapterFacts:
+    """What the catalogue is to know of an adapter that belongs to the base `owner`, or to one that is not catalogued."""
+    from loratool.formats.adapter import Adapter
     from loratool.formats.adapter_files import size_of_file
+    from loratool.formats.table import OWN
 
+    if isinstance(adapter, Adapter):
+        form, count, family = adapter.layout.format if adapter.layout else OWN.name, len(adapter.tensors), None
+    else:
+        form, count, family = adapter.format, adapter.tensor_count, adapter.family
     return AdapterFacts(
         kind=adapter.kind,
         sha256=adapter.sha256,
@@ -534,10 +338,13 @@ def _facts(adapter: Adapter, owner: BaseRecord | None) -> AdapterFacts:
         recipe=adapter.facts.get("recipe"),
         metrics=adapter.facts.get("metrics"),
         config=dict(adapter.config),
+        format=form,
+        tensor_count=count,
+        family=family,
     )
 
 
-def _record_lineage(record: AdapterRecord, adapter: Adapter, catalogue: Registry) -> None:
+def _record_lineage(record: AdapterRecord, adapter: AnyAdapter, catalogue: Registry) -> None:
     """Record what an adapter's facts say that it came from; a parent that is catalogued is known by its sha256."""
     from loratool.formats.facts import lineage_of
 
@@ -554,7 +361,3 @@ def _record_lineage(record: AdapterRecord, adapter: Adapter, catalogue: Registry
             catalogue.lineage.record(
                 record, known[0] if known else parent.name, operation, parent_sha256=parent.sha256, details=details
             )
-
-
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()

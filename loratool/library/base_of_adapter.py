@@ -9,6 +9,8 @@ from itertools import chain, count
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, WrongBaseError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.identity import AnyAdapter
+from loratool.formats.modules_in_base import are_names_of_base, refuse_unlanded_names
 from loratool.hub.address import is_hub_id
 from loratool.library.adapter_name import name_from
 from loratool.library.base_entry import find_base
@@ -22,7 +24,7 @@ from loratool.merging.untied import untied
 from registry import AdapterRecord, BaseRecord, Registry, check_name, is_name
 
 
-def find_base_of(adapter: Adapter, base: str | None, base_model: str | None, catalogue: Registry, *,
+def find_base_of(adapter: AnyAdapter, base: str | None, base_model: str | None, catalogue: Registry, *,
                any_base: bool = False) -> tuple[BaseRecord | None, list[str]]:  # fmt: skip
     """The catalogued base that the adapter belongs to, checked by names and shapes, and notes on how it was found.
 
@@ -40,8 +42,9 @@ def find_base_of(adapter: Adapter, base: str | None, base_model: str | None, cat
             raise WrongBaseError(f"{problem}; leave --base out, or give --any-base")
         _refuse_unfit(adapter, record)
         notes = [f"{problem}; tied to it all the same, with --any-base"] if problem else []
+        notes += _fit_notes(adapter, record)
         decided = bool(problem or (recorded and record.fingerprint))
-        return record, notes if decided else other_base_notes(adapter, record.name, record.path, record)
+        return record, notes if decided else [*notes, *other_base_notes(adapter, record.name, record.path, record)]
     tied = next((entry.base for entry in _entries(adapter, catalogue) if entry.base), None)
     if tied is not None:
         return catalogue.bases.find(tied), []
@@ -49,7 +52,7 @@ def find_base_of(adapter: Adapter, base: str | None, base_model: str | None, cat
         known = catalogue.bases.find_by_fingerprint(recorded)
         if known:
             _refuse_false_record(adapter, known[0])
-            return known[0], []
+            return known[0], _fit_notes(adapter, known[0])
     named = [record for record in catalogue.bases.list() if base_model and _is_called(record, base_model)]
     for record in named:
         # What one that is not downloaded yet will turn out to be is compared then.
@@ -59,11 +62,12 @@ def find_base_of(adapter: Adapter, base: str | None, base_model: str | None, cat
             _refuse_unfit(adapter, record)
         except LoratoolError:
             break
-        return record, [f"it names {quoted(record.source)} as its base, which is catalogued as {quoted(record.name)}"]
+        by_name = f"it names {quoted(record.source)} as its base, which is catalogued as {quoted(record.name)}"
+        return record, [by_name, *_fit_notes(adapter, record)]
     return None, [_how_to_tie(base_model, known_by_content=bool(recorded), unfit=bool(named))]
 
 
-def name_base_of(base: str | os.PathLike[str], adapter: Adapter, catalogue: Registry, progress: Progress | None = None, *,
+def name_base_of(base: str | os.PathLike[str], adapter: AnyAdapter, catalogue: Registry, progress: Progress | None = None, *,
                any_base: bool = False) -> tuple[str, tuple[str, ...]]:  # fmt: skip
     """Return the catalogued name of the base that a user gives by name, path or Hub id, and notes.
 
@@ -134,10 +138,21 @@ def recorded_base(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | N
     if found.base_fingerprint is not None:
         return next(iter(catalogue.bases.find_by_fingerprint(found.base_fingerprint)), None)
     named = found.record.base_model if found.record else found.adapter.base_model
-    return next((base for base in catalogue.bases.list() if named and _is_called(base, named)), None)
+    return _base_called(named, catalogue)
 
 
-def _other_base(adapter: Adapter, base: str, fingerprint: str | None, catalogue: Registry) -> str | None:
+def recorded_base_of(adapter: AnyAdapter, catalogue: Registry) -> BaseRecord | None:
+    """The catalogued base of an adapter that is not catalogued: by the fingerprint or the name that its files record."""
+    if adapter.base_fingerprint is not None:
+        return next(iter(catalogue.bases.find_by_fingerprint(adapter.base_fingerprint)), None)
+    return _base_called(adapter.base_model, catalogue)
+
+
+def _base_called(name: str | None, catalogue: Registry) -> BaseRecord | None:
+    return next((base for base in catalogue.bases.list() if name and _is_called(base, name)), None)
+
+
+def _other_base(adapter: AnyAdapter, base: str, fingerprint: str | None, catalogue: Registry) -> str | None:
     """Why a base, of this name and content, seems not to be an adapter's: what its file records, or what it is tied to."""
     recorded = adapter.base_fingerprint
     if recorded and fingerprint and not catalogue.bases.same_family(recorded, fingerprint):
@@ -155,7 +170,7 @@ def _other_base(adapter: Adapter, base: str, fingerprint: str | None, catalogue:
     return None
 
 
-def _entries(adapter: Adapter, catalogue: Registry) -> list[AdapterRecord]:
+def _entries(adapter: AnyAdapter, catalogue: Registry) -> list[AdapterRecord]:
     """The catalogue's entries of the very adapter, the newest first."""
     return [entry for entry in catalogue.adapters.find_by_sha256(adapter.sha256) if is_entry_of(entry, adapter)]
 
@@ -176,7 +191,7 @@ def _how_to_tie(base_model: str | None, *, known_by_content: bool, unfit: bool) 
     return f"it is tied to no base yet{hint}; add it again with --base NAME to tie it to one"
 
 
-def _refuse_false_record(adapter: Adapter, record: BaseRecord) -> None:
+def _refuse_false_record(adapter: AnyAdapter, record: BaseRecord) -> None:
     """Raise WrongBaseError if the adapter records the base by its fingerprint and does not land on it: one of both is false."""
     try:
         _refuse_unfit(adapter, record)
@@ -188,7 +203,7 @@ def _refuse_false_record(adapter: Adapter, record: BaseRecord) -> None:
         ) from None
 
 
-def _refuse_unfit(adapter: Adapter, record: BaseRecord) -> None:
+def _refuse_unfit(adapter: AnyAdapter, record: BaseRecord) -> None:
     """Raise LoratoolError if the adapter does not land on the base; one whose files are away is taken at its word."""
     if is_away(record):
         checkpoint = known_headers(record)
@@ -198,8 +213,23 @@ def _refuse_unfit(adapter: Adapter, record: BaseRecord) -> None:
         _refuse_unlanded(adapter, checkpoint)
 
 
-def _refuse_unlanded(adapter: Adapter, checkpoint: Checkpoint) -> None:
-    """Raise PlacementError if the adapter does not land on these tensors, nor on those of the base untied."""
+def _fit_notes(adapter: AnyAdapter, record: BaseRecord) -> list[str]:
+    """A note on how far an adapter that loratool does not compute was compared with its base."""
+    if isinstance(adapter, Adapter):
+        return []
+    if are_names_of_base(adapter):
+        return [f"only the names of its modules were compared with those of {quoted(record.name)}"]
+    return [f"it was not compared with {quoted(record.name)}, whose modules its file calls otherwise"]
+
+
+def _refuse_unlanded(adapter: AnyAdapter, checkpoint: Checkpoint) -> None:
+    """Raise PlacementError if the adapter does not land on these tensors, nor on those of the base untied.
+
+    Of one that is not computed, only the names of its modules are compared.
+    """
+    if not isinstance(adapter, Adapter):
+        refuse_unlanded_names(adapter, checkpoint.tensors)
+        return
     try:
         plan_merge([WeightedAdapter(adapter)], checkpoint)
     except PlacementError as error:

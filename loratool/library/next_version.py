@@ -12,14 +12,14 @@ from loratool.library.resolve import numbers_of
 from registry import AdapterFacts, AdapterRecord
 
 if TYPE_CHECKING:
-    from loratool.formats.adapter import Adapter
+    from loratool.formats.identity import AnyAdapter
     from registry import Registry
 
 SHOWN: Final = 5
 """How many names a message lists."""
 
 
-def refuse_stranger(name: str, adapter: Adapter, facts: AdapterFacts, catalogue: Registry, *, by_base: bool) -> None:
+def refuse_stranger(name: str, adapter: AnyAdapter, facts: AdapterFacts, catalogue: Registry, *, by_base: bool) -> None:
     """Raise AdapterError if `name`, which nobody chose, is that of adapters that this one is no version of.
 
     It is a version of one with the same weights or a common ancestor, and of one with the same base and targets; unless the
@@ -50,7 +50,7 @@ def same_weights_notes(record: AdapterRecord, catalogue: Registry) -> tuple[str,
     return tuple(notes)
 
 
-def _why_other(adapter: Adapter, facts: AdapterFacts, known: AdapterRecord, catalogue: Registry) -> str | None:
+def _why_other(adapter: AnyAdapter, facts: AdapterFacts, known: AdapterRecord, catalogue: Registry) -> str | None:
     """What tells an adapter from a catalogued one; None where it may be a version of it."""
     if facts.sha256 == known.sha256 or _has_ancestor_in_common(adapter, known, catalogue):
         return None
@@ -64,7 +64,7 @@ def _why_other(adapter: Adapter, facts: AdapterFacts, known: AdapterRecord, cata
     return None
 
 
-def _has_ancestor_in_common(adapter: Adapter, known: AdapterRecord, catalogue: Registry) -> bool:
+def _has_ancestor_in_common(adapter: AnyAdapter, known: AdapterRecord, catalogue: Registry) -> bool:
     parents = set(parents_of(adapter.facts))
     if not parents:
         return False

@@ -9,6 +9,7 @@ from typing import Any
 
 from loratool.errors import LoratoolError, NotFoundError, quoted
 from loratool.formats.alpha import Alpha
+from loratool.formats.identify import refuse_alpha
 from loratool.hub.address import HubAddress
 from loratool.hub.pull import pull_adapter
 from loratool.hub.repository import Snapshot, look
@@ -17,7 +18,7 @@ from loratool.library.adapters import HubPlace, adapter_json, enter
 from loratool.library.base_of_adapter import name_base_of
 from loratool.library.opening import open_registry
 from loratool.library.progress import Progress
-from loratool.library.resolve import has_alpha, is_here, pulled_from, read_entry
+from loratool.library.resolve import has_alpha, is_here, pulled_from, told_entry
 from loratool.library.user_path import exists, user_path
 from registry import AdapterRecord, Location, Registry, check_name
 
@@ -95,6 +96,7 @@ def pull(repo: str, *, name: str | None = None, path: str | None = None, base: s
             return _again(kept, pinned, catalogue, base, progress, any_base=any_base)
         chosen = name or _name(address, catalogue)
         pulled = pull_adapter(address, command, alpha=alpha, snapshot=snapshot, watcher=progress)
+        refuse_alpha(pulled.adapter, alpha)
         if name is None:
             _refuse_taken(chosen, address, pulled.adapter.sha256, catalogue)
         place = HubPlace(
@@ -133,7 +135,7 @@ def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, base
     place = _place(record, address)
     notes: tuple[str, ...] = ()
     if base is not None or record.base is None:
-        adapter = read_entry(record, catalogue)
+        adapter = told_entry(record, catalogue)
         owner, notes = (
             (None, ()) if base is None else name_base_of(base, adapter, catalogue, progress, any_base=any_base)
         )

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Final
 
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted
+from loratool.errors import AdapterError, CheckpointError, NotFoundError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.alpha import RANK, Alpha
 from loratool.formats.at_rank import at_rank
+from loratool.formats.identify import told_adapter
+from loratool.formats.identity import AnyAdapter, Identity
 from loratool.formats.lora_config import MOST_DIGITS
-from loratool.formats.read import read_adapter
 from loratool.hub.address import HubAddress
 from loratool.library.progress import Progress, Silent
 from loratool.library.user_path import HUB_ID, exists, is_plainly_a_path, user_path
@@ -95,8 +96,30 @@ class ResolvedBase:
             ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class FoundAdapter:
+    """An adapter that a name means, or what is told of it where loratool does not compute it; and its entry or Hub id."""
+
+    adapter: AnyAdapter
+    record: AdapterRecord | None = None
+    hub_id: str | None = None
+
+
 def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha | None = None) -> ResolvedAdapter:
     """Find and read an adapter. One on the Hub is downloaded and checked as `pull` does, and not catalogued.
+
+    Raises:
+        UnsupportedError: loratool does not compute it; its kind, and the way out, are said.
+        NotFoundError, AdapterError, HubError, RegistryError: as `find_adapter`.
+    """
+    found = find_adapter(name, registry, alpha)
+    if isinstance(found.adapter, Identity):
+        raise UnsupportedError(str(found.adapter.why_not))
+    return ResolvedAdapter(found.adapter, found.record, hub_id=found.hub_id)
+
+
+def find_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha | None = None) -> FoundAdapter:
+    """Find an adapter, and read it where loratool computes it; as `resolve_adapter`.
 
     Raises:
         NotFoundError, AdapterError: nothing is called `name`, it cannot be read, or it says its alpha and one is given.
@@ -110,7 +133,7 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alp
             record = registry.adapters.find(text)
             if alpha is not None:
                 raise AdapterError(f"{quoted(text)} says its own alpha; leave --alpha out")
-            return ResolvedAdapter(read_entry(record, registry), record)
+            return FoundAdapter(told_entry(record, registry), record)
         if not exists(path):
             raise no_such_adapter(text, registry)
     if not is_plainly_a_path(text) and HUB_ID.fullmatch(text) and not exists(path):
@@ -124,8 +147,8 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alp
         raise NotFoundError(
             f"there is no adapter {quoted(text)}: neither a catalogued name nor a path; 'loratool list' shows the names"
         )
-    adapter = read_adapter(path, alpha)
-    return ResolvedAdapter(adapter, _entry_of(adapter, registry))
+    adapter = told_adapter(path, alpha)
+    return FoundAdapter(adapter, _entry_of(adapter, registry))
 
 
 def no_such_adapter(reference: str, registry: Registry) -> Exception:
@@ -268,13 +291,13 @@ def _catalogued(record: BaseRecord, registry: Registry, progress: Progress | Non
     return ResolvedBase(record.path, record.name, record)
 
 
-def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: Alpha | None) -> ResolvedAdapter:
+def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: Alpha | None) -> FoundAdapter:
     """An adapter by its Hub id: as it is catalogued, if it was pulled, else out of huggingface_hub's cache or the Hub."""
     from loratool.hub.pull import pull_adapter
 
     for record in pulled_from(address, registry):
         if has_alpha(record, alpha) and is_here(record, registry):
-            return ResolvedAdapter(read_entry(record, registry), record)
+            return FoundAdapter(told_entry(record, registry), record)
     try:
         pulled = pull_adapter(address, f"loratool pull {address}", alpha=alpha)
     except NotFoundError as error:
@@ -282,7 +305,7 @@ def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: Alpha | None
             f"there is no adapter {quoted(address)}: neither a catalogued name nor a path, and as a Hub id: {error}"
         ) from None
     commit = pulled.snapshot.commit
-    return ResolvedAdapter(pulled.adapter, _entry_of(pulled.adapter, registry), hub_id=f"{address.repo}@{commit[:12]}")
+    return FoundAdapter(pulled.adapter, _entry_of(pulled.adapter, registry), hub_id=f"{address.repo}@{commit[:12]}")
 
 
 def has_alpha(record: AdapterRecord, alpha: Alpha | None) -> bool:
@@ -290,34 +313,45 @@ def has_alpha(record: AdapterRecord, alpha: Alpha | None) -> bool:
     return record.scaling == 1 if alpha == RANK else alpha in (None, record.alpha)
 
 
-def _entry_of(adapter: Adapter, registry: Registry) -> AdapterRecord | None:
+def _entry_of(adapter: AnyAdapter, registry: Registry) -> AdapterRecord | None:
     """The entry of an adapter's content in the catalogue."""
     return next((each for each in registry.adapters.find_by_sha256(adapter.sha256) if is_entry_of(each, adapter)), None)
 
 
-def read_entry(record: AdapterRecord, registry: Registry) -> Adapter:
+def told_entry(record: AdapterRecord, registry: Registry) -> AnyAdapter:
     """Read a catalogued adapter from the store, as it acts by its entry, under the name that it has there.
 
-    A file that states no alpha, or two, was catalogued with one that was given.
+    A file that states no alpha, or two, was catalogued with one that was given. Of one that loratool does not compute, return
+    what is told of it.
 
     Raises:
         AdapterError, registry.RegistryError: its files are gone or damaged.
     """
     folder = registry.adapters.files(record)
     problem: AdapterError | None = None
-    other: Adapter | None = None
+    other: AnyAdapter | None = None
     for alpha in (None, record.alpha, RANK):
         try:
-            adapter = read_adapter(folder, alpha)
+            adapter = told_adapter(folder, alpha)
         except AdapterError as error:
             problem = problem or error
             continue
         if is_entry_of(record, adapter):
-            return replace(adapter, name=record.name)
+            return _called(record, adapter)
         other = other or adapter
     if other is None:
         raise problem or AdapterError(f"{quoted(record.reference)} cannot be read; run 'loratool doctor'")
-    return replace(other, name=record.name)
+    return _called(record, other)
+
+
+def _called(record: AdapterRecord, adapter: AnyAdapter) -> AnyAdapter:
+    """An adapter out of the store under the name of its entry, also where it is said why it is not computed."""
+    if isinstance(adapter, Adapter):
+        return replace(adapter, name=record.name)
+    why_not = str(adapter.why_not)
+    for source in (adapter.files.source, adapter.files.config_source):
+        why_not = why_not.replace(quoted(source), quoted(record.reference))
+    return replace(adapter, name=record.name, why_not=why_not)
 
 
 def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None:
@@ -327,19 +361,19 @@ def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None
         AdapterError, UnsupportedError: it cannot be read.
     """
     try:
-        adapter = read_adapter(path)
+        adapter = told_adapter(path)
     except AdapterError as problem:
         try:  # a bare file, which was catalogued with an alpha
             given: Iterator[tuple[AdapterRecord, Alpha | None]] = (
                 (each, alpha) for each in known for alpha in (each.alpha, RANK)
             )
-            return next((each for each, alpha in given if is_entry_of(each, read_adapter(path, alpha))), None)
+            return next((each for each, alpha in given if is_entry_of(each, told_adapter(path, alpha))), None)
         except AdapterError:
             raise problem from None
     return next((each for each in known if is_entry_of(each, adapter)), None)
 
 
-def is_entry_of(record: AdapterRecord, adapter: Adapter) -> bool:
+def is_entry_of(record: AdapterRecord, adapter: AnyAdapter) -> bool:
     """Whether an entry is that of an adapter with the same weights: whether they have the same numbers.
 
     The same file acts otherwise under another configuration (alpha, rsLoRA, alpha_pattern).
@@ -347,7 +381,7 @@ def is_entry_of(record: AdapterRecord, adapter: Adapter) -> bool:
     return numbers_of(record) == numbers_of(adapter)
 
 
-def numbers_of(adapter: Adapter | AdapterRecord) -> tuple[object, ...]:
+def numbers_of(adapter: AnyAdapter | AdapterRecord) -> tuple[object, ...]:
     """What decides how an adapter's weights act."""
     return adapter.kind, adapter.ranks, adapter.alpha, adapter.scaling
 

@@ -18,12 +18,13 @@ these rules:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loratool.errors import LoratoolError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.identity import AnyAdapter
 from loratool.hub.address import is_repository
 from loratool.library.adapter_name import GENERIC, is_generic
 from loratool.merging.manifest import KINDS, read_manifest
@@ -56,7 +57,7 @@ _SUFFIX: Final = re.compile(r"\.(safetensors|ckpt|gguf|st|bin|pt)$")
 Words = tuple[str, ...]
 
 
-def other_base_notes(adapter: Adapter, name: str, path: Path | None, record: BaseRecord | None) -> list[str]:
+def other_base_notes(adapter: AnyAdapter, name: str, path: Path | None, record: BaseRecord | None) -> list[str]:
     """A note where an adapter names another base than the one, so called, that it is put into.
 
     `path` is where that lies, and `record` its entry in the catalogue, as far as there are such.
@@ -110,12 +111,18 @@ def _is_made_up(words: Words, stated: Words, *, stated_is_path: bool) -> bool:
     return is_short or own.isdisjoint(others) or TELLS_APART.isdisjoint(own ^ others)
 
 
-def _stated_by(adapter: Adapter) -> Iterator[str]:
+def _stated_by(adapter: AnyAdapter) -> Iterator[str]:
     if adapter.base_model:
         yield adapter.base_model
-    trained_on = adapter.layout.metadata.get(TRAINED_ON_KEY) if adapter.layout else None
+    trained_on = _metadata_of(adapter).get(TRAINED_ON_KEY)
     if isinstance(trained_on, str) and trained_on:
         yield trained_on
+
+
+def _metadata_of(adapter: AnyAdapter) -> Mapping[str, Any]:
+    if isinstance(adapter, Adapter):
+        return adapter.layout.metadata if adapter.layout else {}
+    return adapter.files.metadata
 
 
 def _in_cache(path: Path | None) -> str | None:

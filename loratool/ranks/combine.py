@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
-from loratool.errors import AdapterError, LoratoolError, UnsupportedError, WrongBaseError, quoted
+from loratool.errors import AdapterError, LoratoolError, WrongBaseError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_draft import Draft
-from loratool.ranks.factors import factored, load_factors
+from loratool.ranks.factors import factored, load_factors, refuse_replacements
 from loratool.ranks.methods import (
     DRAWING,
     ELECTING,
@@ -189,11 +189,7 @@ def _check_shares(shares: Sequence[Share]) -> None:
         if (share.adapter.sha256, scalings) in seen:
             raise LoratoolError(f"{quoted(name)} is given twice; give it once, with the sum of the weights")
         seen.add((share.adapter.sha256, scalings))
-        for tensor in share.adapter.replacements:
-            raise UnsupportedError(
-                f"{quoted(name)} replaces {quoted(tensor)} whole (modules_to_save), so there is no weighted sum with other "
-                "adapters; combine adapters without such modules"
-            )
+        refuse_replacements(share.adapter)
 
 
 def _refuse_other_layouts(shares: Sequence[Share]) -> None:

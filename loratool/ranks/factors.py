@@ -33,6 +33,15 @@ def load_factors(update: Factored) -> Factors:
     return Factors(a, b, update.scaling)
 
 
+def refuse_replacements(adapter: Adapter) -> None:
+    """Raise UnsupportedError if an adapter replaces a tensor whole, so that it has no weighted sum with others."""
+    for tensor in adapter.replacements:
+        raise UnsupportedError(
+            f"{quoted(adapter.name)} replaces {quoted(tensor)} whole (modules_to_save), so there is no weighted sum with other "
+            "adapters; combine adapters without such modules"
+        )
+
+
 def factored(adapter: Adapter) -> dict[str, Factored]:
     """Return the updates of an adapter that are products of factors, by module. Replacements are left out.
 

@@ -96,6 +96,14 @@ class Pruning:
         return sum(map(len, self.kept.values()))
 
 
+def refuse_no_triplets(adapter: Adapter) -> None:
+    """Raise AdapterError if an adapter is no AdaLoRA."""
+    if adapter.kind != "adalora":
+        raise AdapterError(
+            f"{quoted(adapter.name)} is a {adapter.kind}, which has no triplets to prune; use 'loratool truncate --energy'"
+        )
+
+
 def plan_prune(adapter: Adapter, limit: Limit) -> Pruning:
     """Rank the triplets by their importance in training, or by ``|E|`` if none is recorded, and choose the best.
 
@@ -105,10 +113,7 @@ def plan_prune(adapter: Adapter, limit: Limit) -> Pruning:
         AdapterError: the adapter is not an AdaLoRA, a value is NaN or infinite, or the importance scores do not fit it.
         LoratoolError: the limit keeps no triplet, or more than there are.
     """
-    if adapter.kind != "adalora":
-        raise AdapterError(
-            f"{quoted(adapter.name)} is a {adapter.kind}, which has no triplets to prune; use 'loratool truncate --energy'"
-        )
+    refuse_no_triplets(adapter)
     recorded = adapter.facts.get(IMPORTANCE)
     scores = _singular_values(adapter) if recorded is None else _importance(recorded, adapter)
     triplets = [(-score, module, place) for module, each in scores.items() for place, score in enumerate(each)]

@@ -1,0 +1,59 @@
+"""Whether a base has the modules of an adapter that loratool does not compute, by their names alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import accumulate
+from typing import Final
+
+from loratool.errors import PlacementError, nearest, quoted
+from loratool.formats.identity import Identity
+from loratool.formats.names import SUFFIX, is_tied_head
+from loratool.formats.table import format_named
+
+SHOWN: Final = 5
+
+
+def are_names_of_base(found: Identity) -> bool:
+    """Whether the names of an adapter's modules can be compared with those of its base's tensors."""
+    return format_named(found.format).has_names_of_base and bool(found.modules)
+
+
+def refuse_unlanded_names(found: Identity, tensors: Collection[str]) -> None:
+    """Raise PlacementError if the base has no tensor in some module of an adapter whose names can be compared.
+
+    Of a name, what counts begins one component before the first number (``layers.0.self_attn.q_proj``), since what stands
+    before depends on the model's class; a name without a number counts by its last component.
+    """
+    if not are_names_of_base(found):
+        return
+    ends = {tail for name in tensors for tail in _tails(name)}
+    missing = [
+        module
+        for module in found.modules
+        if _own_part(module) not in ends and not is_tied_head(module + SUFFIX, tensors)
+    ]
+    if not missing:
+        return
+    lines = []
+    for module in missing[:SHOWN]:
+        near = nearest(module, tensors)
+        lines.append(f"  {quoted(module)}" + (f"  nearest: {', '.join(map(quoted, near))}" if near else ""))
+    if missing[SHOWN:]:
+        lines.append(f"  and {len(missing) - SHOWN} more")
+    raise PlacementError(
+        f"{len(missing)} of the modules of {quoted(found.name)} are not in the base; is it the right base?\n"
+        + "\n".join(lines)
+    )
+
+
+def _own_part(module: str) -> str:
+    parts = module.split(".")
+    number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+    return ".".join(parts[-1:] if number is None else parts[max(0, number - 1) :])
+
+
+def _tails(tensor: str) -> list[str]:
+    """The own parts of all modules that a tensor is in, and of itself."""
+    parts = tensor.split(".")
+    return [_own_part(path) for path in accumulate(parts, lambda path, part: f"{path}.{part}")]

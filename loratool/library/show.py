@@ -1,0 +1,174 @@
+"""`loratool.show`: everything known of one adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, TypedDict
+
+from loratool.errors import LoratoolError
+from loratool.formats.adapter import Adapter
+from loratool.formats.alpha import Alpha
+from loratool.formats.identity import AnyAdapter
+from loratool.formats.no_change import why_no_change
+from loratool.formats.trained_beside import trained_beside
+from loratool.library.adapter_entry import find_adapter_entry
+from loratool.library.adapters import adapter_json, facts_from
+from loratool.library.base_of_adapter import recorded_base_of
+from loratool.library.commands_for import commands_for
+from loratool.library.opening import open_registry
+from loratool.library.resolve import FoundAdapter, find_adapter, told_entry
+from loratool.merging.survival import Survival
+from registry import AdapterRecord, BaseRecord, LineageRecord, MergeRecord, Registry, RegistryError
+
+
+@dataclass(frozen=True, slots=True)
+class ShowResult:
+    """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies.
+
+    An adapter that is not catalogued has a `place` instead, its file or its Hub id; its record has no version (0).
+    `changes_nothing` says why it changes nothing in any base, if that is so and its files are here. `trained_beside` are the
+    files with weights that were trained with it and that it does not hold. `why_not` says why loratool does not compute it,
+    if that is so, and `commands` of each command whether it works on it (`commands_for`).
+    """
+
+    record: AdapterRecord
+    base: BaseRecord | None
+    versions: tuple[AdapterRecord, ...]
+    ancestors: tuple[LineageRecord, ...]
+    descendants: tuple[LineageRecord, ...]
+    merges: tuple[MergeRecord, ...]
+    place: str | None = None
+    changes_nothing: str | None = None
+    trained_beside: tuple[str, ...] = ()
+    why_not: str | None = None
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of ``--json``."""
+        parent = next((edge for edge in self.ancestors if edge.child_id == self.record.id), None)
+        return {
+            **adapter_json(self.record),
+            **({} if self.place is None else {"version": None, "created_at": None}),
+            "catalogued": self.place is None,
+            "changes_nothing": self.changes_nothing,
+            "trained_beside": list(self.trained_beside),
+            "commands": dict(self.commands),
+            "parent": parent.parent if parent else None,
+            "parent_sha256": parent.parent_sha256 if parent else None,
+            "versions": [record.version for record in self.versions],
+            "ancestors": [_edge_json(edge) for edge in self.ancestors],
+            "descendants": [_edge_json(edge) for edge in self.descendants],
+            "hub": [
+                {"repo": place.repo, "revision": place.revision, "path_in_repo": place.path_in_repo}
+                for place in self.record.locations
+                if place.repo
+            ],
+            "merges": [_merge_json(merge) for merge in self.merges],
+        }
+
+
+def _merge_json(merge: MergeRecord) -> dict[str, Any]:
+    survival = survival_of(merge)
+    return {
+        "output": str(merge.output),
+        "base": merge.base,
+        "state": merge.state,
+        "created_at": merge.created_at.isoformat(),
+        "survival": None if survival is None else survival.to_json(),
+    }
+
+
+def survival_of(merge: MergeRecord) -> Survival | None:
+    """Return what a merge into quantized weights delivered of the update, or None if the catalogue has no record of it."""
+    try:
+        return Survival.from_json((merge.options or {})["survival"])
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def show(adapter: str | os.PathLike[str], *, alpha: Alpha | None = None, registry: str | None = None) -> ShowResult:
+    """Everything known of one adapter: by the catalogue, or else by its own files.
+
+    Args:
+        adapter: ``name``, ``name@version``, a path or a Hub id.
+        alpha: for a bare file that is not catalogued and does not say its own: a number, or ``rank`` for each module's rank.
+        registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
+
+    Raises:
+        LoratoolError, registry.RegistryError: there is no such adapter; the nearest names are listed.
+    """
+    with open_registry(registry, read_only=True) as catalogue:
+        record = find_adapter_entry(os.fspath(adapter), catalogue)
+        if record is None:
+            return _uncatalogued(find_adapter(adapter, catalogue, alpha), catalogue)
+        return ShowResult(
+            record=record,
+            base=catalogue.bases.get(record.base) if record.base else None,
+            versions=catalogue.adapters.versions(record.name),
+            ancestors=catalogue.lineage.ancestors(record),
+            descendants=catalogue.lineage.descendants(record),
+            merges=catalogue.merges.of_adapter(record),
+            **_of_files(_read_again(record, catalogue)),
+        )
+
+
+def _read_again(record: AdapterRecord, catalogue: Registry) -> AnyAdapter | str:
+    """A catalogued adapter as its files say; why not, where they cannot be read."""
+    try:
+        return told_entry(record, catalogue)
+    except (LoratoolError, RegistryError, OSError) as error:
+        return str(error)
+
+
+class _OfFiles(TypedDict):
+    changes_nothing: str | None
+    trained_beside: tuple[str, ...]
+    why_not: str | None
+    commands: Mapping[str, str]
+
+
+def _of_files(adapter: AnyAdapter | str) -> _OfFiles:
+    """What `show` says that only the files of an adapter tell; of an adapter that cannot be read, it is given why."""
+    commands = commands_for(adapter)
+    if isinstance(adapter, str):
+        return {"changes_nothing": None, "trained_beside": (), "why_not": None, "commands": commands}
+    beside = trained_beside(adapter)
+    if not isinstance(adapter, Adapter):
+        return {"changes_nothing": None, "trained_beside": beside, "why_not": adapter.why_not, "commands": commands}
+    try:
+        reason = why_no_change(adapter)
+    except (LoratoolError, OSError):
+        reason = None
+    return {"changes_nothing": reason, "trained_beside": beside, "why_not": None, "commands": commands}
+
+
+def _uncatalogued(found: FoundAdapter, catalogue: Registry) -> ShowResult:
+    """What the files of an adapter that is not catalogued say."""
+    adapter = found.adapter
+    owner = recorded_base_of(adapter, catalogue)
+    facts = facts_from(adapter, owner)
+    record = AdapterRecord(
+        id=0,
+        name=adapter.name,
+        version=0,
+        base=owner.name if owner else None,
+        tags=(),
+        created_at=datetime.fromtimestamp(adapter.file.stat().st_mtime, UTC),
+        locations=(),
+        **{column.name: getattr(facts, column.name) for column in fields(facts)},
+    )
+    place = found.hub_id or str(adapter.file)
+    return ShowResult(record, owner, (), (), (), (), place=place, **_of_files(adapter))
+
+
+def _edge_json(edge: LineageRecord) -> dict[str, Any]:
+    return {
+        "child": edge.child,
+        "parent": edge.parent,
+        "parent_sha256": edge.parent_sha256,
+        "operation": edge.operation,
+        "details": edge.details,
+    }
