@@ -235,7 +235,7 @@ def test_a_dry_run_without_a_network_shows_the_files_and_the_card(
     result = loratool.push("pirate", "ada/pirate", dry_run=True)
     assert [(each.path, each.state) for each in result.files] == [(each.path, each.state) for each in expected.files]
     assert "of rank 4" in result.card and not result.sent
-    assert "the Hub was not asked what is there: http://127.0.0.1:9 cannot be reached" in result.notes
+    assert "the Hub was not asked which files it has: http://127.0.0.1:9 cannot be reached" in result.notes
     with pytest.raises(HubError, match="write owner/pirate"):
         loratool.push("pirate", dry_run=True)
 

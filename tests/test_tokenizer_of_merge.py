@@ -257,7 +257,7 @@ def test_what_cannot_be_is_refused(made: Path, base: Path, tmp_path: Path) -> No
     (damaged / "tokenizer.json").write_text("[" * 500)
     refuses(damaged, "tokenizer of 'damaged' cannot be read .*--tokenizer base")
     loratool.merge(damaged, into=base, dry_run=True, tokenizer="base")
-    refuses(made / "adapter", "brings a tokenizer of its own", tokenizer="adapter")
+    refuses(made / "adapter", "has a tokenizer of its own", tokenizer="adapter")
 
 
 def test_a_link_out_of_the_adapters_folder_is_not_followed(made: Path, base: Path, tmp_path: Path) -> None:

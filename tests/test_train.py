@@ -408,7 +408,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(
         ({"seed": 5}, "--seed was '0'"),
         ({"data": write_lines(tmp_path / "other.jsonl", *([{"text": "a cat sat"}] * 40))}, "--data was 'cats.jsonl'"),
     ):
-        with pytest.raises(LoratoolError, match="began otherwise") as caught:
+        with pytest.raises(LoratoolError, match="started with other choices") as caught:
             loratool.train(name="cat", resume=True, **options)
         assert named in str(caught.value)
     with pytest.raises(LoratoolError, match=r"not finished \(step 2 is kept\).*--resume.*--force"):

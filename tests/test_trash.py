@@ -96,7 +96,7 @@ def test_removing_now_frees_at_once_and_children_of_what_goes_with_it_are_not_na
 def test_an_adapter_is_removed_and_restored_by_its_files(pirate: Path) -> None:
     assert [each.reference for each in loratool.remove(pirate)] == ["pirate@1"]
     assert [each.record.reference for each in loratool.restore(pirate)] == ["pirate@1"]
-    with pytest.raises(loratool.LoratoolError, match="nothing in the trash is"):
+    with pytest.raises(loratool.LoratoolError, match="is not in the trash"):
         loratool.restore(pirate)
 
 

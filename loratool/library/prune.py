@@ -1,4 +1,4 @@
-"""`loratool.prune`: an AdaLoRA of fewer triplets."""
+"""`loratool.prune`: remove triplets from an AdaLoRA."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class PruneResult:
     Attributes:
         out: the file or folder that was written.
         record: its entry in the catalogue.
-        parent: ``name@version`` of the adapter that it was pruned from, or its name where it is not catalogued.
-        criterion: what the triplets were ranked by.
-        before: how many triplets there were.
-        total: how many are left.
-        ranks: how many of them each module has; 0 where it was pruned away.
+        parent: ``name@version`` of the adapter it was pruned from, or its name if it is not catalogued.
+        criterion: the criterion by which triplets were ranked.
+        before: number of triplets before pruning.
+        total: number of triplets left.
+        ranks: number of triplets left in each module; 0 for a module that lost all.
         notes: notes for the user.
     """
 
@@ -79,28 +79,29 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
           threshold: float | None = None, as_: Literal["adalora", "lora"] = "adalora", out: PathLike | None = None,
           name: str | None = None, alpha: Alpha | None = None, force: bool = False,
           registry: str | None = None) -> PruneResult:  # fmt: skip
-    """Drop the least of an AdaLoRA's triplets, over all modules together, and catalogue the result as its child.
+    """Drop the least important triplets of an AdaLoRA, over all modules together, and catalogue the result as its child.
 
-    They are ranked by the importance scores that the file's facts hold, else by ``|E|``. Modules may fall to rank 0.
+    Triplets are ranked by the importance scores in the file's facts, or else by ``|E|``. A module may fall to rank 0.
 
     Args:
         adapter: a catalogued name, a path or a Hub id.
-        budget: how many triplets stay, exactly.
-        average_rank: instead, how many a module on average: the budget is the modules times this, rounded down.
-        threshold: instead, those stay that score above it.
-        as_: ``adalora``, or ``lora`` for an ordinary LoRA with E in its factors.
+        budget: exact number of triplets to keep.
+        average_rank: alternative: average number of triplets per module. The budget is the number of modules times this,
+            rounded down.
+        threshold: alternative: keep the triplets whose score is above it.
+        as_: ``adalora``, or ``lora`` for an ordinary LoRA with E multiplied into its factors.
         out: the new file (``.safetensors``, ``.st``) or folder; by default ``<adapter>-b64`` beside the adapter.
-        name: its name in the catalogue; by default the file's.
+        name: its name in the catalogue; by default that of the file.
         alpha: alpha of a bare adapter file that does not state it: a number, or ``rank`` for each module's rank.
         force: replace an adapter that loratool wrote.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
+        LoratoolError, registry.RegistryError: the message says what is wrong; nothing is written.
     """
     limit = Limit(budget, average_rank, threshold)
     if as_ not in ("adalora", "lora"):
-        raise LoratoolError(f"{quoted(as_)} is no kind to prune to; give adalora or lora")
+        raise LoratoolError(f"an adapter cannot be pruned to the kind {quoted(as_)}; give adalora or lora")
     if out is not None and not os.fspath(out):
         raise OutputError("the output's path is empty; give --out a folder or file")
     with open_registry(registry, read_only=True) as catalogue:

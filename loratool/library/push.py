@@ -1,4 +1,4 @@
-"""`loratool.push`: an adapter, or a merged model, onto the Hugging Face Hub."""
+"""`loratool.push`: upload an adapter or a merged model to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from registry import Registry
 
 Confirm = Callable[[str], bool]
-"""Asks a question that is answered by yes or no."""
+"""Callback that asks the user a question and returns whether the answer is yes."""
 
 
 @dataclass(frozen=True, slots=True)
 class PushedFile:
-    """A file of a push; `state` is ``new``, ``changed`` or ``same`` as what was there."""
+    """A file of a push. `state` compares it with the file on the Hub: ``new``, ``changed`` or ``same``."""
 
     path: str
     size_bytes: int
@@ -54,18 +54,23 @@ class PushedFile:
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """What was pushed, or with `dry_run` what would be.
+    """The result of a push, or with `dry_run` the expected result.
 
     Attributes:
-        source: the adapter's reference, or the folder of the merged model; `merged` says which.
-        repository, url: where it lies on the Hub.
+        source: the adapter's reference, or the folder of the merged model.
+        merged: whether a merged model was pushed.
+        repository: its id on the Hub.
+        url: of the repository.
         revision: the branch.
-        commit: what the branch, or the pull request, is at now; None where nothing was sent.
-        pull_request: the address of the pull request, with `create_pr`.
-        created: whether the repository was made, and `private` whether it is private.
+        commit: the current commit of the branch or the pull request; None in a dry run.
+        pull_request: URL of the pull request, with `create_pr`.
+        created: whether the repository was created.
+        private: whether the repository is private.
         files: every file of the push.
         card: the text of its README.
+        notes: notes for the user.
         sent: whether there is a new commit.
+        dry_run: whether nothing was sent.
     """
 
     source: str
@@ -109,37 +114,37 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
          license: str | None = None, base_model: str | None = None, alpha: Alpha | None = None,  # noqa: A002
          dry_run: bool = False, confirm: Confirm | None = None, progress: Progress | None = None,
          registry: str | None = None) -> PushResult:  # fmt: skip
-    """Put an adapter onto the Hugging Face Hub as PEFT and whatever reads PEFT load it, with a card; in one commit.
+    """Upload an adapter to the Hugging Face Hub in PEFT's layout, with a card, in one commit.
 
-    What is there already is not sent again, and where nothing differs there is no commit. A README that somebody wrote is
-    kept: only loratool's own part of it is renewed.
+    Files that the repository already has are not sent again, and if nothing differs there is no commit. A README that a
+    person wrote is kept; only loratool's own part of it is updated.
 
     Args:
-        adapter: a catalogued name or a path; the newest of the catalogue by default. With `merged` the folder, or the
+        adapter: a catalogued name or a path; by default the newest adapter of the catalogue. With `merged` the folder, or the
             catalogued name, of a model that loratool merged or quantized.
         repository: ``owner/name``, or ``name`` for the user's own; by default the adapter's name.
         merged: push a merged model instead of an adapter.
-        files: with `merged`, files that were put into its folder since, which go along: paths, or names in the folder.
-        all_files: with `merged`, all of these.
-        private: make the repository private where it is made.
+        files: with `merged`, files to send that were added to the folder after the merge: paths, or names in the folder.
+        all_files: with `merged`, send all added files.
+        private: make the repository private if it is created.
         create_pr: propose the files in a pull request.
-        revision: the branch; it is made where it is missing.
+        revision: the branch; it is created if it is missing.
         message: of the commit.
-        license: as the Hub calls it (``apache-2.0``); what the card says otherwise stays.
-        base_model: the Hub id of its base, where the catalogue does not know it; ``none`` where it is on no Hub.
-        alpha: for a bare file that does not say its own: a number, or ``rank`` for each module's rank.
+        license: the Hub's name of the license (``apache-2.0``); by default the card's license stays.
+        base_model: the Hub id of the base, if the catalogue does not know it; ``none`` if it is not on the Hub.
+        alpha: alpha of a bare file that does not state it: a number, or ``rank`` for each module's rank.
         dry_run: send nothing.
-        confirm: asked before a public repository is made; nobody is asked by default.
-        progress: told how far the check of a merged model is.
+        confirm: called before a public repository is created; by default nobody is asked.
+        progress: receives the progress of checking a merged model.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong; nothing was sent, or what was sent is not committed.
+        LoratoolError, registry.RegistryError: the message says what is wrong; nothing is committed.
     """
     from huggingface_hub import constants
 
     if message is not None and not message.strip():
-        raise LoratoolError("the commit message is empty; say something with --message, or leave it out")
+        raise LoratoolError("the commit message is empty; give a text to --message, or leave it out")
     if merged and alpha is not None:
         raise LoratoolError("--alpha is for an adapter, and --merged pushes a model; leave one of them out")
     if not merged and (files or all_files):
@@ -164,8 +169,8 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
         sent = None
         if differs and not dry_run:
             sent = _send(upload, remote, message, private=private, create_pr=create_pr, confirm=confirm)
-    notes = [*upload.notes, *([] if online else [f"the Hub was not asked what is there: {unasked}"])]
-    is_proposal = sent is not None and sent.pull_request is not None  # and lies in the repository only once accepted
+    notes = [*upload.notes, *([] if online else [f"the Hub was not asked which files it has: {unasked}"])]
+    is_proposal = sent is not None and sent.pull_request is not None  # not in the repository until it is accepted
     if upload.record is not None and not dry_run and not is_proposal:
         notes += _record(upload.record, remote.repository, sent.commit if sent else remote.head, registry)
     return PushResult(
@@ -189,7 +194,7 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
 def _prepare(adapter: str | os.PathLike[str] | None, repository: str | None, revision: str | None, catalogue: Registry,
              scratch: Path, *, merged: bool, alpha: Alpha | None, files: Sequence[str | os.PathLike[str]],
              all_files: bool, wishes: Wishes, watcher: Progress) -> tuple[Remote, Upload]:  # fmt: skip
-    """What is in the repository that is meant, and what is to be in it."""
+    """Return the repository as it is now, and the upload."""
     if merged:
         model = open_model(os.fspath(adapter or ""), catalogue, watcher)
         remote = _look(repository, model.path.resolve().name, revision, online=wishes.online)
@@ -202,7 +207,7 @@ def _prepare(adapter: str | os.PathLike[str] | None, repository: str | None, rev
 
 
 def _why_unasked() -> str | None:
-    """Why the Hub is not asked what is there, where a dry run can do without; None where it answers."""
+    """Return why the Hub cannot be reached, which a dry run can do without; None if it can."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -219,36 +224,36 @@ def _why_unasked() -> str | None:
 def _newest(catalogue: Registry) -> str:
     newest = catalogue.adapters.list(sort="created_at")[:1]
     if not newest:
-        raise NotFoundError("the catalogue has no adapter to push; name one, or put one there with 'loratool add'")
+        raise NotFoundError("the catalogue has no adapter to push; name one, or add one with 'loratool add'")
     return newest[0].reference
 
 
 def _refuse_repository(adapter: str, repository: str | None) -> None:
-    """Raise NotFoundError where the only name that was given is a repository's, and for an adapter at a rank."""
+    """Raise NotFoundError for an adapter at a rank, and if only a repository was named."""
     if RANK_SIGN in adapter and not exists(user_path(adapter)):
         raise NotFoundError(
             f"{quoted(adapter)} has no file of its own to push; make one with 'loratool truncate', or push the whole adapter"
         )
     if repository is None and is_repository(adapter) and not exists(user_path(adapter)):
         raise NotFoundError(
-            f"there is no adapter {quoted(adapter)}; where that is the repository, name the adapter first: {COMMAND} ADAPTER "
+            f"there is no adapter {quoted(adapter)}; if that is the repository, name the adapter first: {COMMAND} ADAPTER "
             f"{adapter}"
         )
 
 
 def _look(given: str | None, name: str, revision: str | None, *, online: bool) -> Remote:
-    """The repository that is meant, and what is in it now; where the Hub may not be asked, nothing."""
+    """Return the repository with its current files; without files unless `online`."""
     text = given or name
     if "/" not in text:
         if not online:
-            raise HubError(f"{COMMAND} has to ask the Hub who you are, and cannot now; write owner/{text}")
+            raise HubError(f"{COMMAND} must ask the Hub for your user name, and cannot now; write owner/{text}")
         text = f"{user_name()}/{text}"
     repository = repository_id(text)
     return look(repository, revision) if online else Remote(repository, revision or MAIN)
 
 
 def _refuse_impossible(remote: Remote, *, private: bool, create_pr: bool) -> None:
-    """Raise HubError for what cannot be had."""
+    """Raise HubError if the options do not fit the repository."""
     if create_pr and not remote.exists:
         raise HubError(
             f"there is no repository {quoted(remote.repository)} to propose anything to; leave --create-pr out"
@@ -259,7 +264,7 @@ def _refuse_impossible(remote: Remote, *, private: bool, create_pr: bool) -> Non
         )
     if private and remote.exists and not remote.private:
         raise HubError(
-            f"{quoted(remote.repository)} is there already, and public; leave --private out, make it private on the Hub, or "
+            f"{quoted(remote.repository)} exists already and is public; leave --private out, make it private on the Hub, or "
             "choose another name"
         )
 
@@ -277,17 +282,17 @@ def _send(upload: Upload, remote: Remote, message: str | None, *, private: bool,
 
 
 def _label(upload: Upload) -> str:
-    """What is pushed, without the folders of this machine."""
+    """Return a name for the upload without local folders."""
     return upload.record.reference if upload.record else Path(upload.source).name
 
 
 def _record(record: AdapterRecord, repository: str, commit: str | None, registry: str | None) -> list[str]:
-    """Remember where the adapter lies now. What is pushed is pushed: a catalogue that cannot be written is only a note."""
+    """Record the adapter's place on the Hub. Since it is pushed, a catalogue that cannot be written gives only a note."""
     if commit is None:
         return []
     try:
         with open_registry(registry) as catalogue:
             catalogue.adapters.add_location(record.reference, Location(kind="hub", repo=repository, revision=commit))
     except RegistryError as error:
-        return [f"it is pushed, and the catalogue does not know it: {error}"]
+        return [f"it is pushed, but the catalogue does not know of it: {error}"]
     return []

@@ -1,4 +1,4 @@
-"""`loratool.quantize`: a full model to NF4."""
+"""`loratool.quantize`: store a dense model in NF4."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from loratool.weights.storages import MAKINGS, QUANTIZED_TO
 from registry import Registry, RegistryError, check_name, is_name
 
 COMPUTE_DTYPES: Final = {DTYPES[name].title: DTYPES[name].torch_name for name in DENSE}
-
-"""The storage that models are quantized to."""
+"""Names in torch of the dtypes that a quantized model may compute in, by the user's name for them."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a quantization did, or with ``dry_run`` would do. Sizes in bytes.
+    """The result of a quantization, or with ``dry_run`` the expected result. Sizes are in bytes.
 
     Attributes:
         out: the quantized model's folder.
-        name: under which it was catalogued as a variant of its base; None where it was not.
-        base, base_fingerprint: the base's name, and its fingerprint (None in a dry run).
-        output_fingerprint: of the quantized model.
+        name: its name in the catalogue; None if it was not catalogued.
+        base: name of the base.
+        base_fingerprint: of the base; None in a dry run.
+        output_fingerprint: of the quantized model; None in a dry run.
         plan: the matrices that are quantized.
         seconds: the time taken.
     """
@@ -58,7 +58,7 @@ class QuantizeResult:
 
     @property
     def title(self) -> str:
-        """What people call the storage."""
+        """Name of the storage in messages."""
         return self.plan.change.making.title if self.plan.change.making else ""
 
     def to_json(self) -> dict[str, Any]:
@@ -93,23 +93,23 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
              progress: Progress | None = None) -> QuantizeResult:  # fmt: skip
     """Store the linear modules of a dense model in NF4, with the bits that bitsandbytes gives on a CPU.
 
-    transformers loads the result as a 4-bit model. A catalogued base gets it as a variant.
+    transformers loads the result as a 4-bit model. If the base is catalogued, the result is catalogued as a variant of it.
 
     Args:
         base: a catalogued name, a folder, or a Hub id.
         out: the new folder; by default ``<base>-nf4`` beside the base.
-        name: under which the result is catalogued; by default ``<base>-nf4`` where the base is catalogued.
-        blocksize: elements that share a scale: 32, 64, 128, ... 4096.
-        double_quant: whether the scales are quantized themselves, to 8 bits.
-        compute_dtype: ``fp32``, ``fp16`` or ``bf16``: what a program multiplies in; by default the base's own.
+        name: name of the result in the catalogue; by default ``<base>-nf4`` if the base is catalogued.
+        blocksize: number of elements that share a scale: 32, 64, 128, ... 4096.
+        double_quant: whether the scales are quantized to 8 bits, too.
+        compute_dtype: dtype in which programs multiply: ``fp32``, ``fp16`` or ``bf16``; by default the base's own.
         dry_run: plan and check only; write nothing.
-        force: replace a quantized model that loratool wrote before.
-        any_base: quantize a base that is not what was catalogued.
+        force: replace a quantized model that loratool wrote.
+        any_base: quantize a base that has changed since it was catalogued.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: receives the number of bytes done.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
+        LoratoolError, registry.RegistryError: the message says what is wrong; nothing is written.
     """
     started = time.monotonic()
     watcher = progress or Silent()
@@ -126,7 +126,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
             checkpoint = source.open()
             plan = plan_conversion(checkpoint, change)
             digests, existing = None, []
-            if os.path.lexists(target):  # a wrong base is the greater mistake, so it is looked for first
+            if os.path.lexists(target):  # report a wrong base first, as the greater mistake
                 digests, _ = check_base(source, (), checkpoint, catalogue, watcher, any_base=any_base)
                 kind = OutputKind.QUANTIZED_MODEL
                 existing = refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
@@ -165,20 +165,20 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
 def _storage_change(blocksize: int, compute_dtype: str | None, *, double_quant: bool) -> StorageChange:
     making = MAKINGS[QUANTIZED_TO]({"blocksize": blocksize, "double_quant": double_quant})
     if compute_dtype not in (None, *COMPUTE_DTYPES):
-        raise LoratoolError(f"{quoted(compute_dtype)} is no dtype to compute in; use fp32, fp16 or bf16")
+        raise LoratoolError(f"{quoted(compute_dtype)} is not a dtype to compute in; use fp32, fp16 or bf16")
     computed_in = None if compute_dtype is None else COMPUTE_DTYPES[compute_dtype]
     return StorageChange("quantize", making, computed_in)
 
 
 def _refuse_taken(name: str | None, target: Path, catalogue: Registry) -> None:
-    """Raise LoratoolError, before minutes are spent, if another model has the name that is asked for."""
+    """Raise LoratoolError, before minutes are spent, if another model has the chosen name."""
     record = catalogue.bases.get(name) if name else None
     if record is not None and record.path != target.absolute():
         raise LoratoolError(f"the base {quoted(name)} is in the catalogue already; choose another --name")
 
 
 def _promise(name: str | None, source: ResolvedBase, out: Path) -> PromisedVariant:
-    """What is to be catalogued when the model is written: as `_catalogued` does."""
+    """Return the promise of the entry that `_catalogued` makes when the model is written."""
     record = source.record
     default, base = f"{source.name}-{QUANTIZED_TO}", record.name if record else source.name
     return PromisedVariant.of(out, name, default, base, record.fingerprint if record else None)
@@ -186,7 +186,7 @@ def _promise(name: str | None, source: ResolvedBase, out: Path) -> PromisedVaria
 
 def _catalogued(name: str | None, source: ResolvedBase, out: Path, report: MergeReport, plan: ConversionPlan,
                 catalogue: Registry, promised: Promised) -> tuple[str | None, tuple[str, ...]]:  # fmt: skip
-    """The name that the result has in the catalogue now, and notes. The model is written: what fails now is a note."""
+    """Catalogue the result; return its name and notes. Since the model is written, a failure gives only a note."""
     record = source.record
     is_known = record is not None and record.fingerprint == report.manifest.base_fingerprint
     chosen = name or (f"{source.name}-{QUANTIZED_TO}" if is_known else None)

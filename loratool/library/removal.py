@@ -1,4 +1,4 @@
-"""Out of the catalogue and back: `loratool.remove` and `restore`, with a trash between them."""
+"""Removing adapters into the trash and restoring them: `loratool.remove` and `restore`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from registry.trash import KEPT_DAYS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemovedRecord(AdapterRecord):
-    """The entry of an adapter that was removed, and the `children`: the adapters that came from it and are still there.
+    """The entry of a removed adapter.
 
-    `kept_until` is when ``loratool doctor --gc`` frees its files at the earliest; None where they were freed at once.
+    Attributes:
+        children: adapters that were made from it and still exist.
+        kept_until: earliest time at which ``loratool doctor --gc`` frees its files; None if they were freed at once.
     """
 
     children: tuple[str, ...] = ()
@@ -28,7 +30,7 @@ class RemovedRecord(AdapterRecord):
 
 @dataclass(frozen=True, slots=True)
 class RestoreResult:
-    """An adapter that is in the catalogue again, and what it was called there; another has that version where they differ."""
+    """A restored adapter, and its former reference `was`, which differs if another adapter has taken its version number."""
 
     record: AdapterRecord
     was: str
@@ -36,12 +38,12 @@ class RestoreResult:
 
 def remove(adapter: str | os.PathLike[str], *, all_versions: bool = False, now: bool = False,
            registry: str | None = None) -> tuple[RemovedRecord, ...]:  # fmt: skip
-    """Take an adapter out of the catalogue and into the trash, from which `restore` brings it back; what was removed.
+    """Move an adapter from the catalogue to the trash, from which `restore` brings it back; return what was removed.
 
     ``loratool doctor --gc`` frees what has been in the trash for 30 days. Files outside the content store stay.
 
     Args:
-        adapter: ``name@version``, ``name`` where it has one version only, or the path or Hub id of one that is catalogued.
+        adapter: ``name@version``, ``name`` if there is only one version, or the path or Hub id of a catalogued adapter.
         all_versions: remove every version of ``name``.
         now: free the files at once, also those of an adapter that is in the trash already.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -58,7 +60,7 @@ def remove(adapter: str | os.PathLike[str], *, all_versions: bool = False, now: 
         if not is_known:
             entry = adapter_entry(named, catalogue)
             named = entry.name if all_versions else entry.reference
-        # A child knows its parent by its row for as long as that is there.
+        # Lineage refers to rows, so children must be found before the row is removed.
         kin = {
             record.id: _children(record, catalogue) for record in catalogue.adapters.versions(named.partition("@")[0])
         }
@@ -77,10 +79,10 @@ def remove(adapter: str | os.PathLike[str], *, all_versions: bool = False, now: 
 
 def restore(adapter: str | os.PathLike[str], *, all_versions: bool = False,
             registry: str | None = None) -> tuple[RestoreResult, ...]:  # fmt: skip
-    """Bring an adapter back from the trash as it was: name, version, tags, base, family, and the merges that it went into.
+    """Restore an adapter from the trash with its name, version, tags, base, family and merges.
 
     Args:
-        adapter: ``name@version``, ``name`` where the trash has one version only, or the path or Hub id of one that is there.
+        adapter: ``name@version``, ``name`` if the trash has only one version, or the path or Hub id of a removed adapter.
         all_versions: restore every version of ``name``.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
@@ -104,7 +106,7 @@ def restore(adapter: str | os.PathLike[str], *, all_versions: bool = False,
 
 
 def trash(*, registry: str | None = None) -> tuple[RemovedAdapter, ...]:
-    """Return what is in the trash, the latest removed first.
+    """Return the adapters in the trash, last removed first.
 
     Raises:
         registry.RegistryError: the catalogue cannot be read.
@@ -114,7 +116,7 @@ def trash(*, registry: str | None = None) -> tuple[RemovedAdapter, ...]:
 
 
 def _children(record: AdapterRecord, catalogue: Registry) -> tuple[str, ...]:
-    """The adapters that came from this one, the nearest first."""
+    """Return the adapters that were made from this one, nearest first."""
     return tuple(dict.fromkeys(edge.child for edge in catalogue.lineage.descendants(record)))
 
 
@@ -123,7 +125,7 @@ def _is_in_trash(name: str, catalogue: Registry) -> bool:
 
 
 def _of_place(place: str, removed: Sequence[RemovedAdapter]) -> RemovedAdapter:
-    """The latest removed adapter with the weights of a file, or from a repository on the Hub.
+    """Return the last removed adapter that has the weights of a file, or came from a repository on the Hub.
 
     Raises:
         NotFoundError: there is none.
@@ -134,4 +136,4 @@ def _of_place(place: str, removed: Sequence[RemovedAdapter]) -> RemovedAdapter:
         repos = {str(location["repo"]).casefold() for location in each.entry["locations"] if location["repo"]}
         if each.sha256 == digest or repo in repos:
             return each
-    raise NotFoundError(f"nothing in the trash is {quoted(place)}; 'loratool restore' shows what is there")
+    raise NotFoundError(f"{quoted(place)} is not in the trash; 'loratool restore' lists the trash")

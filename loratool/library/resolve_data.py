@@ -1,4 +1,4 @@
-"""What a name of samples means: a file, or a data set of the Hub."""
+"""Resolution of a name for samples: a file, or a data set of the Hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def resolve_data(name: str | os.PathLike[str]) -> Data:
 
     Raises:
         NotFoundError: it is neither.
-        DataError: it cannot be read, or one of its lines or rows, which is named, is no sample.
+        DataError: it cannot be read, or a line or row is not a sample; the message names it.
     """
     text = os.fspath(name)
     path = user_path(text)

@@ -1,4 +1,4 @@
-"""Whether a base is the right one: what was catalogued under its name, and what its adapters belong to."""
+"""Check that a base is the right one: unchanged since it was catalogued, and the one that its adapters belong to."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ ANY_BASE: Final = "--any-base"
 
 def check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, catalogue: Registry,
                watcher: Progress, *, any_base: bool) -> tuple[dict[str, str] | None, list[str]]:  # fmt: skip
-    """Check a base that adapters are merged into, by its fingerprint where one is recorded.
+    """Check the base of a merge by its fingerprint, if the catalogue or an adapter records one.
 
-    Returns the digests of its tensors, where its fingerprint matters, and notes on how each adapter was matched to it.
+    Return the digests of its tensors (None if no fingerprint is recorded), and notes on how each adapter was matched to it.
 
     Raises:
-        WrongBaseError: an adapter records another base, or the base is not what was catalogued under its name; with
-            `any_base` it is a note instead.
+        WrongBaseError: an adapter records another base, or the base has changed since it was catalogued. With `any_base`
+            these are notes.
     """
     if base.headers is not None:
-        notes = [f"base {quoted(base.name)} is not downloaded: its content is checked when it is"]
+        notes = [f"base {quoted(base.name)} is not downloaded: its content is checked after the download"]
         return None, [*notes, *(note for found in adapters for note in _named_otherwise(found, base))]
     recorded = base.record.fingerprint if base.record else None
     if recorded is None and not any(found.base_fingerprint for found in adapters):
@@ -47,10 +47,10 @@ def check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpoi
 
 
 def refuse_changed(base: ResolvedBase, actual: str, *, any_base: bool) -> list[str]:
-    """Check that a catalogued base still has the content that was catalogued; notes.
+    """Check that a base has not changed since it was catalogued; return notes.
 
     Raises:
-        WrongBaseError: it has not, and `any_base` is off.
+        WrongBaseError: it has changed, and `any_base` is off.
     """
     if base.record is None or base.record.fingerprint in (None, actual):
         return []
@@ -59,13 +59,13 @@ def refuse_changed(base: ResolvedBase, actual: str, *, any_base: bool) -> list[s
 
 
 def base_label(wanted: str, catalogue: Registry) -> str:
-    """The name of a base that the catalogue knows by its fingerprint, with the beginning of that."""
+    """Return the first digits of a base's fingerprint, after its name if it is catalogued."""
     known = catalogue.bases.find_by_fingerprint(wanted)
     return f"{quoted(known[0].name)} ({wanted[:12]}…)" if known else f"{wanted[:12]}…"
 
 
 def _passed(problem: str, advice: str, any_base: bool) -> list[str]:
-    """A note on a problem that `any_base` goes past; WrongBaseError without it."""
+    """Return a note on a problem that `any_base` overrides; raise WrongBaseError without `any_base`."""
     if not any_base:
         raise WrongBaseError(f"{problem}; {advice}, or give {ANY_BASE}")
     return [f"{problem}; done all the same, with {ANY_BASE}"]
@@ -77,7 +77,7 @@ def _belongs(wanted: str, checkpoint: Checkpoint, actual: str, catalogue: Regist
 
 
 def _originals(checkpoint: Checkpoint, actual: str) -> Iterator[str]:
-    """The fingerprint of a model, and that of the dense model that loratool made it of where it is a quantized image."""
+    """Yield the fingerprint of a model, and if loratool quantized it also that of its dense base."""
     yield actual
     try:
         manifest = read_manifest(checkpoint.path, ("quantization",))
@@ -95,7 +95,7 @@ def _belongs_elsewhere(found: ResolvedAdapter, base: ResolvedBase, actual: str, 
 
 
 def _named_otherwise(found: ResolvedAdapter, base: ResolvedBase) -> list[str]:
-    """A note where no fingerprint decides and the adapter names another base than this."""
+    """Return a note if the adapter records no fingerprint and names another base."""
     if found.base_fingerprint is not None:
         return []
     return other_base_notes(found.adapter, base.name, base.path, base.record)

@@ -22,19 +22,26 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KEPT: Final = 0.9
-"""Where every module has one rank, the picture shows the rank that keeps this share of the energy."""
+"""Share of the energy: if all modules have the same rank, the picture shows the rank that keeps this share."""
 
 MOST_NUMBERED: Final = 40
-"""With no more layers than this, each cell of the picture says its rank."""
+"""Largest number of layers with which each cell of the picture shows its rank as a number."""
 
 ROW_INCHES: Final = 0.22
 OTHER: Final = "other"
-"""The column of modules that are in no layer: the output head, say."""
+"""Column of modules outside the layers, such as the output head."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpectrumResult:
-    """The singular values of each module's update, largest first, and of groups of modules; `plot` is the picture."""
+    """The singular values of an adapter's updates.
+
+    Attributes:
+        name: of the adapter.
+        values: singular values of each module's update, in descending order.
+        groups: the same for groups of modules.
+        plot: the picture, if one was drawn.
+    """
 
     name: str
     values: Mapping[str, tuple[float, ...]]
@@ -57,13 +64,13 @@ class SpectrumResult:
 
 def spectrum(adapter: str | os.PathLike[str], *, plot: str | os.PathLike[str] | None = None,
              force: bool = False, alpha: Alpha | None = None, registry: str | None = None) -> SpectrumResult:  # fmt: skip
-    """The singular values of an adapter's updates, through QR of its factors.
+    """Compute the singular values of an adapter's updates, by QR of its factors.
 
     Args:
         adapter: a catalogued name, a path or a Hub id.
         plot: a ``.png``, ``.svg`` or ``.pdf`` file for a heat map by layer and module, of ranks and of norms.
-        force: replace a picture that loratool drew before.
-        alpha: for a bare file that does not say its own: a number, or ``rank`` for each module's rank.
+        force: replace a picture that loratool drew.
+        alpha: alpha of a bare file that does not state it: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
@@ -83,7 +90,7 @@ def spectrum(adapter: str | os.PathLike[str], *, plot: str | os.PathLike[str] | 
 
 @dataclass(frozen=True, slots=True)
 class _Grid:
-    """Modules by what they are (rows) and by their layer (columns): ``cells[row][column]`` is a module, or None."""
+    """Modules by type (rows) and layer (columns). ``cells[row][column]`` is a module, or None."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -91,7 +98,7 @@ class _Grid:
 
 
 def _grid(modules: Iterable[str]) -> _Grid:
-    """Places each module by the first number in its name."""
+    """Arrange modules in a grid. The first number in a module's name is its layer."""
     places: dict[tuple[str, str], str] = {}
     for module in modules:
         parts = path_of(module)
@@ -106,14 +113,14 @@ def _grid(modules: Iterable[str]) -> _Grid:
 
 
 def _short(kind: str, kinds: Sequence[str]) -> str:
-    """The shortest end of a dotted name that no other of `kinds` has."""
+    """Return the shortest end of a dotted name that no other of `kinds` shares."""
     parts = kind.split(".")
     ends = (".".join(parts[start:]) for start in reversed(range(len(parts))))
     return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in kinds) == 1), kind)
 
 
 def _draw(result: SpectrumResult, file: Path, *, force: bool) -> None:
-    """The heat maps: the rank of each module (or, where all are the same, the rank that it needs), and its norm."""
+    """Draw heat maps of each module's rank (or, if all are the same, the rank that it needs) and of its norm."""
     grid = _grid(result.values)
     lengths = {len(found) for found in result.values.values()}
     if len(lengths) > 1:
@@ -149,6 +156,6 @@ def _heat_map(axes: Axes, grid: _Grid, numbers: Mapping[str, float], title: str,
 
 
 def _needed(values: tuple[float, ...]) -> int:
-    """The smallest rank that keeps the share KEPT of the energy; 0 for an update that changes nothing."""
+    """Return the smallest rank that keeps the share KEPT of the energy; 0 for an update that changes nothing."""
     energy = group_of("", [values]).energy
     return next((rank for rank, kept in enumerate(energy, 1) if kept >= KEPT), 0) if any(values) else 0

@@ -1,7 +1,7 @@
-"""Whose tokenizer and chat template a merged model gets: the base's, or those that an adapter was trained with.
+"""Choice of a merged model's tokenizer and chat template: the base's, or those that an adapter was trained with.
 
-The adapter's come along where it trained the embeddings of tokens, or where they say otherwise than the base's. A vocabulary is
-taken whole: its files replace all of the base's, since parts of two make none.
+The adapter's are chosen if it trained token embeddings, or if they differ from the base's. A vocabulary is taken whole: its
+files replace all of the base's, since parts of two vocabularies do not fit together.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ TOKENIZERS_OF: Final[tuple[TokenizerOf, ...]] = ("base", "adapter")
 
 @dataclass(frozen=True, slots=True)
 class TokenizerChoice:
-    """What a merged model's tokenizer is from: `source` is an adapter's reference, or None for the base.
+    """The choice of a merged model's tokenizer.
 
-    `differences` say how the adapter's differs from the base's.
+    Attributes:
+        files: the files that are written or removed.
+        source: the adapter's reference; None for the base's tokenizer.
+        differences: descriptions of how the adapter's differs from the base's.
+        notes: notes for the user.
     """
 
     files: FileChanges = field(default_factory=FileChanges)
@@ -37,7 +41,7 @@ class TokenizerChoice:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The choice in the words of ``--json``."""
+        """Return the choice for ``--json``."""
         return {
             "from": "base" if self.source is None else self.source,
             "files": sorted(self.files.written),
@@ -49,11 +53,11 @@ class TokenizerChoice:
 def choose_tokenizer(
     adapters: Sequence[ResolvedAdapter], plan: MergePlan, wanted: TokenizerOf | None
 ) -> TokenizerChoice:
-    """Choose the tokenizer of the merged model; `wanted` decides where it is given.
+    """Choose the tokenizer of the merged model. If given, `wanted` decides.
 
     Raises:
-        AdapterError: adapters bring different ones and nothing decides; one that is to be taken cannot be read, or has tokens
-            that the model has no embeddings for; or there is none to take.
+        AdapterError: adapters have different tokenizers and `wanted` is None; an adapter's tokenizer cannot be read, or has
+            tokens beyond the model's embeddings; or no adapter has the wanted tokenizer.
     """
     own = TokenizerFiles.of(plan.base.folder) if plan.base.path.is_dir() else TokenizerFiles(plan.base.folder, ())
     brought = [
@@ -62,7 +66,7 @@ def choose_tokenizer(
     brought = [(found, files) for found, files in brought if files.names]
     if wanted == "base" or not brought:
         if wanted == "adapter":
-            raise AdapterError("no adapter brings a tokenizer of its own; leave --tokenizer adapter out")
+            raise AdapterError("no adapter has a tokenizer of its own; leave --tokenizer adapter out")
         return TokenizerChoice()
     for found, files in brought:
         problem = damaged(files)
@@ -112,7 +116,7 @@ def _refuse_different(brought: Sequence[tuple[ResolvedAdapter, TokenizerFiles]])
 
 
 def _refuse_too_many(name: str, files: TokenizerFiles, base: Checkpoint) -> None:
-    """Raise AdapterError if the tokenizer has tokens that the base has no rows of embeddings for."""
+    """Raise AdapterError if the tokenizer has tokens beyond the base's rows of embeddings."""
     tokens = architecture_of(base.config, base.tensors).weights(Role.TOKENS)
     rows = max((base.tensors[each].shape[0] for each in tokens), default=None)
     if rows is not None and files.highest >= rows:

@@ -1,4 +1,4 @@
-"""`loratool.train`: an adapter trained on a user's own samples, catalogued with its base, its recipe and its loss."""
+"""`loratool.train`: train an adapter on a user's own samples, and catalogue it with its base, recipe and loss."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PathLike = str | os.PathLike[str]
 
 
 class TrainingStopped(Interrupted):
-    """A run was interrupted, and its state kept; the message says how to go on."""
+    """A run was interrupted and its state is kept. The message says how to continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,12 @@ class TrainResult:
 
     Attributes:
         out: its file or folder.
-        log: the run, one JSON object a line, beside it.
-        plot: the picture of the run beside it; None where none could be drawn.
+        log: the log of the run beside it, one JSON object per line.
+        plot: the picture of the run beside it; None if it could not be drawn.
         record: its entry in the catalogue.
-        base: by which its base is found from any folder: a catalogued name, or a path.
-        recipe: every choice that decided it.
-        outcome: its loss, before and after, and what the run took.
+        base: reference to its base that is valid in any folder: a catalogued name, or an absolute path.
+        recipe: all choices that decide the result.
+        outcome: losses before and after, and figures of the run.
         notes: notes for the user.
     """
 
@@ -82,28 +82,28 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
           **choices: Unpack[Choices]) -> TrainResult:  # fmt: skip
     """Train an adapter, write it, and catalogue it with its base's fingerprint, its recipe and its loss.
 
-    While it trains, its state is kept in ``runs/<name>`` in the home folder, or beside the output where nothing can be kept
-    there. A run that was interrupted or killed goes on
-    from there with `resume`, and on a CPU ends with the bytes that it would have had.
+    During training, its state is kept in ``runs/<name>`` in the home folder, or beside the output if the home cannot be
+    written. With `resume`, an interrupted or killed run continues from there. On a CPU, the result has the same bytes as that
+    of an uninterrupted run.
 
     Args:
-        base: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it. With `resume` it may be left
-            out, as may everything else: it is what it was.
+        base: a catalogued name, a folder, or a Hub id; dense, or NF4 as bitsandbytes stores it. With `resume`, this and all
+            other choices may be left out; they stay as they were.
         data: the samples; see `loratool.running.data`.
-        name: of the adapter in the catalogue.
+        name: name of the adapter in the catalogue.
         out: its file (``.safetensors``, ``.st``) or folder; by default ``<name>.safetensors`` in the working folder.
-        resume: go on with the run of that name.
-        force: begin anew where a run of that name is not finished, replace an output that loratool wrote before, and make
-            the next version where the name is in the catalogue.
-        save_every: steps between states that are kept; by default one is kept a minute.
+        resume: continue the run of that name.
+        force: start again if a run of that name is not finished, replace an output that loratool wrote, and make the next
+            version if the name is in the catalogue.
+        save_every: number of steps between kept states; by default one state is kept per minute.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told of each step.
-        choices: what decides the result; see `loratool.training.recipe.Choices`.
+        progress: receives a report of each step.
+        choices: choices that decide the result; see `loratool.training.recipe.Choices`.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong; nothing was catalogued then.
-        TrainingStopped: it was interrupted; the message says how to go on.
+        LoratoolError, registry.RegistryError: the message says what is wrong; nothing is catalogued.
+        TrainingStopped: it was interrupted; the message says how to continue.
     """
     check_name(name, "adapter")
     watcher: TrainProgress = progress or SilentTraining()
@@ -128,14 +128,14 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
                 run.begin(request | {"base": inputs.reference})
             outcome = _outcome(training, run, watcher, state, save_every)
             if is_first():
-                run.record(run.recorded() | {"force": True})  # what is at `out` from here on may be of this run
+                run.record(run.recorded() | {"force": True})  # from here on, the output may be this run's own
                 published = publish(training, outcome, inputs, run, replace(output, force=True), catalogue)
                 run.remove()
             training.processes.wait()
         if is_first():
             record, picture, notes = published.record, published.picture, published.notes
         else:
-            with open_registry(registry, read_only=True) as written:  # the first process may have made the catalogue
+            with open_registry(registry, read_only=True) as written:  # the first process may have created the catalogue
                 record, picture, notes = _as_published(name, output.adapter, written), None, ()
         return TrainResult(
             output.adapter,
@@ -150,17 +150,17 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
 
 
 def _as_published(name: str, out: Path, catalogue: Registry) -> AdapterRecord:
-    """The entry that the first process made, or the facts of what it wrote where it could make none."""
+    """Return the entry that the first process made, or an uncatalogued one from its output if it made none."""
     versions = catalogue.adapters.versions(name)
     return versions[-1] if versions else uncatalogued(name, facts_of(read_adapter(out), catalogue)[0])
 
 
 def _request(run: RunFolder, base: PathLike | None, data: PathLike | None, out: PathLike | None, device: str | None,
              choices: Mapping[str, Any], *, resume: bool, force: bool) -> dict[str, Any]:  # fmt: skip
-    """What is asked for; with `resume` what the run began with, but for what is said now.
+    """Return the request; with `resume` that of the run's start, overridden by what is given now.
 
     Raises:
-        LoratoolError: something is missing, or there is no run to go on with.
+        LoratoolError: something is missing, or there is no run to continue.
     """
     chosen = {key: value for key, value in choices.items() if value is not None}
     places = {"base": base, "data": data, "out": out}
@@ -181,13 +181,13 @@ def _request(run: RunFolder, base: PathLike | None, data: PathLike | None, out: 
 
 
 def _absolute(text: str) -> str:
-    """A path that is there as it is from any folder; another name as it is."""
+    """Return an existing path as an absolute one, and any other name unchanged."""
     path = user_path(text)
     return os.path.abspath(path) if exists(path) else text
 
 
 def _refuse_taken(run: RunFolder, catalogue: Registry, *, force: bool) -> None:
-    """Raise LoratoolError if the name belongs to a run that is not finished, or to an adapter."""
+    """Raise LoratoolError if the name belongs to an unfinished run or to an adapter."""
     if force:
         return
     step = run.kept_step()
@@ -205,18 +205,17 @@ def _refuse_taken(run: RunFolder, catalogue: Registry, *, force: bool) -> None:
 
 
 def _state_to_go_on_from(run: RunFolder, recipe: Recipe) -> TrainingState:
-    """The state that was kept, if it is of a run with this recipe.
+    """Return the kept state of a run with this recipe.
 
     Raises:
-        LoratoolError: it is of another.
+        LoratoolError: the run had another recipe.
     """
     state, recorded = run.load()
     differing = differences(recorded, recipe.to_json())
     if differing:
         changes = ", ".join(_change(key, recorded) for key in differing)
         raise LoratoolError(
-            f"the run {quoted(run.name)} began otherwise: {changes}; go on with what it began with, or begin anew with "
-            "--force"
+            f"the run {quoted(run.name)} started with other choices: {changes}; continue with those, or start again with --force"
         )
     return state
 
@@ -229,16 +228,16 @@ def _change(key: str, recorded: dict[str, Any]) -> str:
 
 def _outcome(training: Training, run: RunFolder, watcher: TrainProgress, state: TrainingState | None,
              save_every: int | None) -> Outcome:  # fmt: skip
-    """Train to the end, and what came of it.
+    """Train to the end, and return the outcome.
 
     Raises:
-        TrainingStopped: it was interrupted, and its state kept.
+        TrainingStopped: it was interrupted, and its state is kept.
     """
     recipe = training.recipe
     watcher.begin_steps(training.step, recipe.steps)
     with Keeper(run, recipe, watcher, save_every, state) if is_first() else Bystander() as observer:
         finished = training.run(observer)
-    alone = training.processes.count == 1  # others may not have been told yet
+    alone = training.processes.count == 1  # other processes may not have received the signal yet
     if not finished or (alone and observer.number is not None):
         raise TrainingStopped(
             observer.number or signal.SIGINT,
@@ -250,7 +249,7 @@ def _outcome(training: Training, run: RunFolder, watcher: TrainProgress, state: 
 
 @contextmanager
 def _collecting_garbage() -> Iterator[None]:
-    """The command line leaves garbage be, of which training makes some at every step."""
+    """Turn garbage collection on, which the command line turns off: training makes garbage at every step."""
     was_enabled = gc.isenabled()
     gc.enable()
     try:

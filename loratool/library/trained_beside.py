@@ -1,4 +1,4 @@
-"""Weights that lie beside an adapter in files of their own: a merge, which cannot take them along, is not made in silence."""
+"""Check for weights in files of their own beside an adapter, which a merge would leave out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WITHOUT_EXTRAS: Final = "--without-extras"
 
 
 def refuse_trained_beside(adapters: Sequence[Adapter], *, without: bool) -> None:
-    """Check that no adapter was trained with weights that a merge would leave out, unless that is meant.
+    """Check that no adapter was trained with weights that a merge would leave out, unless `without` allows it.
 
     Raises:
         AdapterError: one was, and `without` is off.
@@ -24,5 +24,5 @@ def refuse_trained_beside(adapters: Sequence[Adapter], *, without: bool) -> None
             listed = ", ".join(quoted(name, 60) for name in names[:4]) + (", ..." if names[4:] else "")
             raise AdapterError(
                 f"{quoted(adapter.name)} was trained with weights that lie beside it ({listed}), and a merge would leave them "
-                f"out, so that the model were not the one that was trained; give {WITHOUT_EXTRAS} to merge the adapter alone"
+                f"out, so the model would differ from the trained one; give {WITHOUT_EXTRAS} to merge the adapter alone"
             )

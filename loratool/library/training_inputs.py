@@ -1,4 +1,4 @@
-"""What a training run begins from: its base, its samples, and of what a user chose the whole recipe."""
+"""Inputs of a training run: its base, its samples, and the complete recipe from the user's choices."""
 
 from __future__ import annotations
 
@@ -46,18 +46,19 @@ if TYPE_CHECKING:
     from loratool.training.loop import Training
 
 PACKED_LENGTH: Final = 1024
-"""Tokens of a packed row where nobody says and no sample is longer."""
+"""Default length of a packed row in tokens, if no sample is longer."""
 
 UNLIMITED: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingInputs:
-    """A base that was checked, samples as tokens, and the recipe.
+    """A checked base, tokenized samples, and the recipe.
 
     Attributes:
-        samples, held_out: to train on, and to validate with.
-        is_quantized: the base is an NF4 checkpoint itself.
+        samples: samples to train on.
+        held_out: samples to validate with.
+        is_quantized: whether the base itself is an NF4 checkpoint.
     """
 
     base: ResolvedBase
@@ -71,12 +72,12 @@ class TrainingInputs:
 
     @property
     def reference(self) -> str:
-        """By which the base is found from any folder."""
+        """Reference to the base that is valid in any folder: its catalogued name, or an absolute path."""
         return self.base.record.name if self.base.record else str(self.base.path.absolute())
 
     @property
     def hub_id_or_name(self) -> str:
-        """What an adapter's configuration calls the base: its Hub id where it came from there, else its name."""
+        """Name of the base for an adapter's configuration: its Hub id if it came from there, else its name."""
         source = self.base.record.source if self.base.record else ""
         return source if HUB_ID.fullmatch(source) else self.base.name
 
@@ -86,7 +87,7 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
     """Check the base, read and tokenize the samples, and settle the recipe.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong with them.
+        LoratoolError, registry.RegistryError: the message says what is wrong with them.
     """
     content = resolve_data(data)
     found = resolve_base(base, catalogue)
@@ -111,15 +112,15 @@ def read_inputs(base: str, data: str, choices: Choices, device: str, catalogue: 
 
 def _recipe(named: Mapping[str, str], samples: Sequence[TokenizedSample], train: Sequence[TokenizedSample],
             choices: Choices, context: int, *, is_quantized: bool, on_cuda: bool) -> Recipe:  # fmt: skip
-    """The whole recipe: what is chosen, and for the rest what suits these samples, the method and the device.
+    """Return the complete recipe: the choices, and defaults that suit the samples, the method and the device.
 
     Args:
-        named: base and data, as the recipe calls them.
-        train: those of the samples that are not held out.
-        context: the most tokens of a sample.
+        named: base and data, by their names in the recipe.
+        train: the samples that are not held out.
+        context: largest number of tokens of a sample.
 
     Raises:
-        LoratoolError: choices do not go together.
+        LoratoolError: choices contradict each other.
     """
     adapter = method_options(choices)
     held_out, seed = len(samples) - len(train), choices.get("seed", 0)
@@ -158,9 +159,9 @@ def _recipe(named: Mapping[str, str], samples: Sequence[TokenizedSample], train:
 
 
 def _notes(samples: Sequence[TokenizedSample], choices: Choices, context: int, *, is_quantized: bool) -> Iterator[str]:
-    """What a user should know of the inputs."""
+    """Yield notes on the inputs for the user."""
     if is_quantized and "quantize" in choices:
-        yield f"the base is in {QUANTIZED_TO.upper()} already, and is trained beside as it is"
+        yield f"the base is in {QUANTIZED_TO.upper()} already, so --quantize changes nothing"
     cut = sum(sample.truncated for sample in samples)
     if cut:
         were = "was" if cut == 1 else "were"
@@ -168,10 +169,10 @@ def _notes(samples: Sequence[TokenizedSample], choices: Choices, context: int, *
 
 
 def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
-    """Load the model, put the adapter of the recipe into it, and make the optimizer.
+    """Load the model, attach the recipe's adapter to it, and make the optimizer.
 
     Raises:
-        LoratoolError: the model cannot be loaded, or a target is none of its modules.
+        LoratoolError: the model cannot be loaded, or a target is not one of its modules.
     """
     from loratool.training.loop import Training
     from loratool.training.methods import attach
@@ -185,7 +186,7 @@ def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
         model = load_model(inputs.base.path, inputs.config, processes.device, quantize=recipe.quantize is not None)
         if recipe.pack and not packs_cleanly(model):
             raise UnsupportedError(
-                f"packed samples would see one another in {type(model).__name__} models; leave --pack out"
+                f"packed samples would see each other in {type(model).__name__} models; leave --pack out"
             )
         targets = recipe.targets if isinstance(recipe.targets, str) else list(recipe.targets)
         adaptation = attach(model, recipe.adapter, targets=targets, seed=recipe.seed, total_steps=recipe.steps)
@@ -198,8 +199,12 @@ def prepare(inputs: TrainingInputs, watcher: Progress) -> Training:
 
 
 def _checked_fingerprint(base: ResolvedBase, watcher: Progress) -> str:
-    """The fingerprint of the base; of one that is catalogued it is what was catalogued."""
-    checkpoint = Checkpoint.open(base.path)  # raises for what is damaged, incomplete or a pickle
+    """Return the fingerprint of the base.
+
+    Raises:
+        WrongBaseError: the base has changed since it was catalogued.
+    """
+    checkpoint = Checkpoint.open(base.path)  # raises if it is damaged, incomplete or a pickle
     watcher.begin("fingerprinting the base", checkpoint.nbytes)
     found = fingerprint(checkpoint.tensors, tensor_digests(checkpoint, digest_cache(), progress=watcher.advance))
     if base.record is not None and base.record.fingerprint not in (None, found):
@@ -251,7 +256,7 @@ def _steps(
     steps, epochs = choices.get("steps"), choices.get("epochs")
     if steps is not None:
         return steps
-    if epochs is not None and row_length is None:  # only packing makes epochs of different lengths
+    if epochs is not None and row_length is None:  # only with packing do epochs differ in length
         return epochs * len(plan_epoch(samples, batch_size=batch_size, row_length=None, seed=seed, epoch=0))
     planned = 0
     epoch = 0
@@ -267,7 +272,7 @@ def _targets(choices: Choices) -> str | tuple[str, ...]:
 
 
 def _kept(choices: Choices, held_out: int) -> str:
-    """``best`` where that can be told. An AdaLoRA has more than its budget until near the end, so its last is kept."""
+    """Return ``best`` if samples are held out. AdaLoRA is above its budget until near the end, so its ``last`` is kept."""
     only_last = METHODS[choices["method"]].only_last
     asked = choices.get("keep", "best" if held_out and only_last is None else "last")
     if asked == "best" and only_last is not None:
@@ -278,7 +283,7 @@ def _kept(choices: Choices, held_out: int) -> str:
 
 
 def _sha256(samples: Sequence[TokenizedSample]) -> str:
-    """Of the tokens and labels of all samples, in their order."""
+    """Return the sha256 of the tokens and labels of all samples, in order."""
     digest = hashlib.sha256()
     for sample in samples:
         for numbers in (sample.input_ids, sample.labels):

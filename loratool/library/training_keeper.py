@@ -1,4 +1,4 @@
-"""Who watches a training run: it writes the log, keeps states to go on from, and ends the run when it is interrupted."""
+"""Observers of a training run, which write the log, keep states to resume from, and end the run on an interrupt."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_STATES: Final = 60.0
 LOG_SIZE: Final = "log_size"
-"""The fact of a state that says how long the log was."""
+"""Fact of a state: the length of the log when it was kept, in bytes."""
 
 
 class Bystander(Deferral):
-    """The observer of a process that is not the first: it writes nothing.
+    """The observer in all processes but the first, which writes nothing.
 
-    Inside, the first signal asks for an end after the step; a second one interrupts at once.
+    The first signal ends the run after the current step; a second one interrupts it at once.
     """
 
     def __init__(self, notice: Callable[[], None] = lambda: None) -> None:
@@ -51,7 +51,7 @@ class Bystander(Deferral):
 
 
 class Keeper(Bystander):
-    """The observer of the first process."""
+    """The observer in the first process."""
 
     def __init__(self, run: RunFolder, recipe: Recipe, watcher: TrainProgress, save_every: int | None,
                  state: TrainingState | None) -> None:  # fmt: skip
@@ -76,7 +76,7 @@ class Keeper(Bystander):
 
     def stepped(self, report: StepReport) -> None:
         entry = report.to_json()
-        if entry.get("ranks") == self._ranks:  # an AdaLoRA's, of every module: written when they change
+        if entry.get("ranks") == self._ranks:  # AdaLoRA's ranks of every module are written only when they change
             entry.pop("ranks", None)
         else:
             self._ranks = entry.get("ranks")
@@ -99,7 +99,7 @@ class Keeper(Bystander):
 
 
 def _last_ranks(log: Path) -> Mapping[str, int] | None:
-    """Those that a log says last, so that a run that goes on says them again only where they change."""
+    """Return the last ranks in a log, so that a resumed run writes them only when they change."""
     last = None
     for entry in read_log(log):
         last = entry.get("ranks", last)

@@ -1,4 +1,4 @@
-"""What a training run leaves: the adapter, the log and the picture beside it, and the entry in the catalogue."""
+"""Outputs of a training run: the adapter, the log and the picture beside it, and the entry in the catalogue."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PICTURE_SUFFIX: Final = ".train.png"
 
 @dataclass(frozen=True, slots=True)
 class TrainingOutput:
-    """Where the adapter is written, and the log and the picture beside it; with `force` over what is there."""
+    """Paths of the adapter, and of the log and the picture beside it. `force` allows replacing existing ones."""
 
     adapter: Path
     force: bool
@@ -41,7 +41,7 @@ class TrainingOutput:
 
     @property
     def picture(self) -> Path:
-        """``pirate.train.png``."""
+        """``pirate.train.png``, beside the same."""
         return self._beside(PICTURE_SUFFIX)
 
     def _beside(self, suffix: str) -> Path:
@@ -49,7 +49,7 @@ class TrainingOutput:
         return self.adapter.with_name((self.adapter.stem if is_file else self.adapter.name) + suffix)
 
     def refuse_existing(self) -> None:
-        """Raise OutputError for what stands in the way, before long work: what is there, or a place that cannot be written."""
+        """Raise OutputError before long work if an output exists and must not be replaced, or cannot be written."""
         refuse_existing(self.adapter, adapter_output(self.adapter), force=self.force)
         refuse_existing(self.log, OutputKind.TRAINING_LOG, force=self.force)
         refuse_existing(self.picture, OutputKind.PICTURE, force=self.force)
@@ -59,7 +59,7 @@ class TrainingOutput:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What was written: `picture` is None where none could be drawn."""
+    """The published result. `picture` is None if it could not be drawn."""
 
     record: AdapterRecord
     picture: Path | None
@@ -68,10 +68,10 @@ class Published:
 
 def publish(training: Training, outcome: Outcome, inputs: TrainingInputs, run: RunFolder, output: TrainingOutput,
             catalogue: Registry) -> Published:  # fmt: skip
-    """Write and catalogue what a run has come to.
+    """Write and catalogue the result of a run.
 
     Raises:
-        LoratoolError: it cannot be written or catalogued; the run's state is kept then, and it can be tried again.
+        LoratoolError: it cannot be written or catalogued. The run's state is kept, so that this can be tried again.
     """
     try:
         record, notes = _catalogued(training, outcome, inputs, run, output, catalogue)
@@ -89,7 +89,7 @@ def publish(training: Training, outcome: Outcome, inputs: TrainingInputs, run: R
 
 def _catalogued(training: Training, outcome: Outcome, inputs: TrainingInputs, run: RunFolder, output: TrainingOutput,
                 catalogue: Registry) -> tuple[AdapterRecord, tuple[str, ...]]:  # fmt: skip
-    """Write the adapter and enter it. What its file records is the same for equal runs; the catalogue knows the rest."""
+    """Write the adapter and catalogue it. Facts that differ between equal runs are only in the catalogue, not in the file."""
     recipe = inputs.recipe
     facts: Mapping[str, Any] = {
         "schema": 1,

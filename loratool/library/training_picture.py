@@ -1,4 +1,4 @@
-"""The picture of a training run: its loss, and an AdaLoRA's ranks over time or a DyLoRA's loss by rank."""
+"""The picture of a training run: its loss, and AdaLoRA's ranks over time or DyLoRA's loss by rank."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def draw_training(log: Path, file: Path, title: str, *, loss_by_rank: Mapping[int, float], force: bool) -> None:
-    """Draw the run that `log` tells of as the picture `file`.
+    """Draw the run in `log` as the picture `file`.
 
     Raises:
-        OutputError: it is there already (without `force`) or cannot be written.
+        OutputError: `file` exists (without `force`) or cannot be written.
         LoratoolError: matplotlib is not installed.
     """
     entries = list(read_log(log))
@@ -54,7 +54,7 @@ def _draw_loss(axes: Axes, steps: Sequence[Mapping[str, Any]], evaluations: Sequ
 
 
 def _draw_ranks(axes: Axes, ranks: Sequence[tuple[int, Sequence[int]]]) -> None:
-    """The average rank of all modules, and the range from the least to the largest; each pair holds until the next."""
+    """Draw the average rank of all modules, and the range from the smallest to the largest, as steps."""
     steps = [step for step, _ in ranks]
     least, largest = [each[0] for _, each in ranks], [each[-1] for _, each in ranks]
     axes.fill_between(steps, least, largest, step="post", alpha=0.2, label="all modules")

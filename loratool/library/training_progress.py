@@ -1,4 +1,4 @@
-"""How a training run tells how far it is."""
+"""Progress reports of a training run."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
 
 
 class TrainProgress(Progress, Protocol):
-    """Progress that is also told of steps."""
+    """Receiver of progress reports that also receives training steps."""
 
     def begin_steps(self, done: int, steps: int) -> None:
-        """Training begins, or goes on after `done` of its `steps`."""
+        """Begin training, or continue it after `done` of its `steps`."""
 
     def stepped(self, report: StepReport) -> None:
-        """A step is made."""
+        """Report a finished step."""
 
     def evaluated(self, step: int, loss: float) -> None:
-        """After `step` steps the samples that were held out have this loss."""
+        """Report the loss of the held-out samples after `step` steps."""
 
     def stopping(self) -> None:
-        """The run was interrupted, and ends after the step that it is in."""
+        """Report that the run was interrupted and ends after the current step."""
 
 
 class SilentTraining(Silent):
-    """Progress of training that nobody watches."""
+    """Receiver that ignores all reports."""
 
     def begin_steps(self, done: int, steps: int) -> None:
         pass

@@ -1,9 +1,9 @@
-"""The folder of a run that is not finished, from which it can go on: ``runs/<name>`` in the home folder.
+"""The folder of an unfinished run, from which it can be resumed: ``runs/<name>`` in the home folder.
 
-Where nothing can be kept in the home, on a full disk or in somebody else's, it is ``.<name>.loratool-run`` beside the output.
+If the home cannot be written (a full disk, another user's home), it is ``.<name>.loratool-run`` beside the output.
 
-It holds what was asked for (``run.json``), the last state that was kept and the log. It is held by a lock while a process
-trains in it, and removed when the adapter is written and catalogued.
+It holds the request (``run.json``), the last kept state, and the log. It is locked while a process trains in it, and removed
+when the adapter is written and catalogued.
 """
 
 from __future__ import annotations
@@ -38,43 +38,43 @@ class RunFolder:
     name: str
     path: Path
     out: Path | None = None
-    """The output beside which the folder is; None where it is in the home."""
+    """The output that the folder is beside; None if the folder is in the home."""
 
     @property
     def log(self) -> Path:
-        """The log so far."""
+        """Path of the log."""
         return self.path / "log.jsonl"
 
     @property
     def state(self) -> Path:
-        """The last state that was kept; may not be there."""
+        """Path of the last kept state, which may not exist."""
         return self.path / "state.safetensors"
 
     @property
     def request(self) -> Path:
-        """What was asked for, as JSON."""
+        """Path of the request, as JSON."""
         return self.path / "run.json"
 
     def kept_step(self) -> int | None:
-        """The step of the last state, or None where none was kept."""
+        """Return the step of the last state, or None if none was kept."""
         return read_recipe(self.state)[0] if self.state.exists() else None
 
     def recorded(self) -> dict[str, Any]:
-        """What was asked for when the run began.
+        """Return the request with which the run began.
 
         Raises:
-            LoratoolError: it was damaged.
+            LoratoolError: its file is damaged.
         """
         try:
             request = read_json_object(self.request)
         except CheckpointError:
             request = {}
         if not isinstance(request.get("choices"), dict):
-            raise LoratoolError(f"{quoted(self.request)} is damaged; remove {quoted(self.path)} and train anew")
+            raise LoratoolError(f"{quoted(self.request)} is damaged; remove {quoted(self.path)} and train again")
         return request
 
     def record(self, request: Mapping[str, Any]) -> None:
-        """Keep what was asked for.
+        """Write the request.
 
         Raises:
             OutputError: it cannot be written.
@@ -83,10 +83,10 @@ class RunFolder:
             stage.write_text(json.dumps(request, sort_keys=True, indent=2) + "\n")
 
     def keep(self, state: TrainingState, recipe: Mapping[str, Any]) -> None:
-        """Keep a state in place of the one before it.
+        """Keep a state in place of the previous one.
 
         Raises:
-            OutputError: it cannot be written; the one before it is there still.
+            OutputError: it cannot be written; the previous one stays.
         """
         before = self.kept_step()
         try:
@@ -98,7 +98,7 @@ class RunFolder:
             ) from None
 
     def load(self) -> tuple[TrainingState, dict[str, Any]]:
-        """The last state, and the recipe that it belongs to.
+        """Return the last state and its recipe.
 
         Raises:
             LoratoolError: there is none.
@@ -107,12 +107,12 @@ class RunFolder:
 
     @property
     def how_to_go_on(self) -> str:
-        """What to type."""
+        """The command to continue the run, in quotes."""
         where = "" if self.out is None else f" --out {shlex.quote(str(self.out))}"
         return f"'loratool train --name {self.name} --resume{where}'"
 
     def begin(self, request: Mapping[str, Any]) -> None:
-        """Forget what was kept, and record what is asked for now.
+        """Remove what was kept, and write a new request.
 
         Raises:
             OutputError: it cannot be written.
@@ -122,13 +122,13 @@ class RunFolder:
         self.record(request)
 
     def remove(self) -> None:
-        """Remove the folder; its state first, without which the rest is nothing to go on with."""
+        """Remove the folder. The state is removed first: without it, nothing else can be resumed."""
         self.state.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def run_folder(name: str, out: Path | None = None) -> RunFolder:
-    """The folder of the run of that name, whether it is there or not; `out` is where its adapter is to be."""
+    """Return the folder of the run of that name, which may not exist. `out` is the output of the run."""
     out = out or Path(f"{name}.safetensors")
     in_home = RunFolder(name, home() / RUNS / name)
     beside = RunFolder(name, out.absolute().parent / f".{name}.loratool-run", out)
@@ -138,7 +138,7 @@ def run_folder(name: str, out: Path | None = None) -> RunFolder:
 
 
 def _can_keep(path: Path, other: Path) -> bool:
-    """Whether a folder can be made at `path`, on a disk that is not full, or no fuller than that of `other`."""
+    """Return whether a folder can be made at `path`, on a disk that is not full or at least as free as that of `other`."""
     nearest, beside = (next(folder for folder in each.parents if folder.is_dir()) for each in (path, other))
     free = shutil.disk_usage(nearest).free
     has_room = free >= LEAST_FREE_BYTES or free >= shutil.disk_usage(beside).free
@@ -146,12 +146,12 @@ def _can_keep(path: Path, other: Path) -> bool:
 
 
 def abandoned_runs() -> list[Path]:
-    """The folders in the home of runs that were killed before they kept a state, so that nothing can go on from there."""
+    """Return the folders in the home of runs that were killed before they kept a state, so that they cannot be resumed."""
     return [run for run in sorted((home() / RUNS).glob("*")) if run.is_dir() and _is_abandoned(run)]
 
 
 def clear_run(path: Path) -> int:
-    """Remove the folder of a run that was killed; how many bytes that were. One that another process holds stays."""
+    """Remove the folder of a killed run, unless another process holds it; return the bytes freed."""
     size = size_of(path)
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -174,17 +174,17 @@ def _is_abandoned(path: Path) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return False  # somebody holds it, or there are no locks to tell
+        return False  # another process holds it, or the file system has no locks
     finally:
         os.close(fd)
     return True
 
 
 class Held:
-    """The folder of a run, made and held against other processes while the block runs; one that stays empty goes again.
+    """Block in which the folder of a run exists and is locked. It is removed at the end if no state was kept.
 
     Raises:
-        OutputError: another process trains in it, or it cannot be made.
+        OutputError: another process trains in it, or it cannot be created.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -199,7 +199,7 @@ class Held:
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError as error:
             raise OutputError(
-                f"cannot use {quoted(path)} for what a run keeps: {error.strerror}; set LORATOOL_HOME to another place"
+                f"cannot use {quoted(path)} for the state of the run: {error.strerror}; set LORATOOL_HOME to another place"
             ) from None
         try:
             _lock(self._fd, self._run)
@@ -221,7 +221,11 @@ class Held:
 
 
 def _lock(fd: int, run: RunFolder) -> None:
-    """Raise OutputError if another process holds the folder, or has removed it in between."""
+    """Lock the folder of a run.
+
+    Raises:
+        OutputError: another process holds it, or has just removed it.
+    """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         ours = os.path.samestat(os.fstat(fd), os.lstat(run.path))

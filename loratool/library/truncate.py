@@ -1,4 +1,4 @@
-"""`loratool.truncate`: an adapter of lower rank."""
+"""`loratool.truncate`: cut an adapter to a lower rank."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class TruncateResult:
     Attributes:
         out: the file or folder that was written.
         record: its entry in the catalogue.
-        parent: ``name@version`` of the adapter that it was cut from, or its name where it is not catalogued.
+        parent: ``name@version`` of the adapter it was cut from, or its name if it is not catalogued.
         method: ``leading`` for a DyLoRA's leading components, ``svd`` for the best approximation.
-        scaling: of the leading components, the law; None for svd.
-        error: of svd, the Frobenius norm of what was lost over that of the update, all modules together.
-        errors: the same of each module.
+        scaling: scaling law of the leading components; None for svd.
+        error: relative error of svd over all modules, in the Frobenius norm; None for leading components.
+        errors: the same for each module.
         notes: notes for the user.
     """
 
@@ -83,29 +83,29 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
              error: float | None = None, svd: bool = False, scaling: str | None = None, out: PathLike | None = None,
              name: str | None = None, alpha: Alpha | None = None, force: bool = False, registry: str | None = None,
              progress: Progress | None = None) -> tuple[TruncateResult, ...]:  # fmt: skip
-    """Cut an adapter to a lower rank, write it, and catalogue it as the adapter's child; one result for each rank.
+    """Cut an adapter to a lower rank, write it, and catalogue it as the adapter's child. Return one result per rank.
 
-    A DyLoRA is cut to its leading components, bit for bit. Of any other low-rank adapter each module gets the best
-    approximation in the Frobenius norm (Eckart and Young 1936), from the factors alone.
+    A DyLoRA is cut to its leading components, bit for bit. Each module of any other low-rank adapter is replaced by its best
+    approximation in the Frobenius norm (Eckart and Young 1936), computed from the factors.
 
     Args:
         adapter: a catalogued name, a path or a Hub id.
-        rank: the new rank, or several; a module that has less keeps what it has.
-        energy: instead, the share of each module's squared singular values to keep, by the smallest rank that does.
-        error: instead, the Frobenius norm that each module may lose, relative to its update's.
-        svd: cut a DyLoRA by its best approximation too, which `energy` and `error` need.
+        rank: the new rank, or several. A module of lower rank keeps its rank.
+        energy: alternative: share of each module's squared singular values to keep, by the smallest sufficient rank.
+        error: alternative: largest relative error of each module, in the Frobenius norm.
+        svd: cut a DyLoRA by its best approximation, too, as `energy` and `error` require.
         scaling: ``paper`` or ``kohya``: cut to the leading components under this law (`loratool.formats.scaling_law`),
-            whatever the file says of its kind and origin.
+            whatever the file says about its kind and origin.
         out: the new file (``.safetensors``, ``.st``) or folder; with several ranks ``-r4`` is added to its name. By default
             ``<adapter>-r4`` beside the adapter.
-        name: its name in the catalogue, likewise; by default the file's.
+        name: its name in the catalogue, with the same addition; by default that of the file.
         alpha: alpha of a bare adapter file that does not state it: a number, or ``rank`` for each module's rank.
         force: replace an adapter that loratool wrote.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: receives the number of bytes of factors done.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
+        LoratoolError, registry.RegistryError: the message says what is wrong; nothing is written.
     """
     cuts = _cuts(rank, energy, error)
     with open_registry(registry, read_only=True) as catalogue:
@@ -144,21 +144,25 @@ def _cuts(rank: int | Sequence[int] | None, energy: float | None, error: float |
 
 
 def _law(adapter: Adapter, cuts: Sequence[Cut], *, svd: bool, scaling: str | None) -> ScalingLaw | None:
-    """The law under which leading components are taken, or None for an SVD."""
+    """Return the scaling law for leading components, or None for an SVD.
+
+    Raises:
+        LoratoolError: options contradict each other.
+    """
     if scaling is not None:
         if svd:
             raise LoratoolError("--scaling is for leading components and --svd takes none; give one of them")
         law = next((each for each in LAWS if each == scaling), None)
         if law is None:
-            raise LoratoolError(f"{quoted(scaling, 40)} is no scaling law; give {' or '.join(LAWS)}")
+            raise LoratoolError(f"{quoted(scaling, 40)} is not a scaling law; give {' or '.join(LAWS)}")
     elif svd or not kind_named(adapter.kind).nested:
         return None
     else:
         law = scaling_law(adapter.facts, adapter.name)
     if any(cut.rank is None for cut in cuts):
         raise LoratoolError(
-            f"the leading components of {quoted(adapter.name)} are no approximations, so they have no energy and no error "
-            "to cut by; give --rank, or --svd"
+            f"the leading components of {quoted(adapter.name)} are not approximations, so --energy and --error do not apply to "
+            "them; give --rank, or --svd"
         )
     return law
 
@@ -170,7 +174,7 @@ def _output(out: PathLike | None, source: ResolvedAdapter, given: PathLike, suff
         raise OutputError("the output's path is empty; give --out a folder or file")
     target = user_path(out)
     if several and not target.name:
-        raise OutputError(f"{quoted(out)} is a folder that is there; give --out a new name")
+        raise OutputError(f"{quoted(out)} is an existing folder; give --out a new name")
     return target.with_name(f"{target.stem}-{suffix}{target.suffix}") if several else target
 
 
@@ -194,7 +198,7 @@ def _truncated(drafts: Sequence[Draft], adapter: Adapter, cuts: Sequence[Cut], l
 def _child(
     truncation: Truncation, source: ResolvedAdapter, cut: Cut, law: ScalingLaw | None, out: Path, name: str
 ) -> Child:
-    """A truncation as it is written and catalogued."""
+    """Return a truncation with its facts, output and name."""
     own = {} if law is None else {"scaling": law}
     figures = {"method": "svd", "lost": truncation.error} if law is None else {"method": "leading", **own}
     details = cut.figures | figures

@@ -1,4 +1,4 @@
-"""What adapters and models have in common on their way to the Hub: what was asked for, and their base's Hub id."""
+"""Uploads of adapters and models to the Hub: the user's wishes, the contents, and the base's Hub id."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from loratool.hub.readme import README, front_matter
 from registry import AdapterRecord, BaseRecord, Registry
 
 NO_BASE: Final = "none"
-"""Given as ``--base-model``: the base is on no Hub."""
+"""Value of ``--base-model`` for a base that is not on the Hub."""
 
 _PATH: Final = re.compile(r"(?:~?/|\.{1,2}/|[A-Za-z]:[\\/]|file:).*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the user says of the card, and whether the Hub may be asked (`online`)."""
+    """The user's wishes for the card, and whether the Hub may be asked (`online`)."""
 
     license: str | None = None
     base_model: str | None = None
@@ -34,12 +34,12 @@ class Wishes:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """What is to be in the repository.
+    """Contents of a repository after a push.
 
     Attributes:
         source: the adapter's reference, or the model's folder.
-        record: the adapter's entry in the catalogue, where the weights that are pushed are those of the entry.
-        contents: all the files, the card among them.
+        record: the adapter's entry in the catalogue, if the pushed weights are those of the entry.
+        contents: all files, including the card.
         notes: notes for the user.
     """
 
@@ -57,22 +57,24 @@ class Upload:
 
 def hub_base(fingerprint: str | None, owner: BaseRecord | None, recorded: str | None, remote: Remote, wishes: Wishes,
              catalogue: Registry) -> tuple[str | None, list[str]]:  # fmt: skip
-    """The Hub id of a base, and notes; None where the user says that it is on no Hub.
+    """Return the Hub id of a base, and notes; None if the user says that it is not on the Hub.
 
-    It is what the user gives; else what the catalogue has the base, or the model that it stores otherwise, from; else what
-    the adapter's configuration records, where the Hub knows it; else what the card on the Hub says already.
+    The first of these decides: the user's choice, the catalogued source of the base or of its family, the name in the
+    adapter's configuration if the Hub has such a model, the card that is on the Hub now.
 
     Args:
-        fingerprint: of the base, where it is known.
+        fingerprint: of the base, if known.
         owner: its entry in the catalogue.
-        recorded: what the adapter's configuration calls it, which may be a folder.
-        remote: what is on the Hub now.
+        recorded: its name in the adapter's configuration, which may be a folder.
+        remote: the repository as it is now.
+        wishes: the user's choices.
+        catalogue: the catalogue.
 
     Raises:
-        HubError: nothing says it.
+        HubError: none of these gives it.
     """
     if wishes.base_model == NO_BASE:
-        return None, ["its base is on no Hub, as you say; whoever loads the adapter has to know it"]
+        return None, ["its base is not on the Hub, as you say; users of the adapter need to get it elsewhere"]
     if wishes.base_model is not None:
         given = repository_id(wishes.base_model)
         there = find_model(given) if wishes.online else given
@@ -86,7 +88,7 @@ def hub_base(fingerprint: str | None, owner: BaseRecord | None, recorded: str | 
     if catalogued is not None:
         there = find_model(catalogued) if wishes.online else catalogued
         return there or catalogued, [] if there else [_unknown(catalogued)]
-    if recorded and is_hub_id(recorded):  # and no folder here of the same look
+    if recorded and is_hub_id(recorded):  # a Hub id, not a local folder that looks like one
         there = find_model(recorded) if wishes.online else recorded
         if there is not None:
             return there, []
@@ -97,9 +99,9 @@ def hub_base(fingerprint: str | None, owner: BaseRecord | None, recorded: str | 
 
 
 def refuse_mixed(remote: Remote, contents: Sequence[Content], *, merged: bool) -> None:
-    """Raise HubError where what stays in the repository would be loaded in place of what is pushed, or on top of it.
+    """Raise HubError if a file that stays in the repository would be loaded instead of the pushed files, or on top of them.
 
-    transformers takes ``model.safetensors`` before an index of shards, and an adapter with whatever lies beside it.
+    transformers prefers ``model.safetensors`` to an index of shards, and loads an adapter on top of any model beside it.
     """
     pushed = {each.path for each in contents}
     if merged:
@@ -121,7 +123,7 @@ def refuse_mixed(remote: Remote, contents: Sequence[Content], *, merged: bool) -
 
 
 def without_paths(value: Any) -> Any:
-    """JSON in which every path is only its last name: the folders of this machine are nobody's business."""
+    """Return JSON in which every path is reduced to its last name, so that local folders are not published."""
     if isinstance(value, Mapping):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -135,7 +137,7 @@ def without_paths(value: Any) -> Any:
 
 
 def is_path(text: str) -> bool:
-    """Whether a text is plainly a path."""
+    """Return whether a text can only be a path."""
     return _PATH.fullmatch(text) is not None
 
 
@@ -145,14 +147,14 @@ def _unknown(base: str) -> str:
 
 def _advice(owner: BaseRecord | None, recorded: str | None) -> str:
     what = (
-        f"which Hub model its base is, is not known (recorded as {quoted(recorded)})"
+        f"the Hub id of its base is not known (recorded as {quoted(recorded)})"
         if recorded
-        else ("which Hub model its base is, is not known")
+        else "the Hub id of its base is not known"
     )
     if owner is None:
-        return f"{what}; give it with --base-model owner/name, or --base-model none where it is on no Hub"
+        return f"{what}; give it with --base-model owner/name, or --base-model none if it is not on the Hub"
     where = owner.path or "FOLDER"
     return (
         f"{what}: {quoted(owner.name)} is catalogued from {quoted(owner.source)}; record it with 'loratool base add "
-        f"{owner.name} {where} --hub-id owner/name', give it with --base-model owner/name, or say --base-model none"
+        f"{owner.name} {where} --hub-id owner/name', give it with --base-model owner/name, or give --base-model none"
     )

@@ -1,4 +1,4 @@
-"""What a user's word can be: a path, or the id of a repository on the Hub."""
+"""Interpretation of a user's argument as a path, or as the id of a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def user_path(text: str | os.PathLike[str]) -> Path:
-    """Return the path that a user means, with a leading ``~`` or ``~name`` replaced by that user's home.
+    """Return the user's path, with a leading ``~`` or ``~name`` replaced by the home folder.
 
     Raises:
-        NotFoundError: there is no such user, and nothing of that name.
+        NotFoundError: there is no such user, and no file of that name.
     """
     path = Path(text)
     try:
@@ -32,7 +32,7 @@ def user_path(text: str | os.PathLike[str]) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether something is at `path`; a name that no file can have (too long, a zero byte) has nothing."""
+    """Return whether `path` exists; False for impossible names (too long, with a zero byte)."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -40,5 +40,5 @@ def exists(path: Path) -> bool:
 
 
 def is_plainly_a_path(text: str) -> bool:
-    """Whether a name can be nothing but a path, by how it begins or ends."""
+    """Return whether a name can only be a path, by its beginning or suffix."""
     return text.startswith((".", "/", "~")) or Path(text).suffix in SINGLE_FILE_SUFFIXES
