@@ -1,4 +1,4 @@
-"""Checks the catalogue against the disk, and frees what nothing names."""
+"""Check of the catalogue against the disk, and freeing of files that nothing refers to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from registry.trash import KEPT_DAYS, Trash
 
 
 class Doctor:
-    """Compares one catalogue with what is really there."""
+    """Comparison of one catalogue with the files on disk."""
 
     def __init__(self, database: Database, store: Store, labels: Labels, adapters: Adapters, trash: Trash, bases: Bases,
                  merges: Merges) -> None:  # fmt: skip
@@ -31,29 +31,30 @@ class Doctor:
         self._rebuild = Rebuild(database, store, labels)
 
     def examine(self, *, deep: bool = False, watcher: Watcher | None = None) -> tuple[Finding, ...]:
-        """Everything wrong: adapters, bases, merge outputs and undo files that are gone, store entries nothing names.
+        """Return all faults: missing adapters, bases, merge outputs and undo files, and store entries without a row.
 
-        A file of a store's entry that is missing or has another size is found by the entry's label; `deep` also reads every
-        file in the store again and compares its hash. `watcher` is told how many adapters are checked, or bytes read.
+        By the label of a store's entry, missing files and files of another size are found. With `deep`, every file in the
+        store is read and its sha256 compared. `watcher` receives the number of adapters checked, or of bytes read.
         """
         return Examination(self._database, self._store, self._bases, self._merges, self._rebuild, watcher).run(
             deep=deep
         )
 
     def collect(self, *, sure: bool = False, trash_days: float = KEPT_DAYS) -> Freed:
-        """Removes from the store what no row names, and what killed processes left there a day ago or longer.
+        """Remove store entries that no row refers to, and remains of processes that were killed a day ago or earlier.
 
-        What has been in the trash for so many days is forgotten first. Of merges whose models or undo files are gone it notes
-        that they are, and of models that are there again that, too.
+        Adapters that have been in the trash for `trash_days` are forgotten first. Merges whose models or undo files are gone,
+        or exist again, are recorded as such.
 
-        Raises NotSureError where that would free what `rebuild` could name, or most of the store, unless `sure`.
+        Raises:
+            NotSureError: this would free files that `rebuild` could restore, or most of the store, and `sure` is off.
         """
         with self._database.writing():
             if not sure:
                 self._refuse_doubtful(self._adapters.store_keys())
             merges = self._merges.note_gone()
             emptied = self._trash.empty(trash_days)
-        with self._database.writing():  # rows first, then files: a kill in between leaves files that nothing names
+        with self._database.writing():  # rows first, then files: a kill in between leaves only files without a row
             entries, size_bytes = self._store.collect(self._adapters.store_keys())
             self._labels.refresh_all()
         return Freed(
@@ -65,14 +66,15 @@ class Doctor:
         )
 
     def rebuild(self) -> Rebuilt:
-        """Makes the catalogue again from what the store's labels say; rows that are there stay as they are.
+        """Restore the catalogue from the store's labels. Existing rows stay as they are.
 
-        Raises RegistryError.
+        Raises:
+            RegistryError: the catalogue cannot be written.
         """
         return self._rebuild.run()
 
     def lost(self) -> dict[str, tuple[str, ...]]:
-        """The store's entries that no row names and `rebuild` would name, by key, with the adapters' references."""
+        """Return the store's entries that `rebuild` would restore, by key, with the adapters' references."""
         named = self._adapters.store_keys()
         return self._rebuild.lost(key for key in self._store.entries() if key not in named)
 
@@ -87,12 +89,12 @@ class Doctor:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
             raise NotSureError(
                 f"--gc would free {shown}, which the store has and the catalogue has lost; 'loratool doctor --rebuild' "
-                "names what the store has again, and 'loratool doctor --gc --yes' frees it for good"
+                "restores what the store has, and 'loratool doctor --gc --yes' frees it for good"
             )
         freed = sum(sizes[key] for key in doomed)
         if 2 * freed > sum(sizes.values()):
             raise NotSureError(
                 f"--gc would free most of the store '{printable(str(self._store.root), 400)}' ({len(doomed):,} of "
-                f"{len(sizes):,} entries, {freed:,} bytes), which nothing in {self._database.where} names; if that catalogue "
-                "was lost, put a backup of it in its place, else 'loratool doctor --gc --yes' frees it for good"
+                f"{len(sizes):,} entries, {freed:,} bytes), which nothing in {self._database.where} refers to; if that catalogue "
+                "was lost, restore a backup of it, else 'loratool doctor --gc --yes' frees it for good"
             )

@@ -1,4 +1,4 @@
-"""Makes rows of an adapter or a base as JSON, which `registry.entries` wrote, and ties them to others."""
+"""Insertion of rows for adapters and bases from JSON that `registry.entries` wrote."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from registry.trash_rows import newest_version
 
 
 def enter(connection: Connection, entry: Entry, store_key: str | None) -> tuple[int, str]:
-    """Adds a checked entry's rows, and where its files are in the store; its row id and reference.
+    """Insert a checked entry's rows, with the store's key of its files. Return its row id and reference.
 
-    Its version is the next one where its own is taken. `relink` and `enter_parents` tie it to others, once these are there.
+    If its version is taken, it gets the next one. `relink` and `enter_parents` connect it to other adapters, once these exist.
     """
     taken = select(adapters.c.version).where(adapters.c.name == entry["name"])
     versions = set(connection.execute(taken).scalars())
@@ -62,7 +62,7 @@ def _moment(entry: Entry) -> datetime:
 
 
 def _base_of(connection: Connection, entry: Entry) -> tuple[int | None, str | None]:
-    """The base that it is tied to: by name, unless another model has that name by now, else by content."""
+    """Return the entry's base by name, or by fingerprint if another model has taken that name."""
     name, fingerprint = entry["base"], entry["base_fingerprint"]
     try:
         return find_base_id(connection, name, fingerprint)
@@ -71,12 +71,12 @@ def _base_of(connection: Connection, entry: Entry) -> tuple[int | None, str | No
 
 
 def label_of(entry: Entry) -> str:
-    """`name@version`, as the entry says it."""
+    """Return the entry's `name@version`."""
     return f"{entry['name']}@{entry['version']}"
 
 
 def relink(connection: Connection, adapter_id: int, label: str, sha256: str) -> None:
-    """Ties an entered adapter to the children and merges that know it by its `name@version` and content."""
+    """Connect an inserted adapter to the children and merges that record its `name@version` and sha256."""
     orphans = (lineage.c.parent_id.is_(None), lineage.c.parent == label, lineage.c.parent_sha256 == sha256)
     connection.execute(update(lineage).where(*orphans, lineage.c.child_id != adapter_id).values(parent_id=adapter_id))
     unknown = (
@@ -88,7 +88,7 @@ def relink(connection: Connection, adapter_id: int, label: str, sha256: str) -> 
 
 
 def enter_parents(connection: Connection, adapter_id: int, entry: Entry) -> None:
-    """Adds what an entered adapter came from; a parent that the catalogue has is known by its name and content."""
+    """Insert the parents of an inserted adapter. A catalogued parent is found by its name and sha256."""
     for parent in entry["parents"]:
         parent_id = _parent_id(connection, parent)
         if parent_id is not None and (parent_id == adapter_id or _came_from(connection, parent_id, adapter_id)):
@@ -115,7 +115,7 @@ def _parent_id(connection: Connection, parent: Entry) -> int | None:
 
 
 def _came_from(connection: Connection, adapter_id: int, ancestor_id: int) -> bool:
-    """Whether one adapter is among another's ancestors already: a file may say anything."""
+    """Return whether `ancestor_id` is an ancestor of `adapter_id`. Labels from outside could form a circle."""
     generation, seen = {adapter_id}, {adapter_id}
     while generation:
         query = select(lineage.c.parent_id).where(lineage.c.child_id.in_(generation), lineage.c.parent_id.is_not(None))
@@ -125,7 +125,7 @@ def _came_from(connection: Connection, adapter_id: int, ancestor_id: int) -> boo
 
 
 def enter_bases(connection: Connection, known: Sequence[Entry]) -> tuple[str, ...]:
-    """Adds the checked bases whose names are free; these names."""
+    """Insert the checked bases whose names are free; return these names."""
     present = set(connection.execute(select(bases.c.name)).scalars())
     new = {entry["name"]: entry for entry in known if entry["name"] not in present}
     for entry in new.values():
@@ -141,7 +141,7 @@ def enter_bases(connection: Connection, known: Sequence[Entry]) -> tuple[str, ..
 
 
 def named_base(entry: Entry) -> Entry | None:
-    """The base that an adapter's entry names, with the little that it says of it; None where it names none."""
+    """Return the base that an adapter's entry names, with the few known facts; None if it names none."""
     if entry["base"] is None:
         return None
     return dict.fromkeys((*BASE, "variant_of")) | {

@@ -1,4 +1,4 @@
-"""An adapter's rows as JSON, and a base's: what a label in the store says of them."""
+"""Rows of adapters and bases as JSON, for labels in the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Table, select
 from registry.tables import adapters, bases, lineage, locations, tags
 
 AT_ONCE = 500
-"""How many rows one query asks for by their ids."""
+"""Largest number of ids in one query."""
 
 PLACE = ("kind", "path", "repo", "revision", "path_in_repo")
 PARENT = ("parent", "parent_sha256", "operation", "details", "created_at")
@@ -20,7 +20,7 @@ BASE = tuple(column.name for column in bases.c if column.name not in ("id", "var
 
 
 def entries(connection: Connection, adapter_ids: Iterable[int]) -> dict[int, dict[str, Any]]:
-    """The adapters with these row ids as JSON, by id. Six queries for each five hundred."""
+    """Return the adapters with these row ids as JSON, by id, with six queries for each `AT_ONCE` of them."""
     ids = sorted(set(adapter_ids))
     found: dict[int, dict[str, Any]] = {}
     for place in range(0, len(ids), AT_ONCE):
@@ -50,7 +50,7 @@ def _some_entries(connection: Connection, ids: Sequence[int]) -> dict[int, dict[
 
 
 def _call_by_their_names(connection: Connection, found: Mapping[int, dict[str, Any]]) -> None:
-    """Parents that were renamed since are called as they are now."""
+    """Replace former names of parents by their current ones."""
     query = select(lineage.c.child_id, lineage.c.parent, adapters.c.name, adapters.c.version).join(
         adapters, lineage.c.parent_id == adapters.c.id
     )
@@ -73,7 +73,7 @@ def _append(
 
 
 def base_entries(connection: Connection) -> list[dict[str, Any]]:
-    """All bases as JSON, each with its `variant_of` by name."""
+    """Return all bases as JSON, each with the name of its `variant_of`."""
     root = bases.alias("root")
     query = select(bases, root.c.name.label("root")).select_from(bases.outerjoin(root, bases.c.variant_of == root.c.id))
     return [

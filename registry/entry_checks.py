@@ -1,4 +1,4 @@
-"""Whether what a label says of an adapter or a base could be a row: labels are files, and files come from anywhere."""
+"""Checks of the adapters and bases in labels before they become rows, since files may come from anywhere."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from registry.names import is_name, printable
 
 Entry = Mapping[str, Any]
-"""An adapter or a base as JSON, as `registry.entries` writes it, with every value checked."""
+"""An adapter or a base as JSON in the form of `registry.entries`, with every value checked."""
 
 
 class LabelError(ValueError):
-    """A label that cannot be used; the message is why."""
+    """A label cannot be used; the message says why."""
 
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -136,18 +136,26 @@ _BASE_CHECKS = {
 
 
 def check_entry(value: object) -> Entry:
-    """`value` itself where it is an adapter as JSON. Raises LabelError with the fact that is not what it should be."""
+    """Return `value` if it is an adapter as JSON.
+
+    Raises:
+        LabelError: it is not; the message names the invalid fact.
+    """
     return _checked(value, _ENTRY_CHECKS, "an adapter")
 
 
 def check_base(value: object) -> Entry:
-    """`value` itself where it is a base as JSON. Raises LabelError."""
+    """Return `value` if it is a base as JSON.
+
+    Raises:
+        LabelError: it is not; the message names the invalid fact.
+    """
     return _checked(value, _BASE_CHECKS, "a base")
 
 
 def _checked(value: object, checks: Mapping[str, Callable[[Any], bool]], what: str) -> Entry:
     if not isinstance(value, dict):
-        raise LabelError(f"it holds '{printable(str(value), 40)}' in the place of {what}")
+        raise LabelError(f"it holds '{printable(str(value), 40)}' instead of {what}")
     for name, check in checks.items():
         if not check(value.get(name)):
             raise LabelError(f"its {name} is '{printable(str(value.get(name)), 40)}'")

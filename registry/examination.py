@@ -1,6 +1,6 @@
-"""What is wrong with a catalogue: every row against the files that it names, and every entry of the store against the rows.
+"""Search for faults of a catalogue: every row is compared with its files, and every entry of the store with the rows.
 
-The rows come by a handful of queries, however many there are; the rest is looking at the disk.
+The number of queries does not grow with the number of rows. The rest of the work is on the disk.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ADAPTERS = (
 
 
 class _Place(NamedTuple):
-    """One place where an adapter lies; one without any for an adapter that lies nowhere."""
+    """One place of an adapter's files. All columns of the place are None for an adapter without places."""
 
     id: int
     name: str
@@ -59,17 +59,17 @@ class _Place(NamedTuple):
 
 
 class Watcher(Protocol):
-    """Receives how far an examination is."""
+    """Receiver of an examination's progress."""
 
     def begin(self, label: str, total: int) -> None:
-        """A step begins, of `total` adapters or, where files are read, bytes."""
+        """Begin a step of `total` adapters or, if files are read, bytes."""
 
     def advance(self, count: int) -> None:
-        """`count` more are done."""
+        """Report that `count` more are done."""
 
 
 class Nobody:
-    """A watcher that does not look."""
+    """Receiver that ignores all reports."""
 
     def begin(self, label: str, total: int) -> None:
         pass
@@ -79,7 +79,7 @@ class Nobody:
 
 
 class Examination:
-    """One look at a catalogue and its store. `watcher` is told of adapters; of bytes where files are read (`deep`)."""
+    """One examination of a catalogue and its store. `watcher` counts adapters, or bytes if files are read (`deep`)."""
 
     def __init__(self, database: Database, store: Store, bases: Bases, merges: Merges, rebuild: Rebuild,
                  watcher: Watcher | None = None) -> None:  # fmt: skip
@@ -91,7 +91,7 @@ class Examination:
         self._entry_faults: dict[str, tuple[_Fault, ...]] = {}
 
     def run(self, *, deep: bool = False) -> tuple[Finding, ...]:
-        """Everything wrong; `deep` reads every file of the store again and compares its sha256."""
+        """Return all faults. With `deep`, every file of the store is read and its sha256 compared."""
         with self._database.reading() as connection:
             rows = [_Place(*row) for row in connection.execute(_ADAPTERS)]
             named = named_keys(connection)
@@ -117,8 +117,7 @@ class Examination:
                 self._watcher.advance(1)
 
     def _adapter(self, places: Sequence[_Place], *, deep: bool) -> Iterator[Finding]:
-        """One finding where no place holds the files any more, or the store lost what another place still has; and one for
-        each file of the store's entry that is missing or another one."""
+        """Yield a finding if no place or not the store holds the files, and one for each missing or changed file there."""
         reference = f"{places[0].name}@{places[0].version}"
         way = _way_back(places)
         keys = [row.store_key for row in places if row.store_key is not None]
@@ -128,7 +127,7 @@ class Examination:
                     "adapter-files-missing",
                     reference,
                     None,
-                    f"the row of {reference} names '{printable(key)}', which is no entry of the store; {way}",
+                    f"the row of {reference} names '{printable(key)}', which is not an entry of the store; {way}",
                 )
         in_store = [self._store.path(key) for key in keys if self._store.is_key(key)]
         elsewhere = [row.path for row in places if row.path is not None]
@@ -146,7 +145,7 @@ class Examination:
                     yield _finding(kind, reference, path, f"{fault.format(reference=reference)}; {ending}")
 
     def _faults(self, folder: Path, *, deep: bool) -> tuple[_Fault, ...]:
-        """What is wrong with an entry that is there; once for all adapters that it is."""
+        """Return the faults of an existing entry, computed once for all adapters that share it."""
         key = folder.name
         if key not in self._entry_faults:
             self._entry_faults[key] = tuple(self._look_at(folder, deep=deep))
@@ -158,7 +157,7 @@ class Examination:
             yield (
                 "store-damaged",
                 folder,
-                f"the entry of {{reference}}, {_literal(folder)}, is no folder that can be read",
+                f"the entry of {{reference}}, {_literal(folder)}, is not a readable folder",
             )
             return
         digests, sizes = self._labelled(folder.name)
@@ -178,7 +177,7 @@ class Examination:
             yield from self._changed(folder, files, digests)
 
     def _labelled(self, key: str) -> tuple[Mapping[str, str] | None, Mapping[str, int]]:
-        """The sha256 and sizes of an entry's files as its label says them; what it does not say is not compared."""
+        """Return the sha256 and sizes of an entry's files by its label. What the label lacks is not compared."""
         try:
             label = read_label(label_path(self._store, key, own_suffix(self._store)))
         except ValueError:
@@ -188,7 +187,7 @@ class Examination:
         return listing(label, key), sizes if is_plain and isinstance(sizes, dict) else {}
 
     def _changed(self, folder: Path, files: Mapping[str, int], expected: Mapping[str, str] | None) -> Iterator[_Fault]:
-        """The files whose content is another than the entry's key stands for."""
+        """Yield a fault for each file whose content has changed, by the entry's key."""
         digests: dict[str, str] = {}
         for name in sorted(files):
             try:
@@ -243,7 +242,7 @@ class Examination:
 
     def _missing_bases(self) -> Iterator[Finding]:
         for base in self._bases.list():
-            # One whose files on the Hub are known is downloaded again when it is needed.
+            # A base with recorded files on the Hub is downloaded again when it is needed.
             if base.path is not None and is_gone(base.path) and not (base.files and base.revision):
                 yield _finding(
                     "base-missing",
@@ -273,31 +272,33 @@ class Examination:
                     "'loratool doctor --gc' note that 'loratool unmerge' needs the base instead",
                 )
 
-    # What no row names.
+    # Store entries without a row.
 
     def _orphans(self, named: set[str]) -> Iterator[Finding]:
         if self._store.other_catalogues():
-            return  # what this one does not name may be theirs
+            return  # the entries may belong to these
         entries = [(key, self._store.path(key)) for key in self._store.entries() if key not in named]
         lost = self._rebuild.lost(key for key, _ in entries) if entries else {}
         for subject, path in [*entries, *((path.name, path) for path in self._store.abandoned())]:
-            message = f"nothing in the catalogue names {_quoted(path)} in the store; 'loratool doctor --gc' frees it"
+            message = (
+                f"nothing in the catalogue refers to {_quoted(path)} in the store; 'loratool doctor --gc' frees it"
+            )
             if subject in lost:
                 message = (
                     f"the catalogue has lost {' and '.join(lost[subject])}, whose files are in {_quoted(path)}; "
-                    "'loratool doctor --rebuild' names what the store has again"
+                    "'loratool doctor --rebuild' restores what the store has"
                 )
             elif entries and not named:  # more likely a lost catalogue than a store of nothing but leftovers
                 message = (
-                    f"nothing in the catalogue names {_quoted(path)} in the store; if {self._database.where} was lost, put a "
-                    f"backup of it in its place, else catalogue this with 'loratool add {shlex.quote(str(path))} --name NAME', "
+                    f"nothing in the catalogue refers to {_quoted(path)} in the store; if {self._database.where} was lost, "
+                    f"restore a backup of it, else catalogue this with 'loratool add {shlex.quote(str(path))} --name NAME', "
                     "or free it for good with 'loratool doctor --gc --yes'"
                 )
             yield _finding("store-orphan", subject, path, message, self._store.size_bytes(path))
 
 
 _Fault = tuple[FindingKind, Path, str]
-"""What is wrong with an entry: the kind, where, and a sentence in which `{reference}` stands for the adapter."""
+"""A fault of an entry: its kind, its path, and a message with `{reference}` in place of the adapter."""
 
 
 def _finding(kind: FindingKind, subject: str, path: Path | None, message: str, size_bytes: int = 0) -> Finding:
@@ -309,12 +310,12 @@ def _quoted(path: Path) -> str:
 
 
 def _literal(path: Path) -> str:
-    """A path in a sentence that is formatted once more."""
+    """Return a path for a message on which `str.format` is called later."""
     return _quoted(path).replace("{", "{{").replace("}", "}}")
 
 
 def _way_back(places: Sequence[_Place]) -> str:
-    """How to get the files of an adapter again, from where they may still be, or to do without it."""
+    """Return advice on how to get an adapter's files again from another place, or how to remove the adapter."""
     name, reference = places[0].name, f"{places[0].name}@{places[0].version}"
     again = f"add it again with 'loratool add PATH --name {name}'"
     for row in places:
@@ -328,7 +329,7 @@ def _way_back(places: Sequence[_Place]) -> str:
 
 
 def _files_in(folder: Path) -> dict[str, int] | None:
-    """The sizes of the regular files in a folder, by name; None where it cannot be read."""
+    """Return the sizes of the regular files in a folder, by name; None if it cannot be read."""
     try:
         with os.scandir(folder) as found:
             facts = [(entry.name, entry.stat(follow_symlinks=False)) for entry in found]

@@ -1,10 +1,10 @@
-"""Labels in the content store: small JSON files beside the entries, from which a lost catalogue can be made again.
+"""Labels in the content store: small JSON files beside the entries, from which a lost catalogue can be restored.
 
-Beside the entry `store/<key[:2]>/<key>/` lies `<key>.json`, which says what the catalogue in the store's home knows of it: the
-adapters that it is, and the sha256 of its files. Another catalogue's label has a digest of that catalogue's URL before `.json`,
-so that no two write one file. `store/bases.json` lists the bases in the same way.
+The label of the entry `store/<key[:2]>/<key>/` is `<key>.json` beside it. It holds the catalogue's record of the entry: its
+adapters, and the sha256 of its files. The label of a catalogue outside the store's home has a digest of that catalogue's URL
+before `.json`, so that no two catalogues write one file. `store/bases.json` lists the bases in the same way.
 
-A label is what one transaction committed: it is written whole, under another name, and renamed.
+A label holds the facts of one committed transaction. It is written under another name and renamed.
 """
 
 from __future__ import annotations
@@ -28,31 +28,33 @@ BASES = "bases"
 
 
 def own_suffix(store: Store, catalogue: str | None = None) -> str:
-    """How the labels of a catalogue end; by default of the one that the store was opened for."""
+    """Return the suffix of a catalogue's labels; by default of the one that the store was opened for."""
     named = store.catalogue if catalogue is None else catalogue
     return ".json" if named == store.own_catalogue else f".{hashlib.sha256(named.encode()).hexdigest()[:16]}.json"
 
 
 def label_path(store: Store, key: str, suffix: str) -> Path:
-    """Where the label of an entry lies; that of the bases has the key `BASES`."""
+    """Return the path of an entry's label, or with the key `BASES` of the list of bases."""
     return (store.root if key == BASES else store.root / key[:2]) / f"{key}{suffix}"
 
 
 def draft_path(store: Store) -> Path:
-    """Where a label of the catalogue is written before it is renamed."""
+    """Return the temporary path of a label before it is renamed."""
     return store.root / STAGING / f"label{own_suffix(store)}"
 
 
 def read_label(path: Path) -> dict[str, Any] | None:
-    """What a label says; None where there is none.
+    """Return the content of a label; None if it does not exist.
 
-    Raises LabelError or ValueError where it is no label: no regular file, too large, nested too deep, no JSON, of a newer schema.
+    Raises:
+        ValueError: it is not a valid label: not a regular file, too large, nested too deeply, not JSON, or of another schema.
+            The message of a `LabelError` says why.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise LabelError("it is no regular file")
+                raise LabelError("it is not a regular file")
             with os.fdopen(descriptor, "rb", closefd=False) as file:
                 text = file.read(LARGEST_JSON + 1)
         finally:
@@ -63,19 +65,21 @@ def read_label(path: Path) -> dict[str, Any] | None:
         raise LabelError(f"it cannot be read ({error.strerror})") from None
     value = json_value(text.decode())
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        raise LabelError(f"it is none of schema {SCHEMA}")
+        raise LabelError(f"it does not have schema {SCHEMA}")
     return value
 
 
 def write_label(store: Store, path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Puts a label in its place, whole, in a write transaction. One that is not `durable` may be lost in a power cut.
+    """Write a label atomically. Call it in a write transaction. Without `durable`, a power cut may lose it.
 
-    Raises OSError, RegistryError.
+    Raises:
+        OSError: it cannot be written.
+        RegistryError: it would be too large to be read again.
     """
     text = json.dumps({"schema": SCHEMA, **value}, sort_keys=True, indent=1, ensure_ascii=False)
     if len(text) > LARGEST_JSON or is_too_deep(value):
         raise RegistryError(
-            f"the label '{path}' would be larger than what is read; make the adapter's configuration smaller"
+            f"the label '{path}' would be too large to be read again; make the adapter's configuration smaller"
         )
     data = (text + "\n").encode()
     with suppress(OSError):
@@ -84,7 +88,7 @@ def write_label(store: Store, path: Path, value: Mapping[str, Any], *, durable: 
     store.folder(path.parent.name if path.parent != store.root else "")
     store.folder(STAGING)
     draft = draft_path(store)
-    draft.unlink(missing_ok=True)  # of one that was killed: who writes labels holds the catalogue's write lock
+    draft.unlink(missing_ok=True)  # left by a killed process: writers of labels hold the catalogue's write lock
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -99,13 +103,13 @@ def write_label(store: Store, path: Path, value: Mapping[str, Any], *, durable: 
 
 
 def remove_label(path: Path) -> None:
-    """Removes a label, if it is there."""
+    """Remove a label, if it exists."""
     with suppress(FileNotFoundError):
         path.unlink()
 
 
 def labels_of(store: Store, key: str) -> Iterator[Path]:
-    """The labels of an entry, of whatever catalogue."""
+    """Yield the paths of an entry's labels, of all catalogues."""
     shard = label_path(store, key, "").parent
     with suppress(FileNotFoundError, NotADirectoryError):
         yield from sorted(
@@ -114,7 +118,7 @@ def labels_of(store: Store, key: str) -> Iterator[Path]:
 
 
 def listing(value: Mapping[str, Any] | None, key: str) -> dict[str, str] | None:
-    """The names and sha256 of an entry's files as its label says them; None where it does not, or they are another entry's."""
+    """Return the sha256 of an entry's files by name, from its label; None if the label lacks them or they do not fit `key`."""
     files = None if value is None else value.get("files")
     if not isinstance(files, dict) or not all(isinstance(each, str) for each in files.values()):
         return None

@@ -1,8 +1,8 @@
-"""Keeps the labels in the content store as the catalogue's rows say, after each transaction that changes them.
+"""Updates of the labels in the content store, after each transaction that changes the catalogue's rows.
 
-A label is written once the rows are committed, in a write transaction of its own: two processes never write older facts over
-newer ones, and what was rolled back is never labelled. A process killed in between leaves a label that is missing or old, which
-`refresh_all` writes.
+A label is written after the rows are committed, in a write transaction of its own. So no process writes older facts over newer
+ones, and nothing that was rolled back is labelled. A process killed in between leaves a missing or outdated label, which
+`refresh_all` repairs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from registry.tables import locations
 from registry.trash_rows import kept_entries, kept_keys
 
 DURABLE = 50
-"""Labels written at once that are brought to the disk one by one; of more, a power cut may lose some."""
+"""Largest number of labels written together with fsync for each. Of more labels, a power cut may lose some."""
 
 Files = Mapping[str, str]
 """The sha256 of an entry's files, by name."""
@@ -53,14 +53,14 @@ class Labels:
     def touch(
         self, connection: Connection, adapter_ids: Collection[int], files: Mapping[str, Files] | None = None
     ) -> None:
-        """Writes the labels of these adapters' entries once this transaction is committed.
+        """Write the labels of these adapters' entries after this transaction is committed.
 
-        Call it before they are removed, too. `files` are the files of entries that were just made, by key.
+        Call it before adapters are removed, too. `files` holds the files of new entries, by key.
         """
         self.touch_keys(connection, [*_keys_of(connection, adapter_ids), *(files or {})], files)
 
     def touch_keys(self, connection: Connection, keys: Iterable[str], files: Mapping[str, Files] | None = None) -> None:
-        """The same for entries of the store by their keys, or the list of bases by `BASES`."""
+        """Do the same for entries of the store by their keys, and for the list of bases by the key `BASES`."""
         if getattr(self._pending, "connection", None) is not connection:
             self._pending.connection, self._pending.files = connection, {}
             self._database.after_commit(self._write_pending)
@@ -69,9 +69,10 @@ class Labels:
             pending[key] = (files or {}).get(key) or pending.get(key)
 
     def withdraw(self, connection: Connection, adapter_ids: Collection[int]) -> None:
-        """Removes the labels of these adapters' entries at once, for they are to go; they are written again if others name them.
+        """Remove the labels of these adapters' entries at once, before their rows are removed.
 
-        Nobody then takes for lost what was removed, in the moment after the rows are gone.
+        Otherwise, in the moment after the rows are gone, removed adapters would look like lost ones. The labels are written
+        again if other adapters share the entries.
         """
         keys = _keys_of(connection, adapter_ids)
         self.touch_keys(connection, keys, {key: files for key in keys if (files := self._listing(key)) is not None})
@@ -80,11 +81,11 @@ class Labels:
                 remove_label(label_path(self._store, key, own_suffix(self._store)))
 
     def touch_bases(self, connection: Connection) -> None:
-        """Writes the list of bases once this transaction is committed."""
+        """Write the list of bases after this transaction is committed."""
         self.touch_keys(connection, [BASES])
 
     def refresh_all(self, progress: Callable[[int], None] | None = None) -> None:
-        """Writes every label that is missing or does not say what the rows do. Call it in a write transaction."""
+        """Write every label that is missing or differs from the rows. Call it in a write transaction."""
         with self._database.reading() as connection:
             named = sorted(named_keys(connection))
             for place in range(0, len(named), AT_ONCE):
@@ -96,7 +97,7 @@ class Labels:
         remove_label(draft_path(self._store))
 
     def write_missing(self) -> None:
-        """Writes the labels that are missing, of entries from before there were any, or after a kill; what fails is left."""
+        """Write missing labels, after a kill or for entries older than labels. Errors are ignored."""
         ending = own_suffix(self._store)
         with suppress(OSError, RegistryError), self._database.writing() as connection:
             missing = [
@@ -113,8 +114,8 @@ class Labels:
             with self._database.writing() as connection:
                 self._write(connection, pending, durable=len(pending) <= DURABLE)
         except (OSError, RegistryError) as error:
-            # What was to be done is done; that a rebuild would not know of it is for the next doctor.
-            notices.say(f"the store's label of it could not be written ({error}); 'loratool doctor --gc' writes it")
+            # The rows are committed, so this is only a notice; without the label, a rebuild would not restore them.
+            notices.say(f"its label in the store could not be written ({error}); 'loratool doctor --gc' writes it")
 
     def _write(self, connection: Connection, pending: Mapping[str, Files | None], *, durable: bool) -> None:
         ending = own_suffix(self._store)
@@ -137,7 +138,7 @@ class Labels:
             write_label(self._store, path, label, durable=durable)
 
     def _files_of(self, key: str, made: Files | None) -> dict[str, Any]:
-        """The sha256 of an entry's `files` where they are known, of one that was just `made`, and the files' `sizes`."""
+        """Return the `sizes` of an entry's files, and their sha256 (`files`) if they are known or were just `made`."""
         said = {} if made else self._said(key)
         files, sizes = made or listing(said, key), said.get("sizes")
         if not isinstance(sizes, dict):
@@ -146,7 +147,7 @@ class Labels:
         return {"sizes": sizes} if files is None else {"files": dict(files), "sizes": sizes}
 
     def _said(self, key: str) -> dict[str, Any]:
-        """What a label of an entry says, of this catalogue if it can be read, or of another."""
+        """Return the content of an entry's label: this catalogue's if it can be read, else another catalogue's."""
         own = label_path(self._store, key, own_suffix(self._store))
         for path in chain([own], labels_of(self._store, key)):
             try:
@@ -162,7 +163,7 @@ class Labels:
 
 
 def named_keys(connection: Connection) -> set[str]:
-    """The keys of all entries of the store that the catalogue or its trash names."""
+    """Return the keys of all store entries that the catalogue or its trash refers to."""
     column = locations.c.store_key
     keys = connection.execute(select(column).where(column.is_not(None)).distinct()).scalars()
     return {key for key in keys if key is not None} | kept_keys(connection)
@@ -180,7 +181,7 @@ def _keys_of(connection: Connection, adapter_ids: Collection[int]) -> list[str]:
 
 
 def _named(connection: Connection, keys: Collection[str]) -> dict[str, set[int]]:
-    """The adapters that name each of these entries, by key."""
+    """Return the row ids of the adapters of each of these entries, by key."""
     found: dict[str, set[int]] = {}
     ordered = sorted(keys)
     for place in range(0, len(ordered), AT_ONCE):

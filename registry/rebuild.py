@@ -1,4 +1,4 @@
-"""Makes the catalogue again from the labels in its content store: what a lost or emptied database had named."""
+"""Restoring of a lost or emptied catalogue from the labels in its content store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from registry.trash_rows import put
 
 
 class Rebuild:
-    """Reads the labels of a store for one catalogue: its own, and those of catalogues that are gone."""
+    """Restoring of one catalogue from its own labels and those of catalogues that no longer exist."""
 
     def __init__(self, database: Database, store: Store, labels: Labels) -> None:
         self._database = database
@@ -31,11 +31,12 @@ class Rebuild:
         self._labels = labels
 
     def run(self) -> Rebuilt:
-        """Adds what the labels say and no row does; rows that are there stay as they are. Twice is once.
+        """Add the adapters and bases of labels that have no row. Existing rows stay as they are; repeating it adds nothing.
 
-        A version whose number another adapter has by now gets the next one. Merges are not in the store.
+        If another adapter has taken the number of a version, the version gets the next one. The store does not record merges.
 
-        Raises RegistryError.
+        Raises:
+            RegistryError: the catalogue cannot be written.
         """
         with self._database.writing() as connection:
             named, lost, unnamed = self._sorted(connection, self._store.entries())
@@ -56,19 +57,19 @@ class Rebuild:
         )
 
     def lost(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """Those of these entries that a rebuild would name, by key, with their references."""
+        """Return the references of the adapters that a rebuild would restore from these entries, by key."""
         with self._database.reading() as connection:
             found: dict[str, tuple[str, ...]] = {}
             for key, entry in self._sorted(connection, keys)[1]:
                 if entry.get("removed_at"):
-                    continue  # it was not wanted
+                    continue  # the user removed it
                 found[key] = (*found.get(key, ()), label_of(entry))
             return found
 
     def _sorted(
         self, connection: Connection, keys: Iterable[str]
     ) -> tuple[list[str], list[tuple[str, Entry]], list[Finding]]:
-        """Of these entries: the keys of all that rows name, what labels say that no row does, and what nothing names."""
+        """Return the keys that rows refer to, the labels' adapters without a row, and findings on entries without either."""
         rows = connection.execute(select(*(adapters.c[name] for name in (*_IDENTITY, "version")))).all()
         known = {_identity(row._mapping) for row in rows} | {
             _identity(row.entry) for row in connection.execute(select(removed_adapters.c.entry))
@@ -84,14 +85,14 @@ class Rebuild:
             lost += [(key, entry) for entry in missing]
             if not found and key not in named:
                 unnamed.append(self._unnamed(key, problem))
-        # In the order in which they came, and those whose number is taken after all others, which keep theirs.
+        # By date; versions whose number is taken come last, so that the others keep theirs.
         lost.sort(key=lambda each: ((each[1]["name"], each[1]["version"]) in taken, each[1]["created_at"]))
         return sorted(named), lost, unnamed
 
     def adapters_of(self, key: str) -> tuple[list[Entry], str]:
-        """The adapters that an entry of the store is, by its labels; where there is none, why."""
+        """Return the adapters of a store entry by its labels, and the reason if there are none."""
         found: dict[tuple[str, str], Entry] = {}
-        problem = "has no label that says which adapter it is"
+        problem = "has no label that names its adapter"
         for path in self._labels_to_read(key):
             try:
                 value = read_label(path)
@@ -106,14 +107,14 @@ class Rebuild:
         return list(found.values()), problem
 
     def _labels_to_read(self, key: str) -> list[Path]:
-        """This catalogue's label of an entry, and those of catalogues that are not there any more."""
+        """Return this catalogue's label of an entry, and those of catalogues that no longer exist."""
         living = {own_suffix(self._store, other) for other in self._store.other_catalogues()}
         own = label_path(self._store, key, own_suffix(self._store))
         others = [path for path in labels_of(self._store, key) if path.name[len(key) :] not in living and path != own]
         return [own, *others]
 
     def _bases(self, found: list[Entry]) -> list[Entry]:
-        """The bases as their labels list them; without one, those that adapters name, with the little that they say."""
+        """Return the bases in the lists of bases; without any list, those that adapters name, with the few known facts."""
         listed: list[Entry] = []
         has_list = False
         for path in self._labels_to_read(BASES):
@@ -140,7 +141,7 @@ class Rebuild:
 
 
 _IDENTITY = ("name", "sha256", "kind", "rank", "alpha", "scaling")
-"""What makes two adapters of one name the same version."""
+"""Facts that two adapters of one name must share to be the same version."""
 
 
 def _identity(facts: Mapping[str, Any] | RowMapping) -> tuple[Any, ...]:
@@ -150,5 +151,5 @@ def _identity(facts: Mapping[str, Any] | RowMapping) -> tuple[Any, ...]:
 
 
 def _called(reference: str, entry: Entry) -> str:
-    """The reference that an adapter got, and which one it had, if that is another."""
+    """Return an adapter's reference, with its former one if that differs."""
     return reference if reference == label_of(entry) else f"{reference} (was {label_of(entry)})"

@@ -1,7 +1,7 @@
 """The trash: adapters that were removed, whose files stay in the store until it is emptied.
 
-A removed adapter is one row with its entry as JSON (`registry.entries`), from which it is put back as it was: name, version,
-tags, base, places, lineage in both directions, and the merges that it went into.
+A removed adapter is one row with its entry as JSON (`registry.entries`). From it everything is restored: name, version, tags,
+base, places, lineage in both directions, and its merges.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from registry.trash_rows import forget, is_named, rows
 from registry.trash_rows import removed as as_record
 
 KEPT_DAYS = 30
-"""How long what was removed is kept, unless it is freed before."""
+"""Number of days for which removed adapters are kept, unless they are freed earlier."""
 
 
 class Trash:
@@ -36,7 +36,7 @@ class Trash:
         self._labels = labels
 
     def list(self, *, sha256: str | None = None) -> tuple[RemovedAdapter, ...]:
-        """What is in the trash, or of that what has these weights; the latest removed first."""
+        """Return the removed adapters, or those with these weights, last removed first."""
         query = select(removed_adapters).order_by(removed_adapters.c.removed_at.desc(), removed_adapters.c.id.desc())
         if sha256 is not None:
             query = query.where(removed_adapters.c.sha256 == sha256)
@@ -44,17 +44,19 @@ class Trash:
             return tuple(as_record(row) for row in connection.execute(query).mappings())
 
     def files(self, removed: RemovedAdapter) -> Path | None:
-        """The folder of the store with a removed adapter's files; None where it has none there."""
+        """Return the store's folder with a removed adapter's files; None if there is none."""
         folder = None if removed.store_key is None else self._store.path(removed.store_key)
         return folder if folder is not None and folder.is_dir() else None
 
     def restore(self, reference: str, *, all_versions: bool = False) -> tuple[int, ...]:
-        """Puts one version back, or all of a name that are in the trash; their row ids in the catalogue.
+        """Restore one version, or all of a name that are in the trash. Return their new row ids.
 
-        A version whose number another adapter has by now gets the next one.
+        If another adapter has taken the number of a version, the version gets the next one.
 
-        Raises InvalidNameError, NotFoundError where it is not in the trash or its files are gone, and InUseError where
-        `name` without a version has several there and `all_versions` is not given.
+        Raises:
+            InvalidNameError: `reference` is not a valid name.
+            NotFoundError: it is not in the trash, or its files are gone.
+            InUseError: `reference` has no version, the trash has several of that name, and `all_versions` is off.
         """
         wanted = parse_reference(reference)
         with self._database.writing() as connection:
@@ -91,12 +93,12 @@ class Trash:
             return ids
 
     def empty(self, days: float = KEPT_DAYS) -> tuple[str, ...]:
-        """Forgets what was removed so many days ago, or longer: the references. Its files are then named by nothing."""
+        """Forget what was removed `days` ago or earlier; return the references. No row refers to the files any more."""
         oldest = datetime.now(UTC) - timedelta(days=days)
         with self._database.writing() as connection:
             doomed = [as_record(row) for row in rows(connection, removed_adapters.c.removed_at <= oldest)]
             forget(connection, [each.id for each in doomed])
-            # Their labels go with their entries; of entries that others name, too, they are written again.
+            # Labels are removed with their entries, and written again for entries that other adapters share.
             self._labels.touch_keys(connection, [each.store_key for each in doomed if each.store_key is not None])
             return tuple(each.reference for each in doomed)
 
