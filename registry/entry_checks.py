@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from registry.names import is_name, printable
@@ -40,7 +40,11 @@ def _is_digest(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a float can hold the number: an integer may be larger."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _is_table(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -64,9 +68,11 @@ def _is_any_name(value: Any) -> bool:
 
 
 def _is_moment(value: Any) -> bool:
+    """Whether it is a moment that the database can keep, which it does in UTC."""
     try:
-        return datetime.fromisoformat(value).tzinfo is not None
-    except (TypeError, ValueError):
+        moment = datetime.fromisoformat(value)
+        return moment.tzinfo is not None and moment.astimezone(UTC).year > 0
+    except (TypeError, ValueError, OverflowError):
         return False
 
 

@@ -47,26 +47,35 @@ def read_label(path: Path) -> dict[str, Any] | None:
     """Return the content of a label; None if it does not exist.
 
     Raises:
-        ValueError: it is not a valid label: not a regular file, too large, nested too deeply, not JSON, or of another schema.
+        ValueError: it is not a valid label: not a regular file, too large, nested too deeply, not JSON, of another schema,
+            or with text or numbers that no database stores.
             The message of a `LabelError` says why.
     """
+    data = _bytes_of(path)
+    if data is None:
+        return None
+    value = json_value(data.decode())
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # databases store no lone surrogate and no NaN
+    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+        raise LabelError(f"it does not have schema {SCHEMA}")
+    return value
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    """Return the content of a label, cut one byte after the largest size; None if it does not exist. Raises LabelError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise LabelError("it is not a regular file")
             with os.fdopen(descriptor, "rb", closefd=False) as file:
-                text = file.read(LARGEST_JSON + 1)
+                return file.read(LARGEST_JSON + 1)
         finally:
             os.close(descriptor)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise LabelError(f"it cannot be read ({error.strerror})") from None
-    value = json_value(text.decode())
-    if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-        raise LabelError(f"it does not have schema {SCHEMA}")
-    return value
 
 
 def write_label(store: Store, path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
@@ -82,8 +91,8 @@ def write_label(store: Store, path: Path, value: Mapping[str, Any], *, durable: 
             f"the label '{path}' would be too large to be read again; make the adapter's configuration smaller"
         )
     data = (text + "\n").encode()
-    with suppress(OSError):
-        if path.read_bytes() == data:
+    with suppress(LabelError):
+        if _bytes_of(path) == data:
             return
     store.folder(path.parent.name if path.parent != store.root else "")
     store.folder(STAGING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,15 @@ def test_merges_that_a_backup_still_has_know_their_adapters_again(filled: Regist
         lambda path: path.write_text(path.read_text().replace('"parrot"', '"../parrot"')),
         lambda path: path.write_text(path.read_text().replace('"rank": 8', '"rank": 1e999')),
         lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": true')),
+        lambda path: path.write_text(path.read_text().replace('"alpha": 16.0', '"alpha": 1' + "0" * 400)),
+        lambda path: path.write_text(path.read_text().replace('"llama"', '"\\ud800"')),
+        lambda path: path.write_text(path.read_text().replace('"r": 8', '"r": NaN')),
+        lambda path: path.write_text(
+            re.sub('"created_at": "[^"]*"', '"created_at": "9999-12-31T23:59:59-23:59"', path.read_text())
+        ),
+        lambda path: path.write_text(
+            re.sub('"created_at": "[^"]*"', '"created_at": "0001-01-01T00:00:00+23:59"', path.read_text())
+        ),
         lambda path: (path.unlink(), path.symlink_to("/etc/passwd")),
         lambda path: (path.unlink(), os.mkfifo(path)),
         lambda path: (path.unlink(), path.mkdir()),
@@ -237,6 +247,18 @@ def test_labels_that_are_missing_are_written_by_the_next_collection(filled: Regi
     lose(filled)
     filled.doctor.rebuild()
     assert state(filled) == before
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "endless"])
+def test_a_label_is_written_in_the_place_of_what_cannot_be_read_to_its_end(
+    filled: Registry, make: Callable[[Path], object]
+) -> None:
+    parrot = filled.adapters.find("parrot")
+    path = label(filled, parrot)
+    path.unlink()
+    make(path)
+    assert filled.adapters.tag("parrot", "kept").tags == ("kept",)
+    assert json.loads(path.read_text())["adapters"][0]["tags"] == ["kept"]
 
 
 def test_a_label_that_cannot_be_written_fails_nothing_and_is_said(
