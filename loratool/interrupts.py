@@ -48,6 +48,9 @@ TORN: Final = frozenset({"__enter__", "__exit__", "__del__"})
 WHOLE_FILES: Final = ("/sqlalchemy/", "/registry/database.py")
 """Parts of the paths of files in which no function is interrupted: they begin, commit and roll back transactions."""
 
+PAUSE: Final = ("/registry/waiting.py", "pause")
+"""The file and name of the one function below those in which nothing has begun: the catalogue waits for another writer."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -286,12 +289,13 @@ def _would_tear(frame: FrameType | None) -> bool:
         return False
     if frame.f_code.co_name in TORN or frame.f_code.co_filename == CONTEXTS:
         return True
+    pauses = frame.f_code.co_filename.endswith(PAUSE[0]) and frame.f_code.co_name == PAUSE[1]
     running: FrameType | None = frame
     while running is not None:
         code = running.f_code
         if id(code) in _whole or code.co_filename == IMPORTING or code.co_name == "__del__":
             return True
-        if any(part in code.co_filename for part in WHOLE_FILES):
+        if not pauses and any(part in code.co_filename for part in WHOLE_FILES):
             return True
         running = running.f_back
     return False

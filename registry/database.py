@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,13 +33,16 @@ from registry.json_text import json_text, json_value
 from registry.names import printable
 from registry.reserve import is_full
 from registry.schema import version_table
-from registry.waiting import holder
+from registry.waiting import PAUSE_SECONDS, holder, pause
 
 BUSY_SECONDS = 60.0
 """Time that a writer waits for another one."""
 
 SILENT_SECONDS = 3.0
 """Time that it waits before it prints a note."""
+
+SQLITE_SECONDS = 0.05
+"""Time that SQLite itself waits at a try to take the lock."""
 
 _WRITES = "registry_writes"
 _LOCK_NOT_AVAILABLE = "55P03"
@@ -239,18 +243,27 @@ def _set_up_sqlite(engine: Engine, url: URL, busy_timeout: float, *, read_only: 
 
 
 def _begin_to_write(connection: Connection, where: str, path: Path | None, busy_timeout: float) -> None:
-    """Take SQLite's write lock. After SILENT_SECONDS, print a note that names the process it waits for."""
+    """Take SQLite's write lock. After SILENT_SECONDS, print a note that names the process it waits for.
+
+    SQLite itself waits only for moments: in its code no signal is handled, and whoever waits may be asked to end.
+    """
+    began = time.monotonic()
     silent = min(SILENT_SECONDS, busy_timeout)
-    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(silent * 1000)}")
-    try:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    except exc.OperationalError as error:
-        left = busy_timeout - silent
-        if left <= 0 or primary_code(error.orig) != sqlite3.SQLITE_BUSY:
-            raise
-        notices.say(waiting_for(holder(path), where, busy_timeout))
-        connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(left * 1000)}")
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(min(SQLITE_SECONDS, busy_timeout) * 1000)}")
+    said = False
+    while True:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            break
+        except exc.OperationalError as error:
+            waited = time.monotonic() - began
+            if waited >= busy_timeout or primary_code(error.orig) != sqlite3.SQLITE_BUSY:
+                raise
+        if waited >= silent and not said:
+            notices.say(waiting_for(holder(path), where, busy_timeout))
+            said = True
+        pause(min(PAUSE_SECONDS, busy_timeout - waited))
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(busy_timeout * 1000)}")
 
 
 def waiting_for(whom: str, where: str, busy_timeout: float) -> str:

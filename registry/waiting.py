@@ -1,8 +1,9 @@
-"""The process that holds the write lock of a SQLite file, from Linux's list of locks."""
+"""Waiting for the write lock of a SQLite file, and the process that holds it, from Linux's list of locks."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from registry.names import printable
@@ -10,6 +11,14 @@ from registry.names import printable
 _LOCKS = Path("/proc/locks")
 _WRITER = 120
 """The byte of the `-shm` file that the writer of a database with a write-ahead log locks (SQLite's WAL_WRITE_LOCK)."""
+
+PAUSE_SECONDS = 0.1
+"""Between two tries to take the lock. A program that looks for signals more often than that finds one in a pause."""
+
+
+def pause(seconds: float) -> None:
+    """Wait before the next try, with nothing begun and no lock taken: here, and here alone, a writer may be interrupted."""
+    time.sleep(seconds)
 
 
 def holder(file: Path | None) -> str:

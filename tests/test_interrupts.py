@@ -20,6 +20,7 @@ from interrupting import CASES, Strike, strike_all
 from loratool import interrupts
 from loratool.checkpoint.threads import in_threads
 from loratool.interrupts import Deferral, Interrupted
+from registry import Registry
 
 pytestmark = pytest.mark.usefixtures("signals_as_in_a_terminal")
 QUICK = [name for name in CASES if not name.startswith("train")]
@@ -283,3 +284,26 @@ def test_an_error_in_a_deferral_is_not_hidden_by_an_interrupt() -> None:
     with pytest.raises(ZeroDivisionError), Deferral():
         os.kill(os.getpid(), signal.SIGINT)
         _ = 1 / 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_waits_for_another_writer_ends_at_once(number: int, status: int, tmp_path: Path) -> None:
+    with Registry.open(tmp_path) as registry:
+        registry.bases.add("llama", "meta/llama")
+    with Registry.open(tmp_path) as registry, registry.writing():
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", "loratool", "base", "remove", "llama"],
+            env={**os.environ, "LORATOOL_HOME": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stderr is not None
+        said = waiting.stderr.readline()
+        waiting.send_signal(number)
+        try:
+            _, error = waiting.communicate(timeout=20)  # it would wait a minute
+        finally:
+            waiting.kill()
+    assert "waiting for process" in said
+    assert waiting.returncode == status, error
+    assert error.startswith("Interrupted") and len(error.splitlines()) == 1
