@@ -166,7 +166,7 @@ def test_a_manifest_of_other_weights_is_not_believed(merged: Path, pirate: Path,
     tensors["model.norm.weight"] += 1
     save_file(tensors, merged / "model.safetensors", {"format": "pt"})
     result = loratool.merge([pirate], into=merged, out=tmp_path / "out")
-    assert any("was changed since its loratool.json was written" in note for note in result.notes)
+    assert any("has changed since its loratool.json was written" in note for note in result.notes)
     assert [entry.name for entry in contents_of(read_manifest(result.out))] == ["pirate"]
 
 
@@ -181,7 +181,7 @@ def killed_before_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     def die(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging, "_recorded", die)
+    monkeypatch.setattr(merging, "recorded", die)
 
 
 def killed_before_it_is_carried_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,10 +24,12 @@ from loratool.formats.finite import refuse_not_finite
 from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
 from loratool.library.already_merged import refuse_again
 from loratool.library.base_of_adapter import base_of_all
-from loratool.library.calibration import calibrated, calibration_text
+from loratool.library.calibration import calibrated
 from loratool.library.finished_before import finished_before
 from loratool.library.holding import hold
 from loratool.library.home_folder import remember
+from loratool.library.merge_options import Allowed, MergeOptions, Storage
+from loratool.library.merge_record import expected_seconds, recorded
 from loratool.library.merge_result import MergeResult, Outcome
 from loratool.library.no_change import refuse_no_change, refuse_unchanged
 from loratool.library.opening import open_registry
@@ -40,18 +41,13 @@ from loratool.library.right_base import check_base
 from loratool.library.tokenizer_choice import TokenizerChoice, TokenizerOf, choose_tokenizer
 from loratool.library.trained_beside import refuse_trained_beside
 from loratool.library.user_path import user_path
-from loratool.merging.apply import BaseIdentity, Check, MergeReport, apply_conversion, apply_merge, merge_in_place
+from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.changed_files import FileChanges
-from loratool.merging.conversion_plan import ConversionPlan, StorageChange, plan_conversion
+from loratool.merging.conversion_plan import StorageChange, plan_conversion
 from loratool.merging.plan import MergePlan, WeightedAdapter, plan_merge
 from loratool.merging.untied import UntiedCheckpoint, stored_of, untied
-from loratool.weights.storages import MAKINGS
-from registry import MergedAdapter, Registry, RegistryError
-
-START_SECONDS: Final = 2.0
-USUAL_BYTES_PER_SECOND: Final = 5e8
-"""What a merge is expected to take where none was recorded: to start, and for each byte."""
+from registry import MergedAdapter, Registry
 
 FINISHED: Final = "an earlier run had merged it and was interrupted before the catalogue knew; nothing was added twice"
 
@@ -97,84 +93,111 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
     """
     if in_place and out is not None:
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
-    change = _storage_change(quantize, base_as, dequantize=dequantize)
-    _refuse_beside_change(change, in_place=in_place, undo=undo)
-    _refuse_untying(untie, change, in_place=in_place, calibrated=calibrate is not None)
-    text = calibration_text(calibrate, otherwise_stored=change is not None)
-    started = time.monotonic()
-    watcher = progress or Silent()
-    specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     allowed = Allowed(force=force, any_base=any_base, again=again, no_op=allow_no_op,
                       without_extras=without_extras)  # fmt: skip
+    options = MergeOptions.of(Storage(quantize, base_as, dequantize), calibrate, allowed, in_place=in_place, dry_run=dry_run,
+                              undo=undo, tokenizer=tokenizer, untie=untie, device=device)  # fmt: skip
+    started, watcher = time.monotonic(), progress or Silent()
+    specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=True, settled=not in_place) as catalogue:
-        resolved = [resolve_at_rank(name, catalogue, alpha) for name, _ in specs]
-        base = resolve_base(
-            base_of_all(resolved, catalogue) if into is None else into,
-            catalogue,
-            watcher,
-            download=not (dry_run or in_place),
-        )
-        weighted = [WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(resolved, specs, strict=True)]
-        refuse_no_text([base.path, *(found.adapter.file for found in resolved)])
-        if in_place:
-            _refuse_away(base)
-        else:
-            refuse_overlap(_output(out, base, resolved, change), [base.path, *(each.adapter.file for each in resolved)])
-        target = base.path if in_place else _output(out, base, resolved, change)
-        merged = tuple(_merged(found, each.weight) for found, each in zip(resolved, weighted, strict=True))
-        with hold(base.path, exclusive=in_place and not dry_run):
-            checkpoint = base.open()
-            if in_place:
-                _refuse_in_place(checkpoint)
-            with base.explained():
-                into_what = untied(checkpoint, [each.adapter for each in weighted]) if untie else checkpoint
-                plan = plan_merge(weighted, into_what)
-            chosen = choose_tokenizer(resolved, plan, tokenizer) if base.headers is None else TokenizerChoice()
-            if base.headers is None:
-                plan = replace(plan, files=_changed_files(plan, chosen))
-            conversion = None if change is None else plan_conversion(checkpoint, change, plan)
-            outcome = Outcome(target, base.name, merged, plan, conversion, in_place=in_place, tokenizer=chosen)
-            done = finished_before(checkpoint, weighted, catalogue, watcher) if in_place and not dry_run else None
-            if done is not None:
-                return _recorded(outcome.of(done, time.monotonic() - started, [FINISHED]), catalogue)
-            digests, notes = _check(base, resolved, plan, catalogue, watcher, allowed, device=device,
-                                    in_place=in_place, dry_run=dry_run)  # fmt: skip
-            notes += chosen.notes
+        sources = _resolve(specs, into, catalogue, options, alpha, watcher)
+        target = _target(out, sources, options)
+        with hold(sources.base.path, exclusive=options.changes_base):
+            checkpoint = sources.base.open()
+            plan, outcome = _plan(sources, checkpoint, target, options)
+            if options.changes_base:
+                done = finished_before(checkpoint, sources.weighted, catalogue, watcher)
+                if done is not None:
+                    return recorded(outcome.of(done, time.monotonic() - started, [FINISHED]), catalogue)
+            digests, notes = _check(sources, plan, catalogue, watcher, options)
+            notes += outcome.tokenizer.notes
             if not in_place:
-                kind = OutputKind.MERGED_MODEL
-                notes += refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
+                notes += refuse_or_note_existing(target, OutputKind.MERGED_MODEL, force=force, dry_run=dry_run)
             if dry_run:
                 known = fingerprint(checkpoint.tensors, digests) if digests else None
-                return outcome.expected(known, _expected_seconds(plan, catalogue, in_place=in_place), notes)
-            identity = BaseIdentity(base.name, digests)
+                return outcome.expected(known, expected_seconds(plan, catalogue, in_place=in_place), notes)
             with (
-                Promised(PromisedMerge.of(target, merged, in_place=in_place), catalogue) as promised,
-                calibrated(plan, text, device, watcher) as plan,
+                Promised(PromisedMerge.of(target, outcome.adapters, in_place=in_place), catalogue) as promised,
+                calibrated(plan, options.text, device, watcher) as plan,
             ):
-                check = partial(refuse_unchanged, plan=plan, allow=allow_no_op)
-                report = _apply(plan, conversion, target, identity, in_place=in_place, undo=undo or text is not None,
-                                device=device, force=force, check=check, watcher=watcher)  # fmt: skip
+                report = _apply(plan, outcome, BaseIdentity(sources.base.name, digests), options, watcher)
                 if not in_place and not digests:
                     remember(checkpoint, report.base_digests)
-                result = outcome.of(report.manifest, time.monotonic() - started, notes)
-                return _recorded(result, catalogue, promised)
+                return recorded(outcome.of(report.manifest, time.monotonic() - started, notes), catalogue, promised)
 
 
 @dataclass(frozen=True, slots=True)
-class Allowed:
-    """What a user said to go past: an earlier output, the base's fingerprint, a merge made before, one that does nothing,
-    weights that lie beside an adapter."""
+class _Sources:
+    """What is merged: the base, and the adapters with their weights."""
 
-    force: bool
-    any_base: bool
-    again: bool
-    no_op: bool
-    without_extras: bool
+    base: ResolvedBase
+    adapters: tuple[ResolvedAdapter, ...]
+    weighted: tuple[WeightedAdapter, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """The base's path and those of the adapters."""
+        return [self.base.path, *(found.adapter.file for found in self.adapters)]
 
 
-def _check(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], plan: MergePlan, catalogue: Registry,
-           watcher: Progress, allowed: Allowed, *, device: str, in_place: bool,
-           dry_run: bool) -> tuple[dict[str, str] | None, list[str]]:  # fmt: skip
+def _resolve(specs: Sequence[tuple[PathLike, float]], into: PathLike | None, catalogue: Registry, options: MergeOptions,
+             alpha: Alpha | None, watcher: Progress) -> _Sources:  # fmt: skip
+    """Find the adapters and the base.
+
+    Raises:
+        LoratoolError, registry.RegistryError: one is not there, or cannot be what is asked for.
+    """
+    adapters = tuple(resolve_at_rank(name, catalogue, alpha) for name, _ in specs)
+    base = resolve_base(
+        base_of_all(adapters, catalogue) if into is None else into,
+        catalogue,
+        watcher,
+        download=not (options.dry_run or options.in_place),
+    )
+    weighted = tuple(WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(adapters, specs, strict=True))
+    sources = _Sources(base, adapters, weighted)
+    refuse_no_text(sources.files)
+    if options.in_place:
+        _refuse_away(base)
+    return sources
+
+
+def _target(out: PathLike | None, sources: _Sources, options: MergeOptions) -> Path:
+    """Return the folder of the merged model: the base's own, or a new one that is none of the sources."""
+    if options.in_place:
+        return sources.base.path
+    target = _output(out, sources.base, sources.adapters, options.change)
+    refuse_overlap(target, sources.files)
+    return target
+
+
+def _plan(sources: _Sources, checkpoint: Checkpoint, target: Path, options: MergeOptions) -> tuple[MergePlan, Outcome]:
+    """Plan the merge from headers alone.
+
+    Raises:
+        LoratoolError: an adapter does not land on the base, or the base cannot be changed as asked.
+    """
+    base = sources.base
+    if options.in_place:
+        _refuse_in_place(checkpoint)
+    with base.explained():
+        into = untied(checkpoint, [each.adapter for each in sources.weighted]) if options.untie else checkpoint
+        plan = plan_merge(sources.weighted, into)
+    chosen = TokenizerChoice()
+    if base.headers is None:
+        chosen = choose_tokenizer(sources.adapters, plan, options.tokenizer)
+        plan = replace(plan, files=_changed_files(plan, chosen))
+    conversion = None if options.change is None else plan_conversion(checkpoint, options.change, plan)
+    merged = tuple(
+        MergedAdapter(adapter=found.reference, sha256=found.adapter.sha256, weight=each.weight)
+        for found, each in zip(sources.adapters, sources.weighted, strict=True)
+    )
+    outcome = Outcome(target, base.name, merged, plan, conversion, in_place=options.in_place, tokenizer=chosen)
+    return plan, outcome
+
+
+def _check(sources: _Sources, plan: MergePlan, catalogue: Registry, watcher: Progress,
+           options: MergeOptions) -> tuple[dict[str, str] | None, list[str]]:  # fmt: skip
     """Check all that is not in the plan before anything is written: repeats, numbers, device, effect, base.
 
     Returns the digests of the base's tensors, where its fingerprint matters, and notes.
@@ -182,76 +205,39 @@ def _check(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], plan: MergeP
     Raises:
         LoratoolError: says what is wrong.
     """
-    refuse_trained_beside([found.adapter for found in adapters], without=allowed.without_extras)
-    repeats = refuse_again(adapters, stored_of(plan.base), catalogue, watcher, again=allowed.again)
-    for found in adapters if dry_run else ():  # a merge looks when it reads them
+    allowed, stored = options.allowed, stored_of(plan.base)
+    refuse_trained_beside([found.adapter for found in sources.adapters], without=allowed.without_extras)
+    repeats = refuse_again(sources.adapters, stored, catalogue, watcher, again=allowed.again)
+    for found in sources.adapters if options.dry_run else ():  # a merge looks when it reads them
         refuse_not_finite(found.adapter)
-    if device.startswith("cuda"):
-        choose_device(device)  # raises where there is none, before anything is copied
+    if options.device.startswith("cuda"):
+        choose_device(options.device)  # raises where there is none, before anything is copied
     no_ops = refuse_no_change(plan.adapters, allow=allowed.no_op)
-    digests, notes = check_base(base, adapters, stored_of(plan.base), catalogue, watcher, any_base=allowed.any_base)
-    left_out = () if in_place else inherited_files(plan.base).notes
+    digests, notes = check_base(sources.base, sources.adapters, stored, catalogue, watcher, any_base=allowed.any_base)
+    left_out = () if options.in_place else inherited_files(plan.base).notes
     return digests, [*notes, *repeats, *no_ops, *plan.notes, *left_out]
 
 
-def _apply(plan: MergePlan, conversion: ConversionPlan | None, target: Path, identity: BaseIdentity, *, in_place: bool,
-           undo: bool, device: str, force: bool, check: Check, watcher: Progress) -> MergeReport:  # fmt: skip
-    """Write what is planned: a model stored otherwise, the base's own files, or a new folder."""
-    if conversion is not None:
-        watcher.begin("merging", conversion.read_bytes)
-        return apply_conversion(
-            conversion, target, identity, device=device, force=force, check=check, progress=watcher.advance
-        )
-    if in_place:
+def _apply(plan: MergePlan, outcome: Outcome, identity: BaseIdentity, options: MergeOptions,
+           watcher: Progress) -> MergeReport:  # fmt: skip
+    """Write what is planned: a model stored differently, the base's own files, or a new folder."""
+    allowed, device, progress = options.allowed, options.device, watcher.advance
+    check = partial(refuse_unchanged, plan=plan, allow=allowed.no_op)
+    if outcome.conversion is not None:
+        watcher.begin("merging", outcome.conversion.read_bytes)
+        return apply_conversion(outcome.conversion, outcome.out, identity, device=device, force=allowed.force, check=check,
+                                progress=progress)  # fmt: skip
+    if options.in_place:
         watcher.begin("merging", plan.touched_bytes)
-        return merge_in_place(plan, identity, device=device, check=check, progress=watcher.advance)
+        return merge_in_place(plan, identity, device=device, check=check, progress=progress)
     watcher.begin("merging", sum(header.size for header in plan.base.headers))
-    return apply_merge(
-        plan, target, identity, device=device, undo=undo, force=force, check=check, progress=watcher.advance
-    )
-
-
-def _storage_change(quantize: str | None, base_as: str | None, *, dequantize: bool) -> StorageChange | None:
-    """Return how the merged model is stored, if differently than its base."""
-    for option, value in (("--quantize", quantize), ("--base-as", base_as)):
-        if value not in (None, *MAKINGS):
-            names = " or ".join(MAKINGS)
-            raise LoratoolError(
-                f"{option} is {quoted(value)}, and loratool quantizes to {names} alone; give {option} {names}"
-            )
-    if sum((quantize is not None, base_as is not None, dequantize)) > 1:
-        raise LoratoolError("--quantize, --base-as and --dequantize contradict one another; give one of them")
-    if quantize:
-        return StorageChange("quantize", MAKINGS[quantize]({}))
-    if base_as:
-        return StorageChange("base_as", MAKINGS[base_as]({}))
-    return StorageChange("dequantize") if dequantize else None
-
-
-def _refuse_untying(untie: bool, change: StorageChange | None, *, in_place: bool, calibrated: bool) -> None:
-    """Raise LoratoolError for what cannot be made of a model whose head is untied on the way."""
-    option = "--in-place" if in_place else "--calibrate" if calibrated else None
-    if untie and (option or change is not None):
-        raise LoratoolError(
-            "--untie writes a model with a tensor more, in the base's own storage, to a new folder; leave "
-            f"{option or '--quantize, --base-as and --dequantize'} out, or merge twice"
-        )
+    return apply_merge(plan, outcome.out, identity, device=device, undo=options.undo, force=allowed.force, check=check,
+                       progress=progress)  # fmt: skip
 
 
 def _changed_files(plan: MergePlan, chosen: TokenizerChoice) -> FileChanges:
     """What is written beside the weights in place of the base's files."""
     return chosen.files.joined(plan.base.files()) if isinstance(plan.base, UntiedCheckpoint) else chosen.files
-
-
-def _refuse_beside_change(change: StorageChange | None, *, in_place: bool, undo: bool) -> None:
-    """Raise LoratoolError for what a model cannot have that holds none of its base's bytes."""
-    option = "--in-place" if in_place else "--undo" if undo else None
-    if change is None or option is None:
-        return
-    raise LoratoolError(
-        f"a model that is stored otherwise than its base cannot be made with {option}: the base's own bytes are not in "
-        f"it; leave {option} out, and keep the base to unmerge from"
-    )
 
 
 def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter],
@@ -284,51 +270,3 @@ def _refuse_in_place(checkpoint: Checkpoint) -> None:
             f"{quoted(checkpoint.path)} holds {quoted(adapter)} too, an adapter that transformers would put on top of what is "
             "merged; move it to a folder of its own, or merge with --out"
         )
-
-
-def _merged(found: ResolvedAdapter, weight: float) -> MergedAdapter:
-    return MergedAdapter(adapter=found.reference, sha256=found.adapter.sha256, weight=weight)
-
-
-def _recorded(result: MergeResult, catalogue: Registry, promised: Promised | None = None) -> MergeResult:
-    """The result, once the catalogue knows of it. The model is written by now: a catalogue that is busy, full or somebody
-    else's is a note."""
-    try:
-        with catalogue.for_writing() as writable:
-            _record(result, writable)
-    except RegistryError as error:
-        if promised is not None:
-            promised.postpone(error)
-        return replace(
-            result, notes=(*result.notes, f"the merge is done but the catalogue does not know of it: {error}")
-        )
-    return result
-
-
-def _record(result: MergeResult, catalogue: Registry) -> None:
-    catalogue.merges.record(
-        result.out.absolute(),
-        base_fingerprint=str(result.base_fingerprint),
-        merged=result.adapters,
-        output_fingerprint=result.output_fingerprint,
-        undo_file=None if result.undo_file is None else result.undo_file.absolute(),
-        in_place=result.in_place,
-        options={
-            "seconds": result.seconds,
-            **({} if result.conversion is None else result.conversion.change.to_options()),
-            **({} if result.survival is None else {"survival": result.survival.to_json()}),
-            "size_bytes": result.plan.touched_bytes if result.in_place else result.plan.base.nbytes,
-        },
-    )
-
-
-def _expected_seconds(plan: MergePlan, catalogue: Registry, *, in_place: bool) -> float:
-    """What the merge will take, from the speed of merges recorded before."""
-    rates = []
-    for record in catalogue.merges.list()[:20]:
-        options = record.options or {}
-        seconds, size = options.get("seconds"), options.get("size_bytes")
-        if isinstance(seconds, float) and isinstance(size, int) and seconds > START_SECONDS and size > 1e8:
-            rates.append(size / (seconds - START_SECONDS))
-    rate = statistics.median(rates) if rates else USUAL_BYTES_PER_SECOND
-    return START_SECONDS + (plan.touched_bytes if in_place else plan.base.nbytes) / rate

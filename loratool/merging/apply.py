@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +57,26 @@ class MergeReport:
     base_digests: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Where the bytes of a merge in the base's own storage go.
+
+    Attributes:
+        folder: gets the manifest and the undo.
+        places: of the tensors that change.
+        others: the base's other files that the model keeps, relative to its folder.
+        beside, ahead: other jobs of the same workers (`work_through`).
+        in_place: whether the base's own files change.
+    """
+
+    folder: Path
+    places: Mapping[str, Place]
+    others: Sequence[Path]
+    beside: Iterable[Job] = ()
+    ahead: Iterable[Job] = ()
+    in_place: bool = False
+
+
 Check = Callable[[Manifest], None]
 """Looks at the manifest before anything appears under its final name or is changed in place, and may raise."""
 
@@ -74,7 +94,8 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
     sources = _sources(plan.base, others, plan.adapters, plan.files)
     with staged_folder(out, OutputKind.MERGED_MODEL, force=force) as stage:
         with _new_weights(plan, stage, others, progress) as new:
-            report = _merge(plan, new.places, stage, base, device, undo, progress, new.copies, (), others)
+            output = _Output(stage, new.places, others, beside=new.copies)
+            report = _merge(plan, output, base, device=device, undo=undo, progress=progress)
         plan.files.write(stage)
         refuse_changed_meanwhile(sources)
         check(report.manifest)
@@ -138,9 +159,8 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
         places = reserve(journal, plan.targets)
         others = [name for name in plan.base.other_files() if str(name) not in plan.files.names]
         sources = _sources(plan.base, others, plan.adapters, plan.files)
-        report = _merge(
-            plan, places, journal.new, base, device, True, progress, (), journal.ahead(), others, in_place=True
-        )
+        output = _Output(journal.new, places, others, ahead=journal.ahead(), in_place=True)
+        report = _merge(plan, output, base, device=device, undo=True, progress=progress)
         plan.files.write(journal.new)
         check(report.manifest)
         (journal.new / MANIFEST_NAME).write_text(report.manifest.to_json(), encoding="utf-8")
@@ -183,17 +203,16 @@ def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:
     return places
 
 
-def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: BaseIdentity, device: str, undo: bool,
-           progress: Progress, beside: Iterable[Job], ahead: Iterable[Job], others: Iterable[Path], *,
-           in_place: bool = False) -> MergeReport:  # fmt: skip
-    """Stream the targets to their places; put the undo, if asked for, into `folder`; describe all in a manifest."""
+def _merge(plan: MergePlan, output: _Output, base: BaseIdentity, *, device: str, undo: bool,
+           progress: Progress) -> MergeReport:  # fmt: skip
+    """Stream the targets to their places, write the undo if it is asked for, and describe all in a manifest."""
     known = base.digests or {}
     digests = {name: digest for name, digest in known.items() if name not in plan.touched}
     unknown = [info for name, info in plan.base.tensors.items() if name not in plan.touched and name not in digests]
     previous = _previous_manifest(plan.base)
     survival: dict[str, SurvivalCount] = {}  # not the merges themselves: they hold a matrix's scales and factors
     undo_folder = f"{UNDO_FOLDER}/{_undo_id(plan, previous)}" if undo else None
-    with _undo_writer(plan, folder, undo_folder) as writer:
+    with _undo_writer(plan, output.folder, undo_folder) as writer:
 
         def change(target: Target) -> Merge:
             merge = Merge(target, choose_device(device), writer.keeper(target.name) if writer else None)
@@ -204,10 +223,10 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         changed = stream(
             plan.targets,
             change,
-            places,
+            output.places,
             progress=progress,
-            beside=[*beside, *(partial(_hash_into, digests, info) for info in unknown)],
-            ahead=ahead,
+            beside=[*output.beside, *(partial(_hash_into, digests, info) for info in unknown)],
+            ahead=output.ahead,
             known=known,
         )
     before = digests | {name: pair.before for name, pair in changed.items()}
@@ -225,11 +244,11 @@ def _merge(plan: MergePlan, places: Mapping[str, Place], folder: Path, base: Bas
         versions=_versions(),
         changed=changed,
         tensors=after,
-        files=_file_digests(plan.base, others) | plan.files.digests(),
+        files=_file_digests(plan.base, output.others) | plan.files.digests(),
         undo=undo_folder,
-        undo_adapters=_undo_adapters(plan, folder, undo_folder),
+        undo_adapters=_undo_adapters(plan, output.folder, undo_folder),
         previous=previous,
-        in_place=in_place,
+        in_place=output.in_place,
         earlier=() if previous else contents_of_base(plan.base.folder, base_fingerprint),
         unchanged=tuple(target.name for target in plan.targets if _is_unchanged(target, changed)),
         changed_files=plan.files.recorded(plan.base.folder),

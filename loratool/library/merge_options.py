@@ -1,0 +1,131 @@
+"""What a user asks of a merge beside its adapters and its base; options that contradict one another are refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from loratool.errors import LoratoolError, quoted
+from loratool.library.adapter_spec import PathLike
+from loratool.library.calibration import calibration_text
+from loratool.library.tokenizer_choice import TokenizerOf
+from loratool.merging.conversion_plan import StorageChange
+from loratool.weights.storages import MAKINGS
+
+if TYPE_CHECKING:
+    from loratool.running.data import Data
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What a user said to go past: an earlier output, the base's fingerprint, a merge made before, one that does nothing,
+    weights that lie beside an adapter."""
+
+    force: bool
+    any_base: bool
+    again: bool
+    no_op: bool
+    without_extras: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """How the merged model is to be stored, where that differs from its base: at most one of the three.
+
+    Attributes:
+        quantize: the storage that a dense base becomes after the merge.
+        base_as: the storage that a dense base is taken to be in before the merge.
+        dequantize: whether a quantized base becomes dense.
+    """
+
+    quantize: str | None
+    base_as: str | None
+    dequantize: bool
+
+    def change(self) -> StorageChange | None:
+        """Return the change of storage, or None for the base's own storage.
+
+        Raises:
+            LoratoolError: no such storage can be made, or several are given.
+        """
+        for option, value in (("--quantize", self.quantize), ("--base-as", self.base_as)):
+            if value not in (None, *MAKINGS):
+                names = " or ".join(MAKINGS)
+                raise LoratoolError(
+                    f"{option} is {quoted(value)}, and loratool quantizes to {names} alone; give {option} {names}"
+                )
+        if sum((self.quantize is not None, self.base_as is not None, self.dequantize)) > 1:
+            raise LoratoolError("--quantize, --base-as and --dequantize contradict one another; give one of them")
+        if self.quantize:
+            return StorageChange("quantize", MAKINGS[self.quantize]({}))
+        if self.base_as:
+            return StorageChange("base_as", MAKINGS[self.base_as]({}))
+        return StorageChange("dequantize") if self.dequantize else None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """The options of one merge, which fit together.
+
+    Attributes:
+        change: how the model is stored differently from its base; None for the base's own storage.
+        text: the text that 4-bit weights are calibrated on.
+        allowed: the checks that the user said to go past.
+        in_place: change the base's own files.
+        dry_run: plan and check only.
+        undo: keep an undo file.
+        tokenizer: whose tokenizer the model gets; None for the rule.
+        untie: give the output head a tensor of its own.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+    """
+
+    change: StorageChange | None
+    text: Data | None
+    allowed: Allowed
+    in_place: bool
+    dry_run: bool
+    undo: bool
+    tokenizer: TokenizerOf | None
+    untie: bool
+    device: str
+
+    @classmethod
+    def of(cls, storage: Storage, calibrate: PathLike | None, allowed: Allowed, *, in_place: bool, dry_run: bool,
+           undo: bool, tokenizer: TokenizerOf | None, untie: bool, device: str) -> Self:  # fmt: skip
+        """Check that the options fit together, and read the calibration text.
+
+        Raises:
+            LoratoolError: two of them contradict each other.
+            DataError, NotFoundError: the calibration file cannot be read.
+        """
+        change = storage.change()
+        _refuse_beside_change(change, in_place=in_place, undo=undo)
+        _refuse_untying(untie, change, in_place=in_place, calibrated=calibrate is not None)
+        text = calibration_text(calibrate, otherwise_stored=change is not None)
+        return cls(change, text, allowed, in_place, dry_run, undo or text is not None, tokenizer, untie, device)
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the base's own files are changed now."""
+        return self.in_place and not self.dry_run
+
+
+def _refuse_beside_change(change: StorageChange | None, *, in_place: bool, undo: bool) -> None:
+    """Raise LoratoolError for what a model cannot have that holds none of its base's bytes."""
+    option = "--in-place" if in_place else "--undo" if undo else None
+    if change is None or option is None:
+        return
+    raise LoratoolError(
+        f"a model that is stored otherwise than its base cannot be made with {option}: the base's own bytes are not in "
+        f"it; leave {option} out, and keep the base to unmerge from"
+    )
+
+
+def _refuse_untying(untie: bool, change: StorageChange | None, *, in_place: bool, calibrated: bool) -> None:
+    """Raise LoratoolError for what cannot be made of a model whose head is untied on the way."""
+    option = "--in-place" if in_place else "--calibrate" if calibrated else None
+    if untie and (option or change is not None):
+        raise LoratoolError(
+            "--untie writes a model with a tensor more, in the base's own storage, to a new folder; leave "
+            f"{option or '--quantize, --base-as and --dequantize'} out, or merge twice"
+        )
