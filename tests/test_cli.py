@@ -783,7 +783,7 @@ def test_an_alpha_for_a_catalogued_adapter_is_refused(catalogued: Run, tmp_path:
         for words in (["merge", name, "--into", "llama"], ["export", name]):
             done = catalogued(*words, "--alpha", "4", "--out", tmp_path / "out")
             assert (done.status, done.out) == (1, "")
-            assert f"'{name}' says its own alpha; leave --alpha out" in done.err
+            assert f"'{name}' states its own alpha; leave --alpha out" in done.err
     assert not (tmp_path / "out").exists()
 
 

@@ -112,10 +112,10 @@ def test_a_base_where_an_adapter_is_asked_for_is_answered_with_what_it_is(
         lambda name: loratool.tag(name, ["x"]),
         lambda name: loratool.merge([name], into="llama"),
     ):
-        with pytest.raises(NotFoundError, match="'llama' is a base and no adapter; 'loratool base show llama'"):
+        with pytest.raises(NotFoundError, match="'llama' is a base, not an adapter; 'loratool base show llama'"):
             call("llama")
     for call in (loratool.base_show, loratool.base_verify, lambda name: loratool.merge(["pirate"], into=name)):
-        with pytest.raises(NotFoundError, match="'pirate' is an adapter and no base; 'loratool show pirate'"):
+        with pytest.raises(NotFoundError, match="'pirate' is an adapter, not a base; 'loratool show pirate'"):
             call("pirate")
     with pytest.raises(NotFoundError, match="'loratool pull ada/pirate'"):
         loratool.add("ada/pirate")

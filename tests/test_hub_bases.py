@@ -190,7 +190,7 @@ def test_a_fingerprint_that_an_adapter_records_falsely_ties_it_to_nothing(
     base = loratool.base_add("llama", llama)
     unfit = save_plain_adapter(tmp_path / "unfit", {"model.layers.0.self_attn.q_proj": (7, 9)})
     publish(hub, "eve/unfit", unfit, facts={"schema": 1, "kind": "lora", "base_fingerprint": base.fingerprint})
-    with pytest.raises(WrongBaseError, match=r"records 'llama' as its base and does not land on it \(.*q_proj"):
+    with pytest.raises(WrongBaseError, match=r"records 'llama' as its base but does not land on it \(.*q_proj"):
         loratool.pull("eve/unfit")
     assert loratool.list() == ()
 

@@ -475,7 +475,7 @@ def test_without_its_base_unmerge_refuses_and_says_why(
         with pytest.raises(RestoreError, match="--" + option.replace("_", "-")):
             loratool.unmerge(out, **{option: True})
     shutil.rmtree(base)
-    with pytest.raises(RestoreError, match="stored otherwise than its base 'base'"):
+    with pytest.raises(RestoreError, match="stored differently than its base 'base'"):
         loratool.unmerge(out, out=tmp_path / "back")
     assert not (tmp_path / "back").exists()
 

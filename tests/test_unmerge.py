@@ -266,7 +266,7 @@ def test_the_base_is_found_by_its_fingerprint_under_another_name(work: Callable[
     case = work(layout="sharded")
     merged = case.merge()
     moved = case.base.rename(case.folder / "elsewhere")
-    expect_refusal(merged, named="not at hand")
+    expect_refusal(merged, named="not available")
     loratool.base_add("moved", moved)
     assert digest(loratool.unmerge(merged).out) == case.before
 
@@ -277,7 +277,7 @@ def test_the_merged_model_is_never_taken_for_its_own_base(work: Callable[..., Wo
     loratool.merge([(case.adapter, 0.0)], into=case.base, in_place=True, allow_no_op=True)
     shutil.rmtree(case.base / "loratool-undo")
     loratool.base_add("itself", case.base)
-    expect_refusal(case.base, named="not at hand")
+    expect_refusal(case.base, named="not available")
 
 
 def test_an_interrupted_change_of_the_base_is_finished_before_it_is_looked_at(
@@ -304,7 +304,7 @@ def test_a_base_that_another_run_is_changing_is_not_at_hand(work: Callable[..., 
     case = work()
     merged = case.merge()
     with journal.locked(case.base, exclusive=True):
-        expect_refusal(merged, named="not at hand")
+        expect_refusal(merged, named="not available")
     assert loratool.unmerge(merged).method == "base"
 
 
@@ -325,7 +325,7 @@ def test_another_model_under_the_bases_path_is_not_taken_for_it(
     tensors = load_file(file)
     tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] += 1
     save_file(tensors, file, {"format": "pt"})
-    expect_refusal(merged, named="not at hand")
+    expect_refusal(merged, named="not available")
 
 
 def test_a_single_file_model_and_a_bare_adapter_come_out(work: Callable[..., Work]) -> None:

@@ -435,7 +435,7 @@ def test_a_base_path_and_an_adapter_path_from_the_manifest_are_only_looked_at(
 
     edit_manifest(folder, change)
     assert loratool.verify(folder).replayed == ""
-    with pytest.raises(RestoreError, match="not at hand"):
+    with pytest.raises(RestoreError, match="not available"):
         loratool.unmerge(folder)
     with pytest.raises(LoratoolError):
         loratool.unmerge(folder, approximate=True)

@@ -48,7 +48,7 @@ class AddResult:
 
 @dataclass(frozen=True, slots=True)
 class HubPlace:
-    """Where an adapter from the Hub lies there, and its base's name as its configuration or else its card says it."""
+    """The place of an adapter on the Hub, and its base's name from its configuration or else its card."""
 
     location: Location
     base_model: str | None
@@ -57,25 +57,25 @@ class HubPlace:
 def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os.PathLike[str] | None = None,
         any_base: bool = False, alpha: Alpha | None = None, tags: Sequence[str] = (), registry: str | None = None,
         progress: Progress | None = None) -> AddResult:  # fmt: skip
-    """Catalogue the adapter at `path`: its files are copied into the content store, under their sha256.
+    """Catalogue the adapter at `path`: copy its files into the content store, under their sha256.
 
     Args:
         path: the folder or file of an adapter of any kind; one that loratool does not compute is kept as it is.
-        name: letters, digits, ``.``, ``_`` and ``-``; with one that is catalogued it becomes the next version of that one. By
-            default the folder's or file's name, or where that says nothing (``checkpoint-500``, ``final``) the name of the
+        name: letters, digits, ``.``, ``_`` and ``-``. With a catalogued name, it becomes the next version of that adapter. By
+            default the name of the folder or file, or if that is generic (``checkpoint-500``, ``final``) the name of the
             folder above, of the repository in the Hub's cache, or of its base.
-        base: the base that it belongs to: a catalogued name, a folder or a Hub id. One that is not catalogued yet is
-            catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
-            catalogued from the Hub id that it records.
-        any_base: tie it to `base` though it records, or is tied to, another one.
-        alpha: for a bare file that does not say its own: a number, or ``rank`` for each module's rank.
+        base: the base that it belongs to: a catalogued name, a folder or a Hub id. A base that is not catalogued yet is
+            catalogued under its folder's name. By default the base whose fingerprint it records, else the one catalogued from
+            the Hub id that it records.
+        any_base: tie it to `base` even if it records, or is tied to, another one.
+        alpha: alpha of a bare file that does not state it: a number, or ``rank`` for each module's rank.
         tags: words to find it by.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes of a new base are fingerprinted.
+        progress: receives the number of bytes of a new base that are fingerprinted.
 
     Raises:
-        LoratoolError, registry.RegistryError: it cannot be read or does not fit `base`; or no name is given, and the one that
-            it would have says nothing, or is that of an adapter with another base or other targets.
+        LoratoolError, registry.RegistryError: it cannot be read or does not fit `base`; or no name is given, and the default
+            one is generic, or belongs to an adapter with another base or other targets.
     """
     from loratool.errors import AdapterError, NotFoundError, quoted
     from loratool.formats.identify import refuse_alpha, refuse_broken_numbers, told_adapter
@@ -86,7 +86,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
     source = user_path(path)
     if not os.fspath(path) or not exists(source):
         is_hub_id = HUB_ID.fullmatch(os.fspath(path)) is not None
-        pull = f", or bring one from the Hub in with 'loratool pull {path}'" if is_hub_id else ""
+        pull = f", or get one from the Hub with 'loratool pull {path}'" if is_hub_id else ""
         raise NotFoundError(f"there is no adapter at {quoted(path)}; give a PEFT folder or a safetensors file{pull}")
     try:
         adapter = told_adapter(source, alpha)
@@ -109,10 +109,10 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
 
 
 def _own_name(adapter: AnyAdapter, source: Path, entry: StagedEntry) -> str:
-    """The name of an adapter for which none is given, by where it lies or else by its base.
+    """Return the default name of an adapter, from its path or else its base.
 
     Raises:
-        AdapterError: there is nothing to make one of, or it is the name of an adapter that this one is no version of.
+        AdapterError: all names are generic, or the name belongs to an adapter of which this is not a version.
     """
     from loratool.library.adapter_name import name_by_base, telling_name
     from loratool.library.next_version import refuse_stranger
@@ -125,11 +125,10 @@ def _own_name(adapter: AnyAdapter, source: Path, entry: StagedEntry) -> str:
 
 
 def _refuse_base(source: Path) -> None:
-    """Raise AdapterError with the way on if `source` is a whole model: a folder with weights and a configuration, or a file
-    of such a folder.
+    """Check that `source` is not a whole model: a folder with weights and a configuration, or a file in such a folder.
 
     Raises:
-        AdapterError: it is.
+        AdapterError: it is one.
     """
     import shlex
 
@@ -148,19 +147,19 @@ def _refuse_base(source: Path) -> None:
     except AdapterError:
         name = "NAME"
     raise AdapterError(
-        f"{quoted(source)} is a base model and no adapter; catalogue it with 'loratool base add {name} "
+        f"{quoted(source)} is a base model, not an adapter; catalogue it with 'loratool base add {name} "
         f"{shlex.quote(str(folder))}'"
     )
 
 
 def enter(adapter: AnyAdapter, catalogue: Registry, *, name: str, base: str | None = None, any_base: bool = False,
           tags: Sequence[str] = (), place: HubPlace | None = None) -> AddResult:  # fmt: skip
-    """Put an adapter that was read, or was just written, into the catalogue and its files into the content store.
+    """Catalogue an adapter, and copy its files into the content store.
 
-    Of one with a `place` on the Hub, what its facts say that it came from is recorded as well; they must have been checked.
+    With a `place` on the Hub, the lineage in its facts is recorded, too; the facts must have been checked.
 
     Raises:
-        LoratoolError, registry.RegistryError: it does not fit `base`, or the name is taken wrongly.
+        LoratoolError, registry.RegistryError: it does not fit `base`, or the name cannot be used.
     """
     named = None if place is None else place.base_model
     with staged_entry(adapter, catalogue, base=base, any_base=any_base, base_model=named) as entry:
@@ -173,7 +172,7 @@ def enter(adapter: AnyAdapter, catalogue: Registry, *, name: str, base: str | No
 
 @contextmanager
 def at_once(catalogue: Registry) -> Iterator[None]:
-    """One transaction, from which Ctrl-C is kept once it has begun: what is renamed in it is named by its rows, or not there."""
+    """Block of one transaction that Ctrl-C does not interrupt, so that files renamed in it always have their rows."""
     with ExitStack() as after_commit, catalogue.writing():
         after_commit.enter_context(Deferral())
         yield
@@ -182,9 +181,9 @@ def at_once(catalogue: Registry) -> Iterator[None]:
 @contextmanager
 def staged_entry(adapter: AnyAdapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
                  base_model: str | None = None) -> Iterator[StagedEntry]:  # fmt: skip
-    """Copy the files of an adapter to where one step more takes them into the store; gone if that is not made.
+    """Copy the files of an adapter into the store's staging area. They are removed at the end unless the entry is added.
 
-    `base_model` is its base's name, by default as its configuration records it.
+    `base_model` is its base's name, by default the one in its configuration.
 
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`, or the store cannot be written.
@@ -199,7 +198,7 @@ def staged_entry(adapter: AnyAdapter, catalogue: Registry, *, base: str | None =
 
 def facts_of(adapter: AnyAdapter, catalogue: Registry, *, base: str | None = None, any_base: bool = False,
              base_model: str | None = None) -> tuple[AdapterFacts, BaseRecord | None, list[str]]:  # fmt: skip
-    """What the catalogue is to know of an adapter, the catalogued base that it belongs to, and notes on how that was found.
+    """Return the catalogue's facts about an adapter, its catalogued base, and notes on how that was found.
 
     Raises:
         LoratoolError, registry.RegistryError: it does not fit `base`.
@@ -213,7 +212,7 @@ def facts_of(adapter: AnyAdapter, catalogue: Registry, *, base: str | None = Non
 
 @dataclass(frozen=True, slots=True)
 class StagedEntry:
-    """An adapter whose files are in the store's staging: all that takes time is done, and `add` is a matter of rows."""
+    """An adapter whose files are in the store's staging area, so that `add` only inserts rows."""
 
     catalogue: Registry
     facts: AdapterFacts
@@ -223,10 +222,10 @@ class StagedEntry:
     base_notes: tuple[str, ...]
 
     def add(self, name: str, tags: Sequence[str] = (), locations: Sequence[Location] = ()) -> AddResult:
-        """Enter it under `name`, and that it lies at `locations` too.
+        """Add it to the catalogue under `name`, with further `locations`.
 
         Raises:
-            registry.RegistryError: the name is taken wrongly, or the catalogue cannot be written.
+            registry.RegistryError: the name cannot be used, or the catalogue cannot be written.
         """
         from loratool.library.next_version import same_weights_notes
 
@@ -234,7 +233,7 @@ class StagedEntry:
         record, new = self.catalogue.adapters.add(
             name, self.facts, base=owner, tags=tags, locations=locations, staged=self.staged
         )
-        # One that was tied before stays so, whatever this file and this call say.
+        # An adapter that is tied to a base stays so, whatever this file and this call say.
         tied_before = self.owner is None and record.base is not None
         notes = (*self.notes, *same_weights_notes(record, self.catalogue))
         return AddResult(record, new, notes if tied_before else (*notes, *self.base_notes))
@@ -242,14 +241,14 @@ class StagedEntry:
 
 def list_adapters(*, base: str | os.PathLike[str] | None = None, kind: str | None = None, tag: str | None = None,
                   sort: SortKey = "name", registry: str | None = None) -> tuple[AdapterSummary, ...]:  # fmt: skip
-    """The catalogued adapters that pass every filter.
+    """Return the catalogued adapters that pass every filter.
 
     Args:
-        base: only those of this base and of its variants: a catalogued name, a folder or a Hub id.
-        kind: only those of this kind, by its word in `loratool.formats.kinds`.
-        tag: only those with this tag.
-        sort: by ``name`` (then version), ``kind`` or ``base``; by ``rank``, ``alpha`` or ``size_bytes``, largest first;
-            or by ``created_at``, newest first.
+        base: only adapters of this base and of its variants: a catalogued name, a folder or a Hub id.
+        kind: only adapters of this kind, by its name in `loratool.formats.kinds`.
+        tag: only adapters with this tag.
+        sort: ``name`` (then version), ``kind`` or ``base``; ``rank``, ``alpha`` or ``size_bytes``, largest first; or
+            ``created_at``, newest first.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
@@ -266,7 +265,7 @@ def list_adapters(*, base: str | os.PathLike[str] | None = None, kind: str | Non
 
 
 def _say_if_lost(registry: str | None) -> None:
-    """Say it if the catalogue is empty beside a store that is not."""
+    """Print a warning if the catalogue is empty but the store is not."""
     from loratool.library.opening import open_registry
 
     with open_registry(registry, read_only=True, settled=False):
@@ -274,7 +273,7 @@ def _say_if_lost(registry: str | None) -> None:
 
 
 def _base_name(base: str, registry: str | None) -> str:
-    """The name of the catalogued base that is meant by a folder or a Hub id."""
+    """Return the name of the catalogued base that a folder or a Hub id refers to."""
     from loratool.library.base_entry import base_entry
     from loratool.library.opening import open_registry
 
@@ -284,16 +283,16 @@ def _base_name(base: str, registry: str | None) -> str:
 
 def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = False,
         registry: str | None = None) -> AdapterRecord:  # fmt: skip
-    """Put tags on an adapter, or take them off; its entry afterwards.
+    """Add tags to an adapter, or remove them; return its new entry.
 
     Args:
-        adapter: ``name`` (its newest version), ``name@version``, or the path or Hub id of one that is catalogued.
-        tags: names; those that it has already stay.
-        remove: take them off instead.
+        adapter: ``name`` (its newest version), ``name@version``, or the path or Hub id of a catalogued adapter.
+        tags: names; tags that it has already stay.
+        remove: remove the tags.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
-        registry.RegistryError: there is no such adapter, a tag is not a name, or it has no such tag to take off.
+        registry.RegistryError: there is no such adapter, a tag is not a valid name, or a tag to remove does not exist.
     """
     from loratool.library.adapter_entry import adapter_entry
     from loratool.library.opening import open_registry
@@ -304,7 +303,7 @@ def tag(adapter: str | os.PathLike[str], tags: Sequence[str], *, remove: bool = 
 
 
 def adapter_json(record: AdapterSummary) -> dict[str, Any]:
-    """An adapter's entry in the words of ``--json``: the catalogue's columns."""
+    """Return an adapter's entry for ``--json``, with the catalogue's columns as keys."""
     value = {key: item for key, item in asdict(record).items() if key not in {"id", "locations"}}
     value["created_at"] = record.created_at.isoformat()
     value["tags"] = list(record.tags)
@@ -313,7 +312,7 @@ def adapter_json(record: AdapterSummary) -> dict[str, Any]:
 
 
 def facts_from(adapter: AnyAdapter, owner: BaseRecord | None) -> AdapterFacts:
-    """What the catalogue is to know of an adapter that belongs to the base `owner`, or to one that is not catalogued."""
+    """Return the catalogue's facts about an adapter. `owner` is its base, or None if that is not catalogued."""
     from loratool.formats.adapter import Adapter
     from loratool.formats.adapter_files import size_of_file
     from loratool.formats.table import OWN
@@ -345,7 +344,7 @@ def facts_from(adapter: AnyAdapter, owner: BaseRecord | None) -> AdapterFacts:
 
 
 def _record_lineage(record: AdapterRecord, adapter: AnyAdapter, catalogue: Registry) -> None:
-    """Record what an adapter's facts say that it came from; a parent that is catalogued is known by its sha256."""
+    """Record the lineage in an adapter's facts. A catalogued parent is found by its sha256."""
     from loratool.formats.facts import lineage_of
 
     found = lineage_of(adapter.facts)
@@ -356,7 +355,7 @@ def _record_lineage(record: AdapterRecord, adapter: AnyAdapter, catalogue: Regis
         known = catalogue.adapters.find_by_sha256(parent.sha256) if parent.sha256 else ()
         if any(each.sha256 == record.sha256 for each in known):
             continue
-        # A stranger's file may say that it came from what came from it.
+        # A file from outside may name its own descendants as parents.
         with suppress(RegistryError):
             catalogue.lineage.record(
                 record, known[0] if known else parent.name, operation, parent_sha256=parent.sha256, details=details

@@ -1,4 +1,4 @@
-"""Which catalogued base an adapter belongs to: the one that the user names, that it records by fingerprint, or by name."""
+"""Search for the catalogued base of an adapter: the user's choice, or the one that it records by fingerprint or by name."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from registry import AdapterRecord, BaseRecord, Registry, check_name, is_name
 
 def find_base_of(adapter: AnyAdapter, base: str | None, base_model: str | None, catalogue: Registry, *,
                any_base: bool = False) -> tuple[BaseRecord | None, list[str]]:  # fmt: skip
-    """The catalogued base that the adapter belongs to, checked by names and shapes, and notes on how it was found.
+    """Return the catalogued base of an adapter, checked by names and shapes, and notes on how it was found.
 
-    `base_model` is its name as the adapter's configuration or card records it.
+    `base_model` is the name of its base in the adapter's configuration or card.
 
     Raises:
         WrongBaseError: it records another base than `base`, or is tied to another one, and `any_base` is off.
@@ -55,7 +55,7 @@ def find_base_of(adapter: AnyAdapter, base: str | None, base_model: str | None, 
             return known[0], _fit_notes(adapter, known[0])
     named = [record for record in catalogue.bases.list() if base_model and _is_called(record, base_model)]
     for record in named:
-        # What one that is not downloaded yet will turn out to be is compared then.
+        # The fingerprint of a base that is not downloaded yet is compared after the download.
         if recorded and record.fingerprint:
             continue
         try:
@@ -98,7 +98,7 @@ def name_base_of(base: str | os.PathLike[str], adapter: AnyAdapter, catalogue: R
 
 
 def _free_name(stem: str, catalogue: Registry) -> str:
-    """A name for a new base, made from its folder's or repository's: ``smollm2``, or ``smollm2-2`` where that is taken."""
+    """Return a free name for a new base, from its folder or repository: ``smollm2``, or ``smollm2-2`` if that is taken."""
     name = name_from(stem)
     numbered = (f"{name[:90]}-{number}" for number in count(2))
     return next(each for each in chain([name], numbered) if catalogue.bases.get(each) is None)
@@ -108,7 +108,7 @@ def base_of_all(adapters: Sequence[ResolvedAdapter], catalogue: Registry) -> str
     """Return the catalogued name of the base that adapters are tied to, as the catalogue or their files record it.
 
     Raises:
-        LoratoolError: they are tied to no catalogued base, or to different ones.
+        LoratoolError: they are not tied to a catalogued base, or to different ones.
     """
     found_owners = [(found.reference, recorded_base(found, catalogue)) for found in adapters]
     owners = [(reference, owner) for reference, owner in found_owners if owner is not None]
@@ -125,14 +125,14 @@ def base_of_all(adapters: Sequence[ResolvedAdapter], catalogue: Registry) -> str
 
 
 def _is_same(base: BaseRecord, other: BaseRecord, catalogue: Registry) -> bool:
-    """Whether two entries are of one model: by name, or by the families of their fingerprints."""
+    """Return whether two entries are of one model, by the families of their fingerprints or else by name."""
     if base.fingerprint is None or other.fingerprint is None:
         return (base.variant_of or base.name) == (other.variant_of or other.name)
     return catalogue.bases.same_family(base.fingerprint, other.fingerprint)
 
 
 def recorded_base(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | None:
-    """The catalogued base of an adapter: of its entry, else by the fingerprint or the name that its files record."""
+    """Return the catalogued base of an adapter: that of its entry, else by the fingerprint or name that its files record."""
     if found.record is not None and found.record.base is not None:
         return catalogue.bases.get(found.record.base)
     if found.base_fingerprint is not None:
@@ -142,7 +142,7 @@ def recorded_base(found: ResolvedAdapter, catalogue: Registry) -> BaseRecord | N
 
 
 def recorded_base_of(adapter: AnyAdapter, catalogue: Registry) -> BaseRecord | None:
-    """The catalogued base of an adapter that is not catalogued: by the fingerprint or the name that its files record."""
+    """Return the catalogued base of an uncatalogued adapter, by the fingerprint or name that its files record."""
     if adapter.base_fingerprint is not None:
         return next(iter(catalogue.bases.find_by_fingerprint(adapter.base_fingerprint)), None)
     return _base_called(adapter.base_model, catalogue)
@@ -153,7 +153,7 @@ def _base_called(name: str | None, catalogue: Registry) -> BaseRecord | None:
 
 
 def _other_base(adapter: AnyAdapter, base: str, fingerprint: str | None, catalogue: Registry) -> str | None:
-    """Why a base, of this name and content, seems not to be an adapter's: what its file records, or what it is tied to."""
+    """Return why a base with this name and fingerprint is not the one that an adapter records or is tied to; None if it is."""
     recorded = adapter.base_fingerprint
     if recorded and fingerprint and not catalogue.bases.same_family(recorded, fingerprint):
         return (
@@ -171,12 +171,12 @@ def _other_base(adapter: AnyAdapter, base: str, fingerprint: str | None, catalog
 
 
 def _entries(adapter: AnyAdapter, catalogue: Registry) -> list[AdapterRecord]:
-    """The catalogue's entries of the very adapter, the newest first."""
+    """Return the catalogue's entries of exactly this adapter, newest first."""
     return [entry for entry in catalogue.adapters.find_by_sha256(adapter.sha256) if is_entry_of(entry, adapter)]
 
 
 def _is_called(record: BaseRecord, base_model: str) -> bool:
-    """Whether a base came from the repository or folder of this name; the Hub does not tell letters' case apart."""
+    """Return whether a base came from the repository or folder of this name. The Hub ignores the case of letters."""
     return record.source == base_model or ("/" in base_model and record.source.casefold() == base_model.casefold())
 
 
@@ -192,19 +192,19 @@ def _how_to_tie(base_model: str | None, *, known_by_content: bool, unfit: bool) 
 
 
 def _refuse_false_record(adapter: AnyAdapter, record: BaseRecord) -> None:
-    """Raise WrongBaseError if the adapter records the base by its fingerprint and does not land on it: one of both is false."""
+    """Raise WrongBaseError if the adapter does not land on the base whose fingerprint it records: its record is false."""
     try:
         _refuse_unfit(adapter, record)
     except PlacementError as error:
         line = str(error).split("\n")[0]
         raise WrongBaseError(
-            f"{quoted(adapter.name)} records {quoted(record.name)} as its base and does not land on it ({line}); ask whoever "
-            "made it, or do not use it"
+            f"{quoted(adapter.name)} records {quoted(record.name)} as its base but does not land on it ({line}); ask its "
+            "author, or do not use it"
         ) from None
 
 
 def _refuse_unfit(adapter: AnyAdapter, record: BaseRecord) -> None:
-    """Raise LoratoolError if the adapter does not land on the base; one whose files are away is taken at its word."""
+    """Raise LoratoolError if the adapter does not land on the base. Nothing is checked if the base's files are missing."""
     if is_away(record):
         checkpoint = known_headers(record)
     else:
@@ -214,18 +214,18 @@ def _refuse_unfit(adapter: AnyAdapter, record: BaseRecord) -> None:
 
 
 def _fit_notes(adapter: AnyAdapter, record: BaseRecord) -> list[str]:
-    """A note on how far an adapter that loratool does not compute was compared with its base."""
+    """Return a note on how far an adapter that loratool does not compute was compared with its base."""
     if isinstance(adapter, Adapter):
         return []
     if are_names_of_base(adapter):
         return [f"only the names of its modules were compared with those of {quoted(record.name)}"]
-    return [f"it was not compared with {quoted(record.name)}, whose modules its file calls otherwise"]
+    return [f"it was not compared with {quoted(record.name)}, since its file uses other names for modules"]
 
 
 def _refuse_unlanded(adapter: AnyAdapter, checkpoint: Checkpoint) -> None:
-    """Raise PlacementError if the adapter does not land on these tensors, nor on those of the base untied.
+    """Raise PlacementError if the adapter does not land on these tensors, nor on those of the untied base.
 
-    Of one that is not computed, only the names of its modules are compared.
+    For an adapter that loratool does not compute, only the names of its modules are compared.
     """
     if not isinstance(adapter, Adapter):
         refuse_unlanded_names(adapter, checkpoint.tensors)

@@ -1,4 +1,4 @@
-"""Which commands work on an adapter, and why the others do not."""
+"""The commands that work on an adapter, and the reasons why the others do not."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _COMPUTING: Final[Mapping[str, Callable[[Adapter], object]]] = {
     "show --spectrum": _products,
     "push": _any,
 }
-"""Commands that take an adapter's numbers, each with the check that it makes by what the adapter is."""
+"""Commands that use an adapter's numbers, each with its check of the adapter."""
 
 _COPYING: Final = ("export",)
 _NAMING: Final = ("tag", "remove")
@@ -45,8 +45,8 @@ _NAMING: Final = ("tag", "remove")
 def commands_for(adapter: AnyAdapter | str) -> dict[str, str]:
     """Return for each command ``works``, or why it does not work on an adapter.
 
-    What else a command asks for, such as a base that fits, is not looked at. For an adapter whose files cannot be read, give
-    the reason in its place.
+    Other needs of a command, such as a fitting base, are not checked. If the adapter's files cannot be read, `adapter` is the
+    reason.
     """
     if isinstance(adapter, str):
         return {**dict.fromkeys((*_COMPUTING, *_COPYING), adapter), **dict.fromkeys(_NAMING, WORKS)}

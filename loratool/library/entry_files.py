@@ -1,7 +1,7 @@
-"""The files that an adapter's entry in the store has, and the notes on it.
+"""The files of an adapter's entry in the store, and notes on the adapter.
 
-One that loratool computes has its weights, and beside them its configuration and facts as JSON. Any other keeps its files as they
-are.
+The entry of an adapter that loratool computes has the weights, and the configuration and facts as JSON. The files of any other
+adapter are stored unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loratool.library.no_change import no_change_notes
 
 
 def entry_files(adapter: AnyAdapter) -> tuple[dict[str, Content], str]:
-    """Return the files of an adapter's entry by their names, and which of them are its weights.
+    """Return the files of an adapter's entry by name, and the name of the weights.
 
     Raises:
         AdapterError: JSON beside it is damaged.
@@ -36,9 +36,9 @@ def entry_files(adapter: AnyAdapter) -> tuple[dict[str, Content], str]:
 
 
 def entry_notes(adapter: AnyAdapter) -> tuple[str, ...]:
-    """Return what a user should know of an adapter that is catalogued."""
+    """Return notes on a catalogued adapter for the user."""
     if isinstance(adapter, Identity):
-        return (*adapter.notes, f"it is catalogued and not computed: {adapter.why_not}")
+        return (*adapter.notes, f"it is catalogued but not computed: {adapter.why_not}")
     return (*adapter.notes, *no_change_notes(adapter))
 
 

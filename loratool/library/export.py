@@ -1,4 +1,4 @@
-"""`loratool.export`: an adapter as a folder or a single file."""
+"""`loratool.export`: write an adapter as a folder or a single file."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from loratool.library.user_path import user_path
 
 def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: Alpha | None = None,
            force: bool = False, registry: str | None = None) -> Path:  # fmt: skip
-    """Write an adapter as a PEFT directory or as a single file; the path of what was written.
+    """Write an adapter as a PEFT folder or as a single file, and return its path.
 
-    The files of one that loratool does not compute are written as they are.
+    The files of an adapter that loratool does not compute are written unchanged.
 
     Args:
         adapter: a catalogued name, a path or a Hub id.
-        out: a folder, or a file where it ends in ``.safetensors`` or ``.st``, or as the file does that is kept as it is.
-        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
-        force: replace an adapter that loratool wrote before.
+        out: a folder; or a file, with the suffix ``.safetensors`` or ``.st``, or that of a file that is written unchanged.
+        alpha: alpha of a bare adapter file that does not state it: a number, or ``rank`` for each module's rank.
+        force: replace an adapter that loratool wrote.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:

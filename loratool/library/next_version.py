@@ -1,4 +1,4 @@
-"""What an adapter is to those in the catalogue: a next version of one, a stranger of the same name, or the same weights again."""
+"""Relation of a new adapter to catalogued ones: a next version, an unrelated one of the same name, or the same weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from registry import Registry
 
 SHOWN: Final = 5
-"""How many names a message lists."""
+"""Largest number of names that a message lists."""
 
 
 def refuse_stranger(name: str, adapter: AnyAdapter, facts: AdapterFacts, catalogue: Registry, *, by_base: bool) -> None:
-    """Raise AdapterError if `name`, which nobody chose, is that of adapters that this one is no version of.
+    """Raise AdapterError if the default `name` belongs to adapters of which this one is not a version.
 
-    It is a version of one with the same weights or a common ancestor, and of one with the same base and targets; unless the
-    name is made of the base and the kind (`by_base`), which many strangers share.
+    It is a version of an adapter with the same weights, a common ancestor, or the same base and targets. If the name is made
+    from the base and the kind (`by_base`), only the same weights count, since unrelated adapters share such names.
     """
     versions = catalogue.adapters.versions(name)
     reasons = [_why_other(adapter, facts, each, catalogue) for each in versions]
@@ -32,15 +32,15 @@ def refuse_stranger(name: str, adapter: AnyAdapter, facts: AdapterFacts, catalog
     if any(each.sha256 == facts.sha256 for each in versions):
         return
     newest = versions[-1]
-    why = reasons[-1] or "nothing but the base and the kind, of which the name is made, says that it is the same"
+    why = reasons[-1] or "they share only the base and the kind, from which the name is made"
     raise AdapterError(
-        f"{quoted(name)} is catalogued already, and this is no version of {newest.reference}: {why}; give it a name of its own "
-        f"with --name, or --name {name} to make it the next version of that one"
+        f"{quoted(name)} is catalogued already, and this is not a version of {newest.reference}: {why}; give it a name of its "
+        f"own with --name, or --name {name} to make it the next version of that one"
     )
 
 
 def same_weights_notes(record: AdapterRecord, catalogue: Registry) -> tuple[str, ...]:
-    """Notes on the other entries that have an entry's weights: the same adapter, or one that they are scaled differently in."""
+    """Return notes on other entries with the same weights, which are the same adapter or scale the weights differently."""
     others = [each for each in catalogue.adapters.find_by_sha256(record.sha256) if each.id != record.id]
     same = [each.reference for each in others if numbers_of(each) == numbers_of(record)]
     scaled = [each.reference for each in others if numbers_of(each) != numbers_of(record)]
@@ -51,7 +51,7 @@ def same_weights_notes(record: AdapterRecord, catalogue: Registry) -> tuple[str,
 
 
 def _why_other(adapter: AnyAdapter, facts: AdapterFacts, known: AdapterRecord, catalogue: Registry) -> str | None:
-    """What tells an adapter from a catalogued one; None where it may be a version of it."""
+    """Return why an adapter is not a version of a catalogued one; None if it may be."""
     if facts.sha256 == known.sha256 or _has_ancestor_in_common(adapter, known, catalogue):
         return None
     if _is_of_other_base(facts, known, catalogue):
@@ -79,7 +79,7 @@ def _has_ancestor_in_common(adapter: AnyAdapter, known: AdapterRecord, catalogue
 
 
 def _is_of_other_base(facts: AdapterFacts, known: AdapterRecord, catalogue: Registry) -> bool:
-    """Whether the bases of both are known, and are two models."""
+    """Return whether both bases are known and different."""
     if facts.base_fingerprint and known.base_fingerprint:
         return not catalogue.bases.same_family(facts.base_fingerprint, known.base_fingerprint)
     if facts.base_model and known.base_model:

@@ -1,4 +1,4 @@
-"""`loratool.pull`: an adapter from the Hugging Face Hub into the catalogue."""
+"""`loratool.pull`: download an adapter from the Hugging Face Hub into the catalogue."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from registry import AdapterRecord, Location, Registry, check_name
 
 @dataclass(frozen=True, slots=True)
 class PullResult:
-    """An adapter's entry in the catalogue, the commit that it is from, and what was done for it.
+    """The result of a pull.
 
     Attributes:
-        record: its entry.
-        repo, revision, path_in_repo: the repository, the commit, and the folder or file inside it (None: its top).
+        record: the adapter's entry in the catalogue.
+        repo: the repository.
+        revision: the commit.
+        path_in_repo: the folder or file inside the repository; None for its top.
         new: whether the entry is new.
-        downloaded: whether files of it came from the Hub or its cache; not where the catalogue had them.
-        notes: how it was read and tied to its base.
+        downloaded: whether files came from the Hub or its cache; False if the catalogue had them.
+        notes: notes on how it was read and tied to its base.
     """
 
     record: AdapterRecord
@@ -44,7 +46,7 @@ class PullResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         return {
             **adapter_json(self.record),
             "repo": self.repo,
@@ -59,27 +61,27 @@ class PullResult:
 def pull(repo: str, *, name: str | None = None, path: str | None = None, base: str | os.PathLike[str] | None = None,
          any_base: bool = False, alpha: Alpha | None = None, update: bool = False, registry: str | None = None,
          progress: Progress | None = None) -> PullResult:  # fmt: skip
-    """Bring an adapter from the Hugging Face Hub into the catalogue: downloaded, checked, copied into the content store.
+    """Download an adapter from the Hugging Face Hub, check it, and catalogue it.
 
-    Pulling again what is catalogued does nothing and asks nobody; with `update` the branch is looked at again, and what is
-    new becomes the next version of the name.
+    Pulling a catalogued adapter again does nothing and uses no network. With `update`, the branch is read again, and a new
+    commit becomes the next version of the name.
 
     Args:
         repo: ``owner/name``, ``owner/name@revision``, or either with a path inside: ``owner/name/folder@revision``.
-        name: in the catalogue; by default the last word of the path inside that says something, or the repository's.
+        name: name in the catalogue; by default the last part of the path inside that is not generic, or the repository's name.
         path: the folder or file inside the repository.
-        base: the base that it belongs to: a catalogued name, a folder or a Hub id. One that is not catalogued yet is
-            catalogued under its folder's name. By default the base whose fingerprint it records, else the one that was
-            catalogued from the Hub id that its configuration or its card names.
-        any_base: tie it to `base` though it records, or is tied to, another one.
-        alpha: for a bare file that does not say its own: a number, or ``rank`` for each module's rank.
+        base: the base that it belongs to: a catalogued name, a folder or a Hub id. A base that is not catalogued yet is
+            catalogued under its folder's name. By default the base whose fingerprint it records, else the one catalogued from
+            the Hub id that its configuration or its card names.
+        any_base: tie it to `base` even if it records, or is tied to, another one.
+        alpha: alpha of a bare file that does not state it: a number, or ``rank`` for each module's rank.
         update: follow the branch.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes are done.
+        progress: receives the number of bytes done.
 
     Raises:
-        LoratoolError, registry.RegistryError: there is no such repository, revision or adapter; it is no adapter that
-            loratool reads, or not what the Hub says it is; the name is taken by another adapter.
+        LoratoolError, registry.RegistryError: there is no such repository, revision or adapter; loratool cannot identify it;
+            it differs from the Hub's record; or another adapter has the name.
     """
     address = HubAddress.parse(repo, path)
     if name is not None:
@@ -122,7 +124,7 @@ def _look(address: HubAddress, given: str, command: str, *, fresh: bool) -> Snap
 
 
 def _kept(address: HubAddress, catalogue: Registry, name: str | None, alpha: Alpha | None) -> AdapterRecord | None:
-    """The newest version from an address that is catalogued as it is wanted, if its files are here."""
+    """Return the newest catalogued version from an address with this name and alpha, if its files are on this disk."""
     for record in pulled_from(address, catalogue):
         if name in (None, record.name) and has_alpha(record, alpha):
             return record if is_here(record, catalogue) else None
@@ -131,7 +133,7 @@ def _kept(address: HubAddress, catalogue: Registry, name: str | None, alpha: Alp
 
 def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, base: str | os.PathLike[str] | None,
            progress: Progress | None, *, any_base: bool) -> PullResult:  # fmt: skip
-    """What is catalogued already; tied to its base now, where that has become possible."""
+    """Return the result for an adapter that is already catalogued, and tie it to its base if that is possible now."""
     place = _place(record, address)
     notes: tuple[str, ...] = ()
     if base is not None or record.base is None:
@@ -146,7 +148,7 @@ def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, base
 
 
 def _place(record: AdapterRecord, address: HubAddress) -> Location:
-    """Where on the Hub a catalogued adapter is from, at the commit that was asked for, else the last that it was pulled at."""
+    """Return the place on the Hub of a catalogued adapter, at the requested commit or else the last one it was pulled at."""
     places = [place for place in record.locations if _is_at(place, address)]
     exact = [place for place in places if place.revision == address.revision]
     return (exact or places)[-1]
@@ -157,13 +159,13 @@ def _is_at(place: Location, address: HubAddress) -> bool:
 
 
 def _name(address: HubAddress, catalogue: Registry) -> str:
-    """What was pulled from there before keeps its name; else the last word of the address that says something."""
+    """Return the name of the adapter that was pulled from there before, or else a name made from the address."""
     known = catalogue.adapters.find_by_repo(address.repo, address.path)
     return known[0].name if known else name_from(name_on_hub(address.repo, address.steps))
 
 
 def _refuse_taken(name: str, address: HubAddress, sha256: str, catalogue: Registry) -> None:
-    """Raise LoratoolError if the name is that of an adapter from elsewhere, whose next version a stranger's would become."""
+    """Raise LoratoolError if an adapter from elsewhere has the name, since this one would become its next version."""
     versions: Sequence[AdapterRecord] = catalogue.adapters.versions(name)
     if not versions or any(
         each.sha256 == sha256 or any(_is_at(place, address) for place in each.locations) for each in versions

@@ -1,7 +1,7 @@
-"""What a name on the command line means: a catalogued name, a path, or a Hub id, tried in that order.
+"""Resolution of a name on the command line: as a catalogued name, a path, or a Hub id, in this order.
 
-A DyLoRA is named with the rank at which it is to act as ``ADAPTER@rank=4``, where that is asked for.
-Anything that begins like a path (``./``, ``/``, ``~``) or ends in ``.safetensors`` or ``.st`` is a path and nothing else.
+Where a command allows it, ``ADAPTER@rank=4`` is a DyLoRA at rank 4. A name that begins like a path (``./``, ``/``, ``~``) or
+ends in ``.safetensors`` or ``.st`` is always a path.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RANK_SIGN: Final = "@rank="
 
 @dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
-    """An adapter's files, and its entry in the catalogue where it has one."""
+    """An adapter's files, and its entry in the catalogue if it has one."""
 
     adapter: Adapter
     record: AdapterRecord | None
@@ -40,29 +40,31 @@ class ResolvedAdapter:
 
     @property
     def reference(self) -> str:
-        """``name@version``, or of an adapter that is not catalogued its path, or ``owner/name@commit`` where it is from the
-        Hub; with ``@rank=b`` where one was chosen."""
+        """``name@version``; for an uncatalogued adapter its path, or ``owner/name@commit`` if it is from the Hub.
+
+        ``@rank=b`` is added if a rank was chosen.
+        """
         reference = self.record.reference if self.record else self.hub_id or str(self.adapter.file)
         return reference if self.rank is None else f"{reference}{RANK_SIGN}{self.rank}"
 
     @property
     def label(self) -> str:
-        """A word for it in the names of files: ``dylora``, or ``dylora-r4`` where a rank was chosen."""
+        """Its name for names of files: ``dylora``, or ``dylora-r4`` if a rank was chosen."""
         name = self.record.name if self.record else self.adapter.name
         return name if self.rank is None else f"{name}-r{self.rank}"
 
     @property
     def base_fingerprint(self) -> str | None:
-        """The fingerprint of its base, as the catalogue or else the file records it."""
+        """The fingerprint of its base, from the catalogue or else from the file."""
         recorded = self.record.base_fingerprint if self.record else None
         return recorded or self.adapter.base_fingerprint
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedBase:
-    """A base's folder or file, and its entry in the catalogue where it has one.
+    """A base's folder or file, and its entry in the catalogue if it has one.
 
-    Of one on the Hub that is not downloaded, `headers` says what its headers do, and `path` where it would be.
+    For a base on the Hub that is not downloaded, `headers` holds its headers, and `path` is its future path.
     """
 
     path: Path
@@ -71,19 +73,19 @@ class ResolvedBase:
     headers: Checkpoint | None = None
 
     def open(self) -> Checkpoint:
-        """Its checkpoint; of one that is not downloaded, what its headers say: enough for a plan.
+        """Return its checkpoint, or the headers if it is not downloaded, which suffice for a plan.
 
         Raises:
-            CheckpointError: it is damaged, or no model.
+            CheckpointError: it is damaged or not a model.
         """
         return Checkpoint.open(self.path) if self.headers is None else self.headers
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Say where a plan needs more of a base than its headers, which are all that is here (a quantized matrix's facts).
+        """Explain errors of a plan that needs more than the headers of a base that is not downloaded.
 
         Raises:
-            CheckpointError: it does, or the plan itself finds the base damaged.
+            CheckpointError: the plan needs its weights (facts of a quantized matrix), or the base is damaged.
         """
         try:
             yield
@@ -98,7 +100,7 @@ class ResolvedBase:
 
 @dataclass(frozen=True, slots=True)
 class FoundAdapter:
-    """An adapter that a name means, or what is told of it where loratool does not compute it; and its entry or Hub id."""
+    """The adapter that a name refers to, or its identity if loratool does not compute it, with its entry or Hub id."""
 
     adapter: AnyAdapter
     record: AdapterRecord | None = None
@@ -106,10 +108,10 @@ class FoundAdapter:
 
 
 def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha | None = None) -> ResolvedAdapter:
-    """Find and read an adapter. One on the Hub is downloaded and checked as `pull` does, and not catalogued.
+    """Find and read an adapter. An adapter on the Hub is downloaded and checked as by `pull`, but not catalogued.
 
     Raises:
-        UnsupportedError: loratool does not compute it; its kind, and the way out, are said.
+        UnsupportedError: loratool does not compute it; the message names its kind and what to do.
         NotFoundError, AdapterError, HubError, RegistryError: as `find_adapter`.
     """
     found = find_adapter(name, registry, alpha)
@@ -119,12 +121,12 @@ def resolve_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alp
 
 
 def find_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha | None = None) -> FoundAdapter:
-    """Find an adapter, and read it where loratool computes it; as `resolve_adapter`.
+    """Find an adapter as `resolve_adapter` does, and read it if loratool computes it.
 
     Raises:
-        NotFoundError, AdapterError: nothing is called `name`, it cannot be read, or it says its alpha and one is given.
-        HubError: it is on the Hub, and cannot be got.
-        RegistryError: a version that is not catalogued is asked for.
+        NotFoundError, AdapterError: there is no adapter `name`, it cannot be read, or it states its alpha and `alpha` is given.
+        HubError: it is on the Hub and cannot be downloaded.
+        RegistryError: the version is not catalogued.
     """
     text = os.fspath(name)
     path = user_path(text)
@@ -132,7 +134,7 @@ def find_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha 
         if "@" in text or registry.adapters.versions(text):
             record = registry.adapters.find(text)
             if alpha is not None:
-                raise AdapterError(f"{quoted(text)} says its own alpha; leave --alpha out")
+                raise AdapterError(f"{quoted(text)} states its own alpha; leave --alpha out")
             return FoundAdapter(told_entry(record, registry), record)
         if not exists(path):
             raise no_such_adapter(text, registry)
@@ -152,11 +154,13 @@ def find_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha 
 
 
 def no_such_adapter(reference: str, registry: Registry) -> Exception:
-    """The error for ``name`` or ``name@version`` where the catalogue has no such adapter: with the nearest names, or that it
-    is a base."""
+    """Return the error for an adapter that the catalogue lacks, with the nearest names, or the hint that it is a base.
+
+    `reference` is ``name`` or ``name@version``.
+    """
     name = reference.partition("@")[0]
     if is_name(name) and not registry.adapters.versions(name) and registry.bases.get(name) is not None:
-        return NotFoundError(f"{quoted(name)} is a base and no adapter; 'loratool base show {name}' shows it")
+        return NotFoundError(f"{quoted(name)} is a base, not an adapter; 'loratool base show {name}' shows it")
     try:
         found = registry.adapters.find(reference)
     except RegistryError as error:
@@ -165,9 +169,9 @@ def no_such_adapter(reference: str, registry: Registry) -> Exception:
 
 
 def no_such_base(name: str, registry: Registry) -> Exception:
-    """The error for a name where the catalogue has no such base: with the nearest names, or that it is an adapter."""
+    """Return the error for a base that the catalogue lacks, with the nearest names, or the hint that it is an adapter."""
     if registry.adapters.versions(name) and registry.bases.get(name) is None:
-        return NotFoundError(f"{quoted(name)} is an adapter and no base; 'loratool show {name}' shows it")
+        return NotFoundError(f"{quoted(name)} is an adapter, not a base; 'loratool show {name}' shows it")
     try:
         found = registry.bases.find(name)
     except RegistryError as error:
@@ -185,18 +189,18 @@ def resolve_at_rank(name: str | os.PathLike[str], registry: Registry, alpha: Alp
     if not sign or exists(user_path(name)):
         return resolve_adapter(name, registry, alpha)
     if not rank.isdecimal() or len(rank) > MOST_DIGITS:
-        raise AdapterError(f"{quoted(rank, 40)} in {quoted(name)} is no rank; write ADAPTER{RANK_SIGN}4")
+        raise AdapterError(f"{quoted(rank, 40)} in {quoted(name)} is not a rank; write ADAPTER{RANK_SIGN}4")
     found = resolve_adapter(reference, registry, alpha)
     return replace(found, adapter=at_rank(found.adapter, int(rank)), rank=int(rank))
 
 
 def resolve_base(name: str | os.PathLike[str], registry: Registry, progress: Progress | None = None, *,
                  download: bool = True) -> ResolvedBase:  # fmt: skip
-    """Find the folder or file of a base model; one that is only on the Hub is downloaded, unless `download` is off.
+    """Find the folder or file of a base model. A base that is only on the Hub is downloaded, unless `download` is off.
 
     Raises:
-        NotFoundError: nothing is called `name`, or the files of the catalogued base are gone.
-        HubError: it is on the Hub, and cannot be got.
+        NotFoundError: there is no base `name`, or the files of the catalogued base are gone.
+        HubError: it is on the Hub and cannot be downloaded.
     """
     text = os.fspath(name)
     path = user_path(text)
@@ -220,7 +224,7 @@ def resolve_merged(name: str | os.PathLike[str], registry: Registry) -> Path:
     """Find the folder of a merged model: a path, a catalogued name, or the folder's own name of a recorded merge.
 
     Raises:
-        NotFoundError: nothing is called `name`, it is no folder, or several merges are called so.
+        NotFoundError: there is no model `name`, it is not a folder, or several merges have the name.
     """
     text = os.fspath(name)
     path = user_path(text)
@@ -236,7 +240,7 @@ def resolve_merged(name: str | os.PathLike[str], registry: Registry) -> Path:
 
 
 def _recorded_merge(name: str, registry: Registry) -> Path:
-    """The folder called `name` that a merge which is recorded wrote, wherever it lies."""
+    """Return the output folder of the recorded merge whose folder is called `name`."""
     merges = [merge for merge in registry.merges.list() if merge.output.name == name]
     written = {merge.output for merge in merges if merge.state in ("merged", "gone")}
     here = sorted({output.resolve() for output in written if output.is_dir()})
@@ -255,10 +259,10 @@ def _recorded_merge(name: str, registry: Registry) -> Path:
 
 
 def pulled_from(address: HubAddress, registry: Registry) -> tuple[AdapterRecord, ...]:
-    """The catalogued adapters from an address on the Hub, the newest first.
+    """Return the catalogued adapters from an address on the Hub, newest first.
 
-    Without a revision those of any commit; with one, those pulled at that commit. What a branch or a tag stands for only the
-    Hub knows: of those there are none.
+    The revision must be a commit to match; an address without one matches all commits. A branch or a tag matches none, since
+    only the Hub knows its commit.
     """
     known = registry.adapters.find_by_repo(address.repo, address.path)
     if address.revision is None:
@@ -267,7 +271,7 @@ def pulled_from(address: HubAddress, registry: Registry) -> tuple[AdapterRecord,
 
 
 def is_here(record: AdapterRecord, registry: Registry) -> bool:
-    """Whether the files of a catalogued adapter are on this disk."""
+    """Return whether the files of a catalogued adapter are on this disk."""
     try:
         registry.adapters.files(record)
     except RegistryError:
@@ -292,7 +296,7 @@ def _catalogued(record: BaseRecord, registry: Registry, progress: Progress | Non
 
 
 def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: Alpha | None) -> FoundAdapter:
-    """An adapter by its Hub id: as it is catalogued, if it was pulled, else out of huggingface_hub's cache or the Hub."""
+    """Return the adapter of a Hub id: from the catalogue if it was pulled, else from huggingface_hub's cache or the Hub."""
     from loratool.hub.pull import pull_adapter
 
     for record in pulled_from(address, registry):
@@ -309,20 +313,20 @@ def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: Alpha | None
 
 
 def has_alpha(record: AdapterRecord, alpha: Alpha | None) -> bool:
-    """Whether a catalogued adapter acts as one that is read with an alpha that is given."""
+    """Return whether a catalogued adapter has the given alpha (None: any)."""
     return record.scaling == 1 if alpha == RANK else alpha in (None, record.alpha)
 
 
 def _entry_of(adapter: AnyAdapter, registry: Registry) -> AdapterRecord | None:
-    """The entry of an adapter's content in the catalogue."""
+    """Return the catalogue's entry of exactly this adapter, if any."""
     return next((each for each in registry.adapters.find_by_sha256(adapter.sha256) if is_entry_of(each, adapter)), None)
 
 
 def told_entry(record: AdapterRecord, registry: Registry) -> AnyAdapter:
-    """Read a catalogued adapter from the store, as it acts by its entry, under the name that it has there.
+    """Read a catalogued adapter from the store, with the numbers and the name of its entry.
 
-    A file that states no alpha, or two, was catalogued with one that was given. Of one that loratool does not compute, return
-    what is told of it.
+    A file that states no alpha, or two, was catalogued with a given one. For an adapter that loratool does not compute, return
+    its identity.
 
     Raises:
         AdapterError, registry.RegistryError: its files are gone or damaged.
@@ -345,7 +349,7 @@ def told_entry(record: AdapterRecord, registry: Registry) -> AnyAdapter:
 
 
 def _called(record: AdapterRecord, adapter: AnyAdapter) -> AnyAdapter:
-    """An adapter out of the store under the name of its entry, also where it is said why it is not computed."""
+    """Return an adapter from the store under the name of its entry, also in the reason why it is not computed."""
     if isinstance(adapter, Adapter):
         return replace(adapter, name=record.name)
     why_not = str(adapter.why_not)
@@ -355,7 +359,7 @@ def _called(record: AdapterRecord, adapter: AnyAdapter) -> AnyAdapter:
 
 
 def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None:
-    """Which of the entries `known` for its weights is that of the adapter at `path`, which may be without an alpha of its own.
+    """Return the entry of the adapter at `path` among the entries `known` for its weights. It may not state its alpha.
 
     Raises:
         AdapterError, UnsupportedError: it cannot be read.
@@ -374,15 +378,15 @@ def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None
 
 
 def is_entry_of(record: AdapterRecord, adapter: AnyAdapter) -> bool:
-    """Whether an entry is that of an adapter with the same weights: whether they have the same numbers.
+    """Return whether an entry is of exactly this adapter, given that the weights are the same.
 
-    The same file acts otherwise under another configuration (alpha, rsLoRA, alpha_pattern).
+    The same weights act differently under another configuration (alpha, rsLoRA, alpha_pattern).
     """
     return numbers_of(record) == numbers_of(adapter)
 
 
 def numbers_of(adapter: AnyAdapter | AdapterRecord) -> tuple[object, ...]:
-    """What decides how an adapter's weights act."""
+    """Return the numbers that decide how an adapter's weights act."""
     return adapter.kind, adapter.ranks, adapter.alpha, adapter.scaling
 
 
@@ -398,7 +402,7 @@ def _on_hub(hub_id: str, progress: Progress | None, *, download: bool) -> Resolv
 
 
 def _name_of(path: Path) -> str:
-    """What a model is called by where it lies: its folder's or file's name; in the Hub's cache, its repository's."""
+    """Return a model's name from its path: that of its folder or file, or in the Hub's cache of its repository."""
     real = path.resolve()
     if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--"):
         return real.parents[1].name.rpartition("--")[2]
@@ -406,6 +410,6 @@ def _name_of(path: Path) -> str:
 
 
 def base_at(path: Path, registry: Registry) -> BaseRecord | None:
-    """The catalogued base whose files are at `path`."""
+    """Return the catalogued base whose files are at `path`, if any."""
     real = path.resolve()
     return next((base for base in registry.bases.list() if base.path is not None and base.path.resolve() == real), None)

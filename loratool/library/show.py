@@ -1,4 +1,4 @@
-"""`loratool.show`: everything known of one adapter."""
+"""`loratool.show`: everything that is known about one adapter."""
 
 from __future__ import annotations
 
@@ -26,12 +26,20 @@ from registry import AdapterRecord, BaseRecord, LineageRecord, MergeRecord, Regi
 
 @dataclass(frozen=True, slots=True)
 class ShowResult:
-    """Everything known of one adapter: its entry, its base, its family, the merges it went into, and where it lies.
+    """Everything that is known about one adapter.
 
-    An adapter that is not catalogued has a `place` instead, its file or its Hub id; its record has no version (0).
-    `changes_nothing` says why it changes nothing in any base, if that is so and its files are here. `trained_beside` are the
-    files with weights that were trained with it and that it does not hold. `why_not` says why loratool does not compute it,
-    if that is so, and `commands` of each command whether it works on it (`commands_for`).
+    Attributes:
+        record: its entry; for an uncatalogued adapter one without a version (0).
+        base: its catalogued base.
+        versions: all versions of its name.
+        ancestors: lineage up to the first ancestors.
+        descendants: lineage down to the last descendants.
+        merges: merges of it.
+        place: file or Hub id of an uncatalogued adapter; None for a catalogued one.
+        changes_nothing: why it changes nothing in any base, if so and if its files are on this disk.
+        trained_beside: files with weights that were trained with it but are not part of it.
+        why_not: why loratool does not compute it, if so.
+        commands: for each command, whether it works on the adapter (`commands_for`).
     """
 
     record: AdapterRecord
@@ -47,7 +55,7 @@ class ShowResult:
     commands: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The result in the words of ``--json``."""
+        """Return the result for ``--json``."""
         parent = next((edge for edge in self.ancestors if edge.child_id == self.record.id), None)
         return {
             **adapter_json(self.record),
@@ -90,11 +98,11 @@ def survival_of(merge: MergeRecord) -> Survival | None:
 
 
 def show(adapter: str | os.PathLike[str], *, alpha: Alpha | None = None, registry: str | None = None) -> ShowResult:
-    """Everything known of one adapter: by the catalogue, or else by its own files.
+    """Return everything that is known about one adapter, from the catalogue or else from its files.
 
     Args:
         adapter: ``name``, ``name@version``, a path or a Hub id.
-        alpha: for a bare file that is not catalogued and does not say its own: a number, or ``rank`` for each module's rank.
+        alpha: alpha of an uncatalogued bare file that does not state it: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
 
     Raises:
@@ -116,7 +124,7 @@ def show(adapter: str | os.PathLike[str], *, alpha: Alpha | None = None, registr
 
 
 def _read_again(record: AdapterRecord, catalogue: Registry) -> AnyAdapter | str:
-    """A catalogued adapter as its files say; why not, where they cannot be read."""
+    """Read a catalogued adapter's files; if they cannot be read, return why."""
     try:
         return told_entry(record, catalogue)
     except (LoratoolError, RegistryError, OSError) as error:
@@ -131,7 +139,7 @@ class _OfFiles(TypedDict):
 
 
 def _of_files(adapter: AnyAdapter | str) -> _OfFiles:
-    """What `show` says that only the files of an adapter tell; of an adapter that cannot be read, it is given why."""
+    """Return the facts that only the files of an adapter give. `adapter` is the reason if they cannot be read."""
     commands = commands_for(adapter)
     if isinstance(adapter, str):
         return {"changes_nothing": None, "trained_beside": (), "why_not": None, "commands": commands}

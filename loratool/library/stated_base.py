@@ -1,18 +1,18 @@
-"""Whether the base that an adapter's files name is the one that it is put into, where no fingerprint decides.
+"""Comparison of the base that an adapter names with the base that it is merged into, if no fingerprint decides.
 
-`X-Instruct` and `X` have the same shapes, so an adapter of the one lands on the other without an error. Names are compared by
+`X-Instruct` and `X` have the same shapes, so an adapter for one lands on the other without an error. Names are compared by
 these rules:
 
-1. A name is the last component of a path or Hub id, without a revision, in small letters, with ``-`` for ``_`` and blanks.
-   Words for how a model is stored or who stored it so (``bnb-4bit``, ``GPTQ``, ``bf16``, ``hf``, ``unsloth``) are left out, as
-   is ``meta`` at the beginning. So `unsloth/Meta-Llama-3.1-8B-bnb-4bit` is `Llama-3.1-8B`.
-2. Generic names (``model``, ``base``, ``checkpoint-500``, a commit's hash) say nothing; a folder of the Hub's cache is called by
-   its repository.
-3. A base whose Hub id is known is called by that alone; any other by its catalogued name, its folder's name, and the names of
-   what it was quantized or merged from. It is the adapter's if one of them is the name that the adapter states.
-4. A name of a user's own, a folder's without a size (``8b``, ``135m``), may be any. It says something where it has a word in
-   common with the other name, and they differ by a word that tells models apart (``instruct``, ``chat``, ``large``); but not
-   where it is only shorter than a stated name that has a size (``llama`` for ``Llama-3.1-8B-Instruct``).
+1. A name is the last component of a path or Hub id, without a revision, in lower case, with ``-`` for ``_`` and blanks. Words
+   for the storage or the publisher (``bnb-4bit``, ``GPTQ``, ``bf16``, ``hf``, ``unsloth``) are left out, and so is ``meta`` at
+   the beginning. So `unsloth/Meta-Llama-3.1-8B-bnb-4bit` is `Llama-3.1-8B`.
+2. Generic names (``model``, ``base``, ``checkpoint-500``, a commit's hash) are ignored. A folder of the Hub's cache has the name
+   of its repository.
+3. If the Hub id of a base is known, only that is its name. Any other base has several: its catalogued name, its folder's name,
+   and those of the models it was quantized or merged from. One of them must be the name that the adapter states.
+4. A folder's name without a size (``8b``, ``135m``) may mean anything. It counts as different only if it shares a word with
+   the other name and they differ by a word that distinguishes models (``instruct``, ``chat``, ``large``). It does not if it is
+   merely a shorter form of a stated name with a size (``llama`` for ``Llama-3.1-8B-Instruct``).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from loratool.merging.manifest import KINDS, read_manifest
 from registry import BaseRecord
 
 TRAINED_ON_KEY: Final = "ss_sd_model_name"
-"""Where kohya's files state the file name of their base."""
+"""Metadata key for the file name of the base in kohya's files."""
 
 _STORED: Final = """
     bnb bit 2bit 3bit 4bit 6bit 8bit gptq awq gguf mlx nf4 fp4 fp8 int4 int8 nvfp4 mxfp4 w4a16 w8a8 w8a16 exl2 hqq aqlm bf16 fp16
     fp32 f16 f32 float16 bfloat16 dynamic quantized quant hf unsloth safetensors ckpt st dequantized dense
 """
 STORED: Final = frozenset(_STORED.split())
-"""Words for how a model is stored or who stored it so, not for which one it is."""
+"""Words for a model's storage or publisher, which do not identify the model."""
 
 _SAYS_NOTHING: Final = "base bases llm lm pretrained foundation original parent the my"
 SAYS_NOTHING: Final = GENERIC | set(_SAYS_NOTHING.split())
@@ -48,7 +48,7 @@ _TELLS_APART: Final = """
     distill distilled reward guard embedding nano micro mini tiny small medium large xl xxl
 """
 TELLS_APART: Final = frozenset(_TELLS_APART.split())
-"""Words by which models of one family are told apart."""
+"""Words that distinguish models of one family."""
 
 _SIZE: Final = re.compile(r"(\d+x)?\d+(\.\d+)?[bm]")
 _IN_CACHE: Final = re.compile(r"models--(?:.+?)--(?P<name>[^/\\]+)([/\\]snapshots([/\\][^/\\]+)?)?[/\\]?$")
@@ -58,9 +58,9 @@ Words = tuple[str, ...]
 
 
 def other_base_notes(adapter: AnyAdapter, name: str, path: Path | None, record: BaseRecord | None) -> list[str]:
-    """A note where an adapter names another base than the one, so called, that it is put into.
+    """Return a note if an adapter names another base than the base `name` that it is merged into.
 
-    `path` is where that lies, and `record` its entry in the catalogue, as far as there are such.
+    `path` is the base's folder or file, and `record` its entry in the catalogue, if it has them.
     """
     stated = next((each for each in _stated_by(adapter) if words_of(each)), None)
     if stated is None:
@@ -71,12 +71,12 @@ def other_base_notes(adapter: AnyAdapter, name: str, path: Path | None, record: 
         return []
     return [
         f"{quoted(adapter.name)} names {quoted(stated)} as its base, and {quoted(hub_id or name)} seems to be another model, "
-        "though it fits: see that it is the right one"
+        "though it fits: check that it is the right one"
     ]
 
 
 def is_other(stated: str, hub_id: str | None, names: Sequence[str]) -> bool:
-    """Whether a base, by its Hub id or else by its `names` here, is another one than the `stated`."""
+    """Return whether a base, by its Hub id or else its local `names`, is a different one than the `stated`."""
     wanted = words_of(stated)
     if not wanted:
         return False
@@ -102,7 +102,7 @@ def words_of(name: str) -> Words:
 
 
 def _is_made_up(words: Words, stated: Words, *, stated_is_path: bool) -> bool:
-    """Whether names of which a user gave one or both, by rule 4, do not tell a base from the stated one."""
+    """Return whether names that a user may have made up do not distinguish a base from the stated one, by rule 4."""
     has_size, has_stated_size = (any(map(_SIZE.fullmatch, each)) for each in (words, stated))
     if has_size and (has_stated_size or not stated_is_path):
         return False
@@ -126,13 +126,13 @@ def _metadata_of(adapter: AnyAdapter) -> Mapping[str, Any]:
 
 
 def _in_cache(path: Path | None) -> str | None:
-    """The repository whose snapshot a folder of the Hub's cache is."""
+    """Return the repository of a folder in the Hub's cache; None for other paths."""
     found = None if path is None else _IN_CACHE.search(str(path.resolve()))
     return None if found is None else found["name"]
 
 
 def _local_names(name: str, path: Path | None, record: BaseRecord | None) -> Iterator[str]:
-    """What a base is called here, and what it was made of: of an image of a model is an adapter of that model."""
+    """Yield the local names of a base, and of the models it was made from, whose adapters also fit it."""
     yield name
     if record is not None and record.variant_of:
         yield record.variant_of

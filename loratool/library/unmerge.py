@@ -1,4 +1,4 @@
-"""`loratool.unmerge` and `loratool.verify`: a merge taken out again, and checked."""
+"""`loratool.unmerge` and `loratool.verify`: undo a merge, and check it."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ from registry import Registry, RegistryError
 
 @dataclass(frozen=True, slots=True)
 class UnmergeResult:
-    """How a merge was taken out.
+    """The result of an unmerge.
 
     Attributes:
         out: the restored model's folder.
         method: ``undo``, ``base`` or ``approximate``.
-        fingerprint: of the base that came out; None where it is only near it.
-        inexact: names of the tensors that are not the base's bit for bit: with ``approximate``, or changed by somebody.
+        fingerprint: of the restored base; None if it is not exact.
+        inexact: names of tensors that differ from the base's: with ``approximate``, or if another program changed them.
         notes: notes for the user.
     """
 
@@ -76,11 +76,19 @@ class UnmergeResult:
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What was verified of a merged model. `replayed` is ``base``, ``undo``, or "" where neither was at hand.
+    """The result of verifying a merged model.
 
-    `files` beside the weights are as the manifest records them. `edited` are those that a user may change, such as a card or
-    a chat template, and did; `added` were put into the folder since. `survival` and, by matrix, `survivals` are what the
-    merge into quantized matrices measured.
+    Attributes:
+        path: the model's folder.
+        fingerprint: of its content.
+        tensors: number of tensors.
+        files: number of other files that are as the manifest records them.
+        replayed: how the merge was replayed: ``base``, ``undo``, or "" if neither was available.
+        notes: notes for the user.
+        survival: for a merge into quantized matrices, the delivered share of the update in total.
+        survivals: the same for each matrix, by name.
+        edited: files that a user may change, such as a card or a chat template, and did.
+        added: files that were added to the folder after the merge.
     """
 
     path: Path
@@ -113,22 +121,22 @@ class VerifyResult:
 def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | None = None, in_place: bool = False,
             approximate: bool = False, force: bool = False, device: str = "auto", registry: str | None = None,
             progress: Progress | None = None) -> UnmergeResult:  # fmt: skip
-    """Take the last merge out of a merged model: by its undo file, else from the base found by its fingerprint.
+    """Undo the last merge of a merged model: by its undo file, or else from the base, found by its fingerprint.
 
     Args:
-        merged: the merged model's folder, or its name where it is catalogued or the merge was recorded.
+        merged: the merged model's folder, or its name if it is catalogued or the merge was recorded.
         out: the new folder; by default ``<merged>-unmerged`` beside it.
         in_place: restore the merged model's own files instead.
-        approximate: where neither undo file nor base is at hand, subtract the update; off by a rounding here and there.
-        force: replace a merged model that loratool wrote before.
+        approximate: if neither undo file nor base is available, subtract the update, with rounding errors in some elements.
+        force: replace a merged model that loratool wrote.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: receives the number of bytes done.
 
     Raises:
-        VerificationError: a tensor is not what the merge wrote; it was changed since.
-        RestoreError: the base cannot be restored bit for bit, and `approximate` was not given.
-        LoratoolError, registry.RegistryError: says what else is wrong; nothing was written then.
+        VerificationError: a tensor has changed since the merge.
+        RestoreError: the base cannot be restored bit for bit, and `approximate` is off.
+        LoratoolError, registry.RegistryError: the message says what is wrong; nothing is written.
     """
     if in_place and out is not None:
         raise LoratoolError("a merge is taken out either in place or to --out; give one of them")
@@ -170,7 +178,7 @@ def unmerge(merged: str | os.PathLike[str], *, out: str | os.PathLike[str] | Non
 
 
 def _record_unmerged(path: Path, manifest: Manifest, catalogue: Registry, promised: Promised) -> list[str]:
-    """Record that a merge was taken out in place. It is out by now, so a catalogue that cannot be written is a note."""
+    """Record an unmerge in place. Since it is done, a catalogue that cannot be written gives only a note."""
     try:
         with catalogue.for_writing() as writable:
             for record in writable.merges.of_output(path.absolute()):
@@ -183,23 +191,27 @@ def _record_unmerged(path: Path, manifest: Manifest, catalogue: Registry, promis
 
 
 def _refuse_arithmetic(path: Path, *, in_place: bool, approximate: bool) -> None:
-    """Raise RestoreError if a model that is stored otherwise than its base is to be restored from itself."""
+    """Raise RestoreError if an option asks to restore a base from a model that is stored differently."""
     option = "--in-place" if in_place else "--approximate" if approximate else None
     if option:
         raise RestoreError(
-            f"{quoted(path)} is stored otherwise than its base, so the base comes back only as a copy of itself; leave "
+            f"{quoted(path)} is stored differently than its base, so the base can only be restored as a copy of itself; leave "
             f"{option} out"
         )
 
 
 def _copied_base(merged: Checkpoint, manifest: Manifest, catalogue: Registry, out: Path, watcher: Progress, *,
                  force: bool) -> UnmergeResult:  # fmt: skip
-    """The way back from a model that is stored otherwise than its base."""
+    """Restore the base of a model that is stored differently, by copying the base.
+
+    Raises:
+        RestoreError: the base is not available.
+    """
     base = _find_base(merged, manifest, catalogue, watcher)
     if base is None:
         raise RestoreError(
-            f"{quoted(merged.path)} is stored otherwise than its base {quoted(manifest.base_name)} "
-            f"({manifest.base_fingerprint[:12]}…), and holds nothing to restore that from; put the base back to "
+            f"{quoted(merged.path)} is stored differently than its base {quoted(manifest.base_name)} "
+            f"({manifest.base_fingerprint[:12]}…), and holds nothing to restore it from; put the base back to "
             f"{quoted(manifest.base_path)}, or catalogue it with 'loratool base add'"
         )
     refuse_overlap(out, [base.path])
@@ -212,16 +224,16 @@ def _copied_base(merged: Checkpoint, manifest: Manifest, catalogue: Registry, ou
 def verify(
     merged: str | os.PathLike[str], *, registry: str | None = None, progress: Progress | None = None
 ) -> VerifyResult:
-    """Check a merged or quantized model against its manifest, byte by byte, and replay it where base or undo is at hand.
+    """Check a merged or quantized model against its manifest, byte by byte, and replay it if base or undo is available.
 
     Args:
-        merged: the model's folder, or its name where it is catalogued or the merge was recorded.
+        merged: the model's folder, or its name if it is catalogued or the merge was recorded.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
         progress: receives the number of bytes done.
 
     Raises:
-        VerificationError: names the first tensor or file that differs.
-        LoratoolError, registry.RegistryError: says what else is wrong.
+        VerificationError: a tensor or file differs; the message names the first.
+        LoratoolError, registry.RegistryError: the message says what is wrong.
     """
     watcher = progress or Silent()
     with open_registry(registry, read_only=True) as catalogue:
@@ -248,7 +260,7 @@ def verify(
 
 def _ways(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: str, watcher: Progress, *,
           approximate: bool) -> list[Callable[[], Restoration]]:  # fmt: skip
-    """The ways back to the base, best first; each raises RestoreError where what it needs is not at hand."""
+    """Return the ways to restore the base, best first. Each raises RestoreError if something it needs is not available."""
 
     def from_base() -> Restoration:
         base = _find_base(merged, manifest, catalogue, watcher)
@@ -256,7 +268,7 @@ def _ways(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: s
             base = _find_base(merged, manifest, catalogue, watcher)
         if base is None:
             name = f"{quoted(manifest.base_name)} ({manifest.base_fingerprint[:12]}…)"
-            raise RestoreError(f"its base {name} is not at hand")
+            raise RestoreError(f"its base {name} is not available")
         return restore_from_base(merged, manifest, base)
 
     def approximately() -> Restoration:
@@ -269,7 +281,7 @@ def _ways(merged: Checkpoint, manifest: Manifest, catalogue: Registry, device: s
 
 def _by_the_first_that_works(ways: Sequence[Callable[[], Restoration]], take_out: Callable[[Restoration], UnmergeReport],
                              merged: Checkpoint, manifest: Manifest) -> tuple[UnmergeReport, list[str]]:  # fmt: skip
-    """Take the merge out; what was done, and notes on the ways that failed before."""
+    """Undo the merge; return the report, and notes on the ways that failed before."""
     reasons: list[str] = []
     for way in ways:
         try:
@@ -285,9 +297,9 @@ def _by_the_first_that_works(ways: Sequence[Callable[[], Restoration]], take_out
 
 
 def _find_base(merged: Checkpoint, manifest: Manifest, catalogue: Registry, watcher: Progress) -> Checkpoint | None:
-    """The base by its fingerprint: where the catalogue knows it, else where it was when it was merged.
+    """Find the base by its fingerprint, at its catalogued path or else at the path that the manifest records.
 
-    It is held while it is read, which first finishes an in-place change of it that was interrupted.
+    The folder is locked while it is read, which first finishes an interrupted change in place.
     """
     known = [record.path for record in catalogue.bases.find_by_fingerprint(manifest.base_fingerprint)]
     for path in [*known, Path(manifest.base_path)]:
@@ -306,7 +318,7 @@ def _find_base(merged: Checkpoint, manifest: Manifest, catalogue: Registry, watc
 
 
 def _downloaded(manifest: Manifest, catalogue: Registry, watcher: Progress) -> bool:
-    """Whether the base is catalogued from the Hub and could be downloaded again."""
+    """Download the base again if it is catalogued from the Hub; return whether it was downloaded."""
     for record in catalogue.bases.find_by_fingerprint(manifest.base_fingerprint):
         if is_away(record):
             obtain(record, catalogue, watcher)
@@ -319,7 +331,7 @@ def _find_adapters(folder: Path, manifest: Manifest, catalogue: Registry) -> lis
 
 
 def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Manifest, catalogue: Registry) -> Adapter:
-    """An adapter of the merge: beside the undo file, in the catalogue or its trash, or where it was, by its sha256."""
+    """Find an adapter of the merge by its sha256: beside the undo file, in the catalogue or its trash, or at its old path."""
     if manifest.undo is not None:
         kept = _readable(folder / manifest.undo / adapter_file(index))
         if kept is not None and kept.sha256 in (manifest.undo_adapters[index : index + 1] or (kept.sha256,)):
@@ -339,7 +351,7 @@ def _find_adapter(index: int, entry: MergedAdapter, folder: Path, manifest: Mani
 
 
 def _readable(place: Path, alpha: Alpha | None = None) -> Adapter | None:
-    """The adapter at `place`, read with the alpha that was given; None where there is none that can be read so."""
+    """Return the adapter at `place`, read with the given alpha; None if it cannot be read."""
     try:
         return read_adapter(place, alpha) if exists(place) else None
     except LoratoolError:
@@ -349,7 +361,7 @@ def _readable(place: Path, alpha: Alpha | None = None) -> Adapter | None:
 def _replay(
     merged: Checkpoint, manifest: Manifest, catalogue: Registry, watcher: Progress
 ) -> tuple[str, tuple[str, ...]]:
-    """Replay the merge from the base, else take it out in memory by the undo file; what was done, and notes."""
+    """Replay the merge from the base, or else undo it in memory by the undo file; return which was done, and notes."""
     why = _why_not_here(manifest)
     base = None if why else _find_base(merged, manifest, catalogue, watcher)
     if base is not None:
@@ -369,7 +381,7 @@ def _replay(
         why = f"the {manifest.kind}, replayed with another torch, gives other bytes in {quoted(differing)}"
     if manifest.undo is None:
         missing = "its base is not" if manifest.converted else "neither its base nor an undo file is"
-        why = why or f"the {manifest.kind} was not replayed: {missing} at hand"
+        why = why or f"the {manifest.kind} was not replayed: {missing} available"
         return "", (f"{why}; every byte is what the {manifest.kind} wrote",)
     watcher.begin("taking the merge out in memory", sum(merged.tensors[name].nbytes for name in manifest.changed))
     replay_undo(manifest, restore_by_undo(merged, manifest), progress=watcher.advance)
@@ -377,12 +389,12 @@ def _replay(
 
 
 def _why_not_here(manifest: Manifest) -> str | None:
-    """What to tell a user where the device that merged, whose roundings a replay must repeat, is not here."""
+    """Return why the merge cannot be replayed here (calibrated, or made on a missing device); None if it can."""
     if "calibration" in manifest.options:
         return "the merge was calibrated on a text, which is not kept, so it was not replayed from its base"
     device = manifest.options.get("device", "cpu")
     try:
         choose_device(device)
     except LoratoolError:
-        return f"the merge was made on {quoted(device)}, which is not here, so it was not replayed from its base"
+        return f"the merge was made on {quoted(device)}, which is not available, so it was not replayed from its base"
     return None
