@@ -236,7 +236,7 @@ def test_a_bare_file_without_a_usable_alpha_is_refused(
 
 
 def test_an_alpha_beside_the_files_own_is_refused(base: Path, adapter: Path) -> None:
-    expect_refusal(adapter, base, "says its own alpha", AdapterError, alpha=4.0)
+    expect_refusal(adapter, base, "states its own alpha", AdapterError, alpha=4.0)
 
 
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), float("-inf")])

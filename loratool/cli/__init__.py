@@ -1,4 +1,4 @@
-"""The command line: one module a command, loaded when it is used. It parses, calls `loratool.library`, and renders."""
+"""The command line: one module per command, loaded when it is used. It parses, calls `loratool.library`, and renders."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ GROUPS: Final = {
         "show": "One adapter, in full",
         "tag": "Tag an adapter",
         "export": "Write an adapter out",
-        "remove": "Into the trash",
-        "restore": "Out of the trash again",
+        "remove": "Move to the trash",
+        "restore": "Restore from the trash",
         "doctor": "Check the catalogue",
     },
     "Models": {
         "merge": "Adapters into a base",
-        "unmerge": "Take a merge out again",
+        "unmerge": "Undo a merge",
         "verify": "Check a merged model",
         "quantize": "Store a base in 4 bits",
     },
@@ -51,15 +51,15 @@ GROUPS: Final = {
         "estimate": "What training will take",
     },
     "The Hub": {
-        "pull": "Bring an adapter in",
-        "push": "Put an adapter there",
+        "pull": "Download an adapter",
+        "push": "Upload an adapter",
         "hub": "Search it",
     },
 }
-"""The commands by what they are about, and what each does, in the words of ``loratool --help``."""
+"""The commands by topic, each with its text in ``loratool --help``."""
 
 COMMANDS: Final = {name: text for group in GROUPS.values() for name, text in group.items()}
-"""Each command and what it does; its module and function have its name."""
+"""The text of each command. Its module and function have the command's name."""
 
 EXAMPLE: Final = "loratool merge pirate.safetensors --into models/smollm2"
 
@@ -68,11 +68,11 @@ _STATUSES_OF_SIGNALS: Final = frozenset(128 + number for number in interrupts.EN
 
 
 class _Stopped(BaseException):
-    """An interrupt on its way through click, which would make an empty line of it."""
+    """An interrupt, wrapped so that click does not catch it and print an empty line."""
 
 
 class LazyGroup(ExampleGroup):
-    """A group whose commands are imported when they are run, so that ``--help`` costs nothing."""
+    """A group whose commands are imported when they are run, so that ``--help`` is fast."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, _own_options_first(args))
@@ -87,7 +87,7 @@ class LazyGroup(ExampleGroup):
         return command
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands by groups, and then the options, two a line: all of the help fits a screen of 24 lines."""
+        """Write the commands by group, then the options, two per line, so that the help fits on a screen of 24 lines."""
         formatter.write_paragraph()
         for heading, commands in GROUPS.items():
             _write_two_a_line(formatter, heading, [f"{name:8}  {text:23}" for name, text in commands.items()])
@@ -133,26 +133,26 @@ def cli(ctx: click.Context, registry: str | None, debug: bool) -> None:
 
 
 def _refuse_deleted_folder() -> None:
-    """Raise OutputError in a working folder that was deleted: no relative path has a meaning there, and torch does not load."""
+    """Raise OutputError if the working folder was deleted: relative paths mean nothing there, and torch does not load."""
     try:
         os.getcwd()
     except OSError:
         from loratool.errors import OutputError
 
         raise OutputError(
-            "the folder that you are in was deleted or cannot be looked at; change to another, such as your home with 'cd', and "
+            "the folder that you are in was deleted or cannot be accessed; change to another, such as your home with 'cd', and "
             "run again"
         ) from None
 
 
 def main() -> None:
-    """Run the command line; exit with 0, with 1 for an error, 2 for wrong usage, 128 and its number for a signal."""
+    """Run the command line. The exit status is 0, 1 for an error, 2 for wrong usage, 128 plus its number for a signal."""
     try:
-        # A command makes little garbage, and looking for it takes a third of the time in which torch is imported and left.
+        # A command makes little garbage, and collecting it would take a third of the time to import and exit torch.
         gc.disable()
         atexit.register(gc.freeze)
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # What the terminal's encoding lacks is spelled out instead of being an error.
+            # Characters that the terminal's encoding lacks are escaped instead of causing an error.
             sys.stdout.reconfigure(errors="backslashreplace")
         status = cli.main(prog_name="loratool", standalone_mode=False) or 0
         interrupts.finish()
@@ -176,13 +176,13 @@ def main() -> None:
 
 
 def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The interrupt that an error comes from: also what nobody foresaw, such as a terminal that is gone, after a signal."""
+    """Return the interrupt that caused an error, if any. After a signal, any unforeseen error counts as caused by it."""
     foreseen = isinstance(error, Exception) and _is_foreseen(error)
     return interrupts.behind(error) or (None if foreseen else interrupts.received())
 
 
 def _end_interrupted(stopped: KeyboardInterrupt, otherwise: str) -> int:
-    """Say in one line what was cleaned up or how to go on; the exit status."""
+    """Print in one line what was cleaned up or how to continue; return the exit status."""
     number = stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT
     by = "" if number == signal.SIGINT else f" by {number.name}"
     notes = [text for text in interrupts.notes(stopped) if text] or [otherwise]
@@ -192,10 +192,10 @@ def _end_interrupted(stopped: KeyboardInterrupt, otherwise: str) -> int:
 
 
 def run() -> None:
-    """What the installed command calls: `main`, and an end without delay.
+    """Run the installed command: `main`, then a fast exit.
 
-    Tearing torch down takes the interpreter a third of a second, in which it only gives back memory. A command that was
-    interrupted leaves at once, whatever its threads wait for.
+    A normal exit with torch loaded takes a third of a second, only to free memory. An interrupted command exits at once,
+    whatever its threads wait for.
     """
     interrupts.install()
     _open_streams()
@@ -216,7 +216,7 @@ def run() -> None:
 
 
 class _StandardOutput(io.FileIO):
-    """Standard output, whose errors say that it is what failed."""
+    """Standard output that names itself in its errors."""
 
     def write(self, data: Any) -> int:
         try:
@@ -228,13 +228,13 @@ class _StandardOutput(io.FileIO):
 
 
 def _open_streams() -> None:
-    """Replace standard streams that are closed, and have errors of standard output say what they are of."""
+    """Replace closed standard streams, and make errors of standard output name it."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (it stays open to the end)
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115 (it stays open to the end)
     if sys.stdout is None:
-        # No result could be seen, and the next file opened would get what is printed past Python.
+        # No result would be visible, and the next opened file would get the output of C libraries.
         click.echo("Error: standard output is closed; send it somewhere, such as >/dev/null", err=True)
         sys.exit(1)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -249,7 +249,7 @@ def _open_streams() -> None:
 
 @contextmanager
 def _in_order() -> Iterator[None]:
-    """End the command where whoever read its output has gone (``loratool list | head``: nothing is wrong), or on an interrupt."""
+    """End the command if the reader of its output is gone (``loratool list | head`` is not an error), or on an interrupt."""
     try:
         yield
     except BrokenPipeError:
@@ -260,13 +260,13 @@ def _in_order() -> Iterator[None]:
 
 
 def _discard(stream: TextIO) -> None:
-    """Send to nowhere what `stream` still holds, so that the interpreter does not try once more to write it."""
+    """Discard what `stream` still holds, so that the interpreter does not try to write it again."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _own_options_first(words: list[str]) -> list[str]:
-    """The words with ``--debug`` and ``--registry URL`` in front, since they may stand anywhere on the line."""
+    """Move ``--debug`` and ``--registry URL``, which may stand anywhere on the line, to its beginning."""
     debug: list[str] = []
     registry: list[str] = []
     others: list[str] = []
@@ -286,7 +286,7 @@ def _own_options_first(words: list[str]) -> list[str]:
 
 
 def _is_foreseen(error: Exception) -> bool:
-    """Whether an error is one of loratool's own, which say what is wrong and what to do."""
+    """Return whether an error is one of loratool's own, whose message says what is wrong and what to do."""
     from loratool.errors import LoratoolError
 
     registry = sys.modules.get("registry.errors")
@@ -307,7 +307,7 @@ def _explained(error: Exception) -> str:
     if is_out_of_memory(error):
         return OUT_OF_MEMORY
     if isinstance(error, UnicodeEncodeError):
-        return f"{quoted(error.object)} is no valid text; write the name in UTF-8"
+        return f"{quoted(error.object)} is not valid text; write the name in UTF-8"
     return _printable(f"unexpected {type(error).__name__}: {error}; run again with --debug and report what it prints")
 
 

@@ -13,7 +13,7 @@ from loratool.cli.rendering import ProgressBar, print_facts, print_json, print_n
 @click.option(
     "--name",
     metavar="N",
-    help="Its name in the catalogue; by default that of its folder or file, or of the folder above where that says nothing.",
+    help="Its name in the catalogue; by default that of its folder or file, or of the folder above if that is generic.",
 )
 @click.option(
     "--base",
@@ -35,11 +35,11 @@ def command(
     tags: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Catalogue an adapter that exists: a folder or a single file of any kind and format that loratool can identify.
+    """Catalogue an adapter: a folder or a single file of any kind and format that loratool can identify.
 
-    One that cannot be merged yet is catalogued too: 'loratool show' says which commands work on it. The files are copied into
-    the content store. Another adapter of the same name, base and targets becomes its next version; one of another base or other
-    targets needs a name of its own, with --name.
+    An adapter that cannot be merged yet is catalogued, too; 'loratool show' says which commands work on it. The files are copied
+    into the content store. Another adapter of the same name, base and targets becomes the next version. An adapter of another
+    base or other targets needs its own name, with --name.
     """
     from loratool.library.adapters import adapter_json, add
 

@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 
 
 @click.command("doctor", **example("loratool doctor --gc\nloratool doctor --rebuild"))
-@click.option("--gc", is_flag=True, help="Free what nothing in the catalogue names; note which merged models are gone.")
+@click.option(
+    "--gc",
+    is_flag=True,
+    help="Free files that nothing in the catalogue refers to; record which merged models are gone.",
+)
 @click.option("--deep", is_flag=True, help="Read every stored file and compare its sha256.")
-@click.option("--rebuild", is_flag=True, help="Name again what the store has and the catalogue has lost.")
+@click.option("--rebuild", is_flag=True, help="Restore entries that the store has and the catalogue has lost.")
 @click.option(
     "--trash-days",
     type=click.IntRange(0),
@@ -28,13 +32,15 @@ if TYPE_CHECKING:
     metavar="N",
     help="With --gc: free what was removed N days ago.",
 )
-@click.option("--yes", is_flag=True, help="With --gc: free also what --rebuild could name, or most of the store.")
+@click.option(
+    "--yes", is_flag=True, help="With --gc: also free files that --rebuild could restore, or most of the store."
+)
 @json_option
 @click.pass_obj
 def command(
     registry: str | None, gc: bool, deep: bool, rebuild: bool, trash_days: int, yes: bool, as_json: bool
 ) -> None:
-    """Check the catalogue against the disk. Exit status 1 where something is wrong."""
+    """Check the catalogue against the disk. The exit status is 1 if something is wrong."""
     from loratool.library.doctor import doctor
     from registry import NotSureError
 
@@ -63,11 +69,11 @@ def command(
 
 
 def _ask(doubt: NotSureError) -> None:
-    """Ask on a terminal whether it is meant; elsewhere raise the doubt.
+    """Ask the user for confirmation on a terminal.
 
     Raises:
-        NotSureError: there is nobody to ask.
-        click.Abort: it is not meant.
+        NotSureError: there is no terminal.
+        click.Abort: the answer is no.
     """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise doubt
@@ -119,7 +125,7 @@ def _print(result: DoctorResult) -> None:
         if result.freed.emptied:
             click.echo(f"Emptied the trash of {', '.join(map(shown, result.freed.emptied))}")
         if result.freed.merges:
-            click.echo(f"Noted of {counted(result.freed.merges, 'merge')} what is gone or there again")
+            click.echo(f"Recorded for {counted(result.freed.merges, 'merge')} that files are gone or exist again")
         others = ", ".join(map(shown, result.freed.shared_with))
         if others:
             print_notes([f"the store also holds files of {others}, so nothing in it was freed"])
@@ -131,7 +137,7 @@ def _print(result: DoctorResult) -> None:
     if result.backups:
         newest = result.backups[0]
         made = age(newest.made_at).replace("now", "0 min")
-        click.echo(f"Newest backup: {shown(str(newest.path))}, made {made} ago. What puts it back:")
+        click.echo(f"Newest backup: {shown(str(newest.path))}, made {made} ago. To restore it:")
         click.echo(f"  {shown(result.put_back or '')}")
     if not result.findings:
         click.echo(click.style("All is well.", fg="green"))
@@ -141,9 +147,9 @@ def _print_rebuilt(result: DoctorResult) -> None:
     rebuilt = result.rebuilt
     assert rebuilt is not None
     if not (rebuilt.named or rebuilt.bases):
-        click.echo("Named nothing again: the catalogue has what the store's labels say")
+        click.echo("Restored nothing: the catalogue has all entries of the store's labels")
         return
     named = f"{counted(len(rebuilt.named), 'adapter')} and {counted(len(rebuilt.bases), 'base')}"
-    click.echo(f"Named {named} again:")
+    click.echo(f"Restored {named}:")
     for reference in (*rebuilt.named, *rebuilt.bases):
         click.echo(f"  {shown(reference)}")

@@ -13,11 +13,11 @@ from loratool.formats.kinds import KINDS
 
 SORTS = ["name", "kind", "rank", "alpha", "base", "size", "age"]
 COLUMNS = {"size": "size_bytes", "age": "created_at"}
-"""What the catalogue calls the columns that the table calls otherwise."""
+"""The catalogue's columns for those with another name in the table."""
 
 
 class SortType(click.Choice[str]):
-    """A column of the table, which the catalogue's own word for it means too."""
+    """A column of the table, by its name there or in the catalogue."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value in COLUMNS.values():
@@ -44,7 +44,7 @@ class SortType(click.Choice[str]):
 def command(
     registry: str | None, base: str | None, kind: str | None, tag: str | None, sort: str, as_json: bool
 ) -> None:
-    """The catalogue of adapters: name, version, kind, rank, alpha, targets, base, size and age."""
+    """List the adapters of the catalogue: name, version, kind, rank, alpha, targets, base, size and age."""
     from loratool.library.adapters import adapter_json, list_adapters
 
     found = list_adapters(base=base, kind=kind, tag=tag, sort=sort, registry=registry)  # type: ignore[arg-type]

@@ -64,39 +64,39 @@ if TYPE_CHECKING:
 @click.option(
     "--base-as",
     type=click.Choice(list(MAKINGS)),
-    help="Dense base to 4-bit model: quantize, then merge. Choose it to get what its 4-bit image would give, without one.",
+    help="Dense base to 4-bit model: quantize, then merge. Choose it for the result of merging into its 4-bit image.",
 )
 @click.option(
     "--dequantize",
     is_flag=True,
-    help="Quantized base to dense model. Choose it for exactly what QLoRA trained, where 16 bits a weight fit.",
+    help="Quantized base to dense model. Choose it for exactly what QLoRA trained, if 16 bits per weight fit.",
 )
 @click.option(
     "--calibrate",
     type=PathType(),
     metavar="FILE",
     help="Into 4 bits: keep more of the update, by a short text like those that the model will read (.jsonl or .txt, at most "
-    "1,024 tokens are used). Runs the model once: takes its memory (4-bit weights stay packed) and 'loratool[train]'.",
+    "1,024 tokens are used). Runs the model once: needs its memory (4-bit weights stay packed) and 'loratool[train]'.",
 )
-@click.option("--untie", is_flag=True, help="Give a head that the base ties to its embedding a tensor of its own.")
-@click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out when the base is gone.")
+@click.option("--untie", is_flag=True, help="Give a head that the base ties to its embedding its own tensor.")
+@click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out without the base.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
 @click.option(
     "--verbose", is_flag=True, help="List every tensor, and print the noise of a merge into quantized weights."
 )
 @force_option
 @any_base_option
-@click.option("--again", is_flag=True, help="Add once more what is in the base already.")
-@click.option("--allow-no-op", is_flag=True, help="Go on where an adapter or the whole merge changes nothing.")
+@click.option("--again", is_flag=True, help="Merge an adapter again that is in the base already.")
+@click.option("--allow-no-op", is_flag=True, help="Continue if an adapter or the whole merge changes nothing.")
 @click.option(
     "--without-extras",
     is_flag=True,
-    help="Leave out what was trained with an adapter in files of its own (heads, projectors).",
+    help="Leave out weights that were trained with an adapter but are in other files (heads, projectors).",
 )
 @click.option(
     "--tokenizer",
     type=click.Choice(["base", "adapter"]),
-    help="Whose tokenizer and chat template; by default the adapter's where it trained embeddings or says otherwise.",
+    help="Whose tokenizer and chat template; by default the adapter's if it trained embeddings or they differ.",
 )
 @device_option
 @alpha_option
@@ -126,7 +126,7 @@ def command(
     alpha: Alpha | None,
     as_json: bool,
 ) -> None:
-    """Merge adapters into the weights of a base model: computed in fp32, rounded once, streamed.
+    """Merge adapters into the weights of a base model, computed in fp32, rounded once, streamed.
 
     An ADAPTER is a catalogued name (pirate or pirate@2), a PEFT folder or a safetensors file; WEIGHT multiplies it. A
     DyLoRA acts at its full rank, or at rank B.
@@ -140,7 +140,7 @@ def command(
     if sum((quantize is not None, base_as is not None, dequantize)) > 1:
         raise click.UsageError("give one of --quantize, --base-as and --dequantize")
     if in_place and (quantize or base_as or dequantize):
-        raise click.UsageError("a base cannot be stored otherwise --in-place; give --out")
+        raise click.UsageError("the storage of a base cannot be changed --in-place; give --out")
     specs = [parse_spec(word) for word in adapters]
     with ProgressBar() as progress:
         result = merge(
@@ -179,13 +179,16 @@ def command(
 
 
 def parse_spec(word: str) -> tuple[str, float]:
-    """``name``, ``name=0.5``, ``name@rank=4`` or a path; a file whose own name has an equals sign is taken as it is."""
+    """Split ``name=0.5`` into adapter and weight; ``name``, ``name@rank=4`` or a path has weight 1.
+
+    A path that exists is never split at an equals sign.
+    """
     from loratool.library.resolve import RANK_SIGN
     from loratool.library.user_path import exists
 
     guess = re.fullmatch(r"([^=:*]+)[:*]([0-9]*\.?[0-9]+)", word)
     if guess and not exists(Path(word)):
-        raise click.UsageError(f"{word!r} is no adapter; a weight stands after '=': {guess[1]}={guess[2]}")
+        raise click.UsageError(f"{word!r} is not an adapter; a weight stands after '=': {guess[1]}={guess[2]}")
     name, separator, weight = word.rpartition("=")
     if not separator or exists(Path(word)) or f"{name}=".endswith(RANK_SIGN):
         return word, 1.0
@@ -254,7 +257,7 @@ def _print_result(result: MergeResult, *, in_place: bool, verbose: bool) -> None
 
 
 def _undo(result: MergeResult) -> str:
-    """What it takes to take the merge out again: the undo file, and the copies of the adapters beside it."""
+    """Return the sizes of the undo file and of the adapters' copies beside it."""
     if result.undo_file is None:
         return ""
     copies = [file for file in result.undo_file.parent.iterdir() if file.suffix == ".st" and file != result.undo_file]
@@ -265,7 +268,7 @@ def _undo(result: MergeResult) -> str:
 
 
 def _stored_anew(result: MergeResult) -> str:
-    """Where the model is stored otherwise than its base: how many matrices, and the sizes."""
+    """Return the number of matrices that are stored differently than in the base, and the sizes of both models."""
     anew = _anew(result)
     if not anew:
         return ""
@@ -274,7 +277,7 @@ def _stored_anew(result: MergeResult) -> str:
 
 
 def _anew(result: MergeResult) -> list[Conversion]:
-    """The matrices that are stored otherwise than in the base."""
+    """Return the matrices that are stored differently than in the base."""
     conversions = () if result.conversion is None else result.conversion.conversions
     return [each for each in conversions if each.storage != each.source.storage]
 

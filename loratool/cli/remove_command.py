@@ -10,14 +10,14 @@ from loratool.cli.rendering import listed, print_facts, print_json
 
 @click.command("remove", **example("loratool remove pirate@1\nloratool remove pirate --all --now"))
 @click.argument("adapter")
-@click.option("--all", "all_versions", is_flag=True, help="Every version of it.")
-@click.option("--now", is_flag=True, help="Free its files at once, also of one that is in the trash already.")
+@click.option("--all", "all_versions", is_flag=True, help="Remove every version.")
+@click.option("--now", is_flag=True, help="Free its files at once, also if it is in the trash already.")
 @json_option
 @click.pass_obj
 def command(registry: str | None, adapter: str, all_versions: bool, now: bool, as_json: bool) -> None:
     """Move an adapter into the trash, from which 'loratool restore' brings it back.
 
-    'loratool doctor --gc' frees what has been there for 30 days. Files outside the store stay.
+    'loratool doctor --gc' frees adapters that have been in the trash for 30 days. Files outside the store stay.
     """
     from loratool.library.adapters import adapter_json
     from loratool.library.removal import remove

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 AROUND_A_FACT: Final = 16
-"""Cells of a card's line that are not the fact's: the border and the word before it, ``parameters`` at most."""
+"""Width that a line of the card needs besides the fact: for the border and the longest label, ``parameters``."""
 
 MOST_RANKS: Final = 12
-"""Of an adapter whose modules have more ranks than this, not all are listed."""
+"""Largest number of different ranks that are listed."""
 
 
 @click.command(
@@ -61,7 +61,7 @@ def command(
     alpha: Alpha | None,
     as_json: bool,
 ) -> None:
-    """One adapter: everything known of it, its family and the merges it went into.
+    """Show everything that is known about one adapter, its family and its merges.
 
     ADAPTER is a catalogued name (pirate or pirate@2), a path or a Hub id.
     """
@@ -125,14 +125,14 @@ def _print_card(result: ShowResult) -> None:
 
 
 def _working(result: ShowResult) -> str:
-    """The commands that work on an adapter that loratool does not compute."""
+    """Return the commands that work on an adapter that loratool does not compute."""
     from loratool.library.commands_for import WORKS
 
     return ", ".join(name for name, outcome in result.commands.items() if outcome == WORKS) if result.why_not else ""
 
 
 def _refused(result: ShowResult) -> str:
-    """The commands that do not work on it, and why."""
+    """Return the commands that do not work on it, and why."""
     from loratool.library.commands_for import WORKS
 
     refused = ", ".join(name for name, outcome in result.commands.items() if outcome != WORKS)
@@ -140,12 +140,12 @@ def _refused(result: ShowResult) -> str:
 
 
 def _beside(names: Sequence[str]) -> str:
-    """Files with weights that were trained with the adapter."""
+    """Return the files with weights that were trained with the adapter."""
     return f"{listed(names, 3)}\ntrained with it, and in no merge" if names else ""
 
 
 def hub_places(record: AdapterRecord) -> list[str]:
-    """Where an adapter lies on the Hub: ``owner/name/path@commit``, the latest first."""
+    """Return an adapter's places on the Hub, such as ``owner/name/path@commit``, latest first."""
     return [
         "/".join(filter(None, [place.repo, place.path_in_repo])) + (f"@{place.revision[:12]}" if place.revision else "")
         for place in reversed(record.locations)
@@ -154,7 +154,7 @@ def hub_places(record: AdapterRecord) -> list[str]:
 
 
 def _loss(metrics: Mapping[str, Any]) -> str:
-    """``2.654 (perplexity 14.2), 4.268 before training, on samples held out``, as far as it is recorded."""
+    """Return the recorded losses: ``2.654 (perplexity 14.2), 4.268 before training, on held-out samples``."""
     loss, perplexity, before = (metrics.get(key) for key in ("loss", "perplexity", "loss_before"))
     if not isinstance(loss, float):
         return ""
@@ -162,12 +162,12 @@ def _loss(metrics: Mapping[str, Any]) -> str:
     if isinstance(before, float):
         said.append(f"{before:.3f} before training")
     if metrics.get("held_out"):
-        said.append("on samples held out")
+        said.append("on held-out samples")
     return ", ".join(said)
 
 
 def _training(recipe: Mapping[str, Any]) -> str:
-    """``54 steps of 4 samples of pirate.jsonl (80), lr 0.001, seed 0``, as far as it is recorded."""
+    """Return the recorded facts of the training: ``54 steps of 4 samples of pirate.jsonl (80), lr 0.001, seed 0``."""
     words = {
         "steps": "{} steps",
         "batch_size": "of {} samples",
@@ -181,7 +181,7 @@ def _training(recipe: Mapping[str, Any]) -> str:
 
 
 def _merge(merge: MergeRecord) -> str:
-    """Where a merge lies and what became of it; if quantized, how much of the update is there."""
+    """Return a merge's output and state, and for quantized weights the delivered share of the update."""
     from loratool.library.show import survival_of
 
     survival = survival_of(merge)
@@ -190,13 +190,13 @@ def _merge(merge: MergeRecord) -> str:
 
 
 def _targets(record: AdapterRecord) -> str:
-    """``q_proj, v_proj  (60 modules)``; without a count where no module has a rank."""
+    """Return the targets: ``q_proj, v_proj  (60 modules)``, without the number if no module has a rank."""
     modules = f"  ({counted(len(record.ranks), 'module')})" if record.ranks else ""
     return f"{targets(record.target_modules)}{modules}" if record.target_modules or modules else ""
 
 
 def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:
-    """``8``, or where modules differ ``4 to 16  (modules of each: 4: 12, 16: 3)``; of a DyLoRA ``1..8``."""
+    """Return the ranks: ``8``, ``4 to 16  (modules of each: 4: 12, 16: 3)`` if modules differ, ``1..8`` for a DyLoRA."""
     if kind_named(kind).nested or not by_module or len(set(by_module.values())) == 1:
         return ranks(kind, largest)
     modules = sorted(Counter(by_module.values()).items())
@@ -212,5 +212,5 @@ def _scaling(scaling: float | dict[str, float] | None) -> str:
 
 
 def _base(name: str | None, fingerprint: str | None, recorded: str | None) -> str:
-    exact = f"{name or 'not catalogued'} ({fingerprint[:16]}…)" if fingerprint else name or "tied to none"
+    exact = f"{name or 'not catalogued'} ({fingerprint[:16]}…)" if fingerprint else name or "not tied to a base"
     return f"{exact}\nrecorded as {recorded}" if recorded not in (None, name) else exact

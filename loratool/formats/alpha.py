@@ -113,7 +113,7 @@ def _refuse_contradictions(said: Mapping[str, Sequence[tuple[Statement, float]]]
 def _contradicted(module: str, stated: tuple[Statement, float], given: Alpha | None, source: str) -> AdapterError:
     place, value = stated
     return AdapterError(
-        f"{quoted(source)} says its own alpha: {place.place} says {value:g} (for {quoted(module, 80)}) and --alpha says "
+        f"{quoted(source)} states its own alpha: {place.place} says {value:g} (for {quoted(module, 80)}) and --alpha says "
         f"{RANK_WORDS if given == RANK else f'{given:g}'}; leave --alpha out"
     )
 
