@@ -108,3 +108,7 @@ class NotFoundError(LoratoolError):
 
 class HubError(LoratoolError):
     """The Hugging Face Hub refuses, fails, or cannot be reached."""
+
+
+class HubUnreachableError(HubError):
+    """The Hugging Face Hub cannot be reached, or may not be asked."""

@@ -6,10 +6,12 @@ import errno
 from collections.abc import Callable
 
 import pytest
+from click.testing import CliRunner
 from hub_stand_in import Cut, Failure, HubStandIn
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
-from loratool.errors import HubError, LoratoolError, NotFoundError
+from loratool.cli import cli
+from loratool.errors import HubError, HubUnreachableError, LoratoolError, NotFoundError
 from loratool.hub.errors import hub_errors, refuse_offline, without_secrets
 
 
@@ -99,3 +101,25 @@ def test_other_errors_pass() -> None:
 
 def test_signatures_are_secrets_too() -> None:
     assert without_secrets("at https://cdn/x?Signature=abc for hf_abcdefgh") == "at https://cdn/x for hf_…"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "merge models/nothing --into models/neither",
+        "show models/nothing",
+        "base add mine models/nothing",
+        "estimate models/nothing --rank 4",
+        "quantize models/nothing",
+        "extract models/nothing --base models/neither --rank 2 --out o",
+    ],
+)
+def test_a_mistyped_path_is_not_only_called_a_hub_id(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(*arguments: object, **options: object) -> None:
+        raise HubUnreachableError("the Hub cannot be reached")
+
+    for module in ("hub.bases", "hub.pull", "library.hub_bases"):
+        monkeypatch.setattr(f"loratool.{module}.look", look)
+    result = CliRunner().invoke(cli, words.split())
+    assert result.exit_code == 1
+    assert str(result.exception).startswith("'models/nothing' is no file or folder here, so it was taken for a Hub id")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
+from loratool.errors import HubError, HubUnreachableError, LoratoolError, NotFoundError, quoted
 
 TOKEN: Final = re.compile(r"hf_[A-Za-z0-9_]{6,}")
 SIGNED: Final = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]*")
@@ -151,24 +151,26 @@ def _next_step(status: int) -> str:
     return "follow that message, and run the command again"
 
 
-def _offline(command: str, repository: str | None = None) -> HubError:
+def _offline(command: str, repository: str | None = None) -> HubUnreachableError:
     subject = (
         f"{command} needs the network"
         if repository is None
         else f"{command} needs the network for {quoted(repository)}"
     )
-    return HubError(f"{subject}, and HF_HUB_OFFLINE forbids it; unset HF_HUB_OFFLINE and run it again")
+    return HubUnreachableError(f"{subject}, and HF_HUB_OFFLINE forbids it; unset HF_HUB_OFFLINE and run it again")
 
 
 def _anonymous(command: str) -> HubError:
     return HubError(f"{command} needs a token; {LOG_IN}")
 
 
-def _unreachable(error: BaseException, command: str) -> HubError:
+def _unreachable(error: BaseException, command: str) -> HubUnreachableError:
     from huggingface_hub import constants
 
     what = f"the Hub at {constants.ENDPOINT} cannot be reached, or the connection broke off"
-    return HubError(f"{what} ({_first_line(error)}); check the network and HF_ENDPOINT, and run {command} again")
+    return HubUnreachableError(
+        f"{what} ({_first_line(error)}); check the network and HF_ENDPOINT, and run {command} again"
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -20,7 +20,7 @@ from loratool.library.hub_bases import HubBase, find_hub_base, is_away
 from loratool.library.model_entry import facts_of_model
 from loratool.library.opening import open_registry
 from loratool.library.progress import Progress, Silent
-from loratool.library.user_path import HUB_ID, exists, user_path
+from loratool.library.user_path import HUB_ID, exists, taken_for_hub_id, user_path
 from registry import AdapterSummary, BaseRecord, MergeRecord, Registry, check_name
 
 
@@ -126,7 +126,8 @@ def look_at_base(name: str, source: str | os.PathLike[str], catalogue: Registry,
     elif hub_id is not None:
         raise NotFoundError(f"there is no model at {quoted(text)}; --hub-id is for a folder or file of yours")
     elif HUB_ID.fullmatch(text):
-        base = _find_on_hub(name, text, catalogue)
+        with taken_for_hub_id(text):
+            base = _find_on_hub(name, text, catalogue)
         text = base.snapshot.repo
         if not (download or original or base.is_here) and base.can_wait:
             headers = base.headers()

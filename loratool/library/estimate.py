@@ -31,7 +31,7 @@ from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX
 from loratool.library.opening import open_registry
 from loratool.library.resolve import resolve_base
-from loratool.library.user_path import HUB_ID, exists, user_path
+from loratool.library.user_path import HUB_ID, exists, taken_for_hub_id, user_path
 from loratool.merging.linear import is_conv1d, linear_weights
 from loratool.training.options import METHODS, method_with
 from loratool.training.recipe import BATCH_OF_FEW
@@ -243,7 +243,8 @@ def _shape(text: str, registry: str | None) -> tuple[ModelShape, str, tuple[str,
                 from loratool.hub.address import HubAddress
                 from loratool.hub.bases import fetch_config
 
-                config = fetch_config(HubAddress.parse(text), f"loratool estimate {text}")
+                with taken_for_hub_id(text):
+                    config = fetch_config(HubAddress.parse(text), f"loratool estimate {text}")
                 return read_shape(_read_json(config), text), text, ()
             near = nearest(text, [*KNOWN, *(record.name for record in catalogue.bases.list())])
             raise NotFoundError(

@@ -23,7 +23,7 @@ from loratool.formats.identity import AnyAdapter, Identity
 from loratool.formats.lora_config import MOST_DIGITS
 from loratool.hub.address import HubAddress
 from loratool.library.progress import Progress, Silent
-from loratool.library.user_path import HUB_ID, exists, is_plainly_a_path, user_path
+from loratool.library.user_path import HUB_ID, exists, is_plainly_a_path, taken_for_hub_id, user_path
 from registry import AdapterRecord, BaseRecord, Registry, RegistryError, is_name, is_reference
 
 RANK_SIGN: Final = "@rank="
@@ -303,7 +303,8 @@ def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: Alpha | None
         if has_alpha(record, alpha) and is_here(record, registry):
             return FoundAdapter(told_entry(record, registry), record)
     try:
-        pulled = pull_adapter(address, f"loratool pull {address}", alpha=alpha)
+        with taken_for_hub_id(str(address)):
+            pulled = pull_adapter(address, f"loratool pull {address}", alpha=alpha)
     except NotFoundError as error:
         raise NotFoundError(
             f"there is no adapter {quoted(address)}: neither a catalogued name nor a path, and as a Hub id: {error}"
@@ -394,7 +395,8 @@ def _on_hub(hub_id: str, progress: Progress | None, *, download: bool) -> Resolv
     from loratool.library.hub_bases import find_hub_base
 
     address = HubAddress.parse(hub_id)
-    base = find_hub_base(address, f"loratool base add NAME {address} --download")
+    with taken_for_hub_id(hub_id):
+        base = find_hub_base(address, f"loratool base add NAME {address} --download")
     if download or base.is_here:
         return ResolvedBase(base.download(progress or Silent(), recheck=False), address.name, None)
     headers = base.headers()

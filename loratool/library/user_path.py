@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import NotFoundError, quoted
+from loratool.errors import HubUnreachableError, NotFoundError, quoted
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -37,6 +39,21 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+@contextmanager
+def taken_for_hub_id(text: str) -> Iterator[None]:
+    """Inside, `text` is looked for on the Hub; an error says that it is no path where the Hub cannot say what it is.
+
+    Raises:
+        HubUnreachableError: the Hub cannot be reached.
+    """
+    try:
+        yield
+    except HubUnreachableError as error:
+        raise HubUnreachableError(
+            f"{quoted(text)} is no file or folder here, so it was taken for a Hub id, and {error}"
+        ) from None
 
 
 def is_plainly_a_path(text: str) -> bool:
