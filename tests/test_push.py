@@ -174,7 +174,7 @@ def test_no_path_of_this_machine_is_pushed(
         result = loratool.push(path, f"ada/{name}", base_model=BASE)
         assert not [p for p, data in files(hub, f"ada/{name}").items() if str(base.parent).encode() in data]
         assert ModelCard(result.card).data.base_model == BASE
-    assert any("sha256 is not that of" in note for note in result.notes)
+    assert any("sha256 differs from that of" in note for note in result.notes)
     theirs, ours = (
         peft.utils.save_and_load.safe_load_file(f)
         for f in (folder / WEIGHTS, Path(snapshot_download("ada/single")) / WEIGHTS)

@@ -23,7 +23,12 @@ from loratool.errors import LoratoolError, OutputError, PlacementError
 if TYPE_CHECKING:
     from tiny_models import TinyModels
 
-TIED = ("llama-tied", "qwen2", "gemma", "gpt2")
+TIED = ("llama-tied", "qwen2", "gemma", "gpt2", "gpt_neox-tied")
+EMBEDDINGS = {"gpt2": "wte", "gpt_neox-tied": "embed_in"}
+TARGETS = {"gpt2": "c_attn", "gpt_neox-tied": "query_key_value"}
+STORED_HEADS = {"gpt_neox-tied": "embed_out.weight"}
+"""What a checkpoint calls the head, where that is not what transformers calls it in memory."""
+
 TOKENS = torch.arange(8)[None]
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -45,8 +50,8 @@ def untied_model(base: Path, architecture: str) -> transformers.PreTrainedModel:
 
 def trained(case: str, architecture: str, base: Path, folder: Path) -> Path:
     """An adapter, trained on the untied model; every tensor of it is new."""
-    embedding = "wte" if architecture == "gpt2" else "embed_tokens"
-    usual = "c_attn" if architecture == "gpt2" else "q_proj"
+    embedding = EMBEDDINGS.get(architecture, "embed_tokens")
+    usual = TARGETS.get(architecture, "q_proj")
     options = {"r": 4, "lora_alpha": 8, "target_modules": [usual], "fan_in_fan_out": architecture == "gpt2"} | ADAPTERS[
         case
     ]
@@ -72,7 +77,9 @@ def test_the_merged_model_is_pefts_on_the_untied_one(
     model = untied_model(base, architecture)
     theirs = merge_by_peft(model, adapter)
     ours = stored_tensors(merged)
-    assert ours.keys() - stored_tensors(base).keys() == {"lm_head.weight"}
+    head = STORED_HEADS.get(architecture, "lm_head.weight")
+    assert ours.keys() - stored_tensors(base).keys() == {head}
+    ours["lm_head.weight"] = ours.pop(head)
     assert {name: tensor for name, tensor in theirs.items() if name in ours} == ours
     assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
     loaded = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype="auto", local_files_only=True)
@@ -80,6 +87,21 @@ def test_the_merged_model_is_pefts_on_the_untied_one(
     oracle = untied_model(base, architecture)
     oracle.load_state_dict({name: as_torch(tensor) for name, tensor in theirs.items()})
     assert torch.equal(loaded(TOKENS).logits, oracle(TOKENS).logits)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head", "dense"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_head_lands_on_the_name_that_the_familys_checkpoints_have(
+    options: dict[str, Any], tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("gpt_neox", "fp32")
+    config = peft.LoraConfig(**({"r": 4, "target_modules": ["query_key_value"]} | options))
+    model = load(base, "gpt_neox").float()
+    adapter = save_peft_adapter(model, config, tmp_path / "adapter", save_embedding_layers=False)
+    ours = stored_tensors(loratool.merge(adapter, into=base, out=tmp_path / "out").out)
+    theirs = merge_by_peft(load(base, "gpt_neox"), adapter)
+    theirs["embed_out.weight"] = theirs.pop("lm_head.weight")
+    assert ours["embed_out.weight"] != stored_tensors(base)["embed_out.weight"]
+    assert ours == {name: theirs[name] for name in ours}
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded"])

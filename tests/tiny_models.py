@@ -127,8 +127,9 @@ def _opt() -> transformers.PreTrainedConfig:
     )
 
 
-def _gpt_neox() -> transformers.PreTrainedConfig:
+def _gpt_neox(**changes: Any) -> transformers.PreTrainedConfig:
     return transformers.GPTNeoXConfig(
+        **changes,
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=140,
@@ -220,6 +221,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bert-headless": Architecture(_bert, transformers.BertModel, transformers.AutoModel, _BERT_TARGETS),
     "llama-tied": Architecture(
         lambda: _llama(tie_word_embeddings=True), transformers.LlamaForCausalLM, _CAUSAL, _LLAMA_TARGETS
+    ),
+    "gpt_neox-tied": Architecture(
+        lambda: _gpt_neox(tie_word_embeddings=True),
+        transformers.GPTNeoXForCausalLM,
+        _CAUSAL,
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     ),
     "llama-odd": Architecture(_llama_odd, transformers.LlamaForCausalLM, _CAUSAL, _LLAMA_TARGETS),
     "llama-many-blocks": Architecture(_llama_many_blocks, transformers.LlamaForCausalLM, _CAUSAL, _LLAMA_TARGETS),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from loratool.architecture import WHOLE, Architecture, Orientation, View, architecture_of, module_of
+from loratool.architecture import WHOLE, Architecture, Orientation, Role, Spelling, View, architecture_of, module_of
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.file_role import holds_weights
 from loratool.checkpoint.model import Checkpoint
@@ -155,10 +155,25 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
 
 def _landing(adapter: Adapter, base: Checkpoint) -> Landing:
     """Where every parameter of an adapter lands; one that it replaces is named by the base's own name, and follows the others."""
-    shapes = {name: update.shape for name, update in adapter.changes.items() if not update.replaces}
+    heads = _heads(adapter, base)
+    others = {name: update for name, update in adapter.changes.items() if name not in heads}
+    shapes = {name: update.shape for name, update in others.items() if not update.replaces}
     landing = land(shapes, base.tensors, adapter.name)
-    rest = (name for name in adapter.changes if name not in shapes)
-    return replace(landing, tensors={**landing.tensors, **{n: landing.place(n, base.tensors) or n for n in rest}})
+    rest = (name for name in others if name not in shapes)
+    return replace(
+        landing, tensors={**landing.tensors, **{n: landing.place(n, base.tensors) or n for n in rest}, **heads}
+    )
+
+
+def _heads(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
+    """Where parameters of an output head land that its family's checkpoints call differently than transformers in memory."""
+    missing = [name for name in adapter.changes if name not in base.tensors]
+    if not missing:
+        return {}
+    architecture = architecture_of(base.config, base.tensors)
+    heads = (name for name in missing if architecture.role(name) is Role.HEAD)
+    stored = {name: architecture.spelled(architecture.canonical(name), Spelling.STORED) for name in heads}
+    return {name: place for name, place in stored.items() if place in base.tensors and place not in adapter.changes}
 
 
 def _seed(adapters: Sequence[WeightedAdapter]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratool.architecture import Role, any_model, architecture_of
+from loratool.architecture import Role, Spelling, any_model, architecture_of
 from loratool.checkpoint.blocks import write_exactly
 from loratool.checkpoint.copying import copy_range
 from loratool.checkpoint.fingerprint import hash_tensor
@@ -33,7 +33,8 @@ from loratool.merging.workers import Job
 
 UNTIE: Final = "--untie"
 KEY: Final = "tie_word_embeddings"
-USUAL_HEAD: Final = "lm_head.weight"
+CANONICAL_HEAD: Final = "lm_head.weight"
+"""What transformers calls the weight of an output head in memory; the tables know what a checkpoint calls it."""
 CONFIG_NAME: Final = "config.json"
 
 
@@ -86,7 +87,7 @@ def stored_of(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def untied(base: Checkpoint, adapters: Iterable[Adapter]) -> UntiedCheckpoint:
-    """Return the base as it would be if it did not tie its head, which is called as the adapters or else most models do.
+    """Return the base as it would be if it did not tie its head, which is called as its family's checkpoints call it.
 
     Raises:
         PlacementError: it ties none, or no head could be told or would be computed in the same way.
@@ -105,7 +106,8 @@ def untied(base: Checkpoint, adapters: Iterable[Adapter]) -> UntiedCheckpoint:
         )
     named = [name for adapter in adapters for name in adapter.changes if any_model().role(name) is Role.HEAD]
     weights = [name for name in named if name.endswith(".weight")]
-    return untied_as(base, embeddings[0], next(iter((*heads, *weights)), USUAL_HEAD))
+    canonical = architecture.canonical(next(iter(weights), CANONICAL_HEAD))
+    return untied_as(base, embeddings[0], next(iter(heads), architecture.spelled(canonical, Spelling.STORED)))
 
 
 def untied_as(base: Checkpoint, embedding: str, head: str) -> UntiedCheckpoint:
