@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from hub_adapters import publish
-from other_adapters import DATA, MADE, gguf_adapter
+from other_adapters import BY_NAME, DATA, MADE, gguf_adapter, named
 from safetensors.numpy import load_file, save_file
 
 import loratool
@@ -59,7 +59,7 @@ def assert_is_kept(path: Path, base: Path, folder: Path) -> None:
     assert (record.format, record.tensor_count) == (told.format, told.tensor_count)
     assert (record.base_model, record.parameter_count) == (told.base_model, told.parameter_count)
     assert tuple(record.target_modules or ()) == told.target_modules
-    assert any("not computed" in note for note in added.notes)
+    assert any("but not computed" in note for note in added.notes)
     assert not loratool.add(path, name="mine").new
     assert [each.reference for each in loratool.list_adapters(kind=told.kind, tag="kept")] == ["mine@1"]
     assert [each.reference for each in loratool.list_adapters(kind="dylora")] == []
@@ -93,6 +93,17 @@ def test_every_type_of_peft_is_kept_as_it_is(
 @pytest.mark.parametrize("path", OTHERS)
 def test_what_other_programs_saved_is_kept_as_it_is(path: str, tiny_models: TinyModels, tmp_path: Path) -> None:
     assert_is_kept(DATA / path, tiny_models.folder("llama", "fp32"), tmp_path)
+
+
+@pytest.mark.parametrize("case", BY_NAME)
+def test_what_is_told_by_its_names_alone_is_kept_as_it_is(case: str, tmp_path: Path) -> None:
+    names, (form, kind, rank, alpha, _), targets = BY_NAME[case]
+    file = named(names, tmp_path / "mine.safetensors")
+    record = loratool.add(file).record
+    assert (record.format, record.kind, record.rank, record.alpha) == (form, kind, rank, alpha)
+    assert tuple(record.target_modules or ()) == targets
+    loratool.export("mine", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
 
 
 def test_a_gguf_adapter_is_kept_as_it_is(tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -182,6 +193,8 @@ def test_list_and_show_on_the_command_line(saved_by_peft: PeftTypes, tiny_models
     assert "export, tag, remove" in card
     assert "merge, eval, combine, truncate, prune, show --spectrum, push" in card
     assert "depends on each input" in card
+    run("add", str(DATA / "adapterhub" / "bottleneck"))
+    assert "AdapterHub" in run("show", "bottleneck")
     assert json.loads(run("show", "mine", "--json"))["commands"]["export"] == "works"
     base = str(tiny_models.folder("llama", "fp32"))
     commands = (

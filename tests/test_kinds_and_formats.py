@@ -20,7 +20,7 @@ import peft
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from other_adapters import DATA, MADE, gguf_adapter, named
+from other_adapters import BY_NAME, DATA, MADE, gguf_adapter, named
 from safetensors.numpy import save_file
 from tiny_adapters import copy_with, save_kohya_dylora, save_peft_adapter, save_single_file
 from tiny_models import load
@@ -177,87 +177,6 @@ def test_a_pipelines_file_of_diffusers_has_the_alphas_of_each_component() -> Non
         module.partition(".")[0]: update.scaling for module, update in adapter.ranked.items() if "to_out" not in module
     }
     assert scalings == {"unet": 4 / 2, "text_encoder": 3 / 1}
-
-
-BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], tuple[Any, ...], tuple[str, ...]]] = {
-    "torchtune": (
-        {
-            "layers.0.attn.q_proj.lora_a.weight": (2, 6),
-            "layers.0.attn.q_proj.lora_b.weight": (4, 2),
-            "layers.0.mlp.w1.lora_a.weight": (2, 6),
-            "layers.0.mlp.w1.lora_b.weight": (4, 2),
-        },
-        ("torchtune", "lora", 2, None, None),
-        ("q_proj", "w1"),
-    ),
-    "torchtune's DoRA": (
-        {
-            "layers.0.attn.output_proj.lora_a.weight": (2, 6),
-            "layers.0.attn.output_proj.lora_b.weight": (4, 2),
-            "layers.0.attn.output_proj.magnitude": (4,),
-        },
-        ("torchtune", "dora", 2, None, None),
-        ("output_proj",),
-    ),
-    "XLabs": (
-        {
-            "double_blocks.0.processor.qkv_lora1.down.weight": (2, 6),
-            "double_blocks.0.processor.qkv_lora1.up.weight": (4, 2),
-            "double_blocks.0.processor.proj_lora2.down.weight": (2, 6),
-            "double_blocks.0.processor.proj_lora2.up.weight": (4, 2),
-            "single_blocks.1.processor.qkv_lora.down.weight": (2, 6),
-            "single_blocks.1.processor.qkv_lora.up.weight": (4, 2),
-        },
-        ("xlabs", "lora", 2, None, None),
-        ("proj2", "qkv", "qkv1"),
-    ),
-    "BFL's control LoRA": (
-        {
-            "img_in.lora_A.weight": (2, 6),
-            "img_in.lora_B.weight": (4, 2),
-            "img_in.lora_B.bias": (4,),
-            "double_blocks.0.img_attn.norm.key_norm.scale": (8,),
-            "double_blocks.0.img_attn.norm.query_norm.scale": (8,),
-        },
-        ("bfl-control", "lora", 2, None, None),
-        ("img_in",),
-    ),
-    "old diffusers": (
-        {
-            "unet.mid_block.attn1.processor.to_q_lora.down.weight": (2, 6),
-            "unet.mid_block.attn1.processor.to_q_lora.up.weight": (4, 2),
-            "unet.mid_block.attn1.processor.to_out_lora.down.weight": (2, 6),
-            "unet.mid_block.attn1.processor.to_out_lora.up.weight": (4, 2),
-            "text_encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight": (2, 6),
-            "text_encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight": (4, 2),
-        },
-        ("diffusers-old", "lora", 2, None, None),
-        ("q_proj", "to_out.0", "to_q"),
-    ),
-    "loralib": (
-        {"layers.0.attn.lora_A": (2, 6), "layers.0.attn.lora_B": (4, 2)},
-        ("loralib", "lora", 2, None, None),
-        ("attn",),
-    ),
-    "LoCon": (
-        {"lora_unet_conv_in.lora_down.weight": (2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": (4, 2, 1, 1),
-         "lora_unet_conv_in.alpha": ()},
-        ("kohya", "lora", 2, 1.0, None),
-        ("lora_unet_conv_in",),
-    ),
-    "a DoRA of diffusers": (
-        {"transformer.blocks.0.attn1.to_q.lora_A.weight": (2, 6), "transformer.blocks.0.attn1.to_q.lora_B.weight": (4, 2),
-         "transformer.blocks.0.attn1.to_q.lora_magnitude_vector": (4,)},
-        ("diffusers", "dora", 2, None, None),
-        ("to_q",),
-    ),
-    "ComfyUI's LoKr": (
-        {"diffusion_model.blocks.0.attn.q.lokr_w1": (2, 2), "diffusion_model.blocks.0.attn.q.lokr_w2_a": (2, 3),
-         "diffusion_model.blocks.0.attn.q.lokr_w2_b": (3, 2), "diffusion_model.blocks.0.attn.q.alpha": ()},
-        ("comfyui", "lokr", 3, 1.0, None),
-        ("q",),
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BY_NAME)

@@ -98,6 +98,7 @@ def _print_card(result: ShowResult) -> None:
     title = record.reference if result.place is None else f"{shown_adapter(result.place)} (not in the catalogue)"
     facts = [
         ("kind", record.kind),
+        ("format", _format(record.format)),
         ("ranks" if kind_named(record.kind).nested else "rank", _ranks(record.kind, record.ranks, record.rank)),
         ("alpha", "" if record.alpha is None else f"{record.alpha:g}"),
         ("scaling", _scaling(record.scaling)),
@@ -122,6 +123,14 @@ def _print_card(result: ShowResult) -> None:
         if value:
             card.add_row(key, Text("\n".join(map(shown, value.split("\n")))))
     console().print(Panel(card, title=Text(shown(title), style="bold"), title_align="left", expand=False))
+
+
+def _format(name: str | None) -> str:
+    """The title of the format of an adapter's files; empty for the one in which loratool writes adapters."""
+    from loratool.formats.table import FORMATS, OWN
+
+    titles = {row.name: row.title for row in FORMATS if row is not OWN}
+    return titles.get(name, "") if name else ""
 
 
 def _working(result: ShowResult) -> str:
@@ -197,6 +206,8 @@ def _targets(record: AdapterRecord) -> str:
 
 def _ranks(kind: str, by_module: dict[str, int] | None, largest: int | None) -> str:
     """Return the ranks: ``8``, ``4 to 16  (modules of each: 4: 12, 16: 3)`` if modules differ, ``1..8`` for a DyLoRA."""
+    if largest is None:
+        return ""
     if kind_named(kind).nested or not by_module or len(set(by_module.values())) == 1:
         return ranks(kind, largest)
     modules = sorted(Counter(by_module.values()).items())
