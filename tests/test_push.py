@@ -278,7 +278,7 @@ def test_branches_pull_requests_and_privacy(hub: HubStandIn, pirate: Path, monke
     assert (again.sent, again.pull_request) == (False, proposed.pull_request)
     hub.repositories["org/pirate"].pull_requests[1] = "closed"
     assert loratool.push("pirate", "org/pirate", create_pr=True).sent
-    with pytest.raises(HubError, match="and public; leave --private out"):
+    with pytest.raises(HubError, match="and is public; leave --private out"):
         loratool.push("pirate", "org/pirate", private=True)
     with pytest.raises(HubError, match="--create-pr"):
         loratool.push("pirate", "org/pirate")
