@@ -58,7 +58,7 @@ def _why_other(adapter: AnyAdapter, facts: AdapterFacts, known: AdapterRecord, c
         return f"that one belongs to {_base(known)}, this one to {_base(facts)}"
     ours, theirs = _targets(facts), _targets(known)
     if ours != theirs:
-        return f"that one targets {_listed(theirs)}, this one {_listed(ours)}"
+        return f"that one targets {_listed(theirs) or 'no modules'}, this one {_listed(ours) or 'no modules'}"
     if set(facts.ranks or ()) != set(known.ranks or ()):
         return "it changes other layers"
     return None
