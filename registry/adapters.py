@@ -52,16 +52,18 @@ class Adapters:
         locations: Iterable[Location] = (),
         staged: Staged | None = None,
     ) -> tuple[AdapterRecord, bool]:
-        """Catalogues an adapter; the record, and whether it is new.
+        """Catalogue an adapter; return its record, and whether it is new.
 
-        A version with the same weights and the same numbers (kind, rank, alpha, scaling, targets) is not catalogued
-        again: it is returned, with the tags and locations added to it. Anything else becomes the next version of
-        `name`, from 1.
-        `base` names a catalogued base; else one with `facts.base_fingerprint` is taken, if there is one. `staged` files
+        A version with the same weights and the same numbers (kind, rank, alpha, scaling, targets) is not catalogued again. It
+        is returned, with the tags and locations added. Any other adapter becomes the next version of `name`, from 1.
+
+        `base` names a catalogued base; by default it is one with `facts.base_fingerprint`, if there is one. `staged` files
         (`store.stage`) are published in the same transaction, so that they and the row appear together.
 
-        Raises InvalidNameError, NotFoundError (`base`), and RegistryError where `base` is another model than
-        `facts.base_fingerprint`.
+        Raises:
+            InvalidNameError: `name` or a tag is not a valid name.
+            NotFoundError: there is no base `base`.
+            RegistryError: `base` is another model than the one with `facts.base_fingerprint`.
         """
         check_name(name)
         wanted_tags = _checked_tags(tags)
@@ -86,9 +88,11 @@ class Adapters:
             return _by_id(connection, adapter_id), known is None
 
     def find(self, reference: str) -> AdapterRecord:
-        """`name`, its newest version, or `name@version`.
+        """Return the adapter `name@version`, or the newest version of `name`.
 
-        Raises InvalidNameError, and NotFoundError with the nearest names or the versions there are.
+        Raises:
+            InvalidNameError: `reference` is not a valid name.
+            NotFoundError: there is none; the message has the nearest names or the existing versions.
         """
         wanted = parse_reference(reference)
         with self._database.reading() as connection:
@@ -113,9 +117,9 @@ class Adapters:
             return tuple(_record(connection, row) for row in connection.execute(query).all())
 
     def find_by_repo(self, repo: str, path_in_repo: str | None = None) -> tuple[AdapterRecord, ...]:
-        """All versions, of whatever name, that lie in the Hub repository `repo` at that path, the newest first.
+        """Return all versions under any name that are at this path of the Hub repository `repo`, newest first.
 
-        The letters' case does not matter in the names of repositories.
+        The case of letters in `repo` is ignored.
         """
         place = locations.c.path_in_repo.is_(None) if path_in_repo is None else locations.c.path_in_repo == path_in_repo
         there = select(locations.c.adapter_id).where(
@@ -139,12 +143,14 @@ class Adapters:
         tag: str | None = None,
         sort: SortKey = "name",
     ) -> tuple[AdapterSummary, ...]:
-        """The adapters that pass every filter given; `registry.list_adapters` does the same without SQLAlchemy.
+        """Return the adapters that pass every given filter; `registry.list_adapters` does the same without SQLAlchemy.
 
-        `base` takes the adapters of that base and of its variants. Sorted by name (then version), or by the largest
-        rank, alpha or size, or the newest, first; unknown values come last.
+        `base` selects the adapters of that base and of its variants. They are sorted by name (then version), or with the
+        largest rank, alpha or size, or the newest, first. Unknown values come last.
 
-        Raises NotFoundError (`base`), RegistryError (`sort`).
+        Raises:
+            NotFoundError: there is no base `base`.
+            RegistryError: `sort` is unknown.
         """
         with self._database.reading() as connection:
             return select_adapters(
@@ -156,7 +162,7 @@ class Adapters:
             )
 
     def tag(self, reference: str, *names: str) -> AdapterRecord:
-        """Adds tags to one version; those it has already are left. Raises InvalidNameError, NotFoundError."""
+        """Add tags to one version; tags that it has already stay. Raises InvalidNameError, NotFoundError."""
         wanted = _checked_tags(names)
         with self._database.writing() as connection:
             record = self.find(reference)
@@ -165,7 +171,7 @@ class Adapters:
             return _by_id(connection, record.id)
 
     def untag(self, reference: str, *names: str) -> AdapterRecord:
-        """Takes tags from one version. Raises NotFoundError, also for a tag that it does not have."""
+        """Remove tags from one version. Raises NotFoundError, also for a tag that it does not have."""
         with self._database.writing() as connection:
             record = self.find(reference)
             for name in names:
@@ -177,7 +183,7 @@ class Adapters:
             return _by_id(connection, record.id)
 
     def add_location(self, reference: str, location: Location) -> AdapterRecord:
-        """Records one more place where the files of one version lie. Raises NotFoundError."""
+        """Record another place of one version's files. Raises NotFoundError."""
         with self._database.writing() as connection:
             record = self.find(reference)
             _add_location(connection, record.id, location)
@@ -192,9 +198,11 @@ class Adapters:
         metrics: Mapping[str, Any] | None = None,
         base: str | None = None,
     ) -> AdapterRecord:
-        """Replaces the recipe, the metrics or the base of one version, those that are given.
+        """Replace the recipe, the metrics or the base of one version, if given.
 
-        Raises NotFoundError, RegistryError (`base` is another model than the fingerprint it records).
+        Raises:
+            NotFoundError: there is no such version or base.
+            RegistryError: `base` is another model than the one whose fingerprint the version records.
         """
         changes: dict[str, Any] = {"recipe": _plain(recipe), "metrics": _plain(metrics)}
         changes = {key: value for key, value in changes.items() if value is not None}
@@ -210,7 +218,7 @@ class Adapters:
             return _by_id(connection, record.id)
 
     def rename(self, name: str, new_name: str) -> tuple[AdapterRecord, ...]:
-        """Gives all versions of `name` another name. Raises InvalidNameError, NotFoundError, AlreadyExistsError."""
+        """Rename all versions of `name`. Raises InvalidNameError, NotFoundError, AlreadyExistsError."""
         check_name(new_name)
         with self._database.writing() as connection:
             record = self.find(name)
@@ -224,12 +232,14 @@ class Adapters:
             return renamed
 
     def remove(self, reference: str, *, all_versions: bool = False, now: bool = False) -> tuple[AdapterRecord, ...]:
-        """Takes one version, or all of them, out of the catalogue and into the trash; what was removed.
+        """Move one version, or all of them, to the trash; return what was removed.
 
-        `now` frees the files in the store that nothing names any more at once, also of what is in the trash already.
-        What came from it keeps its label in its lineage. Files outside the store are never touched.
+        With `now`, files in the store that nothing else refers to are freed at once, also those of adapters in the trash.
+        Adapters made from it keep its label in their lineage. Files outside the store are never touched.
 
-        Raises NotFoundError, and InUseError where `name` without a version has several and `all_versions` is not given.
+        Raises:
+            NotFoundError: there is no such adapter.
+            InUseError: `reference` has no version, there are several, and `all_versions` is off.
         """
         wanted = parse_reference(reference)
         with self._database.writing() as connection:
@@ -269,9 +279,10 @@ class Adapters:
         return tuple(each.record() for each in doomed)
 
     def files(self, record: AdapterRecord) -> Path:
-        """The folder or file on this disk that holds the adapter: its entry in the store, else where it was added from.
+        """Return the folder or file that holds the adapter: its entry in the store, else the path it was added from.
 
-        Raises NotFoundError, saying where else the files may be got.
+        Raises:
+            NotFoundError: the files are not on this disk; the message says where to get them.
         """
         for location in record.locations:
             if location.store_key is not None and (folder := self._store.path(location.store_key)).is_dir():
@@ -290,12 +301,12 @@ class Adapters:
         )
 
     def store_keys(self) -> set[str]:
-        """The keys of all entries of the store that a row names, of the catalogue or of its trash."""
+        """Return the keys of all store entries that a row of the catalogue or of its trash refers to."""
         with self._database.reading() as connection:
             return named_keys(connection)
 
     def _keep_files(self, connection: Connection, adapter_id: int, staged: Staged) -> None:
-        """Publishes the staged files, unless the adapter already has whole ones in the store."""
+        """Publish the staged files, unless the store already has the adapter's complete files."""
         at_store = (
             locations.c.adapter_id == adapter_id,
             locations.c.kind == "store",

@@ -1,4 +1,4 @@
-"""The rows of the trash: adapters that were removed, each with its entry as JSON (`registry.entries`), and when that was."""
+"""The rows of the trash: removed adapters, each with its entry as JSON (`registry.entries`) and the time of its removal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from registry.tables import locations, removed_adapters
 
 
 def keep(connection: Connection, adapter_ids: Collection[int]) -> None:
-    """Enters adapters into the trash, before their rows are deleted."""
+    """Insert adapters into the trash, before their rows are deleted."""
     found = entries(connection, adapter_ids)
     query = select(locations.c.adapter_id, locations.c.store_key).where(
         locations.c.adapter_id.in_(found.keys()), locations.c.store_key.is_not(None)
@@ -26,7 +26,7 @@ def keep(connection: Connection, adapter_ids: Collection[int]) -> None:
 
 
 def put(connection: Connection, entry: Mapping[str, Any], store_key: str | None, removed_at: datetime) -> None:
-    """Enters one adapter that is JSON already."""
+    """Insert one adapter, given as JSON."""
     connection.execute(
         insert(removed_adapters).values(
             name=entry["name"],
@@ -40,17 +40,17 @@ def put(connection: Connection, entry: Mapping[str, Any], store_key: str | None,
 
 
 def forget(connection: Connection, ids: Iterable[int]) -> None:
-    """Removes rows of the trash by their ids."""
+    """Delete rows of the trash by their ids."""
     connection.execute(delete(removed_adapters).where(removed_adapters.c.id.in_(list(ids))))
 
 
 def kept(connection: Connection, name: str, version: int | None = None) -> list[RemovedAdapter]:
-    """What the trash has of a name, or of one version of it, the lowest version first."""
+    """Return the removed adapters of a name, or of one version of it, lowest version first."""
     return [removed(row) for row in rows(connection, is_named(name, version))]
 
 
 def kept_entries(connection: Connection, keys: Collection[str]) -> dict[str, list[dict[str, Any]]]:
-    """The removed adapters as JSON, each with when it was `removed_at`, by the entry of the store that they name."""
+    """Return the removed adapters of these store entries as JSON with `removed_at`, by the entries' keys."""
     found: dict[str, list[dict[str, Any]]] = {}
     ordered = sorted(keys)
     for place in range(0, len(ordered), AT_ONCE):
@@ -61,32 +61,32 @@ def kept_entries(connection: Connection, keys: Collection[str]) -> dict[str, lis
 
 
 def kept_keys(connection: Connection) -> set[str]:
-    """The keys of the store's entries that the trash names."""
+    """Return the keys of the store entries that the trash refers to."""
     column = removed_adapters.c.store_key
     return {key for key in connection.execute(select(column).where(column.is_not(None))).scalars() if key is not None}
 
 
 def newest_version(connection: Connection, name: str) -> int:
-    """The highest version of a name in the trash; 0 where it has none."""
+    """Return the highest version of a name in the trash; 0 if there is none."""
     query = select(func.max(removed_adapters.c.version)).where(removed_adapters.c.name == name)
     return int(connection.execute(query).scalar() or 0)
 
 
 def is_named(name: str, version: int | None) -> ColumnElement[bool]:
-    """The condition on a row: of that name, and of that version if one is given."""
+    """Return the condition that a row has this name, and this version if one is given."""
     named = removed_adapters.c.name == name
     return named if version is None else named & (removed_adapters.c.version == version)
 
 
 def rows(connection: Connection, condition: ColumnElement[bool]) -> Sequence[RowMapping]:
-    """The rows that a condition is true of, the lowest version of each name first."""
+    """Return the rows that satisfy a condition, sorted by name and version."""
     query = select(removed_adapters).where(condition)
     order = (removed_adapters.c.name, removed_adapters.c.version, removed_adapters.c.id)
     return connection.execute(query.order_by(*order)).mappings().all()
 
 
 def removed(row: RowMapping) -> RemovedAdapter:
-    """A row as a record."""
+    """Return a row as a record."""
     entry = row["entry"] if isinstance(row["entry"], dict) else {}
     return RemovedAdapter(
         id=row["id"],

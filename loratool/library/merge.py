@@ -1,4 +1,4 @@
-"""`loratool.merge`: adapters into the weights of a base model."""
+"""`loratool.merge`: merge adapters into the weights of a base model."""
 
 from __future__ import annotations
 
@@ -62,34 +62,34 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
     """Merge adapters into the weights of a base model: W' = W + the sum of weight * update, in fp32, rounded once.
 
     Args:
-        adapters: catalogued names, paths or Hub ids, each alone or as (adapter, weight); one may stand alone. A DyLoRA
-            acts at its full rank, or as ``ADAPTER@rank=b`` at rank b.
+        adapters: catalogued names, paths or Hub ids, each alone or as (adapter, weight); a single one needs no list. A DyLoRA
+            has its full rank, or rank b as ``ADAPTER@rank=b``.
         into: the base: a catalogued name, a folder, a safetensors file, or a Hub id; by default the catalogued base that the
             adapters are tied to.
         out: the new folder; by default ``<base>-<adapter>`` beside the base.
         in_place: change the base's own files instead; an undo file is always kept.
         quantize: ``nf4``: merge into a dense base, then store its linear modules in NF4; the most exact NF4 model.
-        base_as: ``nf4``: take a dense base as its NF4 image and merge into that, as if it had been quantized before.
+        base_as: ``nf4``: quantize a dense base to NF4 and merge into that, without writing the quantized base.
         dequantize: decode a quantized base and merge densely: W' = decoded W + the update, rounded once to its own dtype.
-        calibrate: a file of samples, as of `loratool.eval`: round 4-bit weights so that the outputs of their layers on such
-            text are off by less (`loratool.weights.coarse.feedback`). Runs the model. An undo file is always kept.
+        calibrate: a file of samples, as for `loratool.eval`: round quantized weights so that the outputs of their layers on
+            such text have smaller errors (`loratool.weights.coarse.feedback`). Runs the model. An undo file is always kept.
         dry_run: plan and check only; write nothing.
-        undo: keep an undo file in the new folder, so that the merge can be taken out when the base is gone.
-        force: replace a merged model that loratool wrote before.
-        any_base: merge into another base than an adapter records, or one that is not what was catalogued.
-        again: add the update of an adapter that is in the base's weights already once more.
-        allow_no_op: go on where an adapter, or the whole merge, changes nothing.
-        without_extras: leave out weights that were trained with an adapter and lie beside it in files of their own.
-        tokenizer: ``base``, or ``adapter``: that of the first adapter that has one; by default the adapter's where it trained
-            the embeddings of tokens or its tokenizer or chat template says otherwise than the base's.
-        untie: give the output head, which the base ties to its input embedding, a tensor of its own in the new folder.
+        undo: keep an undo file in the new folder, so that the merge can be undone without the base.
+        force: replace a merged model that loratool wrote.
+        any_base: merge into another base than an adapter records, or into one that has changed since it was catalogued.
+        again: merge an adapter that is in the base's weights already.
+        allow_no_op: continue if an adapter, or the whole merge, changes nothing.
+        without_extras: leave out weights that were trained with an adapter but are in files of their own beside it.
+        tokenizer: ``base``, or ``adapter``: that of the first adapter that has one. By default the adapter's if it trained
+            token embeddings, or if its tokenizer or chat template differs from the base's.
+        untie: give the output head, which the base ties to its input embedding, its own tensor in the new folder.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        alpha: for a bare adapter file that does not say its own: a number, or ``rank`` for each module's rank.
+        alpha: alpha of a bare adapter file that does not state it: a number, or ``rank`` for each module's rank.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
-        progress: told how many bytes are done.
+        progress: receives the number of bytes done.
 
     Raises:
-        LoratoolError, registry.RegistryError: says what is wrong; nothing was written then.
+        LoratoolError, registry.RegistryError: the message says what is wrong; nothing is written.
     """
     if in_place and out is not None:
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
@@ -128,7 +128,7 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
 
 @dataclass(frozen=True, slots=True)
 class _Sources:
-    """What is merged: the base, and the adapters with their weights."""
+    """The base, and the adapters with their weights."""
 
     base: ResolvedBase
     adapters: tuple[ResolvedAdapter, ...]
@@ -136,7 +136,7 @@ class _Sources:
 
     @property
     def files(self) -> list[Path]:
-        """The base's path and those of the adapters."""
+        """The paths of the base and of the adapters."""
         return [self.base.path, *(found.adapter.file for found in self.adapters)]
 
 
@@ -145,7 +145,7 @@ def _resolve(specs: Sequence[tuple[PathLike, float]], into: PathLike | None, cat
     """Find the adapters and the base.
 
     Raises:
-        LoratoolError, registry.RegistryError: one is not there, or cannot be what is asked for.
+        LoratoolError, registry.RegistryError: one does not exist, or cannot be used as requested.
     """
     adapters = tuple(resolve_at_rank(name, catalogue, alpha) for name, _ in specs)
     base = resolve_base(
@@ -163,7 +163,7 @@ def _resolve(specs: Sequence[tuple[PathLike, float]], into: PathLike | None, cat
 
 
 def _target(out: PathLike | None, sources: _Sources, options: MergeOptions) -> Path:
-    """Return the folder of the merged model: the base's own, or a new one that is none of the sources."""
+    """Return the folder of the merged model: the base's own, or a new one that does not overlap the sources."""
     if options.in_place:
         return sources.base.path
     target = _output(out, sources.base, sources.adapters, options.change)
@@ -175,7 +175,7 @@ def _plan(sources: _Sources, checkpoint: Checkpoint, target: Path, options: Merg
     """Plan the merge from headers alone.
 
     Raises:
-        LoratoolError: an adapter does not land on the base, or the base cannot be changed as asked.
+        LoratoolError: an adapter does not land on the base, or the base cannot be changed as requested.
     """
     base = sources.base
     if options.in_place:
@@ -198,20 +198,20 @@ def _plan(sources: _Sources, checkpoint: Checkpoint, target: Path, options: Merg
 
 def _check(sources: _Sources, plan: MergePlan, catalogue: Registry, watcher: Progress,
            options: MergeOptions) -> tuple[dict[str, str] | None, list[str]]:  # fmt: skip
-    """Check all that is not in the plan before anything is written: repeats, numbers, device, effect, base.
+    """Check before anything is written what the plan does not: repeats, numbers, device, effect, base.
 
-    Returns the digests of the base's tensors, where its fingerprint matters, and notes.
+    Return the digests of the base's tensors (None if no fingerprint is recorded), and notes.
 
     Raises:
-        LoratoolError: says what is wrong.
+        LoratoolError: a check failed; the message says what is wrong.
     """
     allowed, stored = options.allowed, stored_of(plan.base)
     refuse_trained_beside([found.adapter for found in sources.adapters], without=allowed.without_extras)
     repeats = refuse_again(sources.adapters, stored, catalogue, watcher, again=allowed.again)
-    for found in sources.adapters if options.dry_run else ():  # a merge looks when it reads them
+    for found in sources.adapters if options.dry_run else ():  # a merge checks them when it reads them
         refuse_not_finite(found.adapter)
     if options.device.startswith("cuda"):
-        choose_device(options.device)  # raises where there is none, before anything is copied
+        choose_device(options.device)  # raises if there is none, before anything is copied
     no_ops = refuse_no_change(plan.adapters, allow=allowed.no_op)
     digests, notes = check_base(sources.base, sources.adapters, stored, catalogue, watcher, any_base=allowed.any_base)
     left_out = () if options.in_place else inherited_files(plan.base).notes
@@ -220,7 +220,7 @@ def _check(sources: _Sources, plan: MergePlan, catalogue: Registry, watcher: Pro
 
 def _apply(plan: MergePlan, outcome: Outcome, identity: BaseIdentity, options: MergeOptions,
            watcher: Progress) -> MergeReport:  # fmt: skip
-    """Write what is planned: a model stored differently, the base's own files, or a new folder."""
+    """Write the planned model: in another storage, in place, or to a new folder."""
     allowed, device, progress = options.allowed, options.device, watcher.advance
     check = partial(refuse_unchanged, plan=plan, allow=allowed.no_op)
     if outcome.conversion is not None:
@@ -236,13 +236,13 @@ def _apply(plan: MergePlan, outcome: Outcome, identity: BaseIdentity, options: M
 
 
 def _changed_files(plan: MergePlan, chosen: TokenizerChoice) -> FileChanges:
-    """What is written beside the weights in place of the base's files."""
+    """Return the changes of files beside the weights."""
     return chosen.files.joined(plan.base.files()) if isinstance(plan.base, UntiedCheckpoint) else chosen.files
 
 
 def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Sequence[ResolvedAdapter],
             change: StorageChange | None) -> Path:  # fmt: skip
-    """`out`, or ``<base>-<adapter>-...`` beside the base (in the working folder for a base in the Hub's cache)."""
+    """Return `out`, or ``<base>-<adapter>-...`` beside the base (in the working folder for a base in the Hub's cache)."""
     if out is not None:
         path = user_path(out)
         if path.suffix in SINGLE_FILE_SUFFIXES:
@@ -253,10 +253,10 @@ def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Se
 
 
 def _refuse_away(base: ResolvedBase) -> None:
-    """Raise OutputError for a base that is on the Hub and not downloaded: there is nothing to change in place."""
+    """Raise OutputError for a base that is only on the Hub: there is nothing to change in place."""
     if base.headers is not None:
         raise OutputError(
-            f"base {quoted(base.name)} is on the Hub, which nothing changes in place; merge with --out instead"
+            f"base {quoted(base.name)} is on the Hub and cannot be changed in place; merge with --out instead"
         )
 
 
@@ -267,6 +267,6 @@ def _refuse_in_place(checkpoint: Checkpoint) -> None:
     adapter = next((name for name in checkpoint.other_files() if role_of(name) is FileRole.ADAPTER), None)
     if adapter is not None:
         raise OutputError(
-            f"{quoted(checkpoint.path)} holds {quoted(adapter)} too, an adapter that transformers would put on top of what is "
-            "merged; move it to a folder of its own, or merge with --out"
+            f"{quoted(checkpoint.path)} also holds {quoted(adapter)}, an adapter that transformers would apply on top of the "
+            "merge; move it to a folder of its own, or merge with --out"
         )

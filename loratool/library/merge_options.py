@@ -1,4 +1,4 @@
-"""What a user asks of a merge beside its adapters and its base; options that contradict one another are refused."""
+"""Options of a merge besides its adapters and its base. Options that contradict each other are refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What a user said to go past: an earlier output, the base's fingerprint, a merge made before, one that does nothing,
-    weights that lie beside an adapter."""
+    """Checks that the user chose to override.
+
+    Attributes:
+        force: replace an earlier output.
+        any_base: ignore the base's fingerprint.
+        again: merge an adapter that is in the base already.
+        no_op: merge an adapter, or make a merge, that changes nothing.
+        without_extras: leave out weights beside an adapter.
+    """
 
     force: bool
     any_base: bool
@@ -30,11 +37,11 @@ class Allowed:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """How the merged model is to be stored, where that differs from its base: at most one of the three.
+    """Requested storage of the merged model, if it differs from the base's; at most one of the three.
 
     Attributes:
-        quantize: the storage that a dense base becomes after the merge.
-        base_as: the storage that a dense base is taken to be in before the merge.
+        quantize: storage to which a dense base is quantized after the merge.
+        base_as: storage to which a dense base is quantized before the merge.
         dequantize: whether a quantized base becomes dense.
     """
 
@@ -46,16 +53,16 @@ class Storage:
         """Return the change of storage, or None for the base's own storage.
 
         Raises:
-            LoratoolError: no such storage can be made, or several are given.
+            LoratoolError: loratool cannot quantize to the storage, or several options are given.
         """
         for option, value in (("--quantize", self.quantize), ("--base-as", self.base_as)):
             if value not in (None, *MAKINGS):
                 names = " or ".join(MAKINGS)
                 raise LoratoolError(
-                    f"{option} is {quoted(value)}, and loratool quantizes to {names} alone; give {option} {names}"
+                    f"{option} is {quoted(value)}, but loratool quantizes only to {names}; give {option} {names}"
                 )
         if sum((self.quantize is not None, self.base_as is not None, self.dequantize)) > 1:
-            raise LoratoolError("--quantize, --base-as and --dequantize contradict one another; give one of them")
+            raise LoratoolError("--quantize, --base-as and --dequantize contradict each other; give one of them")
         if self.quantize:
             return StorageChange("quantize", MAKINGS[self.quantize]({}))
         if self.base_as:
@@ -65,17 +72,17 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """The options of one merge, which fit together.
+    """The options of one merge, checked to fit together.
 
     Attributes:
-        change: how the model is stored differently from its base; None for the base's own storage.
-        text: the text that 4-bit weights are calibrated on.
-        allowed: the checks that the user said to go past.
+        change: the change of storage; None for the base's own storage.
+        text: the text to calibrate on, if any.
+        allowed: checks that the user chose to override.
         in_place: change the base's own files.
         dry_run: plan and check only.
         undo: keep an undo file.
-        tokenizer: whose tokenizer the model gets; None for the rule.
-        untie: give the output head a tensor of its own.
+        tokenizer: whose tokenizer the model gets; None for the default rule.
+        untie: give the output head its own tensor.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
@@ -106,26 +113,26 @@ class MergeOptions:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the base's own files are changed now."""
+        """Whether the merge changes the base's own files."""
         return self.in_place and not self.dry_run
 
 
 def _refuse_beside_change(change: StorageChange | None, *, in_place: bool, undo: bool) -> None:
-    """Raise LoratoolError for what a model cannot have that holds none of its base's bytes."""
+    """Raise LoratoolError for options that need the base's bytes in the output, which another storage does not keep."""
     option = "--in-place" if in_place else "--undo" if undo else None
     if change is None or option is None:
         return
     raise LoratoolError(
-        f"a model that is stored otherwise than its base cannot be made with {option}: the base's own bytes are not in "
+        f"a model that is stored differently than its base cannot be made with {option}: the base's own bytes are not in "
         f"it; leave {option} out, and keep the base to unmerge from"
     )
 
 
 def _refuse_untying(untie: bool, change: StorageChange | None, *, in_place: bool, calibrated: bool) -> None:
-    """Raise LoratoolError for what cannot be made of a model whose head is untied on the way."""
+    """Raise LoratoolError for options that cannot be combined with untying."""
     option = "--in-place" if in_place else "--calibrate" if calibrated else None
     if untie and (option or change is not None):
         raise LoratoolError(
-            "--untie writes a model with a tensor more, in the base's own storage, to a new folder; leave "
+            "--untie writes a model with one more tensor, in the base's own storage, to a new folder; leave "
             f"{option or '--quantize, --base-as and --dequantize'} out, or merge twice"
         )

@@ -1,4 +1,4 @@
-"""A merge in the catalogue: what is recorded of it, and what earlier ones say of the time that the next will take."""
+"""Records of merges in the catalogue, and the expected time of a merge from earlier records."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from registry import Registry, RegistryError
 
 START_SECONDS: Final = 2.0
 USUAL_BYTES_PER_SECOND: Final = 5e8
-"""What a merge is expected to take where none was recorded: to start, and for each byte."""
+"""Expected speed of a merge if none was recorded, in bytes per second after `START_SECONDS`."""
 
 
 def recorded(result: MergeResult, catalogue: Registry, promised: Promised | None = None) -> MergeResult:
     """Record the merge and return its result.
 
-    The model is written by now, so a catalogue that is busy, full or another user's is a note.
+    Since the model is written, a catalogue that is busy, full or another user's gives only a note.
     """
     try:
         with catalogue.for_writing() as writable:
@@ -51,7 +51,7 @@ def _record(result: MergeResult, catalogue: Registry) -> None:
 
 
 def expected_seconds(plan: MergePlan, catalogue: Registry, *, in_place: bool) -> float:
-    """Return the seconds that the merge will take, from the speed of merges recorded before."""
+    """Return the expected duration of the merge in seconds, from the speed of recorded merges."""
     rates = []
     for record in catalogue.merges.list()[:20]:
         options = record.options or {}

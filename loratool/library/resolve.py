@@ -180,10 +180,10 @@ def no_such_base(name: str, registry: Registry) -> Exception:
 
 
 def resolve_at_rank(name: str | os.PathLike[str], registry: Registry, alpha: Alpha | None = None) -> ResolvedAdapter:
-    """The same, and of ``ADAPTER@rank=b`` the DyLoRA as it acts at rank b.
+    """Find and read an adapter as `resolve_adapter` does; ``ADAPTER@rank=b`` is a DyLoRA cut to rank b.
 
     Raises:
-        AdapterError: b is no rank of it, or it is no DyLoRA; and as `resolve_adapter`.
+        AdapterError: b is not one of its ranks, or it is not a DyLoRA; and as `resolve_adapter`.
     """
     reference, sign, rank = os.fspath(name).rpartition(RANK_SIGN)
     if not sign or exists(user_path(name)):

@@ -154,7 +154,7 @@ def _of_files(adapter: AnyAdapter | str) -> _OfFiles:
 
 
 def _uncatalogued(found: FoundAdapter, catalogue: Registry) -> ShowResult:
-    """What the files of an adapter that is not catalogued say."""
+    """Return the result for an uncatalogued adapter, from its files."""
     adapter = found.adapter
     owner = recorded_base_of(adapter, catalogue)
     facts = facts_from(adapter, owner)

@@ -89,7 +89,7 @@ def is_other(stated: str, hub_id: str | None, names: Sequence[str]) -> bool:
 
 
 def words_of(name: str) -> Words:
-    """The words of a model's name that tell which one it is; none where it says nothing."""
+    """Return the words of a model's name that identify it; empty for a generic name."""
     cached = _IN_CACHE.search(name)
     last = cached["name"] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1].partition("@")[0]
     plain = _SUFFIX.sub("", last.casefold())

@@ -216,10 +216,10 @@ def _checked_fingerprint(base: ResolvedBase, watcher: Progress) -> str:
 
 
 def _held_out(choices: Choices, samples: int, data: str) -> int:
-    """How many samples are held out.
+    """Return the number of held-out samples.
 
     Raises:
-        DataError: none would be left.
+        DataError: no sample would be left to train on.
     """
     count = choices.get("validation", default_validation(samples))
     if count >= samples:
@@ -230,7 +230,7 @@ def _held_out(choices: Choices, samples: int, data: str) -> int:
 
 
 def _batch(choices: Choices, samples: int) -> tuple[int, int]:
-    """The samples of a step, and the passes that it takes them in.
+    """Return the number of samples per step, and the number of passes per step.
 
     Raises:
         LoratoolError: there are more passes than samples.
@@ -252,7 +252,7 @@ def _packed_length(samples: Sequence[TokenizedSample], context: int) -> int:
 def _steps(
     choices: Choices, samples: Sequence[TokenizedSample], batch_size: int, row_length: int | None, seed: int
 ) -> int:
-    """The steps that are asked for, or that the epochs take; by default at least `LEAST_STEPS` and `LEAST_EPOCHS`."""
+    """Return the given number of steps, or that of the epochs; by default at least `LEAST_STEPS` and `LEAST_EPOCHS`."""
     steps, epochs = choices.get("steps"), choices.get("epochs")
     if steps is not None:
         return steps
