@@ -331,7 +331,7 @@ def _several(name: str, versions: int, reference: str) -> InUseError:
 
 
 def _address(location: Location) -> str:
-    """A place on the Hub as ``loratool pull`` takes it: at the commit, since a branch may be elsewhere by now."""
+    """Return a place on the Hub as an argument of ``loratool pull``, at its commit, since a branch may have moved."""
     inside = f"/{location.path_in_repo}" if location.path_in_repo else ""
     return f"{location.repo}{inside}" + (f"@{location.revision}" if location.revision else "")
 
@@ -365,7 +365,7 @@ def _plain(value: Any) -> Any:
 
 
 def _insert(connection: Connection, name: str, base_id: int | None, values: Mapping[str, Any]) -> int:
-    """Adds the next version of `name`, or one that is in the trash with the same numbers, which leaves it; its id."""
+    """Insert the next version of `name`, and return its id. A version with the same numbers returns from the trash."""
     taken = set(connection.execute(select(adapters.c.version).where(adapters.c.name == name)).scalars())
     kept = [each for each in trash_rows.kept(connection, name) if each.version not in taken]
     removed = next((each for each in kept if _is_same(each.entry, values)), None)

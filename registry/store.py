@@ -93,13 +93,14 @@ class Store:
         return self.root / key[:2] / key
 
     def stage(self, files: Mapping[str, Source], sha256: Mapping[str, str] | None = None) -> Staged:
-        """Copies `files` (name in the entry -> source, content, or the pieces of it) into the store, hashing them on the way.
+        """Copy `files` (name in the entry -> source, content, or pieces of it) into the staging folder, and hash them.
 
-        Links among the sources are followed. `sha256` gives the digests that some of the copies must have. Publish the
-        result in the write transaction that names it in a row, or discard it.
+        Links among the sources are followed. `sha256` holds expected digests of some of the copies. Publish the result in the
+        write transaction that refers to it in a row, or discard it.
 
-        Raises RegistryError: a name that is no plain file name, a source that is no file or has another digest, a disk
-        that is full or cannot be written.
+        Raises:
+            RegistryError: a name is not a plain file name, a source is not a file or has another digest, or the disk is full
+                or cannot be written.
         """
         for name in files:
             _check_file_name(name)
@@ -127,9 +128,9 @@ class Store:
             raise
 
     def publish(self, staged: Staged) -> Path:
-        """Puts staged files under their key and returns the entry's folder. An entry already there, whole, is kept.
+        """Move staged files to their key, and return the entry's folder. A complete existing entry is kept.
 
-        Call it inside the write transaction that names the key in a row: `collect` cannot run in between then.
+        Call it in the write transaction that refers to the key in a row, so that `collect` cannot run in between.
         """
         target = self.path(staged.key)
         try:
@@ -164,7 +165,7 @@ class Store:
                         yield entry.name
 
     def abandoned(self) -> list[Path]:
-        """Staging folders that nobody has touched for a day: what a killed process left."""
+        """Return staging folders unchanged for a day, which killed processes left."""
         oldest = time.time() - _ABANDONED_AFTER_SECONDS
         return [
             Path(entry.path)
@@ -173,7 +174,7 @@ class Store:
         ]
 
     def size_bytes(self, folder: Path) -> int:
-        """Bytes of the files in an entry or staging folder."""
+        """Return the size in bytes of the files in an entry or staging folder."""
         return sum(entry.stat(follow_symlinks=False).st_size for entry in _entries(folder))
 
     def is_whole(self, key: str) -> bool:
@@ -185,10 +186,10 @@ class Store:
         return bool(digests) and entry_key(digests) == key
 
     def collect(self, named: Iterable[str], among: Iterable[str] | None = None) -> tuple[int, int]:
-        """Removes the entries that are not `named` (of all, or of those `among` these): how many, how many bytes.
+        """Remove the entries that are not `named`, of all or of those in `among`; return their number and bytes.
 
-        Where other catalogues have files here, no entry is removed: it may be theirs. Call it in a write transaction that
-        has read `named`. Looking at all entries, it also clears the staging folder of what is a day old.
+        If other catalogues have files here, no entry is removed, since it may be theirs. Call it in a write transaction that
+        has read `named`. Without `among`, staging folders that are a day old are removed, too.
         """
         kept = set(named)
         candidates = () if self.other_catalogues() else self.entries() if among is None else among
@@ -209,7 +210,7 @@ class Store:
         return entries, freed
 
     def _listed(self) -> list[str]:
-        """The catalogues, but for the one of the store's own home, that have put files here."""
+        """Return the catalogues with files here, except that of the store's own home."""
         try:
             return (self.root / _CATALOGUES).read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
@@ -231,13 +232,13 @@ class Store:
             os.fsync(file.fileno())
 
     def _remove_labels(self, entry: Path) -> None:
-        """Removes what `registry.label_files` has put beside an entry."""
+        """Remove an entry's labels (`registry.label_files`)."""
         for path in _entries(entry.parent):
             if path.name.startswith(f"{entry.name}."):
                 Path(path.path).unlink(missing_ok=True)
 
     def _set_aside(self, folder: Path) -> None:
-        """Remove an entry. It is moved away first, so that nobody sees half of it."""
+        """Remove an entry. It is moved away first, so that no other process sees half of it."""
         aside = self.folder(STAGING) / f"{secrets.token_hex(8)}.removed"
         folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
@@ -276,7 +277,7 @@ def _check_file_name(name: str) -> None:
 
 
 def _copy(source: Source, target: Path) -> tuple[str, int]:
-    """Writes a new file with the content of `source`, fsynced; its sha256 and size."""
+    """Write the content of `source` to a new file, with fsync; return its sha256 and size."""
     digest = hashlib.sha256()
     size = 0
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)

@@ -544,8 +544,8 @@ def test_a_base_of_the_wrong_storage_is_refused(
         (dense, WAYS["dequantize"], "has no quantized matrices"),
         (nf4, WAYS["quantize"], "is quantized already"),
         (nf4, WAYS["base-as"], "is quantized already"),
-        (dense, {"quantize": "fp4"}, "nf4 alone"),
-        (dense, {"base_as": "int8"}, "nf4 alone"),
+        (dense, {"quantize": "fp4"}, "quantizes only to nf4"),
+        (dense, {"base_as": "int8"}, "quantizes only to nf4"),
     ]
     for base, options, message in cases:
         with pytest.raises(LoratoolError, match=message):
