@@ -679,7 +679,7 @@ def test_a_card_of_hostile_facts_shows_them_without_control_characters(run: Run,
 def test_the_plan_of_a_merge_fits_the_terminal(catalogued: Run) -> None:
     # Paths are shown whole; one of a name that fits says nothing of how deep the temporary folder lies.
     lines = assert_fits(terminal("merge", "pirate", "--into", "llama", "--dry-run", "--out", "merged"))
-    assert ["TENSOR", "UPDATE", "CODEC", "SIZE"] in [line.split() for line in lines]
+    assert ["TENSOR", "UPDATE", "STORAGE", "SIZE"] in [line.split() for line in lines]
     assert [line.split()[:3] for line in lines if "lora r=4" in line] == [
         [f"{name}_proj", "x", "2"] for name in ("down", "gate", "up", "k", "o", "q", "v")
     ]

@@ -214,7 +214,7 @@ def _print_tensors(result: MergeResult, *, verbose: bool) -> None:
         )
         for target in result.plan.targets
     ]
-    print_plan(tensors, ["UPDATE", "CODEC"], ["SIZE"], verbose=verbose)
+    print_plan(tensors, ["UPDATE", "STORAGE"], ["SIZE"], verbose=verbose)
     click.echo()
 
 

@@ -107,7 +107,7 @@ def _print_tensors(result: QuantizeResult, *, verbose: bool) -> None:
         )
         for each in result.plan.conversions
     ]
-    print_plan(tensors, ["CODEC", "TO"], ["SIZE", "THEN"], verbose=verbose)
+    print_plan(tensors, ["STORAGE", "TO"], ["SIZE", "THEN"], verbose=verbose)
     click.echo()
 
 
