@@ -307,7 +307,7 @@ def _chunks(source: Path) -> Iterator[memoryview]:
         ) from None
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise RegistryError(f"'{printable(str(source), 400)}' is no regular file; name one")
+            raise RegistryError(f"'{printable(str(source), 400)}' is not a regular file; name one")
         buffer = memoryview(bytearray(_CHUNK))
         while count := file.readinto(buffer):
             yield buffer[:count]

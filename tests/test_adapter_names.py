@@ -178,7 +178,7 @@ def test_strangers_of_one_base_do_not_become_versions_by_a_name_made_of_it(
     place: Callable[..., Path], tiny_adapters: TinyAdapters
 ) -> None:
     loratool.add(place("data/final"))
-    with pytest.raises(AdapterError, match=r"nothing but the base and the kind, .*--name"):
+    with pytest.raises(AdapterError, match=r"they share only the base and the kind, .*--name"):
         loratool.add(place("work/final", tiny_adapters.folder("llama", seed=2)))
     assert not loratool.add(place("work/output")).new
 

@@ -196,8 +196,8 @@ REFUSED_VARIANTS: dict[str, str] = {
     "other values": "other values",
     "a tensor more": "only one of them",
     "a tensor less": "only one of them",
-    "another shape": "is no variant",
-    "another shape in another type": "is no variant",
+    "another shape": "is not a variant",
+    "another shape in another type": "is not a variant",
 }
 
 

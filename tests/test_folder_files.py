@@ -143,7 +143,7 @@ def test_the_base_comes_back_without_the_adapter_too(with_adapter: Path, adapter
 
 def test_such_a_base_is_not_changed_in_place(with_adapter: Path, adapter: Path) -> None:
     before = digest(with_adapter)
-    with pytest.raises(OutputError, match=r"holds 'adapter_config.json' too.*--out"):
+    with pytest.raises(OutputError, match=r"also holds 'adapter_config.json'.*--out"):
         loratool.merge([adapter], into=with_adapter, in_place=True)
     assert digest(with_adapter) == before
 

@@ -122,4 +122,6 @@ def test_a_mistyped_path_is_not_only_called_a_hub_id(words: str, monkeypatch: py
         monkeypatch.setattr(f"loratool.{module}.look", look)
     result = CliRunner().invoke(cli, words.split())
     assert result.exit_code == 1
-    assert str(result.exception).startswith("'models/nothing' is no file or folder here, so it was taken for a Hub id")
+    assert str(result.exception).startswith(
+        "'models/nothing' is not a file or folder here, so it was taken for a Hub id"
+    )

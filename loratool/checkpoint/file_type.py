@@ -60,7 +60,7 @@ def type_by_content(head: bytes) -> str | None:
     if known is not None:
         return known
     if len(head) >= LEAST_ZEROS and not any(head):
-        return "a file of zeros, as a download that was not finished leaves it; download it again"
+        return "a file of zeros, which an unfinished download leaves; download it again"
     return _text(head)
 
 
@@ -91,4 +91,4 @@ def _text(head: bytes) -> str | None:
         return "a text (JSON); give the safetensors file that belongs to it, or download it again"
     words = " ".join(text.splitlines()[0].split())
     shown = words if len(words) <= LONGEST_SHOWN else f"{words[: LONGEST_SHOWN - 1]}…"
-    return f"a text ('{shown}'), as a server sends it where it has no file; download it again, or give the file of the weights"
+    return f"a text ('{shown}'), perhaps the error message of a server; download it again, or give the file with the weights"

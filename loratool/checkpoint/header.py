@@ -110,7 +110,7 @@ def _sealed(file: Path) -> CheckpointError:
         way = f"wait for it to end, or finish it with 'loratool verify {printable(shlex.quote(str(file.parent)))}'"
         return CheckpointError(f"{quoted(file)} is in the middle of a change in place; {way}")
     return CheckpointError(
-        f"{quoted(file)} was left in the middle of a change in place, and what would finish it is gone from "
+        f"{quoted(file)} was left in the middle of a change in place, and the journal that would finish it is gone from "
         f"{quoted(file.parent)}; download or save the model again"
     )
 

@@ -52,8 +52,8 @@ def inherited_files(source: Checkpoint) -> Inherited:
     notes = []
     if adapters:
         notes.append(
-            f"{_listed(adapters)} of an adapter in the base's folder: left out, since transformers would put that adapter on "
-            "top of the new model"
+            f"{_listed(adapters)} of an adapter in the base's folder: left out, since transformers would apply that adapter to "
+            "the new model"
         )
     if links:
         notes.append(f"{_listed(links)}: left out, as a link that leads out of the base's folder")

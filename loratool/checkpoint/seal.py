@@ -105,8 +105,7 @@ def leased(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             except BlockingIOError:
                 raise OutputError(
-                    f"{quoted(file)} is open in {_who_has(fd)}, which would see it change in the middle; close that, or write "
-                    "to --out instead"
+                    f"{quoted(file)} is open in {_who_has(fd)}, which would see it change; close that, or write to --out instead"
                 ) from None
             except OSError:
                 continue

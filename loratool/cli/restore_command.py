@@ -15,7 +15,7 @@ from loratool.cli.table import print_table
 @json_option
 @click.pass_obj
 def command(registry: str | None, adapter: str | None, all_versions: bool, as_json: bool) -> None:
-    """Bring an adapter back that was removed. Without one, list what is in the trash."""
+    """Restore a removed adapter from the trash. Without an adapter, list the trash."""
     from loratool.library.adapters import adapter_json
     from loratool.library.removal import restore
 

@@ -20,7 +20,7 @@ def with_weight(spec: AdapterSpec) -> tuple[str | os.PathLike[str], float]:
     """
     name, weight = spec if isinstance(spec, tuple) and len(spec) == 2 else (spec, 1.0)
     if not isinstance(name, str | os.PathLike):
-        raise LoratoolError(f"{quoted(spec)} is no adapter; give a name or a path, or (name, weight)")
+        raise LoratoolError(f"{quoted(spec)} is not an adapter; give a name or a path, or (name, weight)")
     if not isinstance(weight, int | float) or not math.isfinite(weight):
         raise LoratoolError(f"the weight of {quoted(name)} is {quoted(weight)} and must be a number")
     return name, float(weight)

@@ -279,7 +279,7 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if all tensors are factors of a LoRA."""
     if all(".lora_" in name for name in checkpoint.tensors):
         raise CheckpointError(
-            f"{quoted(checkpoint.path)} is an adapter and no base model; catalogue it with 'loratool add' instead"
+            f"{quoted(checkpoint.path)} is an adapter, not a base model; catalogue it with 'loratool add' instead"
         )
 
 
@@ -292,20 +292,20 @@ def _refuse_other_model(checkpoint: Checkpoint, original: BaseRecord) -> None:
     ours, theirs = _plain_tensors(checkpoint), _plain_tensors(other)
     for name in sorted(ours.keys() ^ theirs.keys()):
         raise WrongBaseError(
-            f"{quoted(checkpoint.path)} is no variant of {label}: only one of them has {quoted(name)}; leave --variant-of out"
+            f"{quoted(checkpoint.path)} is not a variant of {label}: only one of them has {quoted(name)}; leave --variant-of out"
         )
     packed = {name for name in ours if f"{name}.absmax" in checkpoint.tensors or f"{name}.absmax" in other.tensors}
     for name in sorted(ours.keys() - packed):
         if ours[name].shape != theirs[name].shape:
             raise WrongBaseError(
-                f"{quoted(checkpoint.path)} is no variant of {label}: {quoted(name)} is {list(ours[name].shape)} here and "
+                f"{quoted(checkpoint.path)} is not a variant of {label}: {quoted(name)} is {list(ours[name].shape)} here and "
                 f"{list(theirs[name].shape)} there; leave --variant-of out"
             )
     digests, expected = tensor_digests(checkpoint, digest_cache()), tensor_digests(other, digest_cache())
     for name in sorted(ours):
         if ours[name].dtype == theirs[name].dtype and name not in packed and digests[name] != expected[name]:
             raise WrongBaseError(
-                f"{quoted(checkpoint.path)} is no variant of {label}: {quoted(name)} has other values; leave --variant-of out"
+                f"{quoted(checkpoint.path)} is not a variant of {label}: {quoted(name)} has other values; leave --variant-of out"
             )
 
 

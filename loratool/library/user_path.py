@@ -43,7 +43,7 @@ def exists(path: Path) -> bool:
 
 @contextmanager
 def taken_for_hub_id(text: str) -> Iterator[None]:
-    """Inside, `text` is looked for on the Hub; an error says that it is no path where the Hub cannot say what it is.
+    """Block in which `text` is looked up on the Hub. If the Hub cannot be reached, the error adds that `text` is not a path.
 
     Raises:
         HubUnreachableError: the Hub cannot be reached.
@@ -52,7 +52,7 @@ def taken_for_hub_id(text: str) -> Iterator[None]:
         yield
     except HubUnreachableError as error:
         raise HubUnreachableError(
-            f"{quoted(text)} is no file or folder here, so it was taken for a Hub id, and {error}"
+            f"{quoted(text)} is not a file or folder here, so it was taken for a Hub id, and {error}"
         ) from None
 
 
