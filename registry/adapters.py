@@ -8,15 +8,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Executable, Row, delete, func, insert, select, text, update
+from sqlalchemy import Connection, Executable, Row, Select, delete, func, insert, select, text, update
 
 from registry import trash_rows
 from registry.bases import find_base_id
 from registry.database import Database, inserted_id
 from registry.entering import relink
-from registry.errors import AlreadyExistsError, InUseError, NotFoundError, RegistryError
+from registry.errors import (
+    AlreadyExistsError,
+    DamagedValueError,
+    InUseError,
+    NotFoundError,
+    RegistryDamagedError,
+    RegistryError,
+)
 from registry.labels import Labels, named_keys
-from registry.listing import STATEMENTS, SortKey, select_adapters
+from registry.listing import STATEMENTS, Rows, SortKey, decoded, select_adapters
 from registry.names import Reference, check_name, nearest_names, not_found_message, parse_reference, printable
 from registry.records import AdapterFacts, AdapterRecord, AdapterSummary, Location
 from registry.store import Staged, Store
@@ -99,22 +106,21 @@ class Adapters:
             query = _adapters.where(adapters.c.name == wanted.name).order_by(adapters.c.version.desc()).limit(1)
             if wanted.version is not None:
                 query = query.where(adapters.c.version == wanted.version)
-            row = connection.execute(query).one_or_none()
-            if row is None:
+            found = _records(connection, query)
+            if not found:
                 raise _not_found(connection, wanted)
-            return _record(connection, row)
+            return found[0]
 
     def get(self, adapter_id: int) -> AdapterRecord | None:
         """Return the adapter with this row id, or None."""
         with self._database.reading() as connection:
-            row = connection.execute(_adapters.where(adapters.c.id == adapter_id)).one_or_none()
-            return None if row is None else _record(connection, row)
+            return next(iter(_records(connection, _adapters.where(adapters.c.id == adapter_id))), None)
 
     def find_by_sha256(self, sha256: str) -> tuple[AdapterRecord, ...]:
         """Return all versions under any name with these weights, newest first."""
         with self._database.reading() as connection:
             query = _adapters.where(adapters.c.sha256 == sha256).order_by(adapters.c.id.desc())
-            return tuple(_record(connection, row) for row in connection.execute(query).all())
+            return _records(connection, query)
 
     def find_by_repo(self, repo: str, path_in_repo: str | None = None) -> tuple[AdapterRecord, ...]:
         """Return all versions under any name that are at this path of the Hub repository `repo`, newest first.
@@ -127,13 +133,13 @@ class Adapters:
         )
         with self._database.reading() as connection:
             query = _adapters.where(adapters.c.id.in_(there)).order_by(adapters.c.id.desc())
-            return tuple(_record(connection, row) for row in connection.execute(query).all())
+            return _records(connection, query)
 
     def versions(self, name: str) -> tuple[AdapterRecord, ...]:
         """Return all versions of one name, oldest first; none if the name is unknown."""
         with self._database.reading() as connection:
             query = _adapters.where(adapters.c.name == name).order_by(adapters.c.version)
-            return tuple(_record(connection, row) for row in connection.execute(query).all())
+            return _records(connection, query)
 
     def list(
         self,
@@ -153,13 +159,7 @@ class Adapters:
             RegistryError: `sort` is unknown.
         """
         with self._database.reading() as connection:
-            return select_adapters(
-                [connection.execute(statement).all() for statement in _listing],
-                base=base,
-                kind=kind,
-                tag=tag,
-                sort=sort,
-            )
+            return select_adapters(_tables(connection), base=base, kind=kind, tag=tag, sort=sort)
 
     def tag(self, reference: str, *names: str) -> AdapterRecord:
         """Add tags to one version; tags that it has already stay. Raises InvalidNameError, NotFoundError."""
@@ -244,6 +244,8 @@ class Adapters:
         wanted = parse_reference(reference)
         with self._database.writing() as connection:
             query = select(adapters.c.id).where(adapters.c.name == wanted.name)
+            if wanted.version is not None:
+                query = query.where(adapters.c.version == wanted.version)
             if (
                 now
                 and connection.execute(query).first() is None
@@ -322,6 +324,17 @@ class Adapters:
     def _free(self, keys: set[str]) -> None:
         with self._database.writing() as connection:
             self._store.collect(named_keys(connection), among=keys)
+
+
+def _tables(connection: Connection) -> Sequence[Rows]:
+    """Return the rows of each of the listing's statements."""
+    try:
+        return [connection.execute(statement).all() for statement in _listing]
+    except DamagedValueError:
+        if connection.dialect.name != "sqlite":
+            raise
+        found = [connection.execute(text(statement)).all() for statement in STATEMENTS]
+        return [decoded(found[0]), *found[1:]]
 
 
 def _several(name: str, versions: int, reference: str) -> InUseError:
@@ -436,7 +449,26 @@ def _locations(connection: Connection, adapter_id: int) -> tuple[Location, ...]:
 
 
 def _by_id(connection: Connection, adapter_id: int) -> AdapterRecord:
-    return _record(connection, connection.execute(_adapters.where(adapters.c.id == adapter_id)).one())
+    (record,) = _records(connection, _adapters.where(adapters.c.id == adapter_id))
+    return record
+
+
+def _records(connection: Connection, query: Select[Any]) -> tuple[AdapterRecord, ...]:
+    """Return the records of a query's rows.
+
+    Raises RegistryError, which names them, if one of the rows is damaged.
+    """
+    try:
+        return tuple(_record(connection, row) for row in connection.execute(query).all())
+    except (DamagedValueError, OverflowError) as error:
+        found = connection.execute(
+            query.with_only_columns(adapters.c.name, adapters.c.version, maintain_column_froms=True)
+        )
+        names = " or ".join(f"{row.name}@{row.version}" for row in found)
+        reason = error.reason if isinstance(error, DamagedValueError) else "it holds a number without bound"
+        raise RegistryDamagedError(
+            f"the registry is damaged: the row of {names} cannot be read ({reason}); 'loratool doctor' says what to do"
+        ) from None
 
 
 def _record(connection: Connection, row: Row[Any]) -> AdapterRecord:

@@ -124,6 +124,15 @@ _ENTRY_CHECKS = {
     "parents": _is_list(_has(_PARENT_CHECKS)),
     "removed_at": _optional(_is_moment),
 }
+_NUMBERS_OF_ROWS = ("rank", "alpha", "parameter_count", "tensor_count")
+_JSON_OF_ROWS = ("ranks", "target_modules", "recipe", "metrics", "config")
+ROW_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    **{name: _ENTRY_CHECKS[name] for name in (*_NUMBERS_OF_ROWS, *_JSON_OF_ROWS)},
+    # Rows hold the names of NaN and infinity, too.
+    "scaling": lambda value: isinstance(value, (str, dict)) or _ENTRY_CHECKS["scaling"](value),
+}
+"""The checks of the columns of an adapter's row."""
+
 _BASE_CHECKS = {
     "name": _is_any_name,
     "source": _text(4096),
@@ -159,10 +168,18 @@ def check_base(value: object) -> Entry:
     return _checked(value, _BASE_CHECKS, "a base")
 
 
+def shown(value: object) -> str:
+    """Return a value from outside, cut, for a message."""
+    try:
+        return printable(str(value), 40)
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return "a number of thousands of digits"
+
+
 def _checked(value: object, checks: Mapping[str, Callable[[Any], bool]], what: str) -> Entry:
     if not isinstance(value, dict):
-        raise LabelError(f"it holds '{printable(str(value), 40)}' instead of {what}")
+        raise LabelError(f"it holds '{shown(value)}' instead of {what}")
     for name, check in checks.items():
         if not check(value.get(name)):
-            raise LabelError(f"its {name} is '{printable(str(value.get(name)), 40)}'")
+            raise LabelError(f"its {name} is '{shown(value.get(name))}'")
     return value

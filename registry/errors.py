@@ -53,5 +53,15 @@ class RegistryDamagedError(RegistryError):
     """The file is not a database, or parts of it cannot be read."""
 
 
+class DamagedValueError(RegistryDamagedError):
+    """A row holds a value that cannot be read. `reason` says which: "it holds '[[[' where JSON belongs"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the registry is damaged: a row of it cannot be read ({reason}); 'loratool doctor' names that row and its way out"
+        )
+        self.reason = reason
+
+
 class SchemaTooNewError(RegistryError):
     """The database was written by a newer version of this software."""

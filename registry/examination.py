@@ -9,25 +9,29 @@ import hashlib
 import os
 import shlex
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
-from sqlalchemy import Connection, select
+from sqlalchemy import select
 
+from registry import repair
 from registry.bases import Bases
 from registry.database import Database
+from registry.errors import DamagedValueError
 from registry.label_files import label_path, listing, own_suffix, read_label
 from registry.labels import named_keys
 from registry.merges import Merges
 from registry.names import printable
 from registry.places import is_gone
 from registry.rebuild import Rebuild
-from registry.records import Finding, FindingKind
+from registry.records import Finding, FindingKind, RemovedAdapter
 from registry.store import Store, entry_key
-from registry.tables import adapters, locations, removed_adapters
+from registry.tables import adapters, locations
+from registry.trash_rows import rows as trash_rows
 
+T = TypeVar("T")
 _CHUNK = 1 << 20
 _ADAPTERS = (
     select(
@@ -95,13 +99,16 @@ class Examination:
         with self._database.reading() as connection:
             rows = [_Place(*row) for row in connection.execute(_ADAPTERS)]
             named = named_keys(connection)
+            removed = trash_rows(connection)
             found = [
+                *repair.findings(connection, removed, lambda key: self._rebuild.adapters_of(key)[0]),
                 *self._missing_bases(),
                 *self._adapters(rows, named, deep=deep),
-                *self._removed(connection, deep=deep),
+                *self._removed(removed, deep=deep),
                 *self._missing_merges(),
+                *self._orphans(named),
             ]
-        return (*found, *self._orphans(named))
+        return tuple(found)
 
     # Adapters.
 
@@ -222,10 +229,11 @@ class Examination:
                 self._watcher.advance(len(chunk))
         return digest.hexdigest()
 
-    def _removed(self, connection: Connection, *, deep: bool) -> Iterator[Finding]:
-        query = select(removed_adapters.c.name, removed_adapters.c.version, removed_adapters.c.store_key)
-        for row in connection.execute(query.where(removed_adapters.c.store_key.is_not(None))):
-            reference = f"{row.name}@{row.version}"
+    def _removed(self, rows: Sequence[RemovedAdapter], *, deep: bool) -> Iterator[Finding]:
+        for row in rows:
+            reference = row.reference
+            if row.store_key is None:
+                continue
             way = (
                 f"it is in the trash, and cannot be restored whole: forget it with 'loratool remove {reference} --now'"
             )
@@ -241,7 +249,7 @@ class Examination:
     # Bases and merges.
 
     def _missing_bases(self) -> Iterator[Finding]:
-        for base in self._bases.list():
+        for base in _sound(self._bases.list):
             # A base with recorded files on the Hub is downloaded again when it is needed.
             if base.path is not None and is_gone(base.path) and not (base.files and base.revision):
                 yield _finding(
@@ -253,7 +261,7 @@ class Examination:
                 )
 
     def _missing_merges(self) -> Iterator[Finding]:
-        for merge in self._merges.list(state="merged"):
+        for merge in _sound(lambda: self._merges.list(state="merged")):
             merged = " + ".join(member.adapter for member in merge.adapters)
             if is_gone(merge.output):
                 yield _finding(
@@ -299,6 +307,14 @@ class Examination:
 
 _Fault = tuple[FindingKind, Path, str]
 """A fault of an entry: its kind, its path, and a message with `{reference}` in place of the adapter."""
+
+
+def _sound(read: Callable[[], Sequence[T]]) -> Sequence[T]:
+    """Return what was read; nothing if a row is damaged, which is a finding of its own."""
+    try:
+        return read()
+    except DamagedValueError:
+        return ()
 
 
 def _finding(kind: FindingKind, subject: str, path: Path | None, message: str, size_bytes: int = 0) -> Finding:

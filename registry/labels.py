@@ -14,12 +14,12 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, union
 
 from registry import notices
 from registry.database import Database
 from registry.entries import AT_ONCE, base_entries, entries
-from registry.errors import RegistryError
+from registry.errors import DamagedValueError, RegistryError
 from registry.label_files import (
     BASES,
     draft_path,
@@ -32,8 +32,8 @@ from registry.label_files import (
     write_label,
 )
 from registry.store import Store
-from registry.tables import locations
-from registry.trash_rows import kept_entries, kept_keys
+from registry.tables import locations, removed_adapters
+from registry.trash_rows import kept_entries
 
 DURABLE = 50
 """Largest number of labels written together with fsync for each. Of more labels, a power cut may lose some."""
@@ -120,22 +120,31 @@ class Labels:
     def _write(self, connection: Connection, pending: Mapping[str, Files | None], *, durable: bool) -> None:
         ending = own_suffix(self._store)
         if BASES in pending:
-            known = base_entries(connection)
-            if known or label_path(self._store, BASES, ending).exists():
-                write_label(self._store, label_path(self._store, BASES, ending), {"bases": known}, durable=durable)
+            self._write_bases(connection, durable=durable)
         keys = [key for key in pending if key != BASES]
         named = _named(connection, keys)
         known_entries = entries(connection, {each for ids in named.values() for each in ids})
-        removed = kept_entries(connection, keys)
+        removed, damaged = kept_entries(connection, keys)
         for key in keys:
+            if key in damaged or not named.get(key, set()) <= known_entries.keys():
+                continue  # a damaged row is repaired from the label, which stays as it is
             path = label_path(self._store, key, ending)
-            said = [known_entries[each] for each in sorted(named.get(key, ())) if each in known_entries]
+            said = [known_entries[each] for each in sorted(named.get(key, ()))]
             said += removed.get(key, [])
             if not said or not self._store.path(key).is_dir():
                 remove_label(path)
                 continue
             label = {"key": key, "adapters": said} | self._files_of(key, pending[key])
             write_label(self._store, path, label, durable=durable)
+
+    def _write_bases(self, connection: Connection, *, durable: bool) -> None:
+        path = label_path(self._store, BASES, own_suffix(self._store))
+        try:
+            known = base_entries(connection)
+        except DamagedValueError:
+            return
+        if known or path.exists():
+            write_label(self._store, path, {"bases": known}, durable=durable)
 
     def _files_of(self, key: str, made: Files | None) -> dict[str, Any]:
         """Return the `sizes` of an entry's files, and their sha256 (`files`) if they are known or were just `made`."""
@@ -164,9 +173,9 @@ class Labels:
 
 def named_keys(connection: Connection) -> set[str]:
     """Return the keys of all store entries that the catalogue or its trash refers to."""
-    column = locations.c.store_key
-    keys = connection.execute(select(column).where(column.is_not(None)).distinct()).scalars()
-    return {key for key in keys if key is not None} | kept_keys(connection)
+    both = (locations.c.store_key, removed_adapters.c.store_key)
+    keys = connection.execute(union(*(select(column).where(column.is_not(None)) for column in both))).scalars()
+    return {key for key in keys if key is not None}
 
 
 def _keys_of(connection: Connection, adapter_ids: Collection[int]) -> list[str]:

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from registry import notices
 from registry.errors import NotFoundError, RegistryError
 from registry.families import relatives
 from registry.json_text import json_value
@@ -49,9 +50,23 @@ def quick_fetch(path: Path, timeout: float = 10.0) -> list[Rows] | None:
             if connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchone() != (HEAD,):
                 return None
             adapters, tags, bases = (connection.execute(statement).fetchall() for statement in STATEMENTS)
-        return [[_decoded(row) for row in adapters], tags, bases]
+        return [decoded(adapters), tags, bases]
     except (sqlite3.Error, ValueError, TypeError):
         return None
+
+
+def decoded(rows: Rows) -> Rows:
+    """Return SQLite's rows of adapters with their values parsed. Damaged rows are left out, with a note that names them."""
+    sound, damaged = [], []
+    for row in rows:
+        try:
+            sound.append(_decoded(row))
+        except (ValueError, TypeError, AttributeError):
+            damaged.append(f"{row[1]}@{row[2]}")
+    if damaged:
+        names = printable(", ".join(damaged), 400)
+        notices.say(f"left out {names}, whose row in the registry is damaged; 'loratool doctor' says what to do")
+    return sound
 
 
 def _decoded(row: Sequence[Any]) -> tuple[Any, ...]:

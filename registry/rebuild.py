@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, select
+from sqlalchemy import Connection
 
+from registry.damaged_rows import read_rows
 from registry.database import Database
 from registry.entering import enter, enter_bases, enter_parents, label_of, named_base, relink
 from registry.entry_checks import Entry, LabelError, check_base, check_entry
@@ -17,9 +18,11 @@ from registry.label_files import BASES, label_path, labels_of, own_suffix, read_
 from registry.labels import Labels, named_keys
 from registry.names import printable
 from registry.records import Finding, Rebuilt
+from registry.repair import is_damaged, repair
 from registry.store import Store
-from registry.tables import adapters, removed_adapters
+from registry.tables import adapters
 from registry.trash_rows import put
+from registry.trash_rows import rows as trash_rows
 
 
 class Rebuild:
@@ -31,7 +34,9 @@ class Rebuild:
         self._labels = labels
 
     def run(self) -> Rebuilt:
-        """Add the adapters and bases of labels that have no row. Existing rows stay as they are; repeating it adds nothing.
+        """Add the adapters and bases of labels that have no row, and repair damaged rows. Repeating it adds nothing.
+
+        Rows that are not damaged stay as they are.
 
         If another adapter has taken the number of a version, the version gets the next one. The store does not record merges.
 
@@ -39,7 +44,9 @@ class Rebuild:
             RegistryError: the catalogue cannot be written.
         """
         with self._database.writing() as connection:
-            named, lost, unnamed = self._sorted(connection, self._store.entries())
+            repaired = repair(connection, lambda key: self.adapters_of(key)[0])
+            named = named_keys(connection)
+            lost, unnamed = self._sorted(connection, self._store.entries(), named)
             bases = enter_bases(connection, self._bases([entry for _, entry in lost]))
             for key, entry in lost:
                 if entry.get("removed_at"):
@@ -49,49 +56,60 @@ class Rebuild:
                 relink(connection, adapter_id, label_of(entry), entry["sha256"])
             for adapter_id, _, entry in entered:
                 enter_parents(connection, adapter_id, entry)
-            self._labels.touch_keys(connection, [*named, *(key for key, _ in lost), BASES])
+            self._labels.touch_keys(connection, [*sorted(named), *(key for key, _ in lost), BASES])
         return Rebuilt(
             named=tuple(sorted(_called(reference, entry) for _, reference, entry in entered)),
             bases=tuple(sorted(bases)),
             unnamed=tuple(unnamed),
+            repaired=tuple(sorted(repaired)),
         )
 
     def lost(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Return the references of the adapters that a rebuild would restore from these entries, by key."""
         with self._database.reading() as connection:
             found: dict[str, tuple[str, ...]] = {}
-            for key, entry in self._sorted(connection, keys)[1]:
+            for key, entry in self._sorted(connection, keys)[0]:
                 if entry.get("removed_at"):
                     continue  # the user removed it
                 found[key] = (*found.get(key, ()), label_of(entry))
             return found
 
     def _sorted(
-        self, connection: Connection, keys: Iterable[str]
-    ) -> tuple[list[str], list[tuple[str, Entry]], list[Finding]]:
-        """Return the keys that rows refer to, the labels' adapters without a row, and findings on entries without either."""
-        rows = connection.execute(select(*(adapters.c[name] for name in (*_IDENTITY, "version")))).all()
-        known = {_identity(row._mapping) for row in rows} | {
-            _identity(row.entry) for row in connection.execute(select(removed_adapters.c.entry))
+        self, connection: Connection, keys: Iterable[str], named: Collection[str] = ()
+    ) -> tuple[list[tuple[str, Entry]], list[Finding]]:
+        """Return the labels' adapters without a row, and findings on entries with neither a label nor a row that is `named`."""
+        rows = read_rows(connection, adapters, columns=(*_IDENTITY, "version"))
+        removed = trash_rows(connection)
+        known = {_identity(row) for row in rows if not is_damaged(row)} | {
+            _identity(each.entry) for each in removed if each.fault is None
         }
-        taken = {(row.name, row.version) for row in rows}
-        named = named_keys(connection)
+        # A damaged row has its adapter all the same: its label is to repair it.
+        damaged = {(row["name"], row["version"], row["sha256"]) for row in rows if is_damaged(row)} | {
+            (each.name, each.version, each.sha256) for each in removed if each.fault is not None
+        }
+        taken = {(row["name"], row["version"]) for row in rows}
         lost: list[tuple[str, Entry]] = []
         unnamed: list[Finding] = []
         for key in keys:
             found, problem = self.adapters_of(key)
-            missing = [entry for entry in found if _identity(entry) not in known]
+            missing = [
+                entry
+                for entry in found
+                if _identity(entry) not in known and (entry["name"], entry["version"], entry["sha256"]) not in damaged
+            ]
             known.update(map(_identity, missing))
             lost += [(key, entry) for entry in missing]
             if not found and key not in named:
                 unnamed.append(self._unnamed(key, problem))
         # By date; versions whose number is taken come last, so that the others keep theirs.
         lost.sort(key=lambda each: ((each[1]["name"], each[1]["version"]) in taken, each[1]["created_at"]))
-        return sorted(named), lost, unnamed
+        return lost, unnamed
 
     def adapters_of(self, key: str) -> tuple[list[Entry], str]:
         """Return the adapters of a store entry by its labels, and the reason if there are none."""
         found: dict[tuple[str, str], Entry] = {}
+        if not self._store.is_key(key):
+            return [], "is not an entry"
         problem = "has no label that names its adapter"
         for path in self._labels_to_read(key):
             try:
@@ -144,7 +162,7 @@ _IDENTITY = ("name", "sha256", "kind", "rank", "alpha", "scaling")
 """Facts that two adapters of one name must share to be the same version."""
 
 
-def _identity(facts: Mapping[str, Any] | RowMapping) -> tuple[Any, ...]:
+def _identity(facts: Mapping[str, Any]) -> tuple[Any, ...]:
     scaling = facts.get("scaling")
     plain = json.dumps(scaling, sort_keys=True) if isinstance(scaling, dict) else scaling
     return (*(facts.get(name) for name in _IDENTITY[:-1]), plain)

@@ -148,7 +148,10 @@ class AdapterRecord(AdapterSummary):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemovedAdapter:
-    """One adapter in the trash. `entry` has all of its facts; `store_key` names its files' entry in the store, if any."""
+    """One adapter in the trash. `entry` has all of its facts; `store_key` names its files' entry in the store, if any.
+
+    `fault` says why the row of a damaged one cannot be used, whose `entry` is empty.
+    """
 
     id: int
     name: str
@@ -159,6 +162,7 @@ class RemovedAdapter:
     store_key: str | None
     removed_at: datetime
     entry: Mapping[str, Any]
+    fault: str | None = None
 
     @property
     def reference(self) -> str:
@@ -168,17 +172,18 @@ class RemovedAdapter:
     def record(self) -> AdapterRecord:
         """Its facts in the form of an entry of the catalogue, in which it is no more (`id` is 0)."""
         facts: dict[str, Any] = {name: self.entry.get(name) for name in AdapterFacts.__dataclass_fields__}
+        facts |= {"kind": self.kind, "sha256": self.sha256, "size_bytes": self.size_bytes}
         places = [Location(kind="store", store_key=self.store_key)] if self.store_key else []
-        for place in self.entry["locations"]:
+        for place in self.entry.get("locations", ()):
             path = None if place["path"] is None else Path(place["path"])
             places.append(Location(**place | {"path": path}))
         known: dict[str, Any] = {
             "id": 0,
             "name": self.name,
             "version": self.version,
-            "base": self.entry["base"],
-            "tags": tuple(self.entry["tags"]),
-            "created_at": datetime.fromisoformat(self.entry["created_at"]),
+            "base": self.entry.get("base"),
+            "tags": tuple(self.entry.get("tags", ())),
+            "created_at": datetime.fromisoformat(self.entry["created_at"]) if self.entry else self.removed_at,
             "locations": tuple(places),
         }
         return AdapterRecord(**(facts | known))
@@ -254,6 +259,7 @@ FindingKind = Literal[
     "store-orphan",
     "store-damaged",
     "leftover",
+    "row-damaged",
 ]
 
 
@@ -286,8 +292,12 @@ class Freed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuilt:
-    """The result of a rebuild: references of the adapters and names of the bases it restored, and entries it could not name."""
+    """The result of a rebuild: references of the adapters and names of the bases it restored, and entries it could not name.
+
+    `repaired` names the adapters, of the catalogue or its trash, whose damaged rows it corrected.
+    """
 
     named: tuple[str, ...]
     bases: tuple[str, ...]
     unnamed: tuple[Finding, ...]
+    repaired: tuple[str, ...] = ()

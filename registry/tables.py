@@ -30,7 +30,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-from registry.errors import RegistryError
+from registry.errors import DamagedValueError, RegistryError
 from registry.names import LONGEST_NAME, printable
 
 
@@ -92,7 +92,7 @@ class FilePath(TypeDecorator[Path]):
 
 
 def _checked(read: Callable[[Any], Any] | None, what: str) -> Callable[[Any], Any] | None:
-    """Wrap a column's reader so that a damaged value raises a RegistryError."""
+    """Wrap a column's reader so that a damaged value raises a DamagedValueError."""
     if read is None:
         return None
 
@@ -100,9 +100,7 @@ def _checked(read: Callable[[Any], Any] | None, what: str) -> Callable[[Any], An
         try:
             return read(value)
         except (ValueError, TypeError, AttributeError):
-            raise RegistryError(
-                f"the registry is damaged: a row holds '{printable(str(value))}' where {what} belongs; restore a backup of it"
-            ) from None
+            raise DamagedValueError(f"it holds '{printable(str(value), 40)}' where {what} belongs") from None
 
     return checked
 

@@ -6,6 +6,7 @@ base, places, lineage in both directions, and its merges.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from sqlalchemy import Connection, select
 
 from registry.database import Database
 from registry.entering import enter, enter_parents, label_of, relink
-from registry.entry_checks import LabelError, check_entry
 from registry.errors import InUseError, NotFoundError, RegistryError
 from registry.labels import Labels
 from registry.names import nearest_names, not_found_message, parse_reference
@@ -21,7 +21,6 @@ from registry.records import RemovedAdapter
 from registry.store import Store
 from registry.tables import removed_adapters
 from registry.trash_rows import forget, is_named, rows
-from registry.trash_rows import removed as as_record
 
 KEPT_DAYS = 30
 """Number of days for which removed adapters are kept, unless they are freed earlier."""
@@ -37,11 +36,10 @@ class Trash:
 
     def list(self, *, sha256: str | None = None) -> tuple[RemovedAdapter, ...]:
         """Return the removed adapters, or those with these weights, last removed first."""
-        query = select(removed_adapters).order_by(removed_adapters.c.removed_at.desc(), removed_adapters.c.id.desc())
-        if sha256 is not None:
-            query = query.where(removed_adapters.c.sha256 == sha256)
+        condition = None if sha256 is None else removed_adapters.c.sha256 == sha256
         with self._database.reading() as connection:
-            return tuple(as_record(row) for row in connection.execute(query).mappings())
+            found = rows(connection, condition)
+        return tuple(sorted(found, key=lambda each: (each.removed_at, each.id), reverse=True))
 
     def files(self, removed: RemovedAdapter) -> Path | None:
         """Return the store's folder with a removed adapter's files; None if there is none."""
@@ -64,26 +62,20 @@ class Trash:
             if not found:
                 raise self._not_found(connection, reference)
             if wanted.version is None and len(found) > 1 and not all_versions:
-                newest = as_record(found[-1])
-                raise InUseError(
-                    f"the trash has {len(found)} versions of '{wanted.name}'; name one of them, as in "
-                    f"'{newest.reference}', or restore them all with --all"
-                )
+                raise _several(found)
             put_back = []
-            for row in found:
-                removed = as_record(row)
+            for removed in found:
                 if removed.store_key is not None and self.files(removed) is None:
                     raise NotFoundError(
                         f"the files of {removed.reference} are gone from the trash; add them again with 'loratool add'"
                     )
-                try:
-                    entry = check_entry(row["entry"])
-                except LabelError as error:
+                if removed.fault is not None:
                     raise RegistryError(
-                        f"{removed.reference} cannot be restored from the trash ({error}); add it again with 'loratool add'"
-                    ) from None
+                        f"the row of {removed.reference} in the trash is damaged ({removed.fault}), so that it cannot be "
+                        "restored; 'loratool doctor' says what to do"
+                    )
                 forget(connection, [removed.id])
-                put_back.append((enter(connection, entry, removed.store_key)[0], entry))
+                put_back.append((enter(connection, removed.entry, removed.store_key)[0], removed.entry))
             for adapter_id, entry in put_back:
                 relink(connection, adapter_id, label_of(entry), entry["sha256"])
             for adapter_id, entry in put_back:
@@ -96,7 +88,9 @@ class Trash:
         """Forget what was removed `days` ago or earlier; return the references. No row refers to the files any more."""
         oldest = datetime.now(UTC) - timedelta(days=days)
         with self._database.writing() as connection:
-            doomed = [as_record(row) for row in rows(connection, removed_adapters.c.removed_at <= oldest)]
+            doomed = [
+                each for each in rows(connection, removed_adapters.c.removed_at <= oldest) if each.removed_at <= oldest
+            ]
             forget(connection, [each.id for each in doomed])
             # Labels are removed with their entries, and written again for entries that other adapters share.
             self._labels.touch_keys(connection, [each.store_key for each in doomed if each.store_key is not None])
@@ -107,3 +101,16 @@ class Trash:
         nearest = nearest_names(reference.partition("@")[0], names)
         message = not_found_message("adapter", reference, nearest, "loratool restore")
         return NotFoundError(message.replace("is in the catalogue", "is in the trash"), nearest)
+
+
+def _several(found: Sequence[RemovedAdapter]) -> InUseError:
+    name, references = found[0].name, sorted({each.reference for each in found})
+    if len(references) == 1:  # a rename brings that about
+        return InUseError(
+            f"{len(found)} adapters in the trash were called '{references[0]}'; restore them with --all, and all but one get "
+            "the next versions"
+        )
+    return InUseError(
+        f"the trash has {len(found)} versions of '{name}'; name one of them, as in '{found[-1].reference}', or restore them "
+        "all with --all"
+    )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select
 
+from registry.damaged_rows import read_rows
 from registry.entries import AT_ONCE, entries
+from registry.entry_checks import LabelError, check_entry
+from registry.errors import DamagedValueError, RegistryError
+from registry.json_text import json_text
+from registry.names import printable
 from registry.records import RemovedAdapter
 from registry.tables import locations, removed_adapters
 
@@ -46,24 +51,24 @@ def forget(connection: Connection, ids: Iterable[int]) -> None:
 
 def kept(connection: Connection, name: str, version: int | None = None) -> list[RemovedAdapter]:
     """Return the removed adapters of a name, or of one version of it, lowest version first."""
-    return [removed(row) for row in rows(connection, is_named(name, version))]
+    return rows(connection, is_named(name, version))
 
 
-def kept_entries(connection: Connection, keys: Collection[str]) -> dict[str, list[dict[str, Any]]]:
-    """Return the removed adapters of these store entries as JSON with `removed_at`, by the entries' keys."""
+def kept_entries(connection: Connection, keys: Collection[str]) -> tuple[dict[str, list[dict[str, Any]]], set[str]]:
+    """Return the removed adapters of these store entries as JSON with `removed_at`, by key, and the keys of damaged rows."""
     found: dict[str, list[dict[str, Any]]] = {}
+    damaged: set[str] = set()
     ordered = sorted(keys)
     for place in range(0, len(ordered), AT_ONCE):
         some = removed_adapters.c.store_key.in_(ordered[place : place + AT_ONCE])
-        for row in connection.execute(select(removed_adapters).where(some).order_by(removed_adapters.c.id)):
-            found.setdefault(row.store_key, []).append(row.entry | {"removed_at": row.removed_at.isoformat()})
-    return found
-
-
-def kept_keys(connection: Connection) -> set[str]:
-    """Return the keys of the store entries that the trash refers to."""
-    column = removed_adapters.c.store_key
-    return {key for key in connection.execute(select(column).where(column.is_not(None))).scalars() if key is not None}
+        for each in map(removed, read_rows(connection, removed_adapters, some)):
+            assert each.store_key is not None
+            if each.fault is not None:
+                damaged.add(each.store_key)
+            else:
+                entry = {**each.entry, "removed_at": each.removed_at.isoformat()}
+                found.setdefault(each.store_key, []).append(entry)
+    return found, damaged
 
 
 def newest_version(connection: Connection, name: str) -> int:
@@ -78,24 +83,41 @@ def is_named(name: str, version: int | None) -> ColumnElement[bool]:
     return named if version is None else named & (removed_adapters.c.version == version)
 
 
-def rows(connection: Connection, condition: ColumnElement[bool]) -> Sequence[RowMapping]:
+def rows(connection: Connection, condition: ColumnElement[bool] | None = None) -> list[RemovedAdapter]:
     """Return the rows that satisfy a condition, sorted by name and version."""
-    query = select(removed_adapters).where(condition)
-    order = (removed_adapters.c.name, removed_adapters.c.version, removed_adapters.c.id)
-    return connection.execute(query.order_by(*order)).mappings().all()
+    order = (removed_adapters.c.name, removed_adapters.c.version)
+    return [removed(row) for row in read_rows(connection, removed_adapters, condition, order=order)]
 
 
-def removed(row: RowMapping) -> RemovedAdapter:
-    """Return a row as a record."""
-    entry = row["entry"] if isinstance(row["entry"], dict) else {}
+def removed(row: Mapping[str, Any]) -> RemovedAdapter:
+    """Return a row as a record, with its fault if it is damaged. A damaged date becomes the present, so that nothing is freed."""
+    entry, removed_at = row["entry"], row["removed_at"]
+    fault = _fault(row)
+    facts = {} if fault is not None else entry
     return RemovedAdapter(
         id=row["id"],
         name=row["name"],
         version=row["version"],
         sha256=row["sha256"],
         store_key=row["store_key"],
-        size_bytes=entry["size_bytes"] if isinstance(entry.get("size_bytes"), int) else 0,
-        kind=str(entry.get("kind")),
-        removed_at=row["removed_at"],
-        entry=entry,
+        size_bytes=facts.get("size_bytes", 0),
+        kind=facts.get("kind", "?"),
+        removed_at=removed_at if isinstance(removed_at, datetime) else datetime.now(UTC),
+        entry=facts,
+        fault=fault,
     )
+
+
+def _fault(row: Mapping[str, Any]) -> str | None:
+    damaged = next((value.reason for value in row.values() if isinstance(value, DamagedValueError)), None)
+    if damaged is not None:
+        return damaged
+    try:
+        entry = check_entry(row["entry"])
+        json_text(entry).encode()  # neither NaN nor a lone surrogate, which no row of an adapter could hold
+    except LabelError as error:
+        return str(error)
+    except (ValueError, RegistryError):
+        return "it holds a text or a number that no database keeps"
+    different = next((name for name in ("name", "version", "sha256") if entry[name] != row[name]), None)
+    return None if different is None else f"its {different} is '{printable(str(row[different]), 40)}' and another one"

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     help="Free files that nothing in the catalogue refers to; record which merged models are gone.",
 )
 @click.option("--deep", is_flag=True, help="Read every stored file and compare its sha256.")
-@click.option("--rebuild", is_flag=True, help="Restore entries that the store has and the catalogue has lost.")
+@click.option(
+    "--rebuild",
+    is_flag=True,
+    help="Restore entries that the store has and the catalogue has lost; repair damaged rows.",
+)
 @click.option(
     "--trash-days",
     type=click.IntRange(0),
@@ -102,6 +106,7 @@ def _to_json(result: DoctorResult) -> dict[str, object]:
         "shared_with": list(freed.shared_with) if freed else [],
         "rebuilt": list(rebuilt.named) if rebuilt else [],
         "rebuilt_bases": list(rebuilt.bases) if rebuilt else [],
+        "repaired": list(rebuilt.repaired) if rebuilt else [],
         "not_rebuilt": [str(finding.path) for finding in rebuilt.unnamed] if rebuilt else [],
         "trash": [each.reference for each in result.trash],
         "emptied": list(freed.emptied) if freed else [],
@@ -146,6 +151,10 @@ def _print(result: DoctorResult) -> None:
 def _print_rebuilt(result: DoctorResult) -> None:
     rebuilt = result.rebuilt
     assert rebuilt is not None
+    if rebuilt.repaired:
+        click.echo(f"Repaired the damaged {'row' if len(rebuilt.repaired) == 1 else 'rows'} of:")
+        for what in rebuilt.repaired:
+            click.echo(f"  {shown(what)}")
     if not (rebuilt.named or rebuilt.bases):
         click.echo("Restored nothing: the catalogue has all entries of the store's labels")
         return

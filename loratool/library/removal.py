@@ -133,7 +133,7 @@ def _of_place(place: str, removed: Sequence[RemovedAdapter]) -> RemovedAdapter:
     digest = weights_sha256(place)
     repo = place.partition("@")[0].casefold() if HUB_ID.fullmatch(place) and digest is None else None
     for each in removed:
-        repos = {str(location["repo"]).casefold() for location in each.entry["locations"] if location["repo"]}
+        repos = {str(location["repo"]).casefold() for location in each.entry.get("locations", ()) if location["repo"]}
         if each.sha256 == digest or repo in repos:
             return each
     raise NotFoundError(f"{quoted(place)} is not in the trash; 'loratool restore' lists the trash")

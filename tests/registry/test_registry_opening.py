@@ -232,17 +232,23 @@ def test_a_damaged_database_is_an_error_of_one_sentence(home: Path) -> None:
         ("created_at", 5, "a time"),
     ],
 )
-def test_a_damaged_row_is_an_error_of_one_sentence(column: str, value: object, what: str, home: Path) -> None:
+def test_a_damaged_row_is_an_error_of_one_sentence_and_left_out_of_the_list(
+    column: str, value: object, what: str, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with Registry.open(home) as registry:
         registry.adapters.add("pirate", facts())
+        registry.adapters.add("parrot", facts())
     with closing(sqlite3.connect(home / DATABASE_NAME)) as connection, connection:
-        connection.execute(f"UPDATE adapters SET {column} = ?", (value,))
-    with pytest.raises(RegistryError, match=what) as quick:
-        list_adapters(home)
+        connection.execute(f"UPDATE adapters SET {column} = ? WHERE name = 'pirate'", (value,))
+    assert [adapter.name for adapter in list_adapters(home)] == ["parrot"]
+    with Registry.open(home, read_only=True) as registry:
+        assert [adapter.name for adapter in registry.adapters.list()] == ["parrot"]
+    assert all("pirate@1" in note and "loratool doctor" in note for note in caplog.messages)
+    assert len(caplog.messages) == 2
     with pytest.raises(RegistryError, match=what) as whole, Registry.open(home, read_only=True) as registry:
         registry.adapters.find("pirate")
-    assert "damaged" in one_sentence(quick.value)
     assert "damaged" in one_sentence(whole.value)
+    assert "pirate@1" in str(whole.value)
 
 
 def test_another_programs_database_is_refused_and_left_alone(home: Path) -> None:
