@@ -199,3 +199,19 @@ def test_what_cannot_be_is_refused(tiny_models: TinyModels, tmp_path: Path) -> N
     with pytest.raises(LoratoolError, match="is damaged in the undo folder"):
         loratool.unmerge(merged, out=tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_what_a_merge_cannot_untie_is_not_told_to_be_untied_by_it(tmp_path: Path) -> None:
+    """An encoder-decoder: the way that is advised is the one that works."""
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, tie_word_embeddings=True
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "t5")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(LoratoolError) as raised:
+        loratool.merge([tmp_path / "adapter"], into=tmp_path / "t5", out=tmp_path / "out")
+    assert "a model with an encoder" in str(raised.value) and "in transformers" in str(raised.value)
+    with pytest.raises(LoratoolError, match="set tie_word_embeddings to False"):
+        loratool.merge([tmp_path / "adapter"], into=tmp_path / "t5", out=tmp_path / "out", untie=True)

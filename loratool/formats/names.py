@@ -256,6 +256,12 @@ def _only_one(complete: list[Exchange], rest: Mapping[str, Shape],
     )
 
 
+TIED_ADVICE: Final = (
+    "the base seems to tie it to its input embedding: merge with --untie, or, into a model with an encoder or several embeddings, "
+    "untie it in transformers before"
+)
+
+
 def _not_landed(rest: Mapping[str, Shape], exchange: Exchange,
                 tensors: Mapping[str, TensorInfo], source: str) -> _NotAllLandError:  # fmt: skip
     missing = [name for name in rest if exchange.rename(name) not in tensors]
@@ -268,7 +274,7 @@ def _not_landed(rest: Mapping[str, Shape], exchange: Exchange,
     if len(missing) > SHOWN:
         lines.append(f"  and {len(missing) - SHOWN} more")
     tied = all(is_tied_head(name, tensors) for name in missing)
-    advice = "the base seems to tie it to its input embedding: merge with --untie" if tied else "is it the right base?"
+    advice = TIED_ADVICE if tied else "is it the right base?"
     return _NotAllLandError(
         f"{len(missing)} of the modules of {quoted(source)} land on no tensor of the base, so nothing was merged; "
         f"{advice}\n" + "\n".join(lines)

@@ -20,7 +20,7 @@ from loratool.formats.lora_config import ALL_LINEAR
 from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
 from loratool.formats.replacements import refuse_incomplete
 from loratool.merging.changed_files import FileChanges
-from loratool.merging.ties import UNTIE_ADVICE, is_tied_embedding, refuse_tied
+from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied
 from loratool.merging.vocabulary import misfit_advice
 from loratool.updates import Update
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
@@ -287,7 +287,7 @@ def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpda
     if found is None or found.shape != shape:
         there = f"which has {list(found.shape)} there" if found else "which the base lacks"
         tied = found is None and is_tied_head(own, base.tensors)
-        advice = f"it seems to tie it to its input embedding: {UNTIE_ADVICE}" if tied else "is it the right base?"
+        advice = f"it seems to tie it to its input embedding: {how_to_untie(base)}" if tied else "is it the right base?"
         if found is not None:
             advice = misfit_advice(name, shape, found.shape, architecture_of(base.config, base.tensors))
         raise PlacementError(
@@ -300,7 +300,7 @@ def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpda
     if is_tied_embedding(name, base):
         raise PlacementError(
             f"{quoted(adapter.name)} replaces the embedding {quoted(name)}, which the base ties to its output head; "
-            f"{UNTIE_ADVICE}"
+            f"{how_to_untie(base)}"
         )
     if weight is None or tensor.dtype not in DENSE:
         raise UnsupportedError(

@@ -15,7 +15,7 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import PlacementError, quoted
 
-UNTIE_ADVICE: Final = "merge with --untie, which gives each a tensor of its own in the new model"
+UNTIE: Final = "--untie"
 
 
 def refuse_tied(targets: Iterable[str], base: Checkpoint, architecture: Architecture | None = None) -> None:
@@ -23,8 +23,27 @@ def refuse_tied(targets: Iterable[str], base: Checkpoint, architecture: Architec
     for name, embedding in tied(targets, base, architecture).items():
         raise PlacementError(
             f"{quoted(name)} is tied to the embedding {quoted(embedding)}: a change of one would be lost or "
-            f"would change the other; {UNTIE_ADVICE}"
+            f"would change the other; {how_to_untie(base)}"
         )
+
+
+def how_to_untie(base: Checkpoint) -> str:
+    """Return what to do so that the input embedding and the output head of `base` can change apart."""
+    if can_untie(base):
+        return f"merge with {UNTIE}, which gives each a tensor of its own in the new model"
+    return (
+        "load the model in transformers, give the head a copy of its weight, set tie_word_embeddings to False, save it, and "
+        "merge into that"
+    )
+
+
+def can_untie(base: Checkpoint) -> bool:
+    """Return whether a merge can untie `base`: a model that writes text, with one embedding and one head."""
+    architecture = architecture_of(base.config, base.tensors)
+    classes = str(base.config.get("architectures"))
+    is_decoder = ("CausalLM" in classes or "LMHeadModel" in classes) and not base.config.get("is_encoder_decoder")
+    one_each = len(architecture.weights(Role.TOKENS)) == 1 and len(architecture.weights(Role.HEAD)) <= 1
+    return is_decoder and one_each
 
 
 def tied(names: Iterable[str], base: Checkpoint, architecture: Architecture | None = None) -> dict[str, str]:

@@ -29,9 +29,9 @@ from loratool.errors import CheckpointError, PlacementError, RestoreError, quote
 from loratool.formats.adapter import Adapter
 from loratool.merging.changed_files import KEPT, FileChanges
 from loratool.merging.stream import Place, Progress
+from loratool.merging.ties import UNTIE, can_untie, how_to_untie
 from loratool.merging.workers import Job
 
-UNTIE: Final = "--untie"
 KEY: Final = "tie_word_embeddings"
 CANONICAL_HEAD: Final = "lm_head.weight"
 """What transformers calls the weight of an output head in memory; the tables know what a checkpoint calls it."""
@@ -97,12 +97,10 @@ def untied(base: Checkpoint, adapters: Iterable[Adapter]) -> UntiedCheckpoint:
     is_tied = architecture.ties_embeddings is not False and (not heads or architecture.ties_embeddings is True)
     if not is_tied:
         raise PlacementError(f"{quoted(base.path)} does not tie its head to its embedding; leave {UNTIE} out")
-    classes = str(base.config.get("architectures"))
-    is_decoder = ("CausalLM" in classes or "LMHeadModel" in classes) and not base.config.get("is_encoder_decoder")
-    if len(embeddings) != 1 or not is_decoder or len(heads) > 1:
+    if not can_untie(base):
         raise PlacementError(
             f"{quoted(base.path)} is not a model that {UNTIE} knows: one that writes text, with one embedding and one head; "
-            "untie it in transformers, and merge into that"
+            f"{how_to_untie(base)}"
         )
     named = [name for adapter in adapters for name in adapter.changes if any_model().role(name) is Role.HEAD]
     weights = [name for name in named if name.endswith(".weight")]
