@@ -257,8 +257,8 @@ def _only_one(complete: list[Exchange], rest: Mapping[str, Shape],
 
 
 TIED_ADVICE: Final = (
-    "the base seems to tie it to its input embedding: merge with --untie, or, into a model with an encoder or several embeddings, "
-    "untie it in transformers before"
+    "the base seems to tie it to its input embedding: merge with --untie, or, into a model with an encoder or several "
+    "embeddings, untie it in transformers before"
 )
 
 
