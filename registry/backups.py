@@ -15,12 +15,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from registry.names import printable
+from registry.places import DATABASE_NAME
+from registry.plain_file import is_plain
 from registry.reserve import RESERVE_BYTES, free_bytes
 
 KEPT = 5
 """Number of newest backups to keep. The largest is kept too, in case a lost catalogue has been growing anew for days."""
 
 EVERY_SECONDS = 24 * 3600.0
+
+_STAMP = "%Y-%m-%dT%H%M%SZ"
+"""The name of a backup without `.db`: the time at which it was made."""
 
 _PAGES = 1000
 """Pages to copy at once. A writer waits at most for these."""
@@ -43,22 +48,40 @@ def folder_of(database: Path) -> Path:
 def backups(database: Path) -> tuple[Backup, ...]:
     """Return the backups of a SQLite file, newest first."""
     return tuple(
-        Backup(path, datetime.fromtimestamp(path.stat().st_mtime, UTC), _versions(path)) for path in _files(database)
+        Backup(path, made_at, _versions(path)) for path in _files(database) if (made_at := _stamp(path)) is not None
     )
 
 
 def put_back(database: Path, backup: Path) -> str:
     """Return the shell command that restores a backup. It keeps the present file as `registry.db.old`."""
     file, copy = shlex.quote(str(database)), shlex.quote(str(backup))
-    return printable(f"mv {file} {file}.old; rm -f {file}-wal {file}-shm; cp {copy} {file}", 4096)
+    return printable(f"{_moved_away(file)}; cp {copy} {file}", 4096)
 
 
 def advice(database: Path | None) -> str:
-    """Return the next step for a user with a damaged database."""
-    newest = next(iter(_files(database)), None) if database is not None else None
-    if database is None or newest is None:
+    """Return the next steps for a user with a damaged database, and what each of them keeps."""
+    if database is None:
         return "restore a backup of it"
-    return f"restore its newest backup with '{put_back(database, newest)}'"
+    file = shlex.quote(str(database))
+    named = "" if database.name == DATABASE_NAME else f"--registry {shlex.quote(f'sqlite:///{database.absolute()}')} "
+    again = printable(f"{_moved_away(file)}; loratool {named}doctor --rebuild", 4096)
+    rebuild = (
+        f"make it again from the store with '{again}', which restores every adapter with a label there, but no merges"
+    )
+    newest = next(iter(backups(database)), None)
+    if newest is None:
+        return rebuild
+    held = "an unknown number of" if newest.versions is None else f"{newest.versions:,}"
+    versions = "adapter version" if newest.versions == 1 else "adapter versions"
+    return (
+        f"restore its newest backup with '{put_back(database, newest.path)}', which keeps what the catalogue had at "
+        f"{newest.made_at:%Y-%m-%d %H:%M} UTC ({held} {versions}, with their merges), or {rebuild}"
+    )
+
+
+def _moved_away(file: str) -> str:
+    """Return the shell command that moves a database away, without the log that belongs to it."""
+    return f"mv {file} {file}.old; rm -f {file}-wal {file}-shm"
 
 
 def keep(database: Path) -> bool:
@@ -68,7 +91,8 @@ def keep(database: Path) -> bool:
     """
     try:
         files = _files(database)
-        if (files and time.time() - files[0].stat().st_mtime < EVERY_SECONDS) or not database.is_file():
+        newest = _stamp(files[0]) if files else None
+        if (newest is not None and time.time() - newest.timestamp() < EVERY_SECONDS) or not database.is_file():
             return False
         free = free_bytes(database.parent)
         if free is not None and free < 2 * database.stat().st_size + RESERVE_BYTES:
@@ -89,7 +113,7 @@ def _make(database: Path) -> bool:
             return False
         folder = folder_of(database)
         folder.mkdir(exist_ok=True)
-        stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H%M%SZ")
+        stamp = datetime.now(UTC).strftime(_STAMP)
         draft, target = folder / f".{stamp}.tmp", folder / f"{stamp}.db"
         try:
             with closing(sqlite3.connect(draft)) as copy:
@@ -115,9 +139,18 @@ def _thin_out(database: Path) -> None:
 
 def _files(database: Path) -> list[Path]:
     try:
-        return sorted((path for path in folder_of(database).iterdir() if path.suffix == ".db"), reverse=True)
+        found = (path for path in folder_of(database).iterdir() if _stamp(path) is not None and is_plain(path))
+        return sorted(found, reverse=True)
     except OSError:
         return []
+
+
+def _stamp(path: Path) -> datetime | None:
+    """Return when a backup was made, by its name, as a copied folder has other times; None if it is no backup's name."""
+    try:
+        return datetime.strptime(path.name, f"{_STAMP}.db").replace(tzinfo=UTC)
+    except ValueError:
+        return None
 
 
 def _versions(path: Path) -> int | None:

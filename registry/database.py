@@ -311,8 +311,7 @@ def _as_registry_error(error: BaseException | None, where: str, path: Path | Non
             )
         case sqlite3.SQLITE_NOTADB:
             return RegistryDamagedError(
-                f"the registry {where} is not a database; {advice(path)}, move that file away, or set LORATOOL_HOME to "
-                "another folder"
+                f"the registry {where} is not a database; {advice(path)}, or set LORATOOL_HOME to another folder"
             )
         case sqlite3.SQLITE_CORRUPT:
             return RegistryDamagedError(

@@ -25,6 +25,7 @@ from registry.labels import named_keys
 from registry.merges import Merges
 from registry.names import printable
 from registry.places import is_gone
+from registry.plain_file import UnreadableFileError, open_plain
 from registry.rebuild import Rebuild
 from registry.records import Finding, FindingKind, RemovedAdapter
 from registry.store import Store, entry_key
@@ -148,8 +149,9 @@ class Examination:
         for folder in in_store:
             if folder not in lost:
                 for kind, path, fault in self._faults(folder, deep=deep):
-                    ending = way if kind == "adapter-files-missing" else f"delete {_quoted(folder)}, then {way}"
-                    yield _finding(kind, reference, path, f"{fault.format(reference=reference)}; {ending}")
+                    yield _finding(
+                        kind, reference, path, f"{fault.format(reference=reference)}; {_ending(kind, folder, way)}"
+                    )
 
     def _faults(self, folder: Path, *, deep: bool) -> tuple[_Fault, ...]:
         """Return the faults of an existing entry, computed once for all adapters that share it."""
@@ -159,16 +161,24 @@ class Examination:
         return self._entry_faults[key]
 
     def _look_at(self, folder: Path, *, deep: bool) -> Iterator[_Fault]:
-        files = _files_in(folder)
-        if files is None:
+        found = _files_in(folder)
+        if found is None:
             yield (
                 "store-damaged",
                 folder,
                 f"the entry of {{reference}}, {_literal(folder)}, is not a readable folder",
             )
             return
+        files, others = found
         digests, sizes = self._labelled(folder.name)
-        for name in sorted({*(digests or ()), *sizes}):
+        expected = {*(digests or ()), *sizes}
+        foreign = others - expected | (files.keys() - expected if expected else set())
+        for name in sorted(foreign):
+            what = "a link, a folder or a pipe" if name in others else "a file"
+            message = f"{_literal(folder / name)} is {what} that was not there when {{reference}} was stored"
+            yield "store-foreign", folder / name, message
+            files.pop(name, None)
+        for name in sorted(expected):
             file = folder / name
             if name not in files:
                 yield "adapter-files-missing", file, f"{{reference}} has lost the file {_literal(file)}"
@@ -199,8 +209,8 @@ class Examination:
         for name in sorted(files):
             try:
                 digests[name] = self._sha256(folder / name)
-            except OSError as error:
-                reason = printable(error.strerror or str(error))
+            except (OSError, UnreadableFileError) as error:
+                reason = printable(getattr(error, "strerror", None) or str(error))
                 yield (
                     "store-damaged",
                     folder / name,
@@ -223,7 +233,7 @@ class Examination:
 
     def _sha256(self, file: Path) -> str:
         digest = hashlib.sha256()
-        with file.open("rb", buffering=0) as stream:
+        with os.fdopen(open_plain(file), "rb", buffering=0) as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
                 self._watcher.advance(len(chunk))
@@ -244,7 +254,8 @@ class Examination:
                 yield _finding("adapter-files-missing", reference, folder, message)
                 continue
             for kind, path, fault in self._faults(folder, deep=deep):
-                yield _finding(kind, reference, path, f"{fault.format(reference=reference)}; {way}")
+                ending = _FOREIGN if kind == "store-foreign" else way
+                yield _finding(kind, reference, path, f"{fault.format(reference=reference)}; {ending}")
 
     # Bases and merges.
 
@@ -309,6 +320,16 @@ _Fault = tuple[FindingKind, Path, str]
 """A fault of an entry: its kind, its path, and a message with `{reference}` in place of the adapter."""
 
 
+_FOREIGN = "delete it, or move it away"
+
+
+def _ending(kind: FindingKind, folder: Path, way: str) -> str:
+    """Return what to do about a fault of an adapter's entry."""
+    if kind == "store-foreign":
+        return _FOREIGN
+    return way if kind == "adapter-files-missing" else f"delete {_quoted(folder)}, then {way}"
+
+
 def _sound(read: Callable[[], Sequence[T]]) -> Sequence[T]:
     """Return what was read; nothing if a row is damaged, which is a finding of its own."""
     try:
@@ -344,11 +365,12 @@ def _way_back(places: Sequence[_Place]) -> str:
     return f"{again}, or remove it with 'loratool remove {reference}'"
 
 
-def _files_in(folder: Path) -> dict[str, int] | None:
-    """Return the sizes of the regular files in a folder, by name; None if it cannot be read."""
+def _files_in(folder: Path) -> tuple[dict[str, int], set[str]] | None:
+    """Return the sizes of a folder's regular files by name, and the names of all else; None if it cannot be read."""
     try:
         with os.scandir(folder) as found:
             facts = [(entry.name, entry.stat(follow_symlinks=False)) for entry in found]
     except OSError:
         return None
-    return {name: each.st_size for name, each in facts if stat.S_ISREG(each.st_mode)}
+    files = {name: each.st_size for name, each in facts if stat.S_ISREG(each.st_mode)}
+    return files, {name for name, _ in facts} - files.keys()

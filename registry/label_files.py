@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 from registry.entry_checks import LabelError
 from registry.errors import RegistryError
 from registry.json_text import LARGEST_JSON, is_too_deep, json_value
+from registry.plain_file import UnreadableFileError, read_plain
 from registry.store import STAGING, Store, entry_key
 
 SCHEMA = 1
@@ -49,9 +49,9 @@ def read_label(path: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it is not a valid label: not a regular file, too large, nested too deeply, not JSON, of another schema,
             or with text or numbers that no database stores.
-            The message of a `LabelError` says why.
+            The message of a `LabelError` or an `UnreadableFileError` says why.
     """
-    data = _bytes_of(path)
+    data = read_plain(path, LARGEST_JSON)
     if data is None:
         return None
     value = json_value(data.decode())
@@ -59,23 +59,6 @@ def read_label(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         raise LabelError(f"it does not have schema {SCHEMA}")
     return value
-
-
-def _bytes_of(path: Path) -> bytes | None:
-    """Return the content of a label, cut one byte after the largest size; None if it does not exist. Raises LabelError."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise LabelError("it is not a regular file")
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                return file.read(LARGEST_JSON + 1)
-        finally:
-            os.close(descriptor)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise LabelError(f"it cannot be read ({error.strerror})") from None
 
 
 def write_label(store: Store, path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
@@ -91,8 +74,8 @@ def write_label(store: Store, path: Path, value: Mapping[str, Any], *, durable: 
             f"the label '{path}' would be too large to be read again; make the adapter's configuration smaller"
         )
     data = (text + "\n").encode()
-    with suppress(LabelError):
-        if _bytes_of(path) == data:
+    with suppress(UnreadableFileError):
+        if read_plain(path, LARGEST_JSON) == data:
             return
     store.folder(path.parent.name if path.parent != store.root else "")
     store.folder(STAGING)

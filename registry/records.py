@@ -260,6 +260,7 @@ FindingKind = Literal[
     "store-damaged",
     "leftover",
     "row-damaged",
+    "store-foreign",
 ]
 
 

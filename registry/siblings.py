@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+import stat
+from contextlib import closing, suppress
 from pathlib import Path
 
 from registry.places import is_gone
@@ -19,6 +20,9 @@ def names_nothing(path: Path) -> bool:
     """
     if is_gone(path):
         return True
+    with suppress(OSError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False  # SQLite would wait for a pipe
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as connection:
             connection.execute("PRAGMA query_only = ON")

@@ -32,6 +32,7 @@ from typing import Self
 from registry.errors import RegistryError, RegistryFullError, RegistryReadOnlyError
 from registry.names import printable
 from registry.places import DATABASE_NAME
+from registry.plain_file import UnreadableFileError, open_plain, read_plain
 from registry.siblings import names_nothing
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -39,6 +40,7 @@ _CHUNK = 1 << 20
 _ABANDONED_AFTER_SECONDS = 24 * 3600
 STAGING = "tmp"
 _CATALOGUES = "catalogues"
+_LARGEST_LIST = 1 << 20
 
 Source = Path | bytes | Iterable[bytes]
 """Where the content of a stored file comes from: a file, its bytes, or their pieces in order."""
@@ -181,7 +183,7 @@ class Store:
         """Read the entry's files again, and return whether they still have the content of the key."""
         try:
             digests = {entry.name: _sha256(Path(entry.path)) for entry in _entries(self.path(key))}
-        except OSError:
+        except (OSError, UnreadableFileError):
             return False
         return bool(digests) and entry_key(digests) == key
 
@@ -212,20 +214,21 @@ class Store:
     def _listed(self) -> list[str]:
         """Return the catalogues with files here, except that of the store's own home."""
         try:
-            return (self.root / _CATALOGUES).read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        except (OSError, UnicodeDecodeError) as error:
+            data = read_plain(self.root / _CATALOGUES, _LARGEST_LIST)
+            if data is not None and len(data) > _LARGEST_LIST:
+                raise UnreadableFileError(f"it has more than {_LARGEST_LIST:,} bytes")
+            return [] if data is None else data.decode().splitlines()
+        except ValueError as error:
             raise RegistryError(
-                f"'{printable(str(self.root / _CATALOGUES), 400)}' cannot be read ({error}); it lists the catalogues with "
-                "files in the store, one per line: correct it"
+                f"'{printable(str(self.root / _CATALOGUES), 400)}' is not the list of the catalogues with files in the store, "
+                f"one per line ({error}); correct it, or delete it if there is only the catalogue of this folder"
             ) from None
 
     def _enlist(self) -> None:
         """Add the catalogue to the list of those with files here."""
         if self.catalogue in (self.own_catalogue, *self._listed()):
             return
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
         with open(os.open(self.root / _CATALOGUES, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(f"{self.catalogue}\n")
             file.flush()
@@ -314,7 +317,7 @@ def _chunks(source: Path) -> Iterator[memoryview]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with os.fdopen(open_plain(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

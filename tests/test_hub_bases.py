@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from tiny_models import TinyModels, assert_same_tensors, stored_tensors
 import loratool
 from loratool.cli import cli
 from loratool.errors import CheckpointError, HubError, NotFoundError, OutputError, VerificationError, WrongBaseError
+from loratool.hub.bases import HeaderCache
+from loratool.hub.repository import HubFile
 from registry import Registry
 
 REPO = "org/llama"
@@ -343,3 +346,13 @@ def test_a_plan_for_a_base_in_4_bits_needs_its_weights(
     loratool.base_add("four", "org/nf4", download=True)
     planned = loratool.merge([pirate], into="four", out=tmp_path / "merged", dry_run=True, any_base=True)
     assert planned.plan.targets
+
+
+def test_a_pipe_in_the_cache_of_headers_is_no_header(tmp_path: Path) -> None:
+    cache, file = HeaderCache(tmp_path), HubFile("model.safetensors", 8, "a" * 64, None)
+    cache.put(file, b"{}")
+    assert cache.get(file) == b"{}"
+    (entry,) = tmp_path.iterdir()
+    entry.unlink()
+    os.mkfifo(entry)
+    assert cache.get(file) is None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.checkpoint.header import MAX_HEADER_BYTES, Header, parse_header, read_header
+from loratool.checkpoint.json_text import read_limited
 from loratool.checkpoint.model import INDEX_SUFFIX, Checkpoint, choose_weights, read_index
 from loratool.checkpoint.threads import in_threads
 from loratool.errors import CheckpointError, HubError, NotFoundError, quoted
@@ -52,8 +53,8 @@ class HeaderCache:
     def get(self, file: HubFile) -> bytes | None:
         """Return the JSON text of a file's header, or None."""
         try:
-            return self._entry(file).read_bytes()
-        except OSError:
+            return read_limited(self._entry(file), MAX_HEADER_BYTES)
+        except (OSError, CheckpointError):
             return None
 
     def put(self, file: HubFile, text: bytes) -> None:

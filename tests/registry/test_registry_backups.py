@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from catalogued import facts
+from test_registry_rebuild import add as catalogued
 
 from registry import Registry, RegistryDamagedError
 from registry.backups import EVERY_SECONDS, KEPT, backups, folder_of, put_back
@@ -75,6 +78,57 @@ def test_a_backup_is_put_back_by_the_command_that_is_given(home: Path) -> None:
     with Registry.open(home) as registry:
         assert [adapter.name for adapter in registry.adapters.list()] == ["pirate"]
     assert (home / f"{DATABASE_NAME}.old").read_bytes().startswith(b"no database")
+
+
+def test_a_damaged_catalogue_is_made_again_from_its_store_by_the_command_that_is_given(home: Path) -> None:
+    """The only backup is from before the second adapter, and the store has both."""
+    database = home / DATABASE_NAME
+    for name in ("pirate", "parrot"):
+        with Registry.open(home) as registry:
+            catalogued(registry, name)
+    for damage in (b"no database " * 1000, database.read_bytes()[:4096] + b"\xff" * 40_000):
+        database.write_bytes(damage)
+        with pytest.raises(RegistryDamagedError) as raised, Registry.open(home) as registry:
+            registry.adapters.find("pirate")
+        message = str(raised.value)
+        made = backups(database)[0].made_at
+        assert f"{made:%Y-%m-%d %H:%M} UTC (1 adapter version, with their merges)" in message
+        (way,) = re.findall(r"make it again from the store with '(.*?--rebuild)'", message)
+        loratool = f"{sys.executable} -m loratool"
+        environment = {**os.environ, "LORATOOL_HOME": str(home)}
+        subprocess.run(way.replace("loratool doctor", f"{loratool} doctor"), shell=True, env=environment, check=True)
+        with Registry.open(home) as registry:
+            assert [adapter.name for adapter in registry.adapters.list()] == ["parrot", "pirate"]
+
+
+def test_a_damaged_catalogue_without_a_backup_is_told_of_its_store(home: Path) -> None:
+    add(home, "pirate")
+    (home / DATABASE_NAME).write_bytes(b"no database " * 1000)
+    with pytest.raises(RegistryDamagedError, match="doctor --rebuild") as raised:
+        Registry.open(home)
+    assert "backup" not in str(raised.value)
+
+
+def test_the_time_of_a_backup_is_in_its_name_and_survives_a_copy(home: Path) -> None:
+    for name in ("pirate", "parrot"):
+        add(home, name)
+    a_day_passes(home)
+    (before,) = backups(home / DATABASE_NAME)
+    os.utime(before.path)  # as a copy of the home has it
+    assert backups(home / DATABASE_NAME) == (before,)
+    add(home, "third")
+    assert len(backups(home / DATABASE_NAME)) == 2  # a day has passed since the first, whatever its file says
+
+
+def test_what_is_no_backup_is_not_called_one(home: Path) -> None:
+    for name in ("pirate", "parrot"):
+        add(home, name)
+    (backup,) = backups(home / DATABASE_NAME)
+    folder = backup.path.parent
+    os.mkfifo(folder / "2999-01-01T000000Z.db")
+    (folder / "2998-01-01T000000Z.db").symlink_to(backup.path)
+    (folder / "mine.db").write_bytes(b"")
+    assert backups(home / DATABASE_NAME) == (backup,)
 
 
 def test_a_damaged_catalogue_is_not_backed_up(home: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -137,12 +138,26 @@ def test_a_fault_is_said_of_every_adapter_that_the_entry_is(catalogue: Registry)
     assert [subject for _, subject in found(catalogue)] == ["one@1", "two@1"]
 
 
-def test_a_file_that_was_put_into_an_entry_is_found_by_a_deep_look(catalogue: Registry) -> None:
+def test_what_was_put_into_an_entry_is_named_and_nothing_waits_for_it(catalogue: Registry, tmp_path: Path) -> None:
     folder = add(catalogue, "pirate")
     (folder / "letter.txt").write_text("mine")
-    assert found(catalogue) == []
-    (added,) = catalogue.doctor.examine(deep=True)
-    assert (added.path, "was not there" in added.message) == (folder / "letter.txt", True)
+    os.mkfifo(folder / "zz")
+    (folder / "zy").symlink_to(tmp_path)
+    (folder / "zx").mkdir()
+    for removed in (False, True):
+        if removed:
+            catalogue.adapters.remove("pirate")
+        for deep in (False, True):
+            seen = catalogue.doctor.examine(deep=deep)
+            assert [each.path for each in seen] == [folder / name for name in ("letter.txt", "zx", "zy", "zz")]
+            assert all("was not there" in each.message and "; delete it" in each.message for each in seen)
+
+
+def test_an_entry_without_a_label_holds_only_files(catalogue: Registry) -> None:
+    folder = add(catalogue, "pirate")
+    folder.with_name(f"{folder.name}.json").unlink()
+    os.mkfifo(folder / "zz")
+    assert found(catalogue) == [("store-foreign", "pirate@1")]
 
 
 def test_a_row_that_names_no_entry_is_found_and_ends_nothing(catalogue: Registry) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from catalogued import facts
 
-from registry import Registry
+from registry import Registry, RegistryError
 from registry.places import DATABASE_NAME
 from registry.siblings import names_nothing
 
@@ -76,3 +76,39 @@ def test_what_cannot_be_read_may_name_anything(tmp_path: Path) -> None:
     assert not names_nothing(tmp_path / "text.db")
     (tmp_path / "folder.db").mkdir()
     assert not names_nothing(tmp_path / "folder.db")
+
+
+@pytest.mark.parametrize("what", ["pipe", "link", "folder", "endless", "binary"])
+def test_a_list_of_catalogues_that_is_none_is_an_error_and_nothing_waits_for_it(
+    home: Path, tmp_path: Path, what: str
+) -> None:
+    add(home, "pirate")
+    place = home / "store" / "catalogues"
+    match what:
+        case "pipe":
+            os.mkfifo(place)
+        case "link":
+            (tmp_path / "other").write_text("/elsewhere/registry.db\n")
+            place.symlink_to(tmp_path / "other")
+        case "folder":
+            place.mkdir()
+        case "endless":
+            place.write_bytes(b"a\n" * (1 << 20))
+        case "binary":
+            place.write_bytes(b"\xff\n")
+    with (
+        Registry.open(home) as registry,
+        pytest.raises(RegistryError, match="store/catalogues' is not the list") as raised,
+    ):
+        registry.doctor.examine()
+    assert "delete it" in str(raised.value)
+
+
+def test_a_pipe_in_the_place_of_another_catalogue_may_name_anything_and_nothing_waits_for_it(
+    home: Path, tmp_path: Path
+) -> None:
+    add(home, "pirate")
+    os.mkfifo(tmp_path / "other.db")
+    (home / "store" / "catalogues").write_text(f"{tmp_path / 'other.db'}\n")
+    with Registry.open(home) as registry:
+        assert registry.store.other_catalogues() == [str(tmp_path / "other.db")]
