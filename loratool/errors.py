@@ -7,7 +7,9 @@ traceback and exits with status 1.
 from __future__ import annotations
 
 import difflib
+import os
 import reprlib
+import shlex
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,6 +32,19 @@ def quoted(name: object, limit: int = 120) -> str:
     text = _BRIEF.repr(name) if isinstance(name, list | tuple | dict | set) else str(name)
     text = printable(text if len(text) <= limit else text[: limit - 1] + "…")
     return f"'{text}'"
+
+
+def to_paste(command: str, path: str | os.PathLike[str], mark: str = "'") -> str:
+    """Return a command between `mark`s for a shell, with `path` in the place of its word ``PATH``.
+
+    A name that cannot be shown as it is stays ``PATH``, and is followed by how to give it.
+    """
+    text = os.fspath(path)
+    if printable(text) != text:
+        how = "its name has characters that cannot be shown: rename it, or give it by tab completion"
+        return f"{mark}{command}{mark} (PATH: {how})"
+    word = shlex.quote(f"./{text}" if text.startswith("-") else text)
+    return f"{mark}{command.replace('PATH', word)}{mark}"
 
 
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> Sequence[str]:

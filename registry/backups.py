@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from registry.names import printable
 from registry.places import DATABASE_NAME
 from registry.plain_file import is_plain
 from registry.reserve import RESERVE_BYTES, free_bytes
@@ -54,17 +53,25 @@ def backups(database: Path) -> tuple[Backup, ...]:
 
 def put_back(database: Path, backup: Path) -> str:
     """Return the shell command that restores a backup. It keeps the present file as `registry.db.old`."""
-    file, copy = shlex.quote(str(database)), shlex.quote(str(backup))
-    return printable(f"{_moved_away(file)}; cp {copy} {file}", 4096)
+    file, copy = str(database), str(backup)
+    if not (file + copy).isprintable():  # nobody could paste it
+        file, copy = database.name, str(Path(backup.parent.name, backup.name))
+        return (
+            f"{_moved_away(shlex.quote(file))}; cp {shlex.quote(copy)} {shlex.quote(file)}  # in the registry's folder"
+        )
+    return f"{_moved_away(shlex.quote(file))}; cp {shlex.quote(copy)} {shlex.quote(file)}"
 
 
 def advice(database: Path | None) -> str:
     """Return the next steps for a user with a damaged database, and what each of them keeps."""
     if database is None:
         return "restore a backup of it"
-    file = shlex.quote(str(database))
-    named = "" if database.name == DATABASE_NAME else f"--registry {shlex.quote(f'sqlite:///{database.absolute()}')} "
-    again = printable(f"{_moved_away(file)}; loratool {named}doctor --rebuild", 4096)
+    can_be_shown = str(database.absolute()).isprintable()
+    file = shlex.quote(str(database) if can_be_shown else database.name)
+    other = f"sqlite:///{database.absolute()}" if can_be_shown else "URL"
+    named = "" if database.name == DATABASE_NAME else f"--registry {shlex.quote(other)} "
+    ending = "" if can_be_shown else "  # in the registry's folder"
+    again = f"{_moved_away(file)}; loratool {named}doctor --rebuild{ending}"
     rebuild = (
         f"make it again from the store with '{again}', which restores every adapter with a label there, but no merges"
     )

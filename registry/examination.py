@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -23,7 +22,7 @@ from registry.errors import DamagedValueError
 from registry.label_files import label_path, listing, own_suffix, read_label
 from registry.labels import named_keys
 from registry.merges import Merges
-from registry.names import printable
+from registry.names import printable, to_paste
 from registry.places import is_gone
 from registry.plain_file import UnreadableFileError, open_plain
 from registry.rebuild import Rebuild
@@ -310,7 +309,7 @@ class Examination:
             elif entries and not named:  # more likely a lost catalogue than a store of nothing but leftovers
                 message = (
                     f"nothing in the catalogue refers to {_quoted(path)} in the store; if {self._database.where} was lost, "
-                    f"restore a backup of it, else catalogue this with 'loratool add {shlex.quote(str(path))} --name NAME', "
+                    f"restore a backup of it, else catalogue this with {to_paste('loratool add PATH --name NAME', path)}, "
                     "or free it for good with 'loratool doctor --gc --yes'"
                 )
             yield _finding("store-orphan", subject, path, message, self._store.size_bytes(path))
@@ -357,7 +356,7 @@ def _way_back(places: Sequence[_Place]) -> str:
     again = f"add it again with 'loratool add PATH --name {name}'"
     for row in places:
         if row.path is not None and not is_gone(row.path):
-            again = f"add it again with 'loratool add {shlex.quote(str(row.path))} --name {name}'"
+            again = f"add it again with {to_paste(f'loratool add PATH --name {name}', row.path)}"
         elif row.repo:
             inside = f"/{row.path_in_repo}" if row.path_in_repo else ""
             commit = f"@{row.revision}" if row.revision else ""

@@ -6,7 +6,9 @@ A name has 1 to 96 characters: letters A-Z and a-z, digits, `.`, `_` and `-`. It
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,6 +35,19 @@ def printable(text: str, longest: int = 120) -> str:
     """Return `text` without control, formatting and other unprintable characters, cut to `longest` characters."""
     shown = "".join(character for character in text[: 4 * longest] if character.isprintable())
     return shown if len(shown) <= longest and len(text) <= 4 * longest else shown[: longest - 1] + "…"
+
+
+def to_paste(command: str, path: str | os.PathLike[str], mark: str = "'") -> str:
+    """Return a command between `mark`s for a shell, with `path` in the place of its word ``PATH``.
+
+    A name that cannot be shown as it is stays ``PATH``, and is followed by how to give it.
+    """
+    text = os.fspath(path)
+    if printable(text, 4096) != text:
+        how = "its name has characters that cannot be shown: rename it, or give it by tab completion"
+        return f"{mark}{command}{mark} (PATH: {how})"
+    word = shlex.quote(f"./{text}" if text.startswith("-") else text)
+    return f"{mark}{command.replace('PATH', word)}{mark}"
 
 
 def is_name(text: str) -> bool:

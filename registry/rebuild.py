@@ -16,7 +16,7 @@ from registry.entering import enter, enter_bases, enter_parents, label_of, named
 from registry.entry_checks import Entry, LabelError, check_base, check_entry
 from registry.label_files import BASES, label_path, labels_of, own_suffix, read_label
 from registry.labels import Labels, named_keys
-from registry.names import printable
+from registry.names import printable, to_paste
 from registry.records import Finding, Rebuilt
 from registry.repair import is_damaged, repair
 from registry.store import Store
@@ -152,8 +152,8 @@ class Rebuild:
             kind="store-orphan",
             subject=key,
             path=folder,
-            message=f"'{shown}' {problem}; name it with 'loratool add {shown} --name NAME', or free it for good with "
-            "'loratool doctor --gc --yes'",
+            message=f"'{shown}' {problem}; name it with {to_paste('loratool add PATH --name NAME', folder)}, or free it "
+            "for good with 'loratool doctor --gc --yes'",
             size_bytes=self._store.size_bytes(folder),
         )
 

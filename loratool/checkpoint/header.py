@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shlex
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from loratool.checkpoint.dtypes import DTYPES
 from loratool.checkpoint.file_state import FileState
 from loratool.checkpoint.file_type import LOOKED_AT, type_by_content
 from loratool.checkpoint.json_text import broken_file, open_without_waiting, parse_json_object
-from loratool.errors import CheckpointError, printable, quoted
+from loratool.errors import CheckpointError, quoted, to_paste
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The format's own limit on the length of the JSON header."""
@@ -107,7 +106,7 @@ def _refuse_other_type(file: Path, stream: BinaryIO) -> None:
 def _sealed(file: Path) -> CheckpointError:
     """Return the error for a sealed file, which is in the middle of a change in place."""
     if (file.parent / JOURNAL).is_dir():
-        way = f"wait for it to end, or finish it with 'loratool verify {printable(shlex.quote(str(file.parent)))}'"
+        way = f"wait for it to end, or finish it with {to_paste('loratool verify PATH', file.parent)}"
         return CheckpointError(f"{quoted(file)} is in the middle of a change in place; {way}")
     return CheckpointError(
         f"{quoted(file)} was left in the middle of a change in place, and the journal that would finish it is gone from "

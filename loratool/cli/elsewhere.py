@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from loratool.errors import ElsewhereError
+from loratool.errors import ElsewhereError, printable
 from loratool.library.user_path import user_path
 
 MOST_SHOWN: Final = 3
@@ -25,10 +25,11 @@ def commands_instead(error: Exception, words: Sequence[str]) -> list[str]:
     if found is None:
         return []
     at, before, after = found
-    return [
+    lines = [
         shlex.join(["loratool", *words[:at], f"{before}{place}{after}", *words[at + 1 :]])
         for place in error.places[-MOST_SHOWN:]
     ]
+    return [line for line in lines if printable(line) == line]  # another could not be pasted
 
 
 def _naming(given: Path, words: Sequence[str]) -> Iterator[tuple[int, str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from loratool.cli.rendering import (
     counted,
     delivered,
     duration,
+    near,
     print_facts,
     print_json,
     print_notes,
@@ -33,6 +33,7 @@ from loratool.cli.rendering import (
     shown_path,
     size,
 )
+from loratool.errors import to_paste
 from loratool.library.preload_torch import preload_torch
 from loratool.weights.storages import MAKINGS
 
@@ -240,7 +241,6 @@ def _print_result(result: MergeResult, *, in_place: bool, verbose: bool) -> None
         f"Merged {click.style(shown(' + '.join(terms)), bold=True)} into {click.style(shown(result.base), bold=True)}"
     )
     out = shown_path(result.out)
-    word = shlex.quote(out)
     print_facts(
         [
             ("in place" if in_place else "written to", out),
@@ -250,8 +250,11 @@ def _print_result(result: MergeResult, *, in_place: bool, verbose: bool) -> None
             ("delivered", delivered(result.survival, verbose=verbose) if result.survival else ""),
             ("time", duration(result.seconds)),
             ("undo", _undo(result)),
-            ("check it", f"loratool verify {word}"),
-            ("take it out", f"loratool unmerge {word}{' --in-place' if in_place else ''}"),
+            ("check it", to_paste("loratool verify PATH", near(result.out), "")),
+            (
+                "take it out",
+                to_paste(f"loratool unmerge PATH{' --in-place' if in_place else ''}", near(result.out), ""),
+            ),
         ]
     )
 

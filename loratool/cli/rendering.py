@@ -117,9 +117,14 @@ def bar(share: float, cells: int) -> str:
 
 def shown_path(path: Path | str) -> str:
     """Format a path for the user: relative if it is inside the working folder."""
+    return shown(near(path))
+
+
+def near(path: Path | str) -> str:
+    """Return a path as it is, relative if it is inside the working folder."""
     absolute = os.path.abspath(path)
     relative = os.path.relpath(absolute)
-    return shown(absolute if relative == ".." or relative.startswith("../") else relative)
+    return absolute if relative == ".." or relative.startswith("../") else relative
 
 
 def shown_adapter(reference: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +11,7 @@ from loratool.cli.options import ExampleCommand, PathType, device_option, exampl
 from loratool.cli.rendering import (
     counted,
     duration,
+    near,
     print_facts,
     print_json,
     print_notes,
@@ -22,6 +22,7 @@ from loratool.cli.rendering import (
     targets,
 )
 from loratool.cli.training_bar import TrainingBar
+from loratool.errors import to_paste
 from loratool.formats.scaling_law import LAWS
 from loratool.training.options import METHODS, RANKS, method_with
 
@@ -281,7 +282,7 @@ def _print_result(result: TrainResult) -> None:
     if record.is_catalogued:
         click.echo(f"\nNext: loratool show {name}\n      loratool merge {name} --into {base}")
     else:
-        click.echo(f"\nNext: loratool merge {shlex.quote(shown_path(result.out))} --into {base}")
+        click.echo("\nNext: " + to_paste(f"loratool merge PATH --into {base}", near(result.out), ""))
 
 
 def _rank(record: AdapterRecord) -> str:

@@ -130,10 +130,8 @@ def _refuse_base(source: Path) -> None:
     Raises:
         AdapterError: it is one.
     """
-    import shlex
-
     from loratool.checkpoint.model import Checkpoint
-    from loratool.errors import AdapterError, CheckpointError, quoted
+    from loratool.errors import AdapterError, CheckpointError, quoted, to_paste
 
     folder = source if source.is_dir() else source.parent
     if not (folder / "config.json").is_file():
@@ -147,8 +145,8 @@ def _refuse_base(source: Path) -> None:
     except AdapterError:
         name = "NAME"
     raise AdapterError(
-        f"{quoted(source)} is a base model, not an adapter; catalogue it with 'loratool base add {name} "
-        f"{shlex.quote(str(folder))}'"
+        f"{quoted(source)} is a base model, not an adapter; catalogue it with "
+        f"{to_paste(f'loratool base add {name} PATH', folder)}"
     )
 
 

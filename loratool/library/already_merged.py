@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,7 +9,7 @@ from typing import Final
 
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import AlreadyMergedError, quoted
+from loratool.errors import AlreadyMergedError, quoted, to_paste
 from loratool.formats.content import content_of
 from loratool.formats.facts import parents_of
 from loratool.library.home_folder import digest_cache
@@ -75,10 +74,10 @@ def refuse_again(adapters: Sequence[ResolvedAdapter], checkpoint: Checkpoint, ca
             f"{quoted(checkpoint.folder)} has changed since its loratool.json was written, so the statement there that {shared} "
             "is in it was ignored"
         ]
-    where = shlex.quote(str(checkpoint.folder)) + (" --in-place" if manifest.in_place else "")
+    way = to_paste(f"loratool unmerge PATH{' --in-place' if manifest.in_place else ''}", checkpoint.folder)
     raise AlreadyMergedError(
-        f"{shared} is in {quoted(checkpoint.folder)} already, with weight {weight:g}; take it out with 'loratool unmerge "
-        f"{where}', or give {AGAIN} to add its update once more"
+        f"{shared} is in {quoted(checkpoint.folder)} already, with weight {weight:g}; take it out with {way}, "
+        f"or give {AGAIN} to add its update once more"
     )
 
 

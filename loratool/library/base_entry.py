@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loratool.checkpoint.fingerprint import fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import NotFoundError, quoted
+from loratool.errors import NotFoundError, quoted, to_paste
 from loratool.hub.address import HubAddress
 from loratool.library.home_folder import digest_cache
 from loratool.library.progress import Progress, Silent
@@ -33,8 +33,8 @@ def base_entry(name: str | os.PathLike[str], catalogue: Registry, progress: Prog
     if HUB_ID.fullmatch(text) is None and not exists(user_path(text)):
         raise NotFoundError(f"there is no model at {quoted(text)}; 'loratool base list' shows the catalogued bases")
     raise NotFoundError(
-        f"{quoted(text)} is not a catalogued base; catalogue it with 'loratool base add NAME {text}', or see "
-        "'loratool base list'"
+        f"{quoted(text)} is not a catalogued base; catalogue it with {to_paste('loratool base add NAME PATH', text)}, or "
+        "see 'loratool base list'"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loratool.checkpoint.fingerprint import file_digest, fingerprint, tensor_digests
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import VerificationError, quoted
+from loratool.errors import VerificationError, quoted, to_paste
 from loratool.hub.card import task_of
 from loratool.hub.model_card import Ingredient, ModelCard
 from loratool.hub.push import Content, Remote, is_public
@@ -49,7 +49,8 @@ def open_model(name: str, catalogue: Registry, watcher: Progress) -> MergedModel
         digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
     if fingerprint(checkpoint.tensors, digests) != manifest.fingerprint:
         raise VerificationError(
-            f"{quoted(path)} differs from its manifest; see 'loratool verify {path}', and push the model once it is restored"
+            f"{quoted(path)} differs from its manifest; see {to_paste('loratool verify PATH', path)}, and push the model "
+            "once it is restored"
         )
     return MergedModel(path, checkpoint, manifest)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratool.errors import LoratoolError, NotFoundError, quoted
+from loratool.errors import LoratoolError, NotFoundError, quoted, to_paste
 from loratool.formats.alpha import Alpha
 from loratool.formats.identify import refuse_alpha
 from loratool.hub.address import HubAddress
@@ -119,7 +119,9 @@ def _look(address: HubAddress, given: str, command: str, *, fresh: bool) -> Snap
         return look(address, command, fresh=fresh)
     except NotFoundError as error:
         if exists(user_path(given)):
-            raise NotFoundError(f"{quoted(given)} is on this disk; catalogue it with 'loratool add {given}'") from error
+            raise NotFoundError(
+                f"{quoted(given)} is on this disk; catalogue it with {to_paste('loratool add PATH', given)}"
+            ) from error
         raise
 
 

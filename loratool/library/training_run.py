@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any, Final
 from loratool.checkpoint.json_text import read_json_object
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import size_of, staged_file
-from loratool.errors import CheckpointError, LoratoolError, OutputError, quoted
+from loratool.errors import CheckpointError, LoratoolError, OutputError, quoted, to_paste
 from loratool.interrupts import note, whole
 from loratool.training.checkpoints import TrainingState, load_state, read_recipe, save_state
 from registry import home
@@ -108,8 +107,8 @@ class RunFolder:
     @property
     def how_to_go_on(self) -> str:
         """The command to continue the run, in quotes."""
-        where = "" if self.out is None else f" --out {shlex.quote(str(self.out))}"
-        return f"'loratool train --name {self.name} --resume{where}'"
+        command = f"loratool train --name {self.name} --resume"
+        return f"'{command}'" if self.out is None else to_paste(f"{command} --out PATH", self.out)
 
     def begin(self, request: Mapping[str, Any]) -> None:
         """Remove what was kept, and write a new request.

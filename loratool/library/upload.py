@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from loratool.checkpoint.model import INDEX_SUFFIX
 from loratool.checkpoint.model import WEIGHTS_NAME as MODEL_WEIGHTS
-from loratool.errors import HubError, quoted
+from loratool.errors import HubError, quoted, to_paste
 from loratool.formats.adapter_names import CONFIG_NAME
 from loratool.hub.address import is_hub_id, is_repository, repository_id
 from loratool.hub.push import Content, Remote, find_model
@@ -153,8 +153,9 @@ def _advice(owner: BaseRecord | None, recorded: str | None) -> str:
     )
     if owner is None:
         return f"{what}; give it with --base-model owner/name, or --base-model none if it is not on the Hub"
-    where = owner.path or "FOLDER"
+    command = f"loratool base add {owner.name} PATH --hub-id owner/name"
+    way = f"'{command}'" if owner.path is None else to_paste(command, owner.path)
     return (
-        f"{what}: {quoted(owner.name)} is catalogued from {quoted(owner.source)}; record it with 'loratool base add "
-        f"{owner.name} {where} --hub-id owner/name', give it with --base-model owner/name, or give --base-model none"
+        f"{what}: {quoted(owner.name)} is catalogued from {quoted(owner.source)}; record it with {way}, "
+        f"give it with --base-model owner/name, or give --base-model none"
     )
