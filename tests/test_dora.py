@@ -155,9 +155,9 @@ def test_what_it_cannot_do_is_refused(
     trained: Path, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
 ) -> None:
     base, out = tiny_models.folder("llama", "bf16"), tmp_path / "out"
-    with pytest.raises(LoratoolError, match=r"dora r=5, which has no weight but 1"):
+    with pytest.raises(LoratoolError, match=r"dora r=5, which needs a weight of 1"):
         loratool.merge([(trained, 0.5)], base, out=out)
-    with pytest.raises(LoratoolError, match="depends on what is there, and another update changes it as well"):
+    with pytest.raises(LoratoolError, match="depends on the current weights, and another update changes it too"):
         loratool.merge([trained, tiny_adapters.folder("llama")], base, out=out)
     with pytest.raises(UnsupportedError, match=r"dora r=5'?, which is not a product of factors"):
         loratool.truncate(trained, rank=2, out=out)
@@ -169,7 +169,7 @@ def test_what_it_cannot_do_is_refused(
     merged = loratool.merge(trained, base, out=tmp_path / "merged").out
     shutil.move(base, tmp_path / "away")
     try:
-        with pytest.raises(RestoreError, match=r"dora r=5, which no arithmetic takes out"):
+        with pytest.raises(RestoreError, match=r"dora r=5, which arithmetic alone cannot undo"):
             loratool.unmerge(merged, out=tmp_path / "back", approximate=True)
     finally:
         shutil.move(tmp_path / "away", base)

@@ -122,7 +122,7 @@ def test_a_weight_multiplies_what_is_added_where_it_may_have_one(
     base, half = tmp_path / "base", [(tmp_path / "adapter", 0.5)]
     save_plain_model(base, {f"{MODULE}.weight": weight})
     if not only_update(adapter).scalable:
-        with pytest.raises(LoratoolError, match="no weight but 1"):
+        with pytest.raises(LoratoolError, match="needs a weight of 1"):
             loratool.merge(half, base, out=tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return

@@ -351,5 +351,5 @@ def test_another_configuration_is_refused_by_its_name(tmp_path: Path, quantizati
 
 
 def test_an_fp8_model_is_not_quantized_again(fp8: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="is quantized already"):
+    with pytest.raises(UnsupportedError, match="is already quantized"):
         loratool.quantize(fp8(), out=tmp_path / "out")

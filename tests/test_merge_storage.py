@@ -542,8 +542,8 @@ def test_a_base_of_the_wrong_storage_is_refused(
     dense, nf4, adapter = tiny_models.folder("llama"), quantized("llama", "bf16"), tiny_adapters.folder("llama")
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (dense, WAYS["dequantize"], "has no quantized matrices"),
-        (nf4, WAYS["quantize"], "is quantized already"),
-        (nf4, WAYS["base-as"], "is quantized already"),
+        (nf4, WAYS["quantize"], "is already quantized"),
+        (nf4, WAYS["base-as"], "is already quantized"),
         (dense, {"quantize": "fp4"}, "quantizes only to nf4"),
         (dense, {"base_as": "int8"}, "quantizes only to nf4"),
     ]
@@ -579,7 +579,7 @@ def test_a_forged_record_of_the_storage_is_refused(
     out = loratool.merge(tiny_adapters.folder("llama"), base_for("quantize"), out=tmp_path / "out", quantize=NF4).out
     manifest = json.loads((out / "loratool.json").read_text())
     (out / "loratool.json").write_text(json.dumps(manifest | {"options": {"device": "cpu"} | options}))
-    with pytest.raises(LoratoolError, match="does not say how the model is stored"):
+    with pytest.raises(LoratoolError, match="does not record the model's storage"):
         loratool.verify(out)
 
 

@@ -397,7 +397,7 @@ def test_what_cannot_be_quantized_is_refused_and_nothing_is_written(tiny_models:
     linear = {"model.layers.0.mlp.up_proj.weight": torch.ones(64, 64)}
     name = next(iter(linear))
     cases = {
-        "is quantized already": quantized,
+        "is already quantized": quantized,
         "config.json": quantized / "model.safetensors",
         "no linear modules": save_plain_model(tmp_path / "norms", {"model.norm.weight": torch.ones(64)}),
         "F64": save_plain_model(tmp_path / "fp64", {name: linear[name].double()}),

@@ -205,7 +205,9 @@ def test_arithmetic_says_that_the_tokenizer_stays(made: Path, base: Path, tmp_pa
     merged = loratool.merge(trained, into=base, out=tmp_path / "out").out
     shutil.rmtree(base)
     back = loratool.unmerge(merged, out=tmp_path / "back", approximate=True)
-    assert any("'tokenizer.json' stays as the merge left it" in note for note in back.notes) and same(back.out, trained)
+    assert any("'tokenizer.json' stays as the merge wrote it" in note for note in back.notes) and same(
+        back.out, trained
+    )
 
 
 def test_a_tokenizer_that_was_changed_since_is_no_longer_what_was_merged(
@@ -216,7 +218,7 @@ def test_a_tokenizer_that_was_changed_since_is_no_longer_what_was_merged(
     with pytest.raises(VerificationError, match=r"tokenizer\.json"):
         loratool.verify(merged)
     assert any(
-        "the base's own takes its place" in note for note in loratool.unmerge(merged, out=tmp_path / "back").notes
+        "the base's own file replaces it" in note for note in loratool.unmerge(merged, out=tmp_path / "back").notes
     )
 
 

@@ -1,1 +1,1 @@
-"""Merging: plan, then apply; undo, unmerge and verify. A plan is made from headers alone and is all that apply needs."""
+"""Merging: plan, then apply; undo, unmerge and verify. Plans are made from headers alone and contain all that apply needs."""

@@ -1,4 +1,4 @@
-"""Carrying out a plan: a new model folder, stored as the base is or otherwise, or a change of the base in place."""
+"""Apply a plan: write a new model folder, in the base's storage or another, or change the base in place."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from loratool.merging.workers import Job
 
 @dataclass(frozen=True, slots=True)
 class BaseIdentity:
-    """What is known of the base: its name, and the digests of its tensors where they were made before."""
+    """The base's name, and the digests of its tensors if they were computed before."""
 
     name: str
     digests: Mapping[str, str] | None = None
@@ -51,7 +51,7 @@ class BaseIdentity:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge or a conversion left: its manifest, and the digests of the base's tensors, for a cache."""
+    """The manifest of a merge or a conversion, and the digests of the base's tensors, which a cache may keep."""
 
     manifest: Manifest
     base_digests: Mapping[str, str]
@@ -59,11 +59,11 @@ class MergeReport:
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """Where the bytes of a merge in the base's own storage go.
+    """Destinations of a merge that keeps the base's storage.
 
     Attributes:
-        folder: gets the manifest and the undo.
-        places: of the tensors that change.
+        folder: receives the manifest and the undo folder.
+        places: destinations of the tensors that change, by name.
         others: the base's other files that the model keeps, relative to its folder.
         beside, ahead: other jobs of the same workers (`work_through`).
         in_place: whether the base's own files change.
@@ -78,13 +78,13 @@ class _Output:
 
 
 Check = Callable[[Manifest], None]
-"""Looks at the manifest before anything appears under its final name or is changed in place, and may raise."""
+"""Inspects the manifest before any output gets its final name or any file changes in place; it may raise to stop the merge."""
 
 
 def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str = "auto", undo: bool = False,
                 force: bool = False, check: Check = lambda manifest: None,
                 progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
-    """Write the merged model to the new folder `out`; with `undo`, keep there what takes the merge out again.
+    """Write the merged model to the new folder `out`; with `undo`, also write the undo folder.
 
     Raises:
         OutputError: `out` exists, or cannot be written.
@@ -106,7 +106,7 @@ def apply_merge(plan: MergePlan, out: Path, base: BaseIdentity, *, device: str =
 def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, device: str = "cpu", force: bool = False,
                      check: Check = lambda manifest: None,
                      progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
-    """Write the model that is stored otherwise to the new folder `out`, with the planned merge, if any, in it.
+    """Write the model in its new storage to the new folder `out`, including the planned merge if there is one.
 
     Raises:
         OutputError: `out` exists, or cannot be written.
@@ -150,10 +150,12 @@ def _conversion_options(plan: ConversionPlan, device: str) -> dict[str, str]:
 
 def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto", check: Check = lambda manifest: None,
                    progress: Progress = lambda count: None) -> MergeReport:  # fmt: skip
-    """Change the base's own files; its folder is locked exclusively and free of links. An undo is always kept.
+    """Change the base's own files and always keep an undo.
+
+    The caller holds an exclusive lock on the folder, which must contain no links.
 
     Raises:
-        OutputError: there is no room for the change; nothing has changed then.
+        OutputError: the disk has no room for the change; nothing has changed then.
     """
     with Journal(plan.base.folder) as journal:
         places = reserve(journal, plan.targets)
@@ -171,7 +173,7 @@ def merge_in_place(plan: MergePlan, base: BaseIdentity, *, device: str = "auto",
 
 def _sources(base: Checkpoint, others: Iterable[Path], adapters: Iterable[WeightedAdapter],
              files: FileChanges) -> tuple[FileState, ...]:  # fmt: skip
-    """Return the states of the files that a model is made from: the base's, `others` in its folder, and the adapters'."""
+    """Return the states of all input files: the base's weights, `others` in its folder, the adapters', and added files."""
     of_adapters = (state for weighted in adapters for state in weighted.adapter.states)
     brought = (content for content in files.written.values() if isinstance(content, Path))
     return (*base.states, *states_of(base.folder / name for name in others), *of_adapters, *states_of(brought))
@@ -179,7 +181,7 @@ def _sources(base: Checkpoint, others: Iterable[Path], adapters: Iterable[Weight
 
 @contextmanager
 def _new_weights(plan: MergePlan, folder: Path, others: Collection[Path], progress: Progress) -> Iterator[NewWeights]:
-    """The weight files of the merged model: laid out as the base's, or with a tensor more where it is untied."""
+    """Create the weight files of the merged model: laid out like the base's, or with one more tensor if it is untied."""
     if isinstance(plan.base, UntiedCheckpoint):
         with untied_files(plan.base, folder, plan.touched, others, progress) as new:
             yield new
@@ -189,13 +191,13 @@ def _new_weights(plan: MergePlan, folder: Path, others: Collection[Path], progre
 
 
 def places_in(copy: ModelCopy, base: Checkpoint, names: Iterable[str]) -> dict[str, Place]:
-    """The places of the base's tensors called `names` in its copy."""
+    """Return where the base's tensors `names` are in its copy."""
     files = {name: base.tensors[name].file for name in names}
     return {name: Place(copy.files[file], direct=copy.direct.get(file)) for name, file in files.items()}
 
 
 def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:
-    """Room in the journal, claimed on the disk, for every tensor of the targets."""
+    """Reserve room in the journal for every tensor of the targets, and allocate it on disk."""
     places = {}
     for info in sorted((info for target in targets for info in target.weight.tensors), key=lambda info: info.name):
         places[info.name] = Place(journal.fd, journal.reserve(info.file, info.start, info.stop) - info.start)
@@ -205,12 +207,12 @@ def reserve(journal: Journal, targets: Iterable[Target]) -> dict[str, Place]:
 
 def _merge(plan: MergePlan, output: _Output, base: BaseIdentity, *, device: str, undo: bool,
            progress: Progress) -> MergeReport:  # fmt: skip
-    """Stream the targets to their places, write the undo if it is asked for, and describe all in a manifest."""
+    """Stream the targets to their places, write the undo if requested, and describe the result in a manifest."""
     known = base.digests or {}
     digests = {name: digest for name, digest in known.items() if name not in plan.touched}
     unknown = [info for name, info in plan.base.tensors.items() if name not in plan.touched and name not in digests]
     previous = _previous_manifest(plan.base)
-    survival: dict[str, SurvivalCount] = {}  # not the merges themselves: they hold a matrix's scales and factors
+    survival: dict[str, SurvivalCount] = {}  # keeping the Merge objects would keep their scales and factors in memory
     undo_folder = f"{UNDO_FOLDER}/{_undo_id(plan, previous)}" if undo else None
     with _undo_writer(plan, output.folder, undo_folder) as writer:
 
@@ -272,7 +274,7 @@ class _SurvivalFields(TypedDict):
 
 
 def _survival(counts: Mapping[str, SurvivalCount]) -> _SurvivalFields:
-    """Return what a manifest records as delivered, in each quantized matrix and in all."""
+    """Return the delivered shares that a manifest records, for each quantized matrix and for all together."""
     return {
         "survival": {name: count.survival() for name, count in sorted(counts.items())},
         "survival_of_all": SurvivalCount.of_all(counts.values()).survival() if counts else None,
@@ -288,7 +290,7 @@ def _versions() -> dict[str, str]:
 
 
 def _undo_writer(plan: MergePlan, folder: Path, undo_folder: str | None) -> AbstractContextManager[UndoWriter | None]:
-    """The undo folder with its adapters, and a writer for its undo file; or nothing."""
+    """Create the undo folder with its adapters and return a writer for its undo file; do nothing without a folder."""
     if undo_folder is None:
         return nullcontext()
     target = folder / undo_folder
@@ -302,14 +304,14 @@ def _undo_writer(plan: MergePlan, folder: Path, undo_folder: str | None) -> Abst
 
 
 def _undo_adapters(plan: MergePlan, folder: Path, undo_folder: str | None) -> tuple[str, ...]:
-    """sha256 of each adapter in the undo folder."""
+    """Return the sha256 of each adapter in the undo folder."""
     if undo_folder is None:
         return ()
     return tuple(sha256_of(folder / undo_folder / adapter_file(index)) for index in range(len(plan.adapters)))
 
 
 def _undo_id(plan: MergePlan, previous: bytes | None) -> str:
-    """Twelve hexadecimal digits that tell this merge from every other one stacked on the same base."""
+    """Return twelve hexadecimal digits that distinguish this merge from others stacked on the same base."""
     merged = [
         [each.adapter.sha256, each.weight, [update.scaling for update in each.adapter.ranked.values()]]
         for each in plan.adapters
@@ -338,9 +340,7 @@ def _previous_manifest(base: Checkpoint) -> bytes | None:
     if not base.path.is_dir() or not file.is_file():
         return None
     if file.stat().st_size > MAX_PREVIOUS_BYTES:
-        raise CheckpointError(
-            f"{quoted(file)} is too large to be kept for unmerging; merge into the first base instead"
-        )
+        raise CheckpointError(f"{quoted(file)} is too large to keep for unmerging; merge into the first base instead")
     content = file.read_bytes()
     try:
         content.decode()
@@ -350,7 +350,7 @@ def _previous_manifest(base: Checkpoint) -> bytes | None:
 
 
 def _file_digests(model: Checkpoint, names: Iterable[Path]) -> dict[str, str]:
-    """BLAKE3 of these other files of a model; a base's own manifest is kept whole instead."""
+    """Return the BLAKE3 digests of a model's other files, without the manifest: a base's own manifest is kept whole."""
     return {str(name): file_digest(model.folder / name) for name in names if str(name) != MANIFEST_NAME}
 
 

@@ -1,4 +1,4 @@
-"""What a merge and its inverse do to a block: decode, update in fp32, round once, encode; on a CPU or on CUDA."""
+"""Arithmetic of a merge and its inverse on one block: decode, update in fp32, round once, encode; on a CPU or on CUDA."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     import torch
 
 CUDA_BLOCK_BYTES: Final = 1 << 25
-"""fp32 bytes of a block on CUDA, where a launch costs more and memory is plenty."""
+"""Bytes of an fp32 block on CUDA. Large, because launches are expensive there."""
 
 ALIGNED: Final = 16
-"""Numbers in a line of cache, where new tensors begin; written elsewhere, a product may be summed in another order by a BLAS."""
+"""fp32 numbers in a cache line. New tensors start on one; at other addresses a BLAS may sum a product in another order."""
 
 Keep = Callable[[range, bytes], None]
-"""Takes the residual of a block of rows for the undo file."""
+"""Stores the residual of a block of rows in the undo file."""
 
 
 def choose_device(device: str) -> str:
-    """``cpu`` or ``cuda:N`` for one of ``auto``, ``cpu``, ``cuda``, ``cuda:N``; auto takes CUDA where there is one.
+    """Return ``cpu`` or ``cuda:N`` for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` prefers CUDA.
 
     Raises:
-        LoratoolError: the device is not one of these, or not there.
+        LoratoolError: the name is not one of these, or this machine has no such device.
     """
     import torch
 
@@ -52,13 +52,13 @@ def choose_device(device: str) -> str:
 
 
 class _Room(threading.local):
-    """A worker's memory for a block and its scratch, kept from matrix to matrix: a page of new memory is a page fault."""
+    """A worker's buffers for a block and its scratch, reused for every matrix to avoid page faults in new memory."""
 
     def __init__(self) -> None:
         self._numbers: torch.Tensor | None = None
 
     def take(self, device: torch.device, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two fp32 tensors, (rows, columns), that are the worker's until it takes the next ones."""
+        """Return two fp32 tensors, (rows, columns), which are valid until the worker's next call."""
         import torch
 
         numbers, count = self._numbers, rows * columns
@@ -72,7 +72,7 @@ _room: Final = _Room()
 
 
 class BlockArithmetic:
-    """One matrix's updates, loaded onto `device`, and room for its blocks. Each worker makes its own."""
+    """One matrix's updates, loaded onto `device`, and buffers for its blocks. Each worker makes its own."""
 
     def __init__(self, target: Target, device: str) -> None:
         import torch
@@ -96,14 +96,14 @@ class BlockArithmetic:
             self._rounding = self._rounding_of(target)
 
     def _rounding_of(self, target: Target) -> Rounding:
-        """How to round: seeded, and error-compensated by calibration inputs, else by the update's output directions."""
+        """Return how to round: seeded, and error-compensated by calibration inputs, else by the update's output directions."""
         import numpy as np
         import torch
 
         turned = self.weight.turned
         if target.inputs is not None:
             inputs = torch.from_numpy(np.load(target.inputs)).to(self._device)
-            if turned:  # a block has some of the inputs alone
+            if turned:  # a block covers only some of the inputs
                 return Rounding(target.seed, feedback=lambda few: Feedback(inputs[:, few.start : few.stop]))
             return Rounding(target.seed, feedback=Feedback(inputs))
         outputs = [update.inputs if turned else update.outputs for update in self._updates]
@@ -114,7 +114,7 @@ class BlockArithmetic:
         )
 
     def blocks(self) -> Iterator[range]:
-        """The blocks of rows that suit the device."""
+        """Return the blocks of rows, sized for the device."""
         return iter(self._blocks)
 
     def buffer(self, nbytes: int) -> torch.Tensor:
@@ -137,7 +137,7 @@ class BlockArithmetic:
             return moves.hint
 
     def _update(self, rows: range, parts: tuple[torch.Tensor, ...], block: torch.Tensor, scratch: torch.Tensor) -> None:
-        """Make `block` what W becomes; or, where the storage takes the change, what is added to it."""
+        """Fill `block` with the new W, or with only the change if the storage takes the change."""
         takes_change = self.weight.takes == "change"
         if takes_change and self._adds:
             block.zero_()
@@ -151,7 +151,7 @@ class BlockArithmetic:
     def _refuse_overflow(
         self, block: torch.Tensor, rows: range, originals: tuple[torch.Tensor, ...], scratch: torch.Tensor
     ) -> None:
-        """Raise AdapterError if a sum, or a change, is beyond the stored type where the original was not."""
+        """Raise AdapterError if a sum or a change exceeds the stored type although the original was finite."""
         least, most = block.aminmax()
         if bool(most < self.weight.limit) and bool(least > -self.weight.limit):
             return
@@ -160,9 +160,9 @@ class BlockArithmetic:
             raise overflow(self.weight.name, rows, self.weight.storage)
 
     def revert(self, rows: range, parts: tuple[torch.Tensor, ...], hint: bytes | None) -> None:
-        """Take the updates out, last one first; the same bits on every machine, but not always those from before.
+        """Take the updates out, last one first, using what `apply` kept for these rows.
 
-        The updates kept of these rows what they need for it.
+        Every machine computes the same bits, which are not always the original ones.
         """
         import torch
 
@@ -177,13 +177,13 @@ class BlockArithmetic:
             merged = block.clone() if takes_change and not self._adds else None
             for update, kept in zip(reversed(self._updates), reversed(self._kept), strict=True):
                 update.revert(block, rows, scratch, kept)
-            if takes_change:  # what was added: W' less W as far as it can be told
+            if takes_change:  # the added change: W' minus the best estimate of W
                 block.neg_() if merged is None else torch.sub(merged, block, out=block)
             self.codec.recover(rows, block, on_device, self._rounding, hint)
             self._bring_back(on_device, parts)
 
     def _pairs(self) -> Iterator[tuple[LoadedUpdate, bytes]]:
-        """Each update, and what it kept of the last rows."""
+        """Return each update with what it kept for the latest rows."""
         return zip(self._updates, self._kept, strict=True)
 
     def _on_stream(self) -> AbstractContextManager[object]:
@@ -199,7 +199,7 @@ class BlockArithmetic:
 
 
 def overflow(name: str, rows: range, storage: str) -> AdapterError:
-    """Return the error for sums in some rows of a matrix that are beyond what it is stored as."""
+    """Return the error for sums in `rows` of a matrix that its storage cannot hold."""
     return AdapterError(
         f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(name)} that {storage} cannot hold; give the "
         "adapter a smaller weight, as in ADAPTER=0.5"
@@ -207,7 +207,7 @@ def overflow(name: str, rows: range, storage: str) -> AdapterError:
 
 
 class Merge(BlockArithmetic):
-    """W -> W + updates; with `keep`, what arithmetic cannot take back of each block is given to it."""
+    """W -> W + updates. `keep` receives, for each block, what arithmetic alone cannot restore."""
 
     def __init__(self, target: Target, device: str, keep: Keep | None = None) -> None:
         super().__init__(target, device)

@@ -1,7 +1,7 @@
-"""Files beside a model's weights that a merge writes otherwise than the base has them, and how the base's come back.
+"""Files beside a model's weights that a merge replaces or removes, and how the base's own are restored.
 
-What the base had is recorded by its digest. The undo folder keeps a copy of each, under ``base.`` and its name; without one it
-comes back from the base.
+The manifest records the digest of each original. The undo folder keeps a copy named ``base.<name>``; without an undo folder the
+original comes from the base.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from loratool.checkpoint.model import INDEX_SUFFIX, has_file
 from loratool.errors import quoted
 
 KEPT: Final = "base."
-"""What the undo folder's copies of the base's files begin with."""
+"""Prefix of the undo folder's copies of the base's files."""
 
 
 _ROLES: Final = {FileRole.TOKENIZER, FileRole.CHAT_TEMPLATE, FileRole.CONFIGURATION}
 
 
 def may_change(name: str) -> bool:
-    """Whether a merge may write a file of this name otherwise than the base has it: no weights, no file of a folder's."""
+    """Return whether a merge may replace a file of this name: not weights, and not a file in a subfolder."""
     if not name or set(name) & set("/\\\0"):
         return False
     return role_of(name) in _ROLES or name.endswith(INDEX_SUFFIX)
@@ -35,9 +35,10 @@ def may_change(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ChangedFile:
-    """A file of a merged model that is not the base's: where it is from ("": it is left out), and the digest of the base's own.
+    """A file of a merged model that differs from the base's.
 
-    `before` is None where the base had none.
+    It records where the new file is from ("" for a removed file). `before` is the digest of the base's own file, or None if the
+    base had none.
     """
 
     source: str
@@ -46,11 +47,11 @@ class ChangedFile:
 
 @dataclass(frozen=True, slots=True)
 class FileChanges:
-    """What is written beside the weights in place of the base's files, by plain names.
+    """Files written beside the weights in place of the base's, by plain file names.
 
     Attributes:
-        written: the new content, or the file that has it.
-        sources: what each is from, as a manifest says it.
+        written: the new content, or the file that contains it.
+        sources: where each file is from, as recorded in the manifest.
         removed: the base's files that have no counterpart.
     """
 
@@ -60,11 +61,11 @@ class FileChanges:
 
     @property
     def names(self) -> frozenset[str]:
-        """The names of all that is not as the base has it."""
+        """The names of all files that differ from the base's."""
         return frozenset(self.written) | self.removed
 
     def joined(self, other: FileChanges) -> FileChanges:
-        """Return both changes together; they are of different files."""
+        """Return both sets of changes together; they must concern different files."""
         return FileChanges(
             {**self.written, **other.written}, {**self.sources, **other.sources}, self.removed | other.removed
         )
@@ -84,14 +85,14 @@ class FileChanges:
                 shutil.copyfile(base / name, undo / f"{KEPT}{name}")
 
     def digests(self) -> dict[str, str]:
-        """BLAKE3 of each new file."""
+        """Return the BLAKE3 digest of each new file."""
         return {
             name: str(blake3(content).hexdigest()) if isinstance(content, bytes) else file_digest(content)
             for name, content in sorted(self.written.items())
         }
 
     def recorded(self, base: Path) -> dict[str, ChangedFile]:
-        """What a manifest is to say of them; `base` is the base's folder."""
+        """Return the manifest's entries for these changes; `base` is the base's folder."""
         return {
             name: ChangedFile(
                 self.sources.get(name, ""),
@@ -103,13 +104,13 @@ class FileChanges:
 
 @dataclass(frozen=True, slots=True)
 class Originals:
-    """The base's own files, in the undo folder or in the base's; `folder` is None where they are in neither."""
+    """Where the base's own files are: the undo folder or the base's; `folder` is None if they are in neither."""
 
     folder: Path | None
     prefix: str = ""
 
     def restore(self, changed: Mapping[str, ChangedFile], into: Path) -> tuple[list[str], list[str]]:
-        """Write the base's files into the folder `into`; the names of those that are not at hand, and of those that go."""
+        """Write the base's files into the folder `into`; return the names of unavailable originals and of files to remove."""
         missing, removed = [], []
         for name, each in sorted(changed.items()):
             if each.before is None:
@@ -124,7 +125,7 @@ class Originals:
 
 
 def edited_since(changed: Mapping[str, ChangedFile], digests: Mapping[str, str], folder: Path) -> Iterator[str]:
-    """Notes on files that the merge wrote and somebody changed since."""
+    """Return notes on files that the merge wrote and that were changed since."""
     for name in sorted(changed.keys() & digests.keys()):
         if has_file(folder / name) and file_digest(folder / name) != digests[name]:
-            yield f"{quoted(name)} was changed after the merge; the base's own takes its place"
+            yield f"{quoted(name)} was changed after the merge; the base's own file replaces it"

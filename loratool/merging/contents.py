@@ -1,4 +1,4 @@
-"""Which adapters are in the weights of a model: through chains of merges, changes of storage, and what was taken out again."""
+"""Which adapters a model's weights contain, across chains of merges, unmerges and changes of storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loratool.merging.manifest import KINDS, MANIFEST_NAME, HeldAdapter, Manifes
 
 
 def manifest_of(folder: Path) -> Manifest | None:
-    """The manifest of whatever kind beside a model's weights; None where there is none that can be read."""
+    """Return the manifest, of any kind, beside a model's weights; None if it is missing or unreadable."""
     try:
         return read_manifest(folder, KINDS)
     except LoratoolError:
@@ -17,7 +17,7 @@ def manifest_of(folder: Path) -> Manifest | None:
 
 
 def contents_of(manifest: Manifest) -> tuple[HeldAdapter, ...]:
-    """The adapters in the model of a manifest, as far as it and those that it keeps of its bases say, the first merged first."""
+    """Return the adapters that a manifest and its kept base manifests record as merged, in merge order."""
     found: list[HeldAdapter] = []
     now: Manifest | None = manifest
     while now is not None:
@@ -28,7 +28,7 @@ def contents_of(manifest: Manifest) -> tuple[HeldAdapter, ...]:
 
 
 def _previous(manifest: Manifest) -> Manifest | None:
-    """The manifest that the base had; None where that had none that can be read."""
+    """Return the base's own manifest; None if it had none or it is unreadable."""
     if manifest.previous is None:
         return None
     try:
@@ -38,9 +38,9 @@ def _previous(manifest: Manifest) -> Manifest | None:
 
 
 def contents_of_base(folder: Path, fingerprint: str) -> tuple[HeldAdapter, ...]:
-    """The adapters in the base whose weights lie in `folder` and have this fingerprint.
+    """Return the adapters in the base whose weights are in `folder` and have this fingerprint.
 
-    A manifest of other weights, which another program copied along and then changed, is not believed.
+    Return none if the manifest's fingerprint differs: another program may have copied the manifest and changed the weights.
     """
     manifest = manifest_of(folder)
     return contents_of(manifest) if manifest is not None and manifest.fingerprint == fingerprint else ()

@@ -1,4 +1,4 @@
-"""The plan of a change of storage: which parameters become which tensors, in which files. Made from headers alone."""
+"""Plan a change of storage from headers alone: which parameters become which tensors, in which files."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ WAYS: Final[tuple[Way, ...]] = ("quantize", "base_as", "dequantize")
 
 @dataclass(frozen=True, slots=True)
 class StorageChange:
-    """How a model is to be stored where its base is stored differently.
+    """A model's new storage, where it differs from its base's.
 
     Attributes:
-        way: ``quantize``: linear modules are quantized, what is merged being merged into the dense matrices before;
-            ``base_as``: the same, but merged into what they are quantized to; ``dequantize``: quantized matrices become dense.
-        making: what matrices are quantized to, in the first two ways.
-        compute_dtype: what a program multiplies in that loads a quantized model, as torch calls it; None for the base's own.
+        way: ``quantize``: merge into the dense matrices, then quantize linear modules;
+          ``base_as``: quantize linear modules, then merge into the codes; ``dequantize``: make quantized matrices dense.
+        making: the storage that matrices are quantized to, for the first two ways.
+        compute_dtype: torch's name of the dtype in which a quantized model is multiplied; None for the base's own.
     """
 
     way: Way
@@ -45,17 +45,17 @@ class StorageChange:
     compute_dtype: str | None = None
 
     def to_options(self) -> dict[str, str]:
-        """What of it decides the bytes of tensors, as the options of a manifest."""
+        """Return the settings that decide the bytes of tensors, as manifest options."""
         if self.making is None:
             return {self.way: "true"}
         return {self.way: self.making.storage} | {name: _text(value) for name, value in self.making.options.items()}
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self | None:
-        """The change that the options of a manifest tell, or None.
+        """Parse the options of a manifest; return None if they record no change of storage.
 
         Raises:
-            KeyError, ValueError, LoratoolError: they tell none that there is.
+            KeyError, ValueError, LoratoolError: they record an invalid change.
         """
         way = next((way for way in WAYS if way in options), None)
         if way is None or way == "dequantize":
@@ -65,26 +65,26 @@ class StorageChange:
 
 
 def _text(value: Option) -> str:
-    """An option as a manifest has it."""
+    """Return an option as a manifest writes it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _value(text: str, usual: Option) -> Option:
-    """An option from its text in a manifest; it is of the type of its `usual` value."""
+    """Parse an option of a manifest as the type of its default, `usual`."""
     return text == "true" if isinstance(usual, bool) else type(usual)(text)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """One parameter on its way to another storage, or one that is only merged into beside such.
+    """The conversion of one parameter to another storage, or a dense parameter that is only merged into.
 
     Attributes:
         source: the parameter as the base stores it.
-        dense: the matrix in between, in the order in which it is read; its bytes lie in no file.
-        turned: whether the dense matrix on disk, source or outcome, is the transpose of that.
-        new: how it is stored in the end; None for dense.
-        merge: the updates that are added to the matrix in between; None where there are none.
-        into_image: whether they are added, not to that, but to what it is quantized to.
+        dense: the intermediate matrix, in the order in which it is read; its bytes are in no file.
+        turned: whether the dense matrix on disk (source or outcome) is the transpose of the intermediate one.
+        new: the final storage; None for dense.
+        merge: the updates to add to the intermediate matrix; None if there are none.
+        into_image: whether they are added after quantizing, to the codes, instead.
     """
 
     source: StoredWeight
@@ -100,17 +100,17 @@ class Conversion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are read of the parameter."""
+        """Bytes read for the parameter."""
         return sum(info.nbytes for info in self.source.tensors)
 
     @property
     def twice(self) -> bool:
-        """Whether it is read twice: what is merged waits for the scales, which depend on the whole matrix."""
+        """Whether it is read twice: the merge needs the scales, which depend on the whole matrix."""
         return self.new is not None and self.merge is not None
 
     @property
     def outcome(self) -> tuple[NewTensor, ...]:
-        """The tensors that are written."""
+        """The tensors to write."""
         if self.new is not None:
             return self.new.tensors
         shape = self.dense.shape[::-1] if self.turned else self.dense.shape
@@ -118,29 +118,29 @@ class Conversion:
 
     @property
     def storage(self) -> str:
-        """The field's name for the storage in the end."""
+        """The name of the final storage."""
         return self.dense.storage if self.new is None else self.new.storage
 
     @property
     def replaced(self) -> dict[str, tuple[NewTensor, ...]]:
-        """What stands in the place of each of the base's tensors; the outcome in that of the first one."""
+        """The replacement of each of the base's tensors: the outcome for the first one, nothing for the others."""
         main, *others = self.source.tensors
         return {info.name: () for info in (*others, *self.source.siblings)} | {main.name: self.outcome}
 
     @property
     def digested(self) -> frozenset[str]:
-        """The names of the base's tensors that are read in the order of their bytes, so that digests are made on the way."""
+        """The base's tensors that are read in byte order, so that digests are computed while reading."""
         names = frozenset(info.name for info in self.source.tensors)
         return frozenset() if len(names) > 1 or (self.turned and is_dense(self.source)) else names
 
 
 def to_quantized(weight: DenseWeight, making: Making, *, turned: bool, updates: Target | None = None,
                  into_image: bool = False) -> Conversion:  # fmt: skip
-    """The conversion of a dense matrix to a quantized one, with `updates` on the way.
+    """Return the conversion of a dense matrix to a quantized one, merging `updates`.
 
-    They are merged into the dense matrix in fp32, and the sums are quantized: rounded to the base's dtype before, they would be
-    rounded twice. With `into_image` they are merged into what the matrix is quantized to. An update that replaces the matrix
-    leaves nothing of that: the replacement is quantized.
+    They are merged in fp32 and the sums are quantized directly; rounding them to the base's dtype first would round twice.
+    With `into_image` they are merged into the quantized matrix instead. If an update replaces the matrix, the replacement is
+    quantized.
     """
     rows, columns = weight.shape[::-1] if turned else weight.shape
     dense = DenseWeight(replace(weight.tensor, shape=(rows, columns)))
@@ -151,39 +151,39 @@ def to_quantized(weight: DenseWeight, making: Making, *, turned: bool, updates: 
 
 
 def to_dense(weight: StoredWeight, *, turned: bool, updates: Target | None = None) -> Conversion:
-    """The conversion of a quantized matrix to the dtype that it decodes to; `updates` are added to what is decoded.
+    """Return the conversion of a quantized matrix to the dtype that it decodes to; `updates` are added after decoding.
 
-    `turned`: the dense matrix is (in_features, out_features) where the quantized one is (out_features, in_features).
+    `turned`: the dense matrix is (in_features, out_features) although the quantized one is (out_features, in_features).
     """
     dense = _unwritten(weight, weight.dtype, (weight.rows, weight.columns))
     return Conversion(weight, dense, turned != weight.turned, merge=_on(dense, updates, turned=weight.turned))
 
 
 def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
-    """No change of storage: a dense parameter that is merged into."""
+    """Return the conversion of a dense parameter that stays dense and is only merged into."""
     return Conversion(weight, weight, merge=updates)
 
 
 def _unwritten(weight: StoredWeight, dtype: Dtype, shape: tuple[int, int]) -> DenseWeight:
-    """A dense matrix that stands for a parameter and lies in no file."""
+    """Return a dense matrix that stands for a parameter and is in no file."""
     return DenseWeight(TensorInfo(weight.name, dtype.name, shape, weight.tensors[0].file, 0, nbytes(dtype.name, shape)))
 
 
 def _on(dense: DenseWeight, target: Target | None, *, turned: bool) -> Target | None:
-    """The target with its updates on the dense matrix, which is the transpose of its own where it was `turned`."""
+    """Return the target with its updates on the dense matrix, which is the transpose of its own if `turned`."""
     return None if target is None else target.on(dense, turned=turned)
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything that a change of storage does.
+    """A complete plan of a change of storage.
 
     Attributes:
-        base: the checkpoint that it starts from.
-        change: how its matrices are stored in the end.
-        conversions: the matrices whose storage changes, or that are merged into, by name.
-        config: the new content of ``config.json``; None where the base has none.
-        merge: what is merged on the way; None where nothing is.
+        base: the checkpoint to convert.
+        change: the final storage of its matrices.
+        conversions: the matrices whose storage or values change, by name.
+        config: the new content of ``config.json``; None if the base has none.
+        merge: the merge that the conversion includes; None if there is none.
     """
 
     base: Checkpoint
@@ -194,12 +194,12 @@ class ConversionPlan:
 
     @cached_property
     def layout(self) -> Layout:
-        """The files that are written."""
+        """The files to write."""
         return plan_layout(self.base, {name: new for each in self.conversions for name, new in each.replaced.items()})
 
     @property
     def others(self) -> list[Path]:
-        """The base's other files that come along as they are: paths relative to its folder."""
+        """The base's other files, which are copied unchanged: paths relative to its folder."""
         anew = {
             "" if self.config is None else CONFIG_NAME,
             "" if self.base.index is None else self.base.index.name,
@@ -210,17 +210,17 @@ class ConversionPlan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of tensors that are read."""
+        """Bytes of tensors to read."""
         twice = sum(conversion.nbytes for conversion in self.conversions if conversion.twice)
         return self.base.nbytes + twice
 
 
 def plan_conversion(base: Checkpoint, change: StorageChange, merge: MergePlan | None = None) -> ConversionPlan:
-    """Find the matrices of `base` that are stored differently in the end, and what they become; `merge` is done on the way.
+    """Find the matrices of `base` whose storage changes, and what they become, including the updates of `merge`.
 
     Raises:
-        CheckpointError: `base` has no configuration that could say that it is quantized, or is damaged.
-        UnsupportedError: it is quantized already (not quantized), or which matrices are to be quantized cannot be told.
+        CheckpointError: `base` is damaged, or has no configuration to record the quantization in.
+        UnsupportedError: it is already quantized (or, to dequantize, is not), or its linear modules cannot be identified.
     """
     refuse_other_storage(base, base.path)
     targets = {} if merge is None else {target.name: target for target in merge.targets}
@@ -239,14 +239,14 @@ def plan_conversion(base: Checkpoint, change: StorageChange, merge: MergePlan | 
 
 def _quantization(base: Checkpoint, change: StorageChange, making: Making,
                   targets: Mapping[str, Target]) -> tuple[list[Conversion], Mapping[str, Any]]:  # fmt: skip
-    """The matrices that are quantized, and the new configuration."""
+    """Return the matrices to quantize, and the new configuration."""
     if not base.config:
         raise CheckpointError(
-            f"{quoted(base.path)} has no config.json, which must say that a model is quantized; give a model's whole folder"
+            f"{quoted(base.path)} has no config.json, which must record the quantization; give a model's whole folder"
         )
     if base.config.get("quantization_config") or quantized_names(base):
         raise UnsupportedError(
-            f"{quoted(base.path)} is quantized already; merge into it as it is, or give the dense model that it was made from"
+            f"{quoted(base.path)} is already quantized; merge into it as it is, or give the dense model that it was made from"
         )
     conversions = [
         to_quantized(
@@ -268,20 +268,20 @@ def _quantization(base: Checkpoint, change: StorageChange, making: Making,
 
 def _dequantization(base: Checkpoint,
                     targets: Mapping[str, Target]) -> tuple[list[Conversion], Mapping[str, Any] | None]:  # fmt: skip
-    """The matrices that become dense, and the new configuration."""
+    """Return the matrices that become dense, and the new configuration."""
     conversions = [
         to_dense(_quantized(name, base), turned=is_conv1d(name, base.config), updates=targets.get(name))
         for name in quantized_names(base)
     ]
     if not conversions:
-        raise UnsupportedError(f"{quoted(base.path)} has no quantized matrices; it is merged into without dequantizing")
+        raise UnsupportedError(f"{quoted(base.path)} has no quantized matrices; merge without --dequantize")
     _refuse_unknown(base)
     config = {key: value for key, value in base.config.items() if key != "quantization_config"}
     return conversions, config if base.config else None
 
 
 def _refuse_unknown(base: Checkpoint) -> None:
-    """Raise UnsupportedError for a matrix that is not dense and cannot be decoded: the new model would not say what it is."""
+    """Raise UnsupportedError for a matrix that is neither dense nor decodable: the new configuration could not describe it."""
     for name, info in base.tensors.items():
         if name.endswith(SUFFIX) and len(info.shape) == 2 and stored_weight(base, name) is None:
             raise UnsupportedError(

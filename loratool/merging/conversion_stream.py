@@ -1,8 +1,8 @@
-"""Streaming matrices into another storage: dense to quantized, or quantized to dense, with updates on the way or without.
+"""Stream matrices into another storage: dense to quantized, or quantized to dense, with or without updates.
 
-Between the two a matrix is dense, in the dtype that it has or decodes to. So what is merged on the way has the bytes of a merge
-into the dense model, and what is quantized those of the dense model quantized. Only what is merged *and* quantized is not rounded
-in between: the sums are quantized as they are in fp32 (`_Stream._store_merged_quantized`).
+The intermediate matrix is dense, in the dtype that it has or decodes to. A merged matrix therefore has the same bytes as after a
+merge into the dense model, and a quantized one the same bytes as the dense model quantized. Only a matrix that is merged *and*
+quantized is not rounded in between: its fp32 sums are quantized directly (`_Stream._store_merged_quantized`).
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 
 
 STRETCH: Final = 1 << 18
-"""Elements that are quantized at a time: few enough to stay in a cache, and a multiple of every block size."""
+"""Elements quantized at a time: few enough to stay in a cache, and a multiple of every block size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion gave.
+    """The result of a conversion.
 
     Attributes:
-        before, after: BLAKE3 digests, by name: of the base's tensors, and of those of the new model.
-        survival: of each matrix that is merged into and quantized, by name.
-        unchanged: the matrices that are merged into and have the bytes that they would have without the merge.
+        before, after: BLAKE3 digests of the base's tensors and of the new model's, by name.
+        survival: counts for each matrix that is merged into and quantized, by name.
+        unchanged: the matrices whose bytes the merge did not change.
     """
 
     before: Mapping[str, str]
@@ -60,11 +60,11 @@ class Converted:
 
 def write_converted(plan: ConversionPlan, folder: Path, *, device: str, known: Mapping[str, str],
                     progress: Progress) -> Converted:  # fmt: skip
-    """Write the planned model into the empty `folder`. `known` are digests that the base's tensors are known to have.
+    """Write the planned model into the empty `folder`. `known` are already computed digests of the base's tensors, by name.
 
     Raises:
-        CheckpointError, AdapterError: a matrix is damaged, or a sum is beyond its dtype.
-        OutputError: the disk takes no more.
+        CheckpointError, AdapterError: a matrix is damaged, or a sum exceeds its dtype.
+        OutputError: the disk is full.
     """
     if plan.config is not None:
         content = json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n"
@@ -74,7 +74,7 @@ def write_converted(plan: ConversionPlan, folder: Path, *, device: str, known: M
 
 
 def compute_converted(plan: ConversionPlan, *, device: str, progress: Progress) -> Converted:
-    """The digests that the planned model would have; nothing is written.
+    """Compute the digests that the planned model would have, and write nothing.
 
     Raises:
         CheckpointError, AdapterError: as `write_converted`.
@@ -84,7 +84,7 @@ def compute_converted(plan: ConversionPlan, *, device: str, progress: Progress) 
 
 def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Mapping[str, str],
              progress: Progress) -> Converted:  # fmt: skip
-    """Write every matrix to its place in the new files while the other tensors are copied and digested."""
+    """Convert every matrix while the other tensors are copied and hashed; without `new`, only hash."""
     conversions = sorted(plan.conversions, key=lambda conversion: -conversion.nbytes)
     before, after = dict(known), dict[str, str]()
     survival: dict[str, SurvivalCount] = {}
@@ -121,7 +121,7 @@ class _Stopped(Exception):  # noqa: N818 (nothing is wrong with this matrix)
 
 
 class _Stream:
-    """One matrix on its way, from the files of the base to those of the new model, or with none to digests alone."""
+    """Streams one matrix from the base's files to the new files or, if there are none, only to digests."""
 
     def __init__(self, conversion: Conversion, layout: Layout, new: NewFiles | None, device: str, progress: Progress,
                  stop: threading.Event) -> None:  # fmt: skip
@@ -144,16 +144,16 @@ class _Stream:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the matrix was merged into, and nothing of that is in the bytes that were written."""
+        """Whether the matrix was merged into without changing the bytes written."""
         differs = self._differs if self.survival is None else self.survival.moved
         return self._conversion.merge is not None and not differs
 
     def source_digest(self) -> str:
-        """Of the bytes that were read, once all are."""
+        """The digest of the bytes read, once all are read."""
         return str(self._read_digest.hexdigest())
 
     def digests(self) -> dict[str, str]:
-        """Of the tensors that were written, by name."""
+        """The digests of the tensors written, by name."""
         return self._outlet.digests()
 
     def store(self) -> None:
@@ -183,7 +183,7 @@ class _Stream:
                 self._outlet.append(conversion.name, block.dense)
 
     def _store_quantized(self, quantizer: Quantizer) -> None:
-        """Quantize the matrix as it comes."""
+        """Quantize the matrix while reading it."""
         import torch
 
         scales: list[torch.Tensor] = []
@@ -193,10 +193,10 @@ class _Stream:
         self._write_parts(quantizer, torch.cat(scales))
 
     def _store_merged_quantized(self, quantizer: Quantizer) -> None:
-        """Merge, then quantize to the codes that are nearest under the scales as they will be read.
+        """Merge, then choose the nearest codes under the scales as they will be decoded.
 
-        A quantizer may choose codes before it quantizes the scales. What the scales lose by that is little beside a weight and
-        much beside an update, so that codes that make up for it keep more of the update. It needs the matrix twice.
+        A quantizer may choose codes before it quantizes the scales. The rounding of the scales is small relative to a weight but
+        large relative to an update, so codes that compensate for it keep more of the update. The matrix is read twice.
         """
         import torch
 
@@ -212,16 +212,16 @@ class _Stream:
 
     def _count(self, survival: SurvivalCount, quantizer: Quantizer, stretch: _Stretch, codes: torch.Tensor,
                scales: torch.Tensor) -> None:  # fmt: skip
-        """Count what the codes of a stretch carry beside those that it would have had before the merge, under these scales."""
+        """Compare the codes of a stretch with those that it would have without the merge, under the same scales."""
         count = len(stretch.originals)
         image = quantizer.decode(quantizer.codes(stretch.originals, scales), scales, count)
         wanted = stretch.numbers.sub(stretch.originals).add_(image)
         survival.add(image[None], wanted[None], quantizer.decode(codes, scales, count)[None])
 
     def _store_merged_image(self, quantizer: Quantizer, target: Target) -> None:
-        """Quantize the matrix, then move its codes, as a merge into the quantized model would.
+        """Quantize the matrix, then change its codes as a merge into the quantized model would.
 
-        The scales depend on the whole matrix, so that it is read twice.
+        The matrix is read twice, because the scales depend on all of it.
         """
         import torch
 
@@ -240,11 +240,11 @@ class _Stream:
 
     @property
     def _codes(self) -> str:
-        """The name of the tensor that codes go to."""
+        """The name of the tensor that holds the codes."""
         return self._conversion.outcome[0].name
 
     def _write_parts(self, quantizer: Quantizer, measured: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Write every tensor but the codes; what was written."""
+        """Write every tensor except the codes, and return what was written."""
         import torch
 
         parts = quantizer.parts(measured)
@@ -253,7 +253,7 @@ class _Stream:
         return parts
 
     def _measured(self, quantizer: Quantizer, stretch: _Stretch) -> torch.Tensor:
-        """The scales that a stretch asks for, fp32."""
+        """Measure the scales of a stretch, fp32."""
         scales = quantizer.measure(stretch.numbers)
         if not scales.isfinite().all():
             raise CheckpointError(
@@ -263,7 +263,7 @@ class _Stream:
         return scales
 
     def _merged_blocks(self) -> Iterator[_Block]:
-        """The matrix in between block by block, merged into where there are updates."""
+        """Yield the intermediate matrix block by block, with the updates merged if there are any."""
         target = self._conversion.merge
         if target is None:
             yield from self._blocks(digest=True)
@@ -276,7 +276,7 @@ class _Stream:
             yield block
 
     def _blocks(self, *, digest: bool, cut: Iterable[range] | None = None) -> Iterator[_Block]:
-        """The matrix in between block by block as the base has it; `digest`: what is read is digested."""
+        """Yield the intermediate matrix block by block, as in the base; with `digest`, hash the bytes read."""
         rows, columns = self._conversion.dense.rows, self._conversion.dense.columns
         read = Reader(self._conversion, self._sources, self._read_digest if digest else None)
         for block in cut or row_blocks(rows, columns * 4):
@@ -287,16 +287,16 @@ class _Stream:
             yield _Block(block, dense)
 
     def _unmerged(self, *, digest: bool) -> Iterator[_Stretch]:
-        """The elements of the matrix in between, as the base has it."""
+        """Yield the elements of the intermediate matrix, as in the base."""
         for block in self._blocks(digest=digest):
             numbers = elements(block.dense, self._conversion.dense).float()
             yield _Stretch(numbers, numbers)
 
     def _merged(self, *, digest: bool) -> Iterator[_Stretch]:
-        """The elements of the matrix in between, merged into and not rounded.
+        """Yield the elements of the intermediate matrix, merged and not rounded.
 
         Raises:
-            AdapterError: one is beyond the dtype that the base has, and that the new matrix decodes to.
+            AdapterError: one exceeds the dtype of the base, which the new matrix decodes to.
         """
         import torch
 
@@ -312,7 +312,7 @@ class _Stream:
             yield _Stretch(numbers, originals)
 
     def _stretches(self, parts: Iterable[_Stretch], blocksize: int) -> Iterator[_Stretch]:
-        """The same in whole blocks of elements that share a scale: rows need not end where one of these ends."""
+        """Yield the same elements cut into whole blocks that share a scale; these need not end where rows end."""
         import torch
 
         rest = _Stretch(torch.empty(0), torch.empty(0))
@@ -328,7 +328,7 @@ class _Stream:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Rows of the matrix in between, as bytes, uint8."""
+    """Rows of the intermediate matrix, as uint8 bytes."""
 
     rows: range
     dense: torch.Tensor
@@ -336,7 +336,7 @@ class _Block:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Elements of the matrix in between, fp32, and what they were before anything was merged, which may be the same tensor."""
+    """Elements of the intermediate matrix, fp32, and their values before the merge, which may be the same tensor."""
 
     numbers: torch.Tensor
     originals: torch.Tensor
@@ -359,7 +359,7 @@ class _Stretch:
 
 
 def _recut(parts: Iterator[torch.Tensor], sizes: Iterable[int]) -> Iterator[torch.Tensor]:
-    """The same bytes, uint8, in parts of `sizes`."""
+    """Yield the same uint8 bytes in parts of `sizes`."""
     import torch
 
     rest = torch.empty(0, dtype=torch.uint8)

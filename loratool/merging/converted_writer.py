@@ -1,4 +1,4 @@
-"""Where the tensors of one matrix go that is stored anew: to their places in the new files, or to digests alone."""
+"""Writing the tensors of one converted matrix to the new files, or only to digests."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 class ConvertedWriter:
-    """Writes one matrix's tensors to their places, and makes their digests.
+    """Writes one matrix's tensors to their places and computes their digests.
 
-    Where there are no files it digests alone; a tensor that is not written in the order of its bytes takes a temporary one.
+    Without files it only computes digests. A tensor that is not written in byte order then goes to a temporary file first.
     """
 
     def __init__(self, layout: Layout, new: NewFiles | None) -> None:
@@ -50,12 +50,12 @@ class ConvertedWriter:
         written.nbytes += len(view)
 
     def put_columns(self, name: str, part: torch.Tensor, row_bytes: int, columns: slice) -> None:
-        """Write some columns of a tensor, given row by row, `columns` being their bytes within a row."""
+        """Write some columns of a tensor, given row by row; `columns` are their bytes within a row."""
         fd, start = self._scattered.get(name) or self._scatter(self._tensors[name])
         write_columns(fd, bytes_of(part), start, row_bytes, columns)
 
     def _scatter(self, info: TensorInfo) -> tuple[int, int]:
-        """The open file that a tensor goes to, and where it begins there."""
+        """Return the open file that a tensor goes to, and its offset there."""
         if self._new is None:
             place = self._stack.enter_context(_temporary_file()).fileno(), 0
         else:
@@ -64,7 +64,7 @@ class ConvertedWriter:
         return place
 
     def digests(self) -> dict[str, str]:
-        """Of every tensor, by name, once all are written."""
+        """Return the digest of every tensor, by name, once all are written."""
         appended = {name: str(written.hasher.hexdigest()) for name, written in self._appended.items()}
         return appended | {
             name: hash_range(fd, start, start + self._tensors[name].nbytes)
@@ -73,13 +73,13 @@ class ConvertedWriter:
 
 
 def _temporary_file() -> BinaryIO:
-    """A file without a name, which is gone when it is closed."""
+    """Open a file without a name, which is deleted when closed."""
     return tempfile.TemporaryFile()
 
 
 @dataclass(slots=True)
 class _Appended:
-    """How much of a tensor is written, and its digest so far."""
+    """Number of bytes of a tensor written, and its digest so far."""
 
     nbytes: int = 0
     hasher: Any = field(default_factory=blake3)

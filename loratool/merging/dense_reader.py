@@ -1,4 +1,4 @@
-"""The dense matrix that stands between two storages, as its rows are read from the base."""
+"""Reading the intermediate dense matrix of a conversion from the base, row by row."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class Reader:
-    """Reads rows of the matrix in between from the files of the base; what it reads goes to `digest`."""
+    """Reads rows of the intermediate matrix from the base's files, and hashes what it reads into `digest`."""
 
     def __init__(self, conversion: Conversion, sources: Mapping[Path, int], digest: blake3 | None) -> None:
         self._conversion, self._sources, self._digest = conversion, sources, digest
         self._codec = None if is_dense(conversion.source) else conversion.source.load("cpu")
 
     def rows(self, rows: range) -> torch.Tensor:
-        """Some rows as bytes, uint8."""
+        """Read some rows, as uint8 bytes."""
         if self._codec is not None:
             return self._decoded(rows)
         if self._conversion.turned:
@@ -35,7 +35,7 @@ class Reader:
         return raw
 
     def _stored(self, rows: range) -> tuple[torch.Tensor, ...]:
-        """The bytes of some rows as they lie in the base, a part for each extent."""
+        """Read the bytes of some rows as stored in the base, one part for each extent."""
         import torch
 
         parts = []
@@ -71,12 +71,12 @@ class Reader:
 
 
 def elements(raw: torch.Tensor, dense: DenseWeight) -> torch.Tensor:
-    """Bytes of a dense matrix as its elements, flat."""
+    """Return the bytes of a dense matrix as its elements, flat."""
     return raw.view(dense.dtype.as_torch())
 
 
 def turned(raw: torch.Tensor, rows: int, width: int) -> torch.Tensor:
-    """The bytes of the transpose of a matrix of `rows` rows, whose elements have `width` bytes."""
+    """Return the bytes of the transpose of a matrix of `rows` rows, whose elements have `width` bytes."""
     import torch
 
     integer = {2: torch.int16, 4: torch.int32}[width]

@@ -1,10 +1,9 @@
-"""Which matrices of a model are the weights of linear modules that transformers stores in 4 bits.
+"""Which matrices of a model transformers stores in 4 bits: the weights of its linear modules.
 
 transformers replaces every linear module except the output head, modules tied to it and the model's last module
-(``get_keys_to_not_convert``). It asks the modules. Here the names of the tensors and ``config.json`` tell, by the tables of
-loratool.architecture, so that no model is built. Compared with the modules of all causal, sequence-to-sequence and
-classification models of transformers 5.23, they tell the same but for the model types of `UNLIKE` and the classes of
-`UNLIKE_CLASSES`.
+(``get_keys_to_not_convert``). It inspects a built model. Here the names of the tensors, ``config.json`` and the tables of
+loratool.architecture decide, so that no model is built. The results agree for all causal, sequence-to-sequence and
+classification models of transformers 5.23, except the model types of `UNLIKE` and the classes of `UNLIKE_CLASSES`.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from loratool.errors import UnsupportedError, quoted
 from loratool.formats.names import SUFFIX
 
 LAST: Final = re.compile(r"score|head|(.*\.)?head\.attention\.out_proj")
-"""Modules that stay dense for their place, the last one."""
+"""Modules that stay dense because they come last."""
 
 SCORE: Final = "score"
-"""The head of classifying models. transformers keeps it for its place, the last one, but takes the name of the last parameter
-for that of the last module: one with a bias, as for classes of tokens, is stored in 4 bits."""
+"""The head of classification models. transformers keeps it dense because it comes last, but finds the last module by the name of
+the last parameter. A head with a bias, as for token classification, is therefore stored in 4 bits."""
 
 ROUTED: Final = re.compile(r"((?:.*\.)?(?:experts|router|gate))(?:\..*)?")
-"""Experts and what scores them, by the module that holds all of it. They are no linear modules in transformers 5; versions before
-take them for such unless they are named."""
+"""Experts and their router, by the module that contains both. They are not linear modules in transformers 5; earlier versions
+treat them as linear unless they are named."""
 
 T5_TYPES: Final = frozenset({"t5", "mt5", "umt5"})
 """Model types that keep the modules called ``wo`` in fp32."""
@@ -42,20 +41,20 @@ UNLIKE: Final = frozenset({
 """Model types whose linear modules cannot be told by their names."""
 
 UNLIKE_CLASSES: Final = ("ForCTC", "OlmoModel")
-"""How the names of classes end whose linear modules cannot be told either."""
+"""Suffixes of class names with the same problem."""
 
 
 def linear_weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the names of the weights of linear modules that are stored in 4 bits, sorted.
 
     Raises:
-        UnsupportedError: the names of this type of model do not tell.
+        UnsupportedError: the names of this type of model do not identify its linear modules.
     """
     model_type, classes = str(config.get("model_type", "")), config.get("architectures")
     unlike = [name for name in classes if str(name).endswith(UNLIKE_CLASSES)] if isinstance(classes, list) else []
     if model_type in UNLIKE or unlike:
         raise UnsupportedError(
-            f"the names of a {quoted(unlike[0] if unlike else model_type)} model do not tell which of its modules are stored in "
+            f"the tensor names of a {quoted(unlike[0] if unlike else model_type)} model do not show which modules to store in "
             "4 bits; quantize it with transformers and bitsandbytes"
         )
     keeps_wo = model_type in T5_TYPES
@@ -68,7 +67,7 @@ def linear_weights(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any])
 
 
 def skipped_modules(tensors: Collection[str]) -> list[str] | None:
-    """Return what ``llm_int8_skip_modules`` of a quantization_config must say; None if transformers' own choice is the same."""
+    """Return ``llm_int8_skip_modules`` for a quantization_config; None if transformers' default is the same."""
     modules = [module_of(name) for name in tensors if name.endswith(SUFFIX)]
     routed = {found[1] for found in map(ROUTED.fullmatch, modules) if found}
     if not routed:
@@ -80,7 +79,7 @@ def skipped_modules(tensors: Collection[str]) -> list[str] | None:
 def is_conv1d(name: str, config: Mapping[str, Any]) -> bool:
     """Return whether the dense weight `name` belongs to a Conv1D, which stores it as (in_features, out_features).
 
-    In 4 bits it is stored as that of a linear module, (out_features, in_features).
+    In 4 bits it is stored like a linear module's, (out_features, in_features).
     """
     architecture = architecture_of(config)
     return architecture.role(name) is Role.LINEAR and architecture.transposed(name) is True
@@ -95,5 +94,5 @@ def _is_linear(name: str, architecture: Architecture) -> bool:
 
 
 def _is_last(module: str, tensors: Collection[str]) -> bool:
-    """Whether a module of a model with these tensors stays dense for its place."""
+    """Return whether a module stays dense because it comes last in a model with these tensors."""
     return LAST.fullmatch(module) is not None and not (module == SCORE and f"{SCORE}.bias" in tensors)

@@ -1,6 +1,6 @@
-"""The manifest of a model that loratool made, ``loratool.json``: what was merged into what, and every digest.
+"""``loratool.json``, the manifest of a model that loratool made: what was merged into what, and every digest.
 
-It holds nothing that changes from run to run, so equal merges give equal bytes.
+It contains nothing that changes between runs, so equal merges give equal bytes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MANIFEST_NAME: Final = "loratool.json"
 SCHEMA: Final = 1
 KINDS: Final = ("merge", "quantization")
 CONVERSIONS: Final = frozenset({"quantize", "base_as", "dequantize"})
-"""Options of a model that is stored otherwise than its base."""
+"""Options of a model in another storage than its base's."""
 
 MAX_PREVIOUS_BYTES: Final = 1 << 26
-"""The largest manifest of a base that a manifest keeps."""
+"""Size limit of a base's manifest that is kept inside a manifest, in bytes."""
 
 _HEX: Final = re.compile(r"[0-9a-f]{64}")
 _UNDO: Final = re.compile(r"loratool-undo/[0-9a-f]{12}")
@@ -39,7 +39,7 @@ _UNDO: Final = re.compile(r"loratool-undo/[0-9a-f]{12}")
 
 @dataclass(frozen=True, slots=True)
 class HeldAdapter:
-    """By what an adapter is known that is in the weights of a model; the attributes are those of `MergedAdapter`."""
+    """The identity of an adapter that a model's weights contain; the attributes are those of `MergedAdapter`."""
 
     name: str
     sha256: str
@@ -50,11 +50,11 @@ class HeldAdapter:
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """One adapter of a merge. `file` is where it was read, or "".
+    """One adapter of a merge. `file` is the file that it was read from, or "".
 
-    `sha256` and the numbers that its configuration gives tell whether that is still it. `content` is the fingerprint of its
-    tensors, whatever file they lie in, and `parents` are the sha256 of the adapters that it was made of. `scaling` is None,
-    and `content` empty, in manifests that were written before they were kept.
+    `sha256` and the settings identify the adapter when it is read again. `content` is the fingerprint of its tensors, independent
+    of the file, and `parents` are the sha256 of the adapters that it was made from. In manifests of earlier versions `scaling` is
+    None and `content` is empty.
     """
 
     name: str
@@ -70,17 +70,17 @@ class MergedAdapter:
 
     @property
     def held(self) -> HeldAdapter:
-        """What later merges into the same weights are to know of it."""
+        """Return its identity for later merges into the same weights."""
         return HeldAdapter(self.name, self.sha256, self.weight, self.content, self.parents)
 
     def restored(self, adapter: Adapter) -> Adapter:
-        """`adapter`, which is this one as it was read again, at the rank at which it was merged."""
+        """Return `adapter`, this one read again, at the rank at which it was merged."""
         if not kind_named(adapter.kind).nested or self.rank is None or adapter.rank == self.rank:
             return adapter
         return at_rank(adapter, self.rank)
 
     def is_it(self, adapter: Adapter) -> bool:
-        """Whether `adapter`, read again, is the one that was merged, at whatever rank."""
+        """Return whether `adapter`, read again, is the one that was merged, at any rank."""
         if (adapter.sha256, adapter.kind, adapter.alpha) != (self.sha256, self.kind, self.alpha):
             return False
         return self.scaling is None or self.restored(adapter).scaling == self.scaling
@@ -88,7 +88,7 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Untied:
-    """An output head that got a tensor of its own, beside the embedding that it was tied to; the `sizes` of the base's files."""
+    """An output head that was untied from `embedding`, and the `sizes` of the base's weight files in bytes."""
 
     head: str
     embedding: str
@@ -97,32 +97,32 @@ class Untied:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a merge did, or a quantization.
+    """The record of a merge or a quantization.
 
     Attributes:
         base_name: the base's catalogued name or folder name.
-        base_path: where the base was.
+        base_path: the base's path at that time.
         base_fingerprint: BLAKE3 fingerprint of the base.
-        fingerprint: of the merged model.
+        fingerprint: BLAKE3 fingerprint of the merged model.
         adapters: in the order in which they were added.
-        options: what else decides the bytes (``device``, ``seed``, and how a model stored otherwise is stored).
-        versions: of the programs that computed them.
-        changed: digests before and after, of every tensor that changed; none where the model is stored otherwise.
-        unchanged: names of the planned tensors and matrices whose bytes are the base's: their update is zero or was lost
-            by rounding.
+        options: other settings that decide the bytes: ``device``, ``seed``, and the storage if it is not the base's.
+        versions: versions of the programs that computed them.
+        changed: digests before and after of every tensor that changed; empty if the storage changed.
+        unchanged: names of the planned tensors and matrices that kept the base's bytes, because their update is zero or was
+          lost by rounding.
         tensors: digest of every tensor of the merged model.
         files: digest of every other file, by path relative to the folder.
-        undo: folder of the undo file, relative; None where none was written.
-        undo_adapters: sha256 of each adapter beside the undo file; empty where they were not recorded.
-        earlier: the adapters that were in the base already, where no `previous` manifest says so.
-        previous: content of the manifest that the base had, where the base was itself merged. It is stored as
-            base64 of Zstandard, because manifests within manifests would double in size with every merge.
+        undo: folder of the undo file, relative; None if none was written.
+        undo_adapters: sha256 of each adapter beside the undo file; empty if they were not recorded.
+        earlier: the adapters that the base already contained, if no `previous` manifest records them.
+        previous: content of the base's manifest, if the base was itself merged. It is stored as
+          base64 of Zstandard, because manifests within manifests would double in size with every merge.
         in_place: whether the base's own files were changed.
-        survival: what of the update each quantized matrix carries.
-        survival_of_all: the same of all of them together; None where there is none.
+        survival: how much of the update each quantized matrix received.
+        survival_of_all: the same for all of them together; None if there are none.
         kind: ``merge``, or ``quantization``, which has no adapters.
-        untied: how the head was untied from the embedding; None where it was not.
-        changed_files: the files beside the weights that are not the base's, by name: an adapter's tokenizer, say.
+        untied: how the head was untied from the embedding; None if it was not.
+        changed_files: the files beside the weights that differ from the base's, by name, such as an adapter's tokenizer.
     """
 
     base_name: str
@@ -149,14 +149,14 @@ class Manifest:
 
     @property
     def converted(self) -> bool:
-        """Whether the model is stored otherwise than its base, so that no tensor of the one need be in the other."""
+        """Whether the model's storage differs from its base's, so that they may share no tensors."""
         return not CONVERSIONS.isdisjoint(self.options)
 
     def for_others(self, base: str, files: Mapping[str, str] | None = None) -> Manifest:
-        """The manifest of a copy that leaves this machine: no folder of it is named, and no undo file comes along.
+        """Return the manifest for a copy that leaves this machine: without local paths and without the undo file.
 
-        `base` is what the base is called elsewhere, and `files` are the digests of the other files as they go along. The
-        README, which is another there, is in no record.
+        `base` is the base's public name, and `files` are the digests of the other files in the copy. The README is not
+        recorded, because the copy has its own.
         """
         earlier = self.previous and parse_manifest(self.previous, Path(MANIFEST_NAME), KINDS)
         return replace(
@@ -170,7 +170,7 @@ class Manifest:
         )
 
     def to_json(self) -> str:
-        """The text of the manifest file."""
+        """Return the text of the manifest file."""
         value = {
             "schema": SCHEMA,
             "kind": self.kind,
@@ -200,11 +200,11 @@ class Manifest:
 
 
 def read_manifest(folder: Path, kinds: Collection[str] = ("merge",)) -> Manifest:
-    """The manifest of the model in `folder`, of one of these kinds.
+    """Read the manifest of the model in `folder`, which must be of one of these `kinds`.
 
     Raises:
-        NotFoundError: the folder has none: loratool did not make it.
-        CheckpointError: it is damaged, or of a later version of loratool.
+        NotFoundError: the folder has none, so loratool did not make the model.
+        CheckpointError: it is damaged, or from a later version of loratool.
     """
     file = folder / MANIFEST_NAME
     if not file.is_file():
@@ -216,7 +216,7 @@ def read_manifest(folder: Path, kinds: Collection[str] = ("merge",)) -> Manifest
 
 
 def parse_manifest(text: bytes, file: Path, kinds: Collection[str] = ("merge",)) -> Manifest:
-    """Check and parse the `text` of a manifest; errors as `read_manifest`, naming `file`."""
+    """Parse and check the `text` of a manifest; raises like `read_manifest`, naming `file`."""
     value = parse_json_object(text, file)
     if value.get("kind") not in kinds:
         raise NotFoundError(f"{quoted(file)} does not describe a merge; give the folder of a merged model")
@@ -275,7 +275,7 @@ def _changed_file(entry: Mapping[str, Any]) -> ChangedFile:
 
 
 def _plain(name: object) -> str:
-    """The name of a file that an unmerge may replace."""
+    """Check the name of a file that an unmerge may replace."""
     if not may_change(_text(name)):
         raise ValueError(name)
     return _text(name)

@@ -1,4 +1,4 @@
-"""The plan of a merge: which update lands on which stored matrix. Made from headers alone and checked whole."""
+"""Plan a merge from headers alone: which update lands on which stored matrix. All of it is checked before anything is written."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from loratool.weights.stored import StoredWeight
 
 @dataclass(frozen=True, slots=True)
 class WeightedAdapter:
-    """An adapter, and the number that multiplies its whole update."""
+    """An adapter and the factor that multiplies its whole update."""
 
     adapter: Adapter
     weight: float = 1.0
@@ -37,9 +37,9 @@ class WeightedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class PlannedUpdate:
-    """One update on its way to a tensor: the `adapter` it comes from (its place in the plan), and its name for that.
+    """One update for a tensor: the index of its `adapter` in the plan, and that adapter's name for the parameter.
 
-    `view` is the part of the stored parameter that it sees as a matrix (out_features, in_features).
+    `view` is the part of the stored parameter that the update sees as a matrix (out_features, in_features).
     """
 
     adapter: int
@@ -53,8 +53,8 @@ class PlannedUpdate:
 class Target:
     """One stored parameter that changes.
 
-    `seed`, below 2**64, is that of its rounding, where the storage is so coarse that rounding is by chance. `inputs` is a
-    file of numpy's with what the matrix multiplies, fp32, (tokens, in_features), where the merge is calibrated.
+    `seed`, below 2**64, seeds stochastic rounding in coarse storages. In a calibrated merge, `inputs` is a ``.npy`` file with
+    sample inputs of the matrix, fp32, (tokens, in_features).
     """
 
     weight: StoredWeight
@@ -68,32 +68,32 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the matrix takes in the checkpoint."""
+        """Size of the matrix in the checkpoint, in bytes."""
         return sum(info.nbytes for info in self.weight.tensors)
 
     def on(self, weight: StoredWeight, *, turned: bool = False) -> Target:
-        """The same updates on another parameter, which is the transpose of its own where it was `turned`."""
+        """Return the same updates on another parameter, which is the transpose of this one's if `turned`."""
         views = (planned.view.turned() if turned else planned.view for planned in self.updates)
         updates = tuple(replace(planned, view=view) for planned, view in zip(self.updates, views, strict=True))
         return replace(self, weight=weight, updates=updates)
 
     def upright(self, weight: StoredWeight) -> Target:
-        """The same updates on another parameter, (out_features, in_features)."""
+        """Return the same updates on another parameter, stored as (out_features, in_features)."""
         return replace(self, weight=weight, updates=tuple(replace(each, view=WHOLE) for each in self.updates))
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Everything that a merge does.
+    """A complete plan of a merge.
 
     Attributes:
-        base: the checkpoint that is merged into.
+        base: the checkpoint to merge into.
         adapters: the adapters, in the order in which their updates are added.
         targets: the matrices that change, by name.
-        notes: what a user should know before it happens.
-        seed: what all that is rounded by chance is seeded with, 64 hexadecimal digits.
-        calibration: BLAKE3 of the text that the merge is calibrated on; "" where it is not.
-        files: what is written beside the weights in place of the base's files.
+        notes: what a user should know before the merge.
+        seed: the seed of all stochastic rounding, 64 hexadecimal digits.
+        calibration: BLAKE3 of the calibration text; "" without calibration.
+        files: the files that replace the base's beside the weights.
     """
 
     base: Checkpoint
@@ -116,12 +116,12 @@ class MergePlan:
 
 
 def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str | None = None) -> MergePlan:
-    """Find where every tensor of every adapter lands in `base`.
+    """Find the stored parameter that each update of each adapter lands on in `base`.
 
-    `seed` is that of an earlier merge which is to be repeated; by default it is made from the adapters.
+    `seed` is the seed of an earlier merge to repeat; by default it is derived from the adapters.
 
     Raises:
-        PlacementError: a module lands nowhere, on a matrix of another shape, or on one that cannot be changed alone.
+        PlacementError: a module lands nowhere, on a matrix of another shape, or on a tied one.
         UnsupportedError: it lands on a matrix whose storage loratool cannot write.
         LoratoolError: there is no adapter, or one of them is given twice.
     """
@@ -154,7 +154,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
 
 
 def _landing(adapter: Adapter, base: Checkpoint) -> Landing:
-    """Where every parameter of an adapter lands; one that it replaces is named by the base's own name, and follows the others."""
+    """Return where every parameter of an adapter lands. Replaced parameters have the base's own names and follow the others."""
     heads = _heads(adapter, base)
     others = {name: update for name, update in adapter.changes.items() if name not in heads}
     shapes = {name: update.shape for name, update in others.items() if not update.replaces}
@@ -166,7 +166,7 @@ def _landing(adapter: Adapter, base: Checkpoint) -> Landing:
 
 
 def _heads(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
-    """Where parameters of an output head land that its family's checkpoints call differently than transformers in memory."""
+    """Return where an output head's parameters land if its family names them differently on disk than transformers in memory."""
     missing = [name for name in adapter.changes if name not in base.tensors]
     if not missing:
         return {}
@@ -177,18 +177,18 @@ def _heads(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
 
 
 def _seed(adapters: Sequence[WeightedAdapter]) -> str:
-    """64 hexadecimal digits made from what is merged, in its order: equal merges round alike."""
+    """Return 64 hexadecimal digits derived from the adapters in order, so that equal merges round alike."""
     content = [[weighted.adapter.sha256, float(weighted.weight).hex()] for weighted in adapters]
     return str(blake3(json.dumps(content).encode()).hexdigest())
 
 
 def _seed_of(seed: str, name: str) -> int:
-    """The seed, below 2**64, of the matrix `name`."""
+    """Return the seed, below 2**64, of the matrix `name`."""
     return int.from_bytes(blake3(f"{seed} {name}".encode()).digest(8), "little")
 
 
 def _other_weights(base: Checkpoint) -> list[str]:
-    """A note on weight files in the base's folder that are not its model's: they come along as they are."""
+    """Return a note on weight files in the base's folder that are not part of its model and are copied unchanged."""
     others = [str(name) for name in base.other_files() if holds_weights(name)]
     if not others:
         return []
@@ -212,7 +212,7 @@ def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
 
 def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[WeightedAdapter],
             base: Checkpoint, orientation: Orientation) -> Target:  # fmt: skip
-    """The stored tensor `name` with the updates that land on it, once all is checked."""
+    """Check the updates that land on the stored tensor `name`, and return them as a target."""
     for planned in updates:
         _refuse_weight(planned, adapters[planned.adapter].adapter)
     replacing = next((planned for planned in updates if planned.update.replaces), None)
@@ -252,30 +252,30 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
 
 
 def _refuse_order(name: str, updates: Sequence[PlannedUpdate], adapters: Sequence[WeightedAdapter]) -> None:
-    """Raise PlacementError where the order of several updates of one matrix would change what they do."""
+    """Raise PlacementError if the order of several updates of one matrix would affect the result."""
     needing = next((planned for planned in updates if planned.update.needs_weight), None)
     if needing is not None and len(updates) > 1:
         raise PlacementError(
             f"{quoted(adapters[needing.adapter].adapter.name)} changes {quoted(name)} by {needing.update.kind}, which depends "
-            "on what is there, and another update changes it as well; merge one of them, and then the other into the result"
+            "on the current weights, and another update changes it too; merge one of them, and then the other into the result"
         )
 
 
 def _refuse_weight(planned: PlannedUpdate, adapter: Adapter) -> None:
-    """Raise LoratoolError for a weight that an update cannot have."""
+    """Raise LoratoolError if the update does not support its weight."""
     if planned.update.scalable or planned.weight == 1:
         return
     what = (
-        "replaces tensors whole (modules_to_save), which no weight but 1 can do"
+        "replaces whole tensors (modules_to_save), which needs a weight of 1"
         if planned.update.replaces
-        else f"changes {quoted(planned.parameter)} by {planned.update.kind}, which has no weight but 1"
+        else f"changes {quoted(planned.parameter)} by {planned.update.kind}, which needs a weight of 1"
     )
     raise LoratoolError(f"{quoted(adapter.name)} {what}; leave the weight {planned.weight:g} out")
 
 
 def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpdate],
               adapters: Sequence[WeightedAdapter], base: Checkpoint) -> Target:  # fmt: skip
-    """The stored tensor `name` that an update replaces whole, as it is stored, whatever its shape."""
+    """Return the target of an update that replaces the whole stored tensor `name`, whatever its shape."""
     adapter, own, found = adapters[replacing.adapter].adapter, replacing.parameter, base.tensors.get(name)
     shape, (tensor,) = replacing.update.shape, replacing.update.tensors.values()
     weight = stored_weight(base, name)
@@ -311,13 +311,13 @@ def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpda
 
 
 def _in_order(arriving: tuple[str, Sequence[PlannedUpdate]]) -> tuple[bool, tuple[tuple[int, str], ...]]:
-    """Sort what is replaced behind what is changed, and each by its name."""
+    """Return a sort key that puts replaced parameters after changed ones, each in natural order."""
     name, updates = arriving
     return any(planned.update.replaces for planned in updates), _natural(name)
 
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Sorts ``layers.2`` before ``layers.10``."""
+    """Return a sort key that puts ``layers.2`` before ``layers.10``."""
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in name.split("."))
 
 

@@ -1,15 +1,15 @@
-"""What arithmetic cannot take back of a merge: where ``round(W' - delta)`` misses W, compressed.
+"""The residual of a merge: the compressed differences between W and ``round(W' - delta)``.
 
-Nearly every miss lies where W' was stored more coarsely than W: where the update carried an element into a higher
-binade, W' lost bits of it that no arithmetic brings back. The unmerging side sees that as well, so it is told nothing of
-places: elements are sorted by their doubt, the number of bits lost (`StoredWeight.doubt`), and for each doubt from 1 to
-`MOST_DOUBT` the differences of all its elements are stored in a row. Of the elements without doubt the few that differ
-are listed: the distances between them, one byte each (255 means "255 and more to come"), and their differences.
+Nearly all differences are where W' is stored more coarsely than W: an update that carried an element into a higher
+binade lost bits that arithmetic cannot restore. The unmerging side can compute these positions itself, so they are not
+stored. Elements are sorted by their doubt, the number of bits lost (`StoredWeight.doubt`), and for each doubt from 1 to
+`MOST_DOUBT` the differences of all its elements are stored in sequence. Among the elements without doubt, the few that
+differ are listed: the distances between them, one byte each (255 means "255 and more to come"), and their differences.
 
-A difference is that of two bit patterns as integers, zigzag coded (0, -1, 1, -2, ... become 0, 1, 2, 3, ...) and split
-into planes of bytes. Every stream is compressed by Zstandard, whose entropy coder brings the differences of doubt 1 to
-about two bits each. Layout: the lengths of the streams, little-endian uint32 (distances, their differences, then one for
-each doubt), then the streams; an empty stream has length 0.
+Bit patterns are subtracted as integers, zigzag coded (0, -1, 1, -2, ... become 0, 1, 2, 3, ...) and split into planes of
+bytes. Every stream is compressed by Zstandard, whose entropy coder brings the differences of doubt 1 to about two bits
+each. Layout: the lengths of the streams, little-endian uint32 (distances, their differences, then one for each doubt),
+then the streams; an empty stream has length 0.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _ESCAPE: Final = 255
 
 
 def residual(original: Bytes, predicted: Bytes, doubt: Bytes, width: int, level: int = LEVEL) -> bytes:
-    """The residual that turns `predicted` into `original`, the bytes of elements of `width` 1, 2 or 4 bytes.
+    """Return the residual that turns `predicted` into `original`: bytes of elements of `width` 1, 2 or 4 bytes.
 
-    `doubt` has a number from 0 to `MOST_DOUBT` for each element; `level` is Zstandard's.
+    `doubt` has a number from 0 to `MOST_DOUBT` for each element; `level` is Zstandard's compression level.
     """
     import numpy as np
 
@@ -53,10 +53,10 @@ def residual(original: Bytes, predicted: Bytes, doubt: Bytes, width: int, level:
 
 
 def add_residual(predicted: Bytes, doubt: Bytes, packed: memoryview, width: int) -> memoryview:
-    """Turn `predicted` into the original in place; returns what follows the residual in `packed`.
+    """Turn `predicted` into the original in place, and return the rest of `packed` after the residual.
 
     Raises:
-        RestoreError: `packed` is not a residual of as many elements.
+        RestoreError: `packed` is not a residual of this many elements.
     """
     import numpy as np
 
@@ -79,7 +79,7 @@ def add_residual(predicted: Bytes, doubt: Bytes, packed: memoryview, width: int)
 
 
 def pack_hint(hint: bytes) -> bytes:
-    """Pack a storage's hint, int32 numbers of which most are like the one before; it stands before a residual."""
+    """Pack a storage's hint, which precedes a residual: int32 numbers, most of them close to the previous one."""
     import numpy as np
 
     numbers = np.frombuffer(hint, "<i4")
@@ -90,10 +90,10 @@ def pack_hint(hint: bytes) -> bytes:
 
 
 def unpack_hint(packed: memoryview, limit: int) -> tuple[bytes, memoryview]:
-    """What `pack_hint` packed, at most `limit` bytes, and what follows it.
+    """Return the hint that `pack_hint` packed, at most `limit` bytes, and the rest of `packed`.
 
     Raises:
-        RestoreError: it was not packed so.
+        RestoreError: `packed` does not begin with a valid hint.
     """
     import numpy as np
 
@@ -107,7 +107,7 @@ def unpack_hint(packed: memoryview, limit: int) -> tuple[bytes, memoryview]:
 
 
 def _pack(difference: npt.NDArray[Any], width: int) -> bytes:
-    """Signed differences, zigzag coded, as planes of bytes."""
+    """Return signed differences, zigzag coded, as planes of bytes."""
     import numpy as np
 
     zigzag = ((difference << 1) ^ (difference >> (8 * width - 1))).view(np.uint8)
@@ -115,7 +115,7 @@ def _pack(difference: npt.NDArray[Any], width: int) -> bytes:
 
 
 def _unpack(planes: Bytes, width: int, count: int) -> npt.NDArray[Any]:
-    """The `count` differences in `planes`, as unsigned numbers that wrap around."""
+    """Return the `count` differences in `planes`, as unsigned numbers that wrap around."""
     import numpy as np
 
     zigzag = np.ascontiguousarray(planes.reshape(width, count).T).view(_unsigned(width)).reshape(count)
@@ -141,7 +141,7 @@ def _unpack_places(packed: Bytes) -> npt.NDArray[np.int64]:
 
 
 def _decompress(stream: memoryview, length: int, limit: int) -> Bytes:
-    """A stream of `length` compressed bytes, at most `limit` when decompressed."""
+    """Decompress a stream of `length` bytes to at most `limit` bytes."""
     import numpy as np
 
     if len(stream) != length:

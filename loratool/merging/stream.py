@@ -1,8 +1,8 @@
-"""Streaming matrices through a change: read a block of rows, change its bytes, write it; many matrices at once.
+"""Stream matrices through a change, several at once: read a block of rows, change its bytes, write it.
 
-Each worker takes one matrix at a time and its blocks in order, so that digests are made on the way. Parallelism is over
-matrices; inside a block everything runs on one thread, because threads that meet at barriers starve each other on a
-shared machine. While one worker computes, the others read, compute and write.
+Each worker handles one matrix at a time and its blocks in order, so digests are computed while streaming. Matrices run in
+parallel; inside a block everything runs on one thread, because threads that meet at barriers starve each other on a
+shared machine.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Progress = Callable[[int], None]
 
 
 class Change(Protocol):
-    """What happens to the blocks of one matrix."""
+    """The change of one matrix, block by block."""
 
     def blocks(self) -> Iterator[range]:
-        """The blocks of rows, in order, together all rows."""
+        """Yield the blocks of rows, in order, which together cover all rows."""
 
     def buffer(self, nbytes: int) -> torch.Tensor:
-        """A new CPU buffer for the bytes of a block, uint8, (nbytes,), pinned where a device wants it."""
+        """Return a new CPU buffer for the bytes of a block, uint8, (nbytes,), pinned if the device needs it."""
 
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
         """Change the bytes of a block in place: one uint8 CPU tensor for each extent of the stored matrix."""
@@ -49,7 +49,7 @@ class Change(Protocol):
 class Place:
     """Where a tensor's new bytes go: the open file `fd`, at their offset in the source plus `shift`.
 
-    `direct` is the same file, open for writing past the page cache, where it can be (`loratool.checkpoint.direct_io`).
+    `direct` is the same file opened to bypass the page cache, if possible (`loratool.checkpoint.direct_io`).
     """
 
     fd: int
@@ -71,10 +71,10 @@ class Digests:
 def stream(targets: Iterable[Target], change: Callable[[Target], Change], places: Mapping[str, Place], *,
            progress: Progress, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),
            known: Mapping[str, str] = MappingProxyType({})) -> dict[str, Digests]:  # fmt: skip
-    """Stream every target through its change and write each of its tensors to its place; those without are digested.
+    """Stream every target through its change, and write its tensors to their places; tensors without a place are only hashed.
 
-    `beside` and `ahead` are other jobs of the same workers (`work_through`). `known` are digests, by name, that tensors are
-    known to have before the change; they are not made again. Returns the digests of the targets' tensors, by name.
+    `beside` and `ahead` are other jobs of the same workers (`work_through`). `known` are digests of unchanged tensors, by name,
+    which are not computed again. Returns the digests of the targets' tensors, by name.
     """
     digests: dict[str, Digests] = {}
     targets = sorted(targets, key=lambda target: -target.nbytes)
@@ -132,14 +132,14 @@ def _stream(target: Target, change: Change, places: Mapping[str, Place], known: 
 
 
 def bytes_of(part: torch.Tensor) -> memoryview:
-    """The bytes of a uint8 CPU tensor, shared with it."""
+    """Return the bytes of a uint8 CPU tensor, sharing its memory."""
     array: Any = part.numpy()
     return memoryview(array)
 
 
 @contextmanager
 def opened(files: Iterable[Path]) -> Iterator[dict[Path, int]]:
-    """File descriptors for reading each of `files`."""
+    """Open `files` for reading, and yield their file descriptors."""
     with ExitStack() as stack:
         descriptors = {}
         for file in files:

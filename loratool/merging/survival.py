@@ -1,4 +1,4 @@
-"""Measurement of how much of an update a storage delivers if its steps are larger than the update."""
+"""Measurement of how much of an update survives in a storage whose steps are larger than the update."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from loratool.weights.code_moves import Moves
 
 LEAST_SHARE: Final = 0.9
-"""A merge that delivers a smaller share of its update gets a warning."""
+"""Share of an update below which a merge gets a warning."""
 
 
 MOST_NOISE: Final = 1e18
-"""The value for noise whose square overflows fp32."""
+"""Value of noise whose square overflows fp32."""
 
 
 @dataclass(frozen=True, slots=True)

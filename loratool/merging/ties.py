@@ -1,7 +1,7 @@
 """Tied weights: one matrix that a model uses twice, as its input embedding and as its output head.
 
-transformers saves such a matrix once, or twice with equal bytes, and ties the two again when it loads them. A LoRA on
-one of the two cannot be merged: the change would be lost, or would reach the other use as well.
+transformers saves such a matrix once, or twice with equal bytes, and ties the two again on loading. A LoRA on one of the
+two cannot be merged: the change would be lost, or would also affect the other use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def refuse_tied(targets: Iterable[str], base: Checkpoint, architecture: Architec
 
 
 def how_to_untie(base: Checkpoint) -> str:
-    """Return what to do so that the input embedding and the output head of `base` can change apart."""
+    """Return advice on how to give the input embedding and the output head of `base` separate tensors."""
     if can_untie(base):
         return f"merge with {UNTIE}, which gives each a tensor of its own in the new model"
     return (
@@ -38,7 +38,7 @@ def how_to_untie(base: Checkpoint) -> str:
 
 
 def can_untie(base: Checkpoint) -> bool:
-    """Return whether a merge can untie `base`: a model that writes text, with one embedding and one head."""
+    """Return whether a merge can untie `base`: a causal language model with one embedding and one head."""
     architecture = architecture_of(base.config, base.tensors)
     classes = str(base.config.get("architectures"))
     is_decoder = ("CausalLM" in classes or "LMHeadModel" in classes) and not base.config.get("is_encoder_decoder")
@@ -47,10 +47,10 @@ def can_untie(base: Checkpoint) -> bool:
 
 
 def tied(names: Iterable[str], base: Checkpoint, architecture: Architecture | None = None) -> dict[str, str]:
-    """Return those tensors of `names` that share their values with an input embedding, and the name of that.
+    """Return the tensors among `names` that are tied to an input embedding, with the name of the embedding.
 
-    They do if the two have the same dtype and shape and equal bytes. An output head does whatever its bytes are if the
-    configuration ties it, and never if that says that it does not.
+    Two tensors are tied if they have the same dtype, shape and bytes. For an output head the configuration decides, if it says
+    whether the head is tied.
     """
     architecture = architecture or architecture_of(base.config, base.tensors)
     embeddings = [base.tensors[name] for name in architecture.weights(Role.TOKENS)]
@@ -65,9 +65,9 @@ def tied(names: Iterable[str], base: Checkpoint, architecture: Architecture | No
 
 
 def is_tied_embedding(name: str, base: Checkpoint) -> bool:
-    """Return whether `name` is an input embedding that the model uses as its output head as well.
+    """Return whether `name` is an input embedding that the model also uses as its output head.
 
-    A model that writes text and stores no head of its own does, whatever it says.
+    A generating model without a stored head always does, whatever its configuration says.
     """
     architecture = architecture_of(base.config, base.tensors)
     if architecture.role(name) is not Role.TOKENS:

@@ -1,8 +1,8 @@
-"""The undo file: for every matrix that a merge changed, what arithmetic cannot restore.
+"""The undo file: what arithmetic cannot restore of every matrix that a merge changed.
 
 It is a safetensors file with one uint8 tensor for each matrix, under the matrix's own name: a sequence of frames, each
 three little-endian uint32 (first row, row after the last, bytes that follow) and the residual of those rows
-(`loratool.merging.residual`). The adapters stand beside it, so that a merge can be undone when everything else is gone.
+(`loratool.merging.residual`). The adapters are kept beside it, so that undoing a merge needs nothing else.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _FRAME: Final = struct.Struct("<III")
 
 
 def adapter_file(index: int) -> str:
-    """The name, in an undo folder, of the adapter at place `index` of the merge."""
+    """Return the file name, in an undo folder, of the adapter at position `index` of the merge."""
     return f"adapter-{index}.st"
 
 
 class UndoWriter:
     """Collects the residuals of many matrices, from several threads, and writes them as one file.
 
-    Frames go to a scratch file beside `file` as they come; closing puts them in the order of names and rows, so that
-    equal merges give equal bytes, and removes the scratch file.
+    Frames are first appended to a scratch file beside `file`. Closing sorts them by name and row, so that equal merges give
+    equal bytes, and removes the scratch file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -61,7 +61,7 @@ class UndoWriter:
             self._scratch.unlink(missing_ok=True)
 
     def keeper(self, name: str) -> Callable[[range, bytes], None]:
-        """A function that keeps the residual of some rows of the matrix `name`."""
+        """Return a function that stores the residual of some rows of the matrix `name`."""
         return partial(self._keep, name)
 
     def _keep(self, name: str, rows: range, packed: bytes) -> None:
@@ -90,10 +90,10 @@ class UndoWriter:
 
 
 class UndoFile:
-    """An undo file, checked against the matrices that it is to restore.
+    """An undo file, checked against the matrices to restore.
 
     Raises:
-        RestoreError: it is damaged, or is not the undo of these matrices.
+        RestoreError: it is damaged, or belongs to other matrices.
     """
 
     def __init__(self, file: Path, targets: tuple[Target, ...]) -> None:
@@ -108,7 +108,7 @@ class UndoFile:
         self._tensors = header.tensors
 
     def frames(self, target: Target) -> Iterator[tuple[range, bytes]]:
-        """The blocks of rows of `target`'s matrix, in order, and the residual of each."""
+        """Yield the blocks of rows of `target`'s matrix, in order, with their residuals."""
         info: TensorInfo = self._tensors[target.name]
         rows, columns = target.weight.rows, target.weight.columns
         largest = 64 + 16 * 4 * max(columns, 1) * max(rows, 1)
@@ -130,5 +130,5 @@ class UndoFile:
 
     def _damaged(self, target: Target) -> RestoreError:
         return RestoreError(
-            f"{quoted(self._file)} is damaged where it speaks of {quoted(target.name)}; unmerge from the base instead"
+            f"{quoted(self._file)} is damaged at the entry for {quoted(target.name)}; unmerge from the base instead"
         )

@@ -1,4 +1,4 @@
-"""Taking a merge out again: by its undo file, from the base, or approximately by arithmetic."""
+"""Take a merge out again: with its undo file, from the base, or approximately by arithmetic."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Restoration:
-    """A way back to the base: what happens to each changed matrix.
+    """A way back to the base: the change for each changed matrix.
 
-    `method` is ``undo``, ``base`` or ``approximate``; the first two give the base's bytes, which is checked.
+    `method` is ``undo``, ``base`` or ``approximate``. The first two must give the base's bytes, which is checked.
     """
 
     method: str
@@ -67,7 +67,7 @@ class Restoration:
 
 @dataclass(frozen=True, slots=True)
 class UnmergeReport:
-    """How a merge was taken out: the method, and the names of the tensors that are not the base's."""
+    """How a merge was taken out: the method, and the names of the tensors that differ from the base's."""
 
     method: str
     inexact: tuple[str, ...]
@@ -75,17 +75,17 @@ class UnmergeReport:
 
 
 def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto") -> Restoration:
-    """The way back through the undo file, with nothing but the merged model's own folder.
+    """Return the way back through the undo file, which needs only the merged model's folder.
 
     Raises:
-        RestoreError: the manifest names no undo file, or it or an adapter beside it is missing, damaged or another
-            merge's. The way's own changes raise it as well, where that shows only when the numbers are read.
+        RestoreError: the manifest names no undo file; or it or an adapter beside it is missing, damaged or from another
+          merge. The returned changes raise it too, for damage that shows only when the numbers are read.
     """
     if manifest.undo is None:
         raise RestoreError(f"{quoted(merged.path)} was merged without --undo")
     folder = merged.folder / manifest.undo
     if folder.is_symlink() or not (folder / UNDO_NAME).is_file():
-        raise RestoreError(f"the undo file {quoted(folder / UNDO_NAME)} is not there")
+        raise RestoreError(f"the undo file {quoted(folder / UNDO_NAME)} is missing")
     try:
         adapters = [read_adapter(folder / adapter_file(index)) for index in range(len(manifest.adapters))]
         targets = _targets_of(adapters, merged, manifest)
@@ -107,7 +107,7 @@ def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto"
 
 
 def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) -> Restoration:
-    """The way back by copying the changed tensors from `base`, whose fingerprint is the manifest's.
+    """Return the way back by copying the changed tensors from `base`, whose fingerprint is the manifest's.
 
     Raises:
         RestoreError: `base` does not have the changed tensors.
@@ -118,14 +118,14 @@ def restore_from_base(merged: Checkpoint, manifest: Manifest, base: Checkpoint) 
     for name in dict.fromkeys(map(parameter_name, manifest.changed)):
         weight = stored_weight(merged, name)
         if weight is None or stored_weight(base, name) is None or not _are_alike(weight, base):
-            raise RestoreError(f"{quoted(name)} is not alike in {quoted(merged.path)} and {quoted(base.path)}")
+            raise RestoreError(f"{quoted(name)} is stored differently in {quoted(merged.path)} and {quoted(base.path)}")
         targets.append(Target(weight, ()))
     originals = Originals(base.folder if base.path.is_dir() else None)
     return Restoration("base", tuple(targets), lambda target: _CopyFrom(base, target), originals, heads_of(base))
 
 
 def _are_alike(weight: StoredWeight, base: Checkpoint) -> bool:
-    """Whether the base has tensors of the same dtypes and shapes for a parameter."""
+    """Return whether the base has tensors of the same dtypes and shapes for a parameter."""
     originals = [base.tensors.get(info.name) for info in weight.tensors]
     return all(
         original is not None and (info.dtype, info.shape) == (original.dtype, original.shape)
@@ -135,21 +135,21 @@ def _are_alike(weight: StoredWeight, base: Checkpoint) -> bool:
 
 def restore_approximately(merged: Checkpoint, manifest: Manifest, adapters: list[Adapter],
                           device: str = "auto") -> Restoration:  # fmt: skip
-    """The way back by arithmetic alone, ``round(W' - delta)``: about one element in a hundred is off by a rounding.
+    """Return the way back by arithmetic alone, ``round(W' - delta)``: about one element in a hundred is off by one rounding.
 
     Raises:
-        RestoreError: an update depends on what was there, so that arithmetic cannot tell it; or the model was untied.
+        RestoreError: arithmetic cannot invert an update because it depends on the original weights; or the model was untied.
     """
     if manifest.untied:
-        raise RestoreError(f"{quoted(merged.path)} was untied, which arithmetic alone does not take back")
+        raise RestoreError(f"{quoted(merged.path)} was untied, which arithmetic alone cannot undo")
     targets = _targets_of(adapters, merged, manifest)
     for target in targets:
         depends = (p.update for p in target.updates if p.update.needs_weight and not p.update.replaces)
         lost = next(depends, None)
         if lost is not None:
             raise RestoreError(
-                f"{quoted(target.name)} was changed by {lost.kind}, which no arithmetic takes out; unmerge by an undo file or "
-                "from the base"
+                f"{quoted(target.name)} was changed by {lost.kind}, which arithmetic alone cannot undo; unmerge with an undo "
+                "file or from the base"
             )
     return Restoration("approximate", targets, lambda target: ApproximateUnmerge(target, choose_device(device)))
 
@@ -160,16 +160,16 @@ def _targets_of(adapters: list[Adapter], merged: Checkpoint, manifest: Manifest)
     ]
     plan = plan_merge(weighted, merged, manifest.options.get("seed"))
     if plan.touched != set(manifest.changed):
-        raise RestoreError(f"the adapters at hand are not those that were merged into {quoted(merged.path)}")
+        raise RestoreError(f"the adapters found are not those that were merged into {quoted(merged.path)}")
     return plan.targets
 
 
 class _CopyFrom:
-    """Replaces blocks of a matrix by the bytes that another checkpoint has for it."""
+    """Replaces blocks of a matrix with another checkpoint's bytes."""
 
     def __init__(self, base: Checkpoint, target: Target) -> None:
         original = stored_weight(base, target.name)
-        assert original is not None  # restore_from_base saw that both are stored alike
+        assert original is not None  # restore_from_base checked that both are stored alike
         self._original = original
 
     def blocks(self) -> Iterator[range]:
@@ -191,7 +191,7 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
     """Write the restored model to the new folder `out`.
 
     Raises:
-        RestoreError: the bytes that came out are not the base's; nothing is written then.
+        RestoreError: the result differs from the base's bytes; nothing is written then.
         OutputError: `out` exists, or cannot be written.
     """
     own = {MANIFEST_NAME} | ({manifest.undo} if manifest.undo else set())
@@ -220,7 +220,7 @@ def unmerge_to(merged: Checkpoint, manifest: Manifest, way: Restoration, out: Pa
 @contextmanager
 def _restored_files(merged: Checkpoint, manifest: Manifest, way: Restoration, folder: Path, others: Sequence[Path],
                     progress: Progress) -> Iterator[NewWeights]:  # fmt: skip
-    """The weight files of the base: laid out as the merged model's, or without the head that was untied."""
+    """Create the base's weight files: laid out like the merged model's, or without the head that was untied."""
     touched = frozenset(manifest.changed)
     if manifest.untied:
         with tied_files(merged, way.heads, manifest.untied.sizes, folder, touched, others, progress) as new:
@@ -234,7 +234,7 @@ def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool
                  progress: Progress = lambda count: None) -> UnmergeReport:  # fmt: skip
     """Write the model in the folder of `base`, whose fingerprint is the manifest's, to the new folder `out`.
 
-    It is the way back from a model that is stored otherwise than its base, which holds none of the base's bytes.
+    This is the way back from a model in another storage, which contains none of the base's bytes.
 
     Raises:
         RestoreError: the base changed while it was copied; nothing is written then.
@@ -255,11 +255,13 @@ def copy_base_to(base: Checkpoint, manifest: Manifest, out: Path, *, force: bool
 
 def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *,
                      progress: Progress = lambda count: None) -> UnmergeReport:  # fmt: skip
-    """Restore the model's own files; its folder is locked exclusively and free of links. The undo file goes with it.
+    """Restore the model's own files in place, and remove the undo file.
+
+    The caller holds an exclusive lock on the folder, which must contain no links.
 
     Raises:
-        RestoreError: the bytes that came out are not the base's; nothing has changed then.
-        OutputError: there is no room for the change; nothing has changed then.
+        RestoreError: the result differs from the base's bytes; nothing has changed then.
+        OutputError: the disk has no room for the change; nothing has changed then.
     """
     if manifest.untied:
         raise OutputError(f"{quoted(merged.path)} was untied, so the base has other files; unmerge with --out instead")
@@ -277,16 +279,16 @@ def unmerge_in_place(merged: Checkpoint, manifest: Manifest, way: Restoration, *
 
 
 def _with_missing(report: UnmergeReport, missing: Sequence[str]) -> UnmergeReport:
-    """The report with notes on files of the base that are not at hand."""
-    notes = [f"{quoted(name)} stays as the merge left it: the base's own is not at hand" for name in missing]
+    """Return the report with notes on the base's files that could not be restored."""
+    notes = [f"{quoted(name)} stays as the merge wrote it: the base's own file is not available" for name in missing]
     return replace(report, notes=(*report.notes, *notes))
 
 
 def check_restored(digests: Mapping[str, Digests], manifest: Manifest, way: Restoration) -> tuple[str, ...]:
-    """The tensors that did not come out as the base's; an exact way must leave none.
+    """Return the names of the tensors that differ from the base's; an exact way must leave none.
 
     Raises:
-        VerificationError: a tensor is not what the merge wrote.
+        VerificationError: a tensor has changed since the merge.
         RestoreError: an exact way did not give the base's bytes.
     """
     for name, recorded in sorted(manifest.changed.items()):
@@ -300,14 +302,14 @@ def check_restored(digests: Mapping[str, Digests], manifest: Manifest, way: Rest
     )
     if way.exact and inexact:
         raise RestoreError(
-            f"{quoted(inexact[0])} did not come out as the base's bytes ({way.method}), so nothing was written; "
+            f"{quoted(inexact[0])} was not restored to the base's bytes ({way.method}), so nothing was written; "
             "the undo file or the base is damaged"
         )
     return inexact
 
 
 def _own_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
-    """What loratool put into the folder for this merge alone; the undo folder goes when it holds no other merge."""
+    """Return the files that loratool added for this merge alone; the undo folder is among them if it holds no other merge."""
     if manifest.undo is None:
         return (MANIFEST_NAME,)
     parent = merged.folder / Path(manifest.undo).parent
@@ -318,7 +320,7 @@ def _own_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
 
 
 def _report(way: Restoration, inexact: tuple[str, ...], merged: Checkpoint, manifest: Manifest) -> UnmergeReport:
-    """What came out, and what of it is not the base's: also tensors that the merge left alone and somebody changed."""
+    """Report the method and every tensor that differs from the base's, including unmerged tensors that were changed since."""
     alone = [
         merged.tensors[name]
         for name in sorted((manifest.tensors.keys() & merged.tensors.keys()) - manifest.changed.keys())
@@ -331,7 +333,7 @@ def _report(way: Restoration, inexact: tuple[str, ...], merged: Checkpoint, mani
 
 
 def _changed_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
-    """Notes on files beside the weights that are not what they were when the model was merged."""
+    """Return notes on files beside the weights that changed since the merge."""
     notes = []
     for name, digest in sorted(manifest.files.items()):
         file = merged.folder / name

@@ -1,8 +1,8 @@
-"""Untying a model in what is made of it: its output head gets a tensor of its own, and its configuration says so.
+"""Untying in the merged model: the output head gets a tensor of its own, and the configuration says so.
 
-A model that ties its head to its input embedding stores one matrix for both. Where an adapter changes one of the two, or both
-differently, the merged model needs two. The plan is made on the base as it would be untied (`UntiedCheckpoint`): there the head
-has the embedding's bytes. Taking the merge out leaves the head away again.
+A model that ties its head to its input embedding stores one matrix for both. If an adapter changes one of the two, or both
+differently, the merged model needs two. The plan is made on an untied view of the base (`UntiedCheckpoint`), in which the head
+has the embedding's bytes. Unmerging removes the head again.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from loratool.merging.workers import Job
 
 KEY: Final = "tie_word_embeddings"
 CANONICAL_HEAD: Final = "lm_head.weight"
-"""What transformers calls the weight of an output head in memory; the tables know what a checkpoint calls it."""
+"""The name of an output head's weight in transformers' memory; the architecture tables know its name on disk."""
 CONFIG_NAME: Final = "config.json"
 
 
 @dataclass(frozen=True)
 class UntiedCheckpoint(Checkpoint):
-    """A model that ties its head, as it would be if it did not: `head` has the bytes of `embedding`.
+    """An untied view of a model that ties its head: `head` has the bytes of `embedding`.
 
-    `original` is the model as it is stored.
+    `original` is the model as stored.
     """
 
     original: Checkpoint | None = None
@@ -55,13 +55,13 @@ class UntiedCheckpoint(Checkpoint):
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The configuration, which no longer ties them, wherever it says so."""
+        """The configuration, with every setting that ties the two turned off."""
         config = dict(self.stored.config)
         text = config.get("text_config")
         return {**config, **({"text_config": {**text, KEY: False}} if isinstance(text, dict) else {}), KEY: False}
 
     def layout(self, touched: Collection[str] = ()) -> Layout:
-        """The files of the untied model; `touched` tensors are written anew."""
+        """Return the files of the untied model; the `touched` tensors are rewritten."""
         replaced = {}
         if self.head not in self.stored.tensors:
             info = self.tensors[self.embedding]
@@ -72,7 +72,7 @@ class UntiedCheckpoint(Checkpoint):
         return replace(layout, kept=(layout.kept | {self.embedding}) - frozenset(touched) - {self.head})
 
     def files(self) -> FileChanges:
-        """What is written beside the weights in place of the base's files: the configuration, and the index of shards."""
+        """Return the files that replace the base's beside the weights: the configuration and the index of shards."""
         config = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         written: dict[str, Path | bytes] = {CONFIG_NAME: config.encode()}
         index = self.layout().index()
@@ -82,24 +82,24 @@ class UntiedCheckpoint(Checkpoint):
 
 
 def stored_of(checkpoint: Checkpoint) -> Checkpoint:
-    """The model as it is stored."""
+    """Return the model as stored."""
     return checkpoint.stored if isinstance(checkpoint, UntiedCheckpoint) else checkpoint
 
 
 def untied(base: Checkpoint, adapters: Iterable[Adapter]) -> UntiedCheckpoint:
-    """Return the base as it would be if it did not tie its head, which is called as its family's checkpoints call it.
+    """Return an untied view of the base, whose head has the name that checkpoints of its family use.
 
     Raises:
-        PlacementError: it ties none, or no head could be told or would be computed in the same way.
+        PlacementError: it ties no head, or is not a causal language model with one embedding and one head.
     """
     architecture = architecture_of(base.config, base.tensors)
     embeddings, heads = architecture.weights(Role.TOKENS), architecture.weights(Role.HEAD)
     is_tied = architecture.ties_embeddings is not False and (not heads or architecture.ties_embeddings is True)
     if not is_tied:
-        raise PlacementError(f"{quoted(base.path)} does not tie its head to its embedding; leave {UNTIE} out")
+        raise PlacementError(f"{quoted(base.path)} does not tie its head to its embedding; omit {UNTIE}")
     if not can_untie(base):
         raise PlacementError(
-            f"{quoted(base.path)} is not a model that {UNTIE} knows: one that writes text, with one embedding and one head; "
+            f"{quoted(base.path)} is not a model that {UNTIE} supports: a causal language model with one embedding and one head; "
             f"{how_to_untie(base)}"
         )
     named = [name for adapter in adapters for name in adapter.changes if any_model().role(name) is Role.HEAD]
@@ -109,10 +109,10 @@ def untied(base: Checkpoint, adapters: Iterable[Adapter]) -> UntiedCheckpoint:
 
 
 def untied_as(base: Checkpoint, embedding: str, head: str) -> UntiedCheckpoint:
-    """Return the base as it would be if `head` were a tensor of its own.
+    """Return an untied view of the base in which `head` is a tensor of its own.
 
     Raises:
-        PlacementError: it has no such embedding, or stores a head that is another matrix.
+        PlacementError: it has no such embedding, or stores a head with other values.
     """
     info = base.tensors.get(embedding)
     if info is None:
@@ -122,8 +122,8 @@ def untied_as(base: Checkpoint, embedding: str, head: str) -> UntiedCheckpoint:
         (own.dtype, own.shape) != (info.dtype, info.shape) or hash_tensor(own) != hash_tensor(info)
     ):
         raise PlacementError(
-            f"{quoted(base.path)} ties {quoted(head)} to {quoted(embedding)} and stores another matrix for it, which no program "
-            "uses; save the model again in transformers, and merge into that"
+            f"{quoted(base.path)} ties {quoted(head)} to {quoted(embedding)} and also stores another matrix for it, which no "
+            "program uses; save the model again in transformers, and merge into that"
         )
     tensors = {**base.tensors, head: own or replace(info, name=head)}
     return UntiedCheckpoint(
@@ -133,7 +133,7 @@ def untied_as(base: Checkpoint, embedding: str, head: str) -> UntiedCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class NewWeights:
-    """Weight files that are being written: the places of the tensors that change, and the jobs that copy the others."""
+    """Weight files being written: the places of the tensors that change, and the jobs that copy the others."""
 
     places: Mapping[str, Place]
     copies: list[Job]
@@ -142,7 +142,7 @@ class NewWeights:
 @contextmanager
 def untied_files(base: UntiedCheckpoint, folder: Path, touched: Collection[str], others: Collection[Path],
                  progress: Progress) -> Iterator[NewWeights]:  # fmt: skip
-    """Make the weight files of the untied model in the empty `folder`, with room for the `touched` tensors."""
+    """Create the weight files of the untied model in the empty `folder`, with room for the `touched` tensors."""
     layout = base.layout(touched)
     with ExitStack() as stack:
         new = stack.enter_context(new_files(layout, folder, others, progress))
@@ -161,31 +161,31 @@ def untied_files(base: UntiedCheckpoint, folder: Path, touched: Collection[str],
 
 
 def keep_heads(base: Checkpoint, undo: Path) -> None:
-    """Write the first bytes of each of the base's weight files into the undo folder."""
+    """Write the header bytes of each of the base's weight files into the undo folder."""
     for header in base.headers:
         with open(header.file, "rb") as stream:
             (undo / _kept_head(header.file.name)).write_bytes(stream.read(header.data_start))
 
 
 def sizes_of(base: Checkpoint) -> dict[str, int]:
-    """The sizes of a base's weight files by their names."""
+    """Return the sizes of a base's weight files in bytes, by name."""
     return {header.file.name: header.size for header in base.headers}
 
 
 def kept_heads(undo: Path, sizes: Mapping[str, int]) -> dict[str, bytes]:
-    """The first bytes of each of the base's weight files, as the undo folder has them.
+    """Read the header bytes of each of the base's weight files from the undo folder.
 
     Raises:
-        RestoreError: one is not there.
+        RestoreError: one is missing.
     """
     try:
         return {name: (undo / _kept_head(name)).read_bytes() for name in sizes}
     except OSError:
-        raise RestoreError(f"the headers of the base's files are not in {quoted(undo)}") from None
+        raise RestoreError(f"the headers of the base's files are missing from {quoted(undo)}") from None
 
 
 def heads_of(base: Checkpoint) -> dict[str, bytes]:
-    """The first bytes of each of a base's weight files."""
+    """Return the header bytes of each of a base's weight files."""
     found = {}
     for header in base.headers:
         with open(header.file, "rb") as stream:
@@ -200,10 +200,10 @@ def _kept_head(shard: str) -> str:
 @contextmanager
 def tied_files(merged: Checkpoint, heads: Mapping[str, bytes], sizes: Mapping[str, int], folder: Path,
                touched: Collection[str], others: Collection[Path], progress: Progress) -> Iterator[NewWeights]:  # fmt: skip
-    """Make the weight files of the base that was untied in the empty `folder`, from its headers and the `merged` model.
+    """Create the tied base's weight files in the empty `folder`, from its headers and the `merged` model.
 
     Raises:
-        RestoreError: the headers are damaged, or are not those of the base.
+        RestoreError: the headers are damaged or are not the base's.
     """
     with ExitStack() as stack:
         places: dict[str, Place] = {}
@@ -218,7 +218,7 @@ def tied_files(merged: Checkpoint, heads: Mapping[str, bytes], sizes: Mapping[st
             for info in header.tensors.values():
                 found = merged.tensors.get(info.name)
                 if found is None or (found.dtype, found.shape) != (info.dtype, info.shape):
-                    raise RestoreError(f"{quoted(info.name)} is not in {quoted(merged.path)} as it was in the base")
+                    raise RestoreError(f"{quoted(info.name)} is not stored in {quoted(merged.path)} as in the base")
                 if info.name in touched:
                     places[info.name] = Place(target, info.start - found.start)
                     continue

@@ -1,4 +1,4 @@
-"""Verifying a merged or quantized model: its bytes against its manifest, and what made it replayed."""
+"""Verify a merged or quantized model: compare its bytes with its manifest, and replay the merge or quantization."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from loratool.merging.untied import untied_as
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a model's folder holds beside its manifest: how many other files are as recorded, and which are not.
+    """The other files in a model's folder: how many are as recorded, and which are not.
 
-    `edited` are files that a user may edit, changed or removed since; `added` those that no program would load.
+    `edited` are harmless files that were changed or removed since; `added` are new files that no program loads.
     """
 
     files: int
@@ -39,8 +39,8 @@ def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = 
     """Compare every tensor and every other file with its recorded digest.
 
     Raises:
-        VerificationError: names the first tensor, or else the first file, that differs, is missing or is extra; of files
-            only those that decide how the model is loaded or what it computes.
+        VerificationError: a tensor differs, is missing or is extra, or so does a file that affects how the model is loaded or
+          what it computes. The message names the first.
     """
     for name in sorted(manifest.tensors.keys() ^ merged.tensors.keys()):
         what = "is missing from" if name in manifest.tensors else "is in no record of"
@@ -67,15 +67,15 @@ def verify_content(merged: Checkpoint, manifest: Manifest, progress: Progress = 
 
 
 def _added_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
-    """Files that the merge did not leave in the folder."""
+    """Return the files in the folder that the merge did not write."""
     added = []
     for name in merged.other_files():
         if str(name) in manifest.files or role_of(name) is FileRole.OWN:
             continue
         if may_be_loaded(name):
             raise VerificationError(
-                f"the file {quoted(name)} is in no record of {quoted(merged.path)}, and what loads the model may load it; "
-                "remove it"
+                f"the file {quoted(name)} is in no record of {quoted(merged.path)}, and programs that load the model may load "
+                "it; remove it"
             )
         added.append(str(name))
     return tuple(added)
@@ -84,13 +84,13 @@ def _added_files(merged: Checkpoint, manifest: Manifest) -> tuple[str, ...]:
 def replay(
     base: Checkpoint, manifest: Manifest, adapters: list[Adapter], progress: Progress = lambda count: None
 ) -> str | None:
-    """Compute the merge again from `base` and compare every changed tensor; of a conversion, every tensor.
+    """Merge into `base` again and compare every changed tensor, or every tensor after a conversion.
 
-    Returns None where all come out alike. Another version of torch may round otherwise; under one, the name of the first
-    tensor that differs is returned.
+    Returns None if all are identical. Another version of torch may round differently: under one, the name of the first tensor
+    that differs is returned instead of an error.
 
     Raises:
-        VerificationError: names the first tensor that comes out otherwise under the torch that merged.
+        VerificationError: a tensor differs under the version of torch that merged. The message names the first.
         CheckpointError: a file of the base or of an adapter changed meanwhile.
     """
     weighted = [
@@ -112,7 +112,7 @@ def replay(
 
 def _computed_again(base: Checkpoint, manifest: Manifest, plan: MergePlan | None,
                     progress: Progress) -> tuple[Mapping[str, str], Mapping[str, str]]:  # fmt: skip
-    """Digests of what comes out now, by name, and those that the manifest has."""
+    """Return the digests computed now, by name, and those in the manifest."""
     device = manifest.options.get("device", "cpu")
     if manifest.converted:
         conversion = plan_conversion(base, _storage_change(manifest), plan)
@@ -133,15 +133,15 @@ def _storage_change(manifest: Manifest) -> StorageChange:
     except (KeyError, ValueError, LoratoolError):
         change = None
     if change is None:
-        raise VerificationError("the manifest does not say how the model is stored; it was changed")
+        raise VerificationError("the manifest does not record the model's storage; it was changed")
     return change
 
 
 def replay_undo(manifest: Manifest, way: Restoration, progress: Progress = lambda count: None) -> None:
-    """Take the merge out, in memory only, and compare what comes out with the base's recorded digests.
+    """Take the merge out, in memory only, and compare the result with the base's recorded digests.
 
     Raises:
-        RestoreError: names the first tensor that comes out otherwise.
+        RestoreError: a tensor differs. The message names the first.
     """
     digests = stream(way.targets, way.change, {}, progress=progress)
     check_restored(digests, manifest, way)

@@ -1,4 +1,4 @@
-"""Vocabularies of different sizes: what to say where an embedding or a head has more rows than the base's, or fewer."""
+"""Advice for an embedding or a head with more or fewer rows than the base's, because the vocabularies differ in size."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from loratool.architecture import Architecture, Role
 
 ROLES = frozenset({Role.TOKENS, Role.HEAD})
-"""Roles of parameters with one row, or one number, for each token."""
+"""Roles of parameters with one row or one number for each token."""
 
 
 def misfit_advice(name: str, trained: Sequence[int], found: Sequence[int], architecture: Architecture) -> str:
-    """Say what to do about the base's parameter `name`, which has the shape `found` where another, `trained`, is needed.
+    """Return advice on the base's parameter `name`, whose shape is `found` where the adapter needs `trained`.
 
-    It may be another model, or the same with a smaller or larger vocabulary.
+    The base may be another model, or the same one with a smaller or larger vocabulary.
     """
     is_vocabulary = architecture.role(name) in ROLES and trained[1:] == found[1:] and trained[0] != found[0]
     if not is_vocabulary:

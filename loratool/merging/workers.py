@@ -1,4 +1,4 @@
-"""Several workers that stream matrices: parallelism is over matrices, one of torch's threads a block."""
+"""Workers that stream matrices in parallel, with one torch thread for each block."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loratool.checkpoint.copying import flushing
 from loratool.interrupts import Deferral
 
 MOST: Final = 6
-"""More workers than this only wait for memory and disk."""
+"""Limit of workers; more would only wait for memory and disk."""
 
 Job = Callable[[], None]
 Task = Callable[[threading.Event], None]
@@ -21,21 +21,20 @@ Task = Callable[[threading.Event], None]
 
 
 def cpu_workers(*, computing: bool = False) -> int:
-    """Two workers more than cores that this process may use: some compute while others wait for the disk.
+    """Return two workers more than this process's cores: some compute while others wait for the disk.
 
-    Where nearly all of the work is `computing`, as many as cores: more would take the caches and Python from one another.
+    If nearly all of the work is `computing`, return the number of cores: more would compete for caches and the interpreter.
     """
     return min(MOST, len(os.sched_getaffinity(0)) + (0 if computing else 2))
 
 
 def work_through(tasks: Iterable[Task], *, workers: int, beside: Iterable[Job] = (), ahead: Iterable[Job] = (),
                  files: Collection[int] = ()) -> None:  # fmt: skip
-    """Do all `tasks`, which need torch, in their order, on several workers; the first error stops everything and is raised.
+    """Do all `tasks`, which need torch, in order on several workers. The first error stops everything and is raised.
 
-    `beside` are other jobs (copies) that the same workers do, first: they can begin before torch is imported. Those of
-    `ahead` are done only until it is. From then on what is written to the open `files` is also sent to the disk.
-
-    Ctrl-C stops everything as an error does; `loratool.interrupts.check` tells a job that it came.
+    The workers first do the `beside` jobs (copies), which can begin before torch is imported. The `ahead` jobs are done only
+    until torch is imported; from then on, data written to the open `files` is also flushed to disk. Ctrl-C stops everything
+    like an error; `loratool.interrupts.check` raises it inside a job.
     """
     stop, ready = threading.Event(), threading.Event()
 
@@ -57,7 +56,7 @@ def work_through(tasks: Iterable[Task], *, workers: int, beside: Iterable[Job] =
         try:
             with _one_thread_a_block(), flushing(files):
                 ready.set()
-                wait(early)  # none may overwrite what a task wrote
+                wait(early)  # an early job must not overwrite what a task wrote
                 futures += early
                 futures += [pool.submit(one, task) for task in tasks]
                 wait(futures, return_when=FIRST_EXCEPTION)
