@@ -1,8 +1,9 @@
 """Updates: what an adapter does to one weight matrix W, (out_features, in_features).
 
-An update comes in two forms. The form that a plan holds is made from headers alone: it knows the shape of the matrix
-that it fits and where its numbers lie, and `load` reads them. The loaded form changes blocks of rows of W in place, in
-fp32, and takes the change out again as well as arithmetic can. Neither knows of files' names or of how W is stored.
+An update comes in two forms. The form in a plan is made from headers alone: it knows the shape of its matrix and where its
+numbers are, and `load` reads them. The loaded form changes blocks of rows of W in place, in fp32, and reverts the change as
+exactly as arithmetic can. Neither knows file names or how W is stored.
+
 A new kind of adapter is one new module here.
 """
 
@@ -22,40 +23,40 @@ class Update(Protocol):
 
     @property
     def kind(self) -> str:
-        """The field's word for it, with its size: ``lora r=8``."""
+        """The name of the method, with its size: ``lora r=8``."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter that it fits: (out_features, in_features), or any where it `replaces` the parameter."""
+        """Shape of its parameter: (out_features, in_features), or any shape if it `replaces` the parameter."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Its tensors by the letter that the field calls them by: ``A``, ``B``, ..."""
+        """Its tensors by their usual letters: ``A``, ``B``, ..."""
 
     @property
     def needs_weight(self) -> bool:
-        """Whether what it does depends on W: W' - W is not the same whatever W is."""
+        """Whether W' - W depends on W."""
 
     @property
     def needs_outputs(self) -> bool:
-        """Whether it changes a number of W by all of that output's weights, so that it needs them in one block."""
+        """Whether each change depends on all weights of its output, so that a block must contain all of them."""
 
     @property
     def replaces(self) -> bool:
-        """Whether W' is the same whatever W is."""
+        """Whether W' does not depend on W."""
 
     @property
     def scalable(self) -> bool:
-        """Whether it may have a weight other than 1."""
+        """Whether it supports a weight other than 1."""
 
     def vanishes(self) -> bool:
-        """Whether it is zero whatever W is. Reads numbers, without torch."""
+        """Return whether it is zero for every W. Reads numbers, without torch."""
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedUpdate:
         """Read the numbers, fp32, onto `device`.
 
-        With `transposed`, W is stored as (in_features, out_features), as GPT-2's Conv1D does, and the blocks are of
-        rows of that. `weight` multiplies the whole update.
+        With `transposed`, W is stored as (in_features, out_features), like GPT-2's Conv1D, and blocks consist of rows of that
+        matrix. `weight` multiplies the whole update.
 
         Raises:
             AdapterError: a number is NaN or infinite.
@@ -64,20 +65,20 @@ class Update(Protocol):
 
 @runtime_checkable
 class Ranked(Update, Protocol):
-    """An update that has a rank, whatever else it has."""
+    """An update that has a rank."""
 
     @property
     def rank(self) -> int:
-        """How many components it has now; 0 changes nothing."""
+        """The current number of components; with 0 it changes nothing."""
 
     @property
     def scaling(self) -> float:
-        """What multiplies the product of its factors."""
+        """The factor that multiplies the product of its matrices."""
 
 
 @runtime_checkable
 class Factored(Ranked, Protocol):
-    """An update that is ``scaling * B A`` and nothing else: what `loratool.ranks` works on."""
+    """An update that is exactly ``scaling * B A``, as `loratool.ranks` requires."""
 
     def read_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Read A (r, in_features) and B (out_features, r), fp32, on the CPU.
@@ -92,21 +93,21 @@ class LoadedUpdate(Protocol):
 
     @property
     def outputs(self) -> torch.Tensor | None:
-        """What the columns of the change are combinations of, fp32, (rows of W in blocks, r); None where it has no low rank."""
+        """Basis of the columns of the change, fp32, (rows of W as stored, r); None if the change is not of low rank."""
 
     @property
     def inputs(self) -> torch.Tensor | None:
-        """What the rows of the change are combinations of, fp32, (columns of W in blocks, r); None where it has no low rank."""
+        """Basis of the rows of the change, fp32, (columns of W as stored, r); None if the change is not of low rank."""
 
     @property
     def keeps(self) -> bool:
-        """Whether `apply` returns something that `revert` needs and that an undo has to keep."""
+        """Whether `apply` returns data that `revert` needs and that an undo must keep."""
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """Change `block`, fp32, the `rows` of W, in place. `scratch` has the shape of `block` and may be overwritten.
 
-        Returns what it `keeps`: 32-bit numbers, at most one a row.
+        Returns what it `keeps`: 32-bit numbers, at most one for each row.
         """
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes) -> None:
-        """Take the change out of `block` in place, as well as fp32 arithmetic can; `kept` is what `apply` returned."""
+        """Revert the change of `block` in place, as exactly as fp32 arithmetic can; `kept` is what `apply` returned."""

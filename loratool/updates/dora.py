@@ -1,6 +1,6 @@
 """The update of DoRA (Liu et al. 2024, arXiv:2402.09353, equation 5): W' = m (W + scaling * B A) / ||W + scaling * B A||.
 
-The norm is that of each row of the sum, an output's weights, and m holds one magnitude an output.
+The norm is taken over each row of the sum, the weights of one output, and m holds one magnitude for each output.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class Dora:
         return False
 
     def vanishes(self) -> bool:
-        """Never for certain: magnitudes change W where its factors are zero, too."""
+        """Return False: magnitudes can change W even if the factors are zero."""
         return False
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedDora:
         """Read A, B and m as fp32.
 
         Raises:
-            AdapterError: a number is NaN or infinite, or the scaling is beyond fp32.
+            AdapterError: a number is NaN or infinite, or the scaling exceeds fp32.
         """
         assert weight == 1
         assert not transposed
@@ -85,14 +85,14 @@ class LoadedDora:
 
     @property
     def outputs(self) -> None:
-        """The change has no low rank."""
+        """None, because the change is not of low rank."""
 
     @property
     def inputs(self) -> None:
-        """The change has no low rank."""
+        """None, because the change is not of low rank."""
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
-        """In PEFT's order, each an fp32 operation: W plus the product, m over the norms, times that. Return the norms."""
+        """Apply in PEFT's order, in fp32: add the product to W, then multiply by m over the norms. Return the norms."""
         import torch
 
         self.product.apply(block, rows, scratch)
@@ -101,9 +101,9 @@ class LoadedDora:
         return bytes(norms.cpu().numpy().tobytes())
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
-        """Take the update out. Without the norms that `apply` returned, those of W are taken to be the magnitudes.
+        """Revert the update. Without the norms that `apply` returned, assume that the norms equal the magnitudes.
 
-        A row whose magnitude is 0 says nothing of W.
+        A row whose magnitude is 0 cannot be recovered.
         """
         import torch
 

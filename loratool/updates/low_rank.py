@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 FACTOR_DTYPES: Final = ("F64", *DENSE)
 LARGEST_SCALING: Final = 3.4028234e38
 LEAST_FUSED_SIDE: Final = 16
-"""With fewer rows or columns a product is too small for a trial to tell how its sums are made."""
+"""Smallest side of a product on which a trial shows reliably how the BLAS orders its sums."""
 
 FIXED_ROWS: Final = 64
-"""So many rows of a product in fp64 stay in a cache."""
+"""Number of rows of an fp64 product that fit in a cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """``scaling * B A`` with A (r, in_features) and B (out_features, r).
 
-    With `leading`, only so many components count: the first rows of A and columns of B.
+    `leading` limits it to that many components: the first rows of A and columns of B.
     """
 
     a: TensorInfo
@@ -71,7 +71,7 @@ class LowRank:
         return {"A": self.a, "B": self.b}
 
     def vanishes(self) -> bool:
-        """Whether its scaling, its rank, or all that counts of one of its factors is zero."""
+        """Return whether its scaling, its rank, or all used numbers of a factor are zero."""
         if self.scaling == 0 or self.rank == 0:
             return True
         return only_zeros(self.b, columns=self.leading) or only_zeros(self.a, rows=self.leading)
@@ -80,19 +80,19 @@ class LowRank:
         """Read A and B as fp32.
 
         Raises:
-            AdapterError: a factor has a number that is NaN or infinite, or its scaling is beyond fp32.
+            AdapterError: a factor contains NaN or infinity, or the scaling exceeds fp32.
         """
         scaling = self.scaling * weight
         if abs(scaling) > LARGEST_SCALING:
             raise AdapterError(
-                f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {scaling:g}, which no fp32 number "
-                "is; mend its alpha or its weight"
+                f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {scaling:g}, which fp32 cannot "
+                "represent; correct its alpha or its weight"
             )
         a, b = self.read_factors()
         return LoadedLowRank(a.to(device), b.to(device), scaling, transposed)
 
     def read_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the components that count of A and B, fp32."""
+        """Read the used components of A and B, fp32."""
         return read_factor(self.a)[: self.leading], read_factor(self.b)[:, : self.leading].contiguous()
 
 
@@ -108,16 +108,16 @@ class LoadedLowRank:
 
     @property
     def outputs(self) -> torch.Tensor:
-        """B, or of the transpose ``A^T``."""
+        """B, or ``A^T`` for the transpose."""
         return self.a.T if self.transposed else self.b
 
     @property
     def inputs(self) -> torch.Tensor:
-        """``A^T``, or of the transpose B."""
+        """``A^T``, or B for the transpose."""
         return self.b if self.transposed else self.a.T
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
-        """On a CPU in PEFT's order, each an fp32 operation: product, times scaling, plus W. On CUDA one addmm."""
+        """Add the update: on a CPU in PEFT's order, in fp32 (product, times scaling, plus W); on CUDA by one addmm."""
         if block.is_cuda:
             left, right = self._factors(rows)
             block.addmm_(left, right, alpha=self.scaling)
@@ -135,7 +135,7 @@ class LoadedLowRank:
         return b""
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
-        """Subtract the update, the same bits on every machine, whatever its BLAS and the cut into blocks."""
+        """Subtract the update, with the same bits on every machine, independent of the BLAS and the block size."""
         step = len(rows) if block.is_cuda else FIXED_ROWS
         for start in range(rows.start, rows.stop, step):
             few = range(start, min(start + step, rows.stop))
@@ -143,13 +143,13 @@ class LoadedLowRank:
         block.sub_(scratch.mul_(self.scaling))
 
     def _factors(self, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors of the `rows` of the stored matrix: ``B A``, or ``(B A)^T = A^T B^T``."""
+        """Return the factors for the `rows` of the stored matrix: ``B A``, or ``(B A)^T = A^T B^T``."""
         if self.transposed:
             return self.a[:, rows.start : rows.stop].T, self.b.T
         return self.b[rows.start : rows.stop], self.a
 
     def multiply(self, rows: range, out: torch.Tensor) -> None:
-        """Write the `rows` of the product, without its scaling, to `out`, in PEFT's order of sums."""
+        """Write the `rows` of the unscaled product to `out`, summed in PEFT's order."""
         import torch
 
         if self.transposed:
@@ -166,10 +166,10 @@ class LoadedLowRank:
 
 @cache
 def fused_has_the_bits(rows: int, columns: int, rank: int, scaling: float) -> bool:
-    """Whether addmm on this machine's CPU has the bits of product, times a power of two, plus W, for these shapes.
+    """Return whether addmm on this CPU gives the bits of the separate operations (product, times a power of two, plus W).
 
-    It has where the BLAS finishes the sums of the product before it adds them to W. Of how many products it does so
-    differs from processor to processor (192 and 256 were seen) and with the shapes, so it is tried, once for each.
+    It does if the BLAS completes the sums of the product before it adds them to W. The rank up to which it does so depends on
+    the processor (192 and 256 were seen) and the shapes, so each combination is tried once.
     """
     import torch
 
@@ -185,10 +185,10 @@ def fused_has_the_bits(rows: int, columns: int, rank: int, scaling: float) -> bo
 class FixedPointProduct:
     """``left right`` in a form that every machine computes to the same bits: left (rows, r), right (r, columns).
 
-    A BLAS may sum a product in any order, so its last bits are a machine's own. Here both factors are rounded to
-    multiples of a power of two, one for each row of left and each column of right, so coarse that every sum of products
-    is a whole multiple of their product below 2**53 of them: in fp64 all are exact, in any order. The result is within
-    about ``r * 2**(1 - bits)`` of the true one, relative to the largest factors; `bits` is 24 for r = 16.
+    A BLAS may sum a product in any order, so its last bits depend on the machine. Here both factors are rounded to multiples
+    of a power of two, one for each row of left and each column of right. The steps are coarse enough that every sum is an
+    integer multiple, below 2**53, of the product of two steps, so fp64 sums are exact in any order. The relative error is
+    about ``r * 2**(1 - bits)`` of the largest factors; `bits` is 24 for r = 16.
     """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -196,29 +196,31 @@ class FixedPointProduct:
         self._left, self._right = left, self._rounded(right, 0)
 
     def product(self, rows: range) -> torch.Tensor:
-        """The `rows` of the product, fp64, (rows, columns)."""
+        """Return the `rows` of the product, fp64, (rows, columns)."""
         return self._rounded(self._left[rows.start : rows.stop], 1) @ self._right
 
     def _rounded(self, factor: torch.Tensor, dim: int) -> torch.Tensor:
-        """`factor`, fp64, in whole steps of its largest number along `dim`."""
+        """Return `factor`, fp64, rounded to whole steps that are relative to its largest number along `dim`."""
         import torch
 
         exponent = torch.frexp(factor.abs().amax(dim, keepdim=True)).exponent.long() - self.bits
-        # 2**exponent by its bits (IEEE 754 binary64): an exp2 need not be exact on every machine.
+        # Build 2**exponent from its bits (IEEE 754 binary64): exp2 is not exact on every machine.
         step = ((exponent + 1023) << 52).view(torch.float64)
         return factor.double().div_(step).round_().mul_(step)
 
 
 def read_factor(info: TensorInfo) -> torch.Tensor:
-    """One tensor of an adapter file as a contiguous fp32 tensor on the CPU.
+    """Read a tensor of an adapter file as a contiguous fp32 tensor on the CPU.
 
     Raises:
-        AdapterError: it holds a number that is NaN or infinite, or its dtype is no floating-point type.
+        AdapterError: it contains NaN or infinity, or its dtype is not a supported floating-point type.
     """
     import torch
 
     if info.dtype not in FACTOR_DTYPES:
-        raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, which is no factor's")
+        raise AdapterError(
+            f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, which a factor cannot have"
+        )
     factor = torch.empty(info.shape, dtype=DTYPES[info.dtype].as_torch())
     with open(info.file, "rb") as stream:
         stream.seek(info.start)

@@ -1,4 +1,4 @@
-"""The update of ``modules_to_save``: W' = R, whatever W was."""
+"""The update of ``modules_to_save``: W' = R, for any W."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """The numbers of `tensor`, fp32, fp16 or bf16, in the place of those of W; a tensor that is no matrix is taken as one."""
+    """Replaces W by `tensor`, fp32, fp16 or bf16; a tensor that is not a matrix is treated as one."""
 
     tensor: TensorInfo
 
@@ -50,13 +50,13 @@ class Replacement:
         return {"R": self.tensor}
 
     def vanishes(self) -> bool:
-        """Never: it leaves nothing of W."""
+        """Return False: it replaces all of W."""
         return False
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedReplacement:
-        """Itself: blocks are read when they are needed. It has no weight but 1.
+        """Return a reader that reads blocks when they are needed. `weight` must be 1.
 
-        R lies in its file as W does in the base. With `transposed` the blocks are of rows of the other way round.
+        R has the orientation in its file that W has in the base. With `transposed`, blocks consist of rows of the transpose.
         """
         assert weight == 1
         return LoadedReplacement(self.tensor, transposed)
@@ -72,17 +72,17 @@ class LoadedReplacement:
 
     @property
     def outputs(self) -> None:
-        """R has no low rank."""
+        """None, because R is not of low rank."""
 
     @property
     def inputs(self) -> None:
-        """R has no low rank."""
+        """None, because R is not of low rank."""
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """Put the `rows` of R into `block`.
 
         Raises:
-            AdapterError: a number is NaN or infinite, or the file ends before.
+            AdapterError: a number is NaN or infinite, or the file is too short.
         """
         import torch
 
@@ -113,4 +113,4 @@ class LoadedReplacement:
             read_exactly(fd, content, self.tensor.start + rows.start * row_bytes)
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
-        """Nothing: R tells nothing of W, so an undo file holds all of it."""
+        """Do nothing: W cannot be computed from R, so an undo file holds all of W."""

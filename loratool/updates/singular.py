@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     import torch
 
 RANK_EPSILON: Final = 1e-5
-"""What the reference implementation, and PEFT after it, add to the rank that they divide by."""
+"""Added to the rank in the divisor by the reference implementation and by PEFT."""
 
 
 @dataclass(frozen=True, slots=True)
 class SingularValue:
     """``alpha / (ranknum + 1e-5) * B (A * E)`` with A (r, in_features), E (r, 1) and B (out_features, r).
 
-    The paper's P, Lambda and Q are B, E and A. `ranknum` is the rank that training began with: pruning takes
-    components away and leaves the scaling as it is. Rank 0 changes nothing.
+    The paper's P, Lambda and Q are B, E and A. `ranknum` is the rank at the start of training: pruning removes components
+    and leaves the scaling unchanged. Rank 0 changes nothing.
     """
 
     a: TensorInfo
@@ -69,21 +69,21 @@ class SingularValue:
         return {"A": self.a, "E": self.e, "B": self.b}
 
     def vanishes(self) -> bool:
-        """Whether its alpha, its rank, or one of its factors is zero."""
+        """Return whether its alpha, its rank, or one of its factors is zero."""
         return self.alpha == 0 or self.rank == 0 or any(only_zeros(info) for info in (self.e, self.b, self.a))
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedSingularValue:
         """Read A, E and B as fp32.
 
         Raises:
-            AdapterError: a factor has a number that is NaN or infinite, or its scaling is beyond fp32.
+            AdapterError: a factor contains NaN or infinity, or the scaling exceeds fp32.
         """
         import torch
 
         if abs(self.alpha * weight) > LARGEST_SCALING:
             raise AdapterError(
-                f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {self.alpha * weight:g}, which no "
-                "fp32 number is; mend its alpha or its weight"
+                f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {self.alpha * weight:g}, which fp32 "
+                "cannot represent; correct its alpha or its weight"
             )
         a, e, b = (read_factor(info).to(device) for info in (self.a, self.e, self.b))
         product = LoadedLowRank(a * e, b, self.scaling * weight, transposed)
@@ -107,21 +107,21 @@ class LoadedSingularValue:
 
     @property
     def outputs(self) -> torch.Tensor:
-        """Those of the product."""
+        """The same as those of the product."""
         return self.product.outputs
 
     @property
     def inputs(self) -> torch.Tensor:
-        """Those of the product."""
+        """The same as those of the product."""
         return self.product.inputs
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
-        """In PEFT's order, each an fp32 operation: product, times alpha, divided by the rank, plus W."""
+        """Add the update in PEFT's order, in fp32: product, times alpha, divided by the rank, plus W."""
         self.product.multiply(rows, scratch)
         block.add_(scratch.mul_(self.alpha).div_(self.divisor))
         return b""
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
-        """Subtract the update, the same bits on every machine; where rank 0 was added nothing is."""
+        """Subtract the update, with the same bits on every machine; with rank 0, do nothing."""
         if len(self.product.a):
             self.product.revert(block, rows, scratch)

@@ -1,4 +1,4 @@
-"""Whether a tensor of an adapter holds nothing but zeros. Read without torch, one tensor at a time."""
+"""Whether a tensor of an adapter contains only zeros, read without torch, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from loratool.checkpoint.header import TensorInfo
 
 
 def only_zeros(info: TensorInfo, rows: int | None = None, columns: int | None = None) -> bool:
-    """Whether all numbers of a tensor are 0.0 or -0.0; of a matrix, those in its first `rows` and `columns`.
+    """Return whether all numbers of a tensor, or in the first `rows` and `columns` of a matrix, are 0.0 or -0.0.
 
-    False where the dtype is not a floating-point one of whole bytes.
+    Return False for dtypes that are not floating-point types of whole bytes.
     """
     import numpy as np
 
