@@ -44,6 +44,9 @@ SILENT_SECONDS = 3.0
 SQLITE_SECONDS = 0.05
 """Time that SQLite itself waits at a try to take the lock."""
 
+SERVER_SECONDS = 0.2
+"""Time that PostgreSQL itself waits at a try: longer, because whoever leaves its queue goes to the end of it."""
+
 _WRITES = "registry_writes"
 _LOCK_NOT_AVAILABLE = "55P03"
 """PostgreSQL's error code for a lock that was not free within `lock_timeout`."""
@@ -113,18 +116,14 @@ class Database:
         if connection.dialect.name != "postgresql":
             connection.execute(lock)
             return
-        silent = min(SILENT_SECONDS, self._busy_timeout)
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, int(silent * 1000))}")
-        try:
+
+        def take() -> None:
             with connection.begin_nested():
                 connection.execute(lock)
-        except exc.OperationalError as error:
-            left = self._busy_timeout - silent
-            if left <= 0 or getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
-                raise
-            notices.say(waiting_for("another process", self.where, self._busy_timeout))
-            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, int(left * 1000))}")
-            connection.execute(lock)
+
+        _lock_timeout(connection, min(SERVER_SECONDS, self._busy_timeout))
+        _take_in_turn(take, _is_locked, lambda: "another process", self.where, self._busy_timeout)
+        _lock_timeout(connection, self._busy_timeout)
 
     @property
     def _connection(self) -> Connection | None:
@@ -243,27 +242,54 @@ def _set_up_sqlite(engine: Engine, url: URL, busy_timeout: float, *, read_only: 
 
 
 def _begin_to_write(connection: Connection, where: str, path: Path | None, busy_timeout: float) -> None:
-    """Take SQLite's write lock. After SILENT_SECONDS, print a note that names the process it waits for.
+    """Take SQLite's write lock."""
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(min(SQLITE_SECONDS, busy_timeout) * 1000)}")
+    _take_in_turn(
+        lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"),
+        lambda error: primary_code(error.orig) == sqlite3.SQLITE_BUSY,
+        lambda: holder(path),
+        where,
+        busy_timeout,
+    )
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(busy_timeout * 1000)}")
 
-    SQLite itself waits only for moments: in its code no signal is handled, and whoever waits may be asked to end.
+
+def _take_in_turn(
+    take: Callable[[], object],
+    is_taken: Callable[[exc.OperationalError], bool],
+    whom: Callable[[], str],
+    where: str,
+    busy_timeout: float,
+) -> None:
+    """Take the write lock. After SILENT_SECONDS, print a note that names the process it waits for.
+
+    The database itself waits only for moments: in its driver's code no signal is handled, and whoever waits may be asked to end.
     """
     began = time.monotonic()
     silent = min(SILENT_SECONDS, busy_timeout)
-    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(min(SQLITE_SECONDS, busy_timeout) * 1000)}")
     said = False
     while True:
         try:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            break
+            take()
+            return
         except exc.OperationalError as error:
             waited = time.monotonic() - began
-            if waited >= busy_timeout or primary_code(error.orig) != sqlite3.SQLITE_BUSY:
+            if waited >= busy_timeout or not is_taken(error):
                 raise
         if waited >= silent and not said:
-            notices.say(waiting_for(holder(path), where, busy_timeout))
+            notices.say(waiting_for(whom(), where, busy_timeout))
             said = True
         pause(min(PAUSE_SECONDS, busy_timeout - waited))
-    connection.exec_driver_sql(f"PRAGMA busy_timeout = {int(busy_timeout * 1000)}")
+
+
+def _is_locked(error: exc.OperationalError) -> bool:
+    """Whether PostgreSQL's lock was not free."""
+    return getattr(error.orig, "sqlstate", None) == _LOCK_NOT_AVAILABLE
+
+
+def _lock_timeout(connection: Connection, seconds: float) -> None:
+    """Set the time for which PostgreSQL itself waits for a lock in this transaction."""
+    connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, int(seconds * 1000))}")
 
 
 def waiting_for(whom: str, where: str, busy_timeout: float) -> str:

@@ -155,7 +155,7 @@ def test_what_was_put_into_an_entry_is_named_and_nothing_waits_for_it(catalogue:
 
 def test_an_entry_without_a_label_holds_only_files(catalogue: Registry) -> None:
     folder = add(catalogue, "pirate")
-    folder.with_name(f"{folder.name}.json").unlink()
+    folder.with_name(f"{folder.name}{own_suffix(catalogue.store)}").unlink()
     os.mkfifo(folder / "zz")
     assert found(catalogue) == [("store-foreign", "pirate@1")]
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -105,3 +109,30 @@ def test_a_writer_waits_for_another_one_on_a_server_too(
         catalogue.adapters.add("pirate", facts())
     engine.dispose()
     assert "waiting for another process" in caplog.messages[-1]
+
+
+@pytest.mark.skipif(SERVER is None, reason="it is about a database server")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_waits_for_another_writer_to_a_server_ends_at_once(
+    catalogue: Registry, home: Path, number: int, status: int
+) -> None:
+    assert SERVER is not None
+    catalogue.bases.add("llama", "meta/llama")
+    with catalogue.writing():
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", "loratool", "--registry", SERVER, "base", "remove", "llama"],
+            env={**os.environ, "LORATOOL_HOME": str(home)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert waiting.stderr is not None
+        said = waiting.stderr.readline()
+        waiting.send_signal(number)
+        try:
+            _, error = waiting.communicate(timeout=20)  # it would wait a minute
+        finally:
+            waiting.kill()
+    assert "waiting for another process" in said
+    assert waiting.returncode == status, error
+    assert error.startswith("Interrupted") and len(error.splitlines()) == 1
+    assert [base.name for base in catalogue.bases.list()] == ["llama"]
