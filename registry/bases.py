@@ -10,8 +10,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, delete, func, insert, or_, select, update
 
+from registry import notices
+from registry.damaged_rows import sound_parts
 from registry.database import Database
-from registry.errors import AlreadyExistsError, InUseError, NotFoundError, RegistryError
+from registry.errors import AlreadyExistsError, DamagedValueError, InUseError, NotFoundError, RegistryError
 from registry.families import relatives
 from registry.labels import Labels
 from registry.names import check_name, nearest_names, not_found_message, printable
@@ -100,9 +102,12 @@ class Bases:
         return tuple(sorted(found, key=lambda base: not (base.path is not None and base.path.exists())))
 
     def list(self) -> tuple[BaseRecord, ...]:
-        """Return all bases, sorted by name."""
+        """Return all bases, sorted by name. Those with a damaged row are left out, with a note that names them."""
         with self._database.reading() as connection:
-            found = _records(connection, _bases)
+            try:
+                found = _records(connection, _bases)
+            except DamagedValueError:
+                found = _sound_records(connection)
         return tuple(sorted(found, key=lambda base: (base.name.casefold(), base.name)))
 
     def family(self, fingerprint: str) -> frozenset[str]:
@@ -201,6 +206,15 @@ def _family(connection: Connection, fingerprint: str) -> frozenset[str]:
 def _find(connection: Connection, name: str) -> BaseRecord | None:
     found = _records(connection, _bases.where(bases.c.name == name))
     return found[0] if found else None
+
+
+def _sound_records(connection: Connection) -> list[BaseRecord]:
+    """Return the bases whose rows can be read, with a note that names the others."""
+    names = {row.id: row.name for row in connection.execute(select(bases.c.id, bases.c.name))}
+    parts, damaged = sound_parts(sorted(names), lambda some: _records(connection, _bases.where(bases.c.id.in_(some))))
+    left = printable(", ".join(sorted(names[key] for key in damaged)), 400)
+    notices.say(f"left out base {left}, whose row in the registry is damaged; 'loratool doctor' says what to do")
+    return [base for part in parts for base in part]
 
 
 def _records(connection: Connection, query: Select[Any]) -> list[BaseRecord]:

@@ -160,6 +160,19 @@ def test_damaged_rows_of_bases_merges_and_lineage_are_named_and_repaired(filled:
     assert filled.bases.list()[0].created_at < datetime.now(UTC)
 
 
+def test_a_damaged_row_of_a_base_is_left_out_of_the_list_with_a_note(
+    filled: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("llama", "qwen"):
+        filled.bases.add(name, f"meta/{name}", fingerprint=digest(name))
+    spoil(filled, "bases", "files", "[[[", "name = 'llama'")
+    assert [base.name for base in filled.bases.list()] == ["qwen"]
+    (note,) = caplog.messages
+    assert "base llama" in note
+    assert filled.doctor.rebuild().repaired == ("base llama",)
+    assert [base.name for base in filled.bases.list()] == ["llama", "qwen"]
+
+
 def test_the_label_of_a_damaged_row_keeps_what_it_says(filled: Registry) -> None:
     (key,) = [place.store_key for place in filled.adapters.find("pirate").locations if place.store_key]
     path = label_path(filled.store, key, own_suffix(filled.store))
