@@ -205,7 +205,7 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "no alpha": (without_alpha, "--alpha"),
     "a mask too short": (lambda a, f: changed(a, f, rank_pattern={f"{Q0}.lora_E": [True]}), "list of 4"),
     "a mask of numbers": (lambda a, f: changed(a, f, rank_pattern={f"{Q0}.lora_E": [1, 0, 1, 0]}), "true or false"),
-    "a mask of another rank": (lambda a, f: changed(a, f, rank_pattern=None), "mend init_r or rank_pattern"),
+    "a mask of another rank": (lambda a, f: changed(a, f, rank_pattern=None), "correct init_r or rank_pattern"),
     "a mask for nothing": (
         lambda a, f: changed(
             a, f, rank_pattern={f"{m}.lora_E": p for m, p in (PRUNED | {"no.such.module": [True] * 4}).items()}
@@ -232,7 +232,7 @@ BROKEN: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     ),
     "a LoRA's tensor": (
         lambda a, f: with_tensors(a, f, lambda t: t | {f"base_model.model.{Q0}.lora_A.weight": torch.ones(4, 4)}),
-        "is no AdaLoRA tensor",
+        "is not an AdaLoRA tensor",
     ),
     "a LoRA's configuration": (lambda a, f: changed(a, f, peft_type="LORA", r=4, rank_pattern=None), "no LoRA tensor"),
     "a number that is none": (

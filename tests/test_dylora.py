@@ -279,7 +279,7 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.T
     "an alpha that is no number": (lambda t: t | {f"{FLAT}.alpha": torch.tensor(math.inf)}, "is inf"),
     "an alpha beyond fp32": (
         lambda t: t | {f"{FLAT}.alpha": torch.tensor(1e300, dtype=torch.float64)},
-        "no fp32 number",
+        "fp32 cannot represent",
     ),
     "many alphas": (lambda t: t | {f"{FLAT}.alpha": torch.ones(3)}, "must be one number"),
 }

@@ -268,7 +268,7 @@ def test_a_gguf_adapter_is_told(tmp_path: Path) -> None:
 
 def test_a_gguf_model_is_no_adapter(tmp_path: Path) -> None:
     model = gguf_adapter(tmp_path / "model.gguf", general_type="model")
-    with pytest.raises(AdapterError, match="is a GGUF model and no adapter"):
+    with pytest.raises(AdapterError, match="is a GGUF model, not an adapter"):
         identify(model)
 
 

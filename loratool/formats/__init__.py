@@ -1,1 +1,1 @@
-"""Adapter files: read into an `Adapter`, and written from one. Reads headers and configurations only; imports no torch."""
+"""Adapter files: read into an `Adapter` and written from one. Reading needs only headers and configurations, and no torch."""

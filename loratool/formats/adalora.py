@@ -1,9 +1,9 @@
 """AdaLoRA's files: as PEFT saves them, and state dicts of the authors' own implementation.
 
-PEFT (``peft.AdaLoraConfig``, PEFT 0.21) names the tensors ``base_model.model.<module>.lora_A``, ``lora_E`` and ``lora_B``,
-keeps the components that are left, and tells by ``rank_pattern`` which of the first `init_r` they are: true for kept.
-The reference implementation (github.com/QingruZhang/AdaLoRA) has the same tensors and ``ranknum``, the rank that training
-began with; it says nothing of alpha.
+PEFT (``peft.AdaLoraConfig``, PEFT 0.21) names the tensors ``base_model.model.<module>.lora_A``, ``lora_E`` and ``lora_B``.
+It saves only the remaining components; ``rank_pattern`` marks them among the original `init_r` with true.
+The reference implementation (github.com/QingruZhang/AdaLoRA) saves the same tensors and ``ranknum``, the rank at the start of
+training, but no alpha.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NAME: Final = "adalora"
 PEFT_TYPE: Final = KINDS[NAME].peft_type
 
 IMPORTANCE: Final = "importance"
-"""Where loratool's facts keep the scores of an AdaLoRA's training: for each module a list, one number a triplet."""
+"""Key of an AdaLoRA's training scores in loratool's facts: for each module a list with one number for each triplet."""
 
 _TENSOR: Final = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+)\.(?:lora_(?P<factor>[AEB])|(?P<ranknum>ranknum))(?:\.(?P<adapter>[^.]+))?"
@@ -41,26 +41,26 @@ _TENSOR: Final = re.compile(
 
 
 def singular_key(module: str, factor: str) -> str:
-    """The name that PEFT gives to factor ``A``, ``E`` or ``B`` of `module`."""
+    """Return PEFT's name of factor ``A``, ``E`` or ``B`` of `module`."""
     return f"{PREFIX}{module}.lora_{factor}"
 
 
 def pattern_key(module: str) -> str:
-    """The name that PEFT gives to `module` in ``rank_pattern``."""
+    """Return PEFT's name of `module` in ``rank_pattern``."""
     return f"{module}.lora_E"
 
 
 _NOT_IN_ADALORA: Final = {"peft_type": "LORA", "r": 1, "rank_pattern": None, "alpha_pattern": None, "use_rslora": False}
-"""What of LoRA's keys PEFT does not look at in an AdaLoRA, set so that it says nothing."""
+"""LoRA's keys that PEFT ignores in an AdaLoRA, with values that avoid its warnings."""
 
 ALL: Final = "every module"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaLoraConfig(LoraConfig):
-    """What of an AdaLoRA configuration changes numbers, and its targets.
+    """The part of an AdaLoRA configuration that affects numbers, and its targets.
 
-    `kept` tells, of each module that was pruned, which of its first `init_r` components are left.
+    `kept` marks, for each pruned module, which of its original `init_r` components remain.
     """
 
     init_r: int
@@ -80,8 +80,8 @@ class AdaLoraConfig(LoraConfig):
         for variant in VARIANTS:
             if variant.setting and config.get(variant.setting):
                 raise UnsupportedError(
-                    f"{quoted(source)} is an AdaLoRA that asks for {variant.title} ({variant.setting}), which PEFT has for LoRA "
-                    "alone; train it again without, or as a LoRA"
+                    f"{quoted(source)} is an AdaLoRA that asks for {variant.title} ({variant.setting}), which PEFT supports only "
+                    "for LoRA; train it again without that, or as a LoRA"
                 )
         own = {key: value for key, value in config.items() if key not in KINDS[NAME].keys}
         lora = LoraConfig.parse(own | _NOT_IN_ADALORA, source)
@@ -92,11 +92,11 @@ class AdaLoraConfig(LoraConfig):
         )
 
     def rank_of(self, module: str) -> int:
-        """How many components the configuration leaves `module`."""
+        """Return how many components of `module` remain according to the configuration."""
         return sum(self.kept[module]) if module in self.kept else self.init_r
 
     def alpha_of(self, module: str) -> float:
-        """What multiplies the product; where alpha is not positive, PEFT takes the rank instead."""
+        """Return the factor of the product; PEFT uses the rank if alpha is not positive."""
         return self.lora_alpha if self.lora_alpha > 0 else float(self.rank_of(module))
 
 
@@ -109,7 +109,7 @@ def read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
     """
     source = files.source
     stated = [*metadata_statements(files.metadata, [ALL]), *whole_statements(files.metadata, ALL, source)]
-    if not files.config:  # its alpha is asked for before its ranks are looked at
+    if not files.config:  # check its alpha before its ranks
         settled({ALL: 1}, stated, given, source, unstated=unstated(files))
     config = files.config or bare_adalora_config(files.tensors, source)
     written = files.config_source
@@ -126,13 +126,13 @@ def read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
     missing = sorted(adalora.kept.keys() - triplets.keys())
     if missing:
         raise AdapterError(
-            f"rank_pattern in {quoted(source)} speaks of {quoted(missing[0])}, for which it holds no tensors; save it again"
+            f"rank_pattern in {quoted(source)} names {quoted(missing[0])}, for which it holds no tensors; save it again"
         )
     return adapter_of(files, NAME, config, adalora, singular_updates(triplets, adalora), notes)
 
 
 def singular_updates(triplets: Factors, config: LoraConfig) -> dict[str, Update]:
-    """The update of each module."""
+    """Return the update of each module."""
     assert isinstance(config, AdaLoraConfig)
     return {
         module: SingularValue(each["A"], each["E"], each["B"], config.alpha_of(module), config.init_r)
@@ -141,30 +141,30 @@ def singular_updates(triplets: Factors, config: LoraConfig) -> dict[str, Update]
 
 
 def _refuse_other(module: str, triplet: Mapping[str, TensorInfo], config: AdaLoraConfig, source: str) -> None:
-    """Raise AdapterError where the configuration says otherwise of a module than its tensors."""
+    """Raise AdapterError if the configuration contradicts the tensors of a module."""
     if not config.targets(module):
         raise AdapterError(
             f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so PEFT "
-            "would ignore them; mend target_modules, exclude_modules or layers_to_transform"
+            "would ignore them; correct target_modules, exclude_modules or layers_to_transform"
         )
     rank = triplet["A"].shape[0]
     if rank != config.rank_of(module):
         raise AdapterError(
             f"{quoted(module)} in {quoted(source)} has rank {rank} and its configuration says "
-            f"{config.rank_of(module)}; mend init_r or rank_pattern"
+            f"{config.rank_of(module)}; correct init_r or rank_pattern"
         )
     if "ranknum" in triplet and read_scalar(triplet["ranknum"]) != config.init_r:
         raise AdapterError(
             f"{quoted(triplet['ranknum'].name)} in {quoted(source)} is {read_scalar(triplet['ranknum']):g} and its "
-            f"configuration says init_r {config.init_r}, by which the update is divided; mend one of them"
+            f"configuration says init_r {config.init_r}, by which the update is divided; correct one of them"
         )
 
 
 def bare_adalora_config(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, Any]:
-    """A PEFT configuration for tensors that have none, with an alpha of 1 that has to be replaced.
+    """Return a PEFT configuration for tensors that have none, with a placeholder alpha of 1 to be replaced.
 
     Raises:
-        UnsupportedError, AdapterError: a tensor is missing or no AdaLoRA tensor, or training began with several ranks.
+        UnsupportedError, AdapterError: a tensor is missing or not AdaLoRA's, or training began with several ranks.
     """
     triplets = _triplets(tensors, source)
     ranks = {
@@ -174,11 +174,11 @@ def bare_adalora_config(tensors: Mapping[str, TensorInfo], source: str) -> dict[
     init_r = max(ranks.values())
     widest = max(max(triplet[letter].shape) for triplet in triplets.values() for letter in "AB")
     if init_r > widest:
-        raise AdapterError(f"{quoted(source)} says ranknum {init_r:g}, which is no rank; save it again")
+        raise AdapterError(f"{quoted(source)} says ranknum {init_r:g}, which is not a rank; save it again")
     if init_r < 1 or init_r != int(init_r) or any(rank != init_r for rank in ranks.values()):
         raise AdapterError(
-            f"the modules of {quoted(source)} began with ranks {min(ranks.values()):g} to {init_r:g}, where AdaLoRA has one "
-            "for all; give it a PEFT configuration"
+            f"the modules of {quoted(source)} began with ranks {min(ranks.values()):g} to {init_r:g}, but AdaLoRA has one "
+            "initial rank for all; give it a PEFT configuration"
         )
     held = {module: triplet["A"].shape[0] for module, triplet in triplets.items()}
     return adalora_config(
@@ -192,7 +192,7 @@ def bare_adalora_config(tensors: Mapping[str, TensorInfo], source: str) -> dict[
 def adalora_config(
     *, alpha: float, init_r: int, target_modules: Sequence[str], kept: Mapping[str, Sequence[bool]]
 ) -> dict[str, Any]:
-    """A configuration that PEFT takes: its schedule, which PEFT demands, is that of no training at all."""
+    """Return a configuration that PEFT loads. PEFT requires a schedule; this one is for no training."""
     return {
         "peft_type": PEFT_TYPE,
         "init_r": init_r,
@@ -206,7 +206,7 @@ def adalora_config(
 
 
 def _triplets(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors A, E, B and, where it is there, ranknum of each module, in the order of the modules' names."""
+    """Return the tensors A, E, B and, if present, ranknum of each module, sorted by module name."""
     found: dict[str, dict[str, TensorInfo]] = {}
     adapters = set()
     refuse_other_features(tensors, source, lambda name: _TENSOR.fullmatch(name) is not None)
@@ -216,7 +216,7 @@ def _triplets(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, dict[
             continue
         if match["adapter"] == "weight":
             raise AdapterError(
-                f"{quoted(name)} in {quoted(source)} is no AdaLoRA tensor; their names end in lora_A, lora_E and lora_B"
+                f"{quoted(name)} in {quoted(source)} is not an AdaLoRA tensor; their names end in lora_A, lora_E and lora_B"
             )
         letter = match["factor"] or "ranknum"
         triplet = found.setdefault(match["module"], {})
@@ -247,15 +247,15 @@ def _refuse_unfit(module: str, triplet: Mapping[str, TensorInfo], source: str) -
 
 
 def _module_of(key: str) -> str:
-    """``model.layers.0.q_proj`` of the key ``model.layers.0.q_proj.lora_E``, with or without an adapter's name behind."""
+    """Return ``model.layers.0.q_proj`` for ``model.layers.0.q_proj.lora_E``, with or without an adapter's name at the end."""
     return re.sub(r"\.lora_E(\.[^.]+)?$", "", key.removeprefix(PREFIX))
 
 
 def _mask(key: str, value: object, init_r: int, source: str) -> tuple[bool, ...]:
     if not isinstance(value, list) or len(value) != init_r or not all(isinstance(item, bool) for item in value):
         raise AdapterError(
-            f"rank_pattern of {quoted(key)} in {quoted(source)} must be a list of {init_r} times true or false, one for "
-            "each component that training began with"
+            f"rank_pattern of {quoted(key)} in {quoted(source)} must be a list of {init_r} values, true or false, one for "
+            "each component at the start of training"
         )
     return tuple(value)
 

@@ -1,4 +1,4 @@
-"""An adapter as loratool knows it, whatever file it came from."""
+"""An adapter in memory, independent of its file format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loratool.updates import Ranked, Update
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Another layout than PEFT's: the format's word and title (`formats.table`), and the metadata of the file."""
+    """A layout other than PEFT's: the format's word and title (`formats.table`), and the metadata of the file."""
 
     format: str
     title: str
@@ -28,21 +28,21 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One adapter: an update for each parameter that it changes, and what is recorded about it.
+    """One adapter: an update for each parameter that it changes, and its recorded facts.
 
     Attributes:
-        name: what to call it where nothing better is known: its folder's or file's name.
+        name: the default name: that of its folder or file.
         file: the safetensors file with its tensors.
-        sha256: of that file; the adapter's fingerprint.
+        sha256: the hash of that file, which is the adapter's fingerprint.
         kind: ``lora``, ``dylora`` or ``adalora``.
-        changes: parameter, as the adapter spells it (``...q_proj.weight``), to what happens to it.
+        changes: the update of each parameter, by the name that the adapter uses (``...q_proj.weight``).
         config: its PEFT configuration, as JSON.
-        settings: the same, checked.
+        settings: the checked configuration.
         facts: what loratool recorded beside it (kind, base fingerprint, lineage, recipe); may be empty.
         notes: what a user should know about how it was read.
-        layout: how its file is laid out, where it is written in the same way again; None for PEFT's layout.
-        whole: the modules that its configuration says it holds whole (``modules_to_save``).
-        states: of its files, when they were opened; none for one that was made in memory.
+        layout: its file's layout, if loratool writes that layout; None for PEFT's layout.
+        whole: the modules that its configuration lists as whole (``modules_to_save``).
+        states: states of its files when they were opened; empty for an adapter made in memory.
     """
 
     name: str
@@ -60,17 +60,17 @@ class Adapter:
 
     @property
     def ranked(self) -> dict[str, Ranked]:
-        """The updates that have a rank, by the modules that they change."""
+        """The updates that have a rank, by module."""
         return {module_of(name): each for name, each in self.changes.items() if isinstance(each, Ranked)}
 
     @property
     def replacements(self) -> dict[str, Update]:
-        """The updates that leave nothing of what was there (``modules_to_save``)."""
+        """The updates that replace whole parameters (``modules_to_save``)."""
         return {name: update for name, update in self.changes.items() if update.replaces}
 
     @property
     def rank(self) -> int | None:
-        """The largest rank of any module; None where none has one."""
+        """The largest rank of any module; None if no module has one."""
         return max((update.rank for update in self.ranked.values()), default=None)
 
     @property
@@ -80,13 +80,13 @@ class Adapter:
 
     @property
     def alpha(self) -> float | None:
-        """``lora_alpha`` of the configuration; None where it has none."""
+        """``lora_alpha`` of the configuration; None if it has none."""
         stated = self.config.get("lora_alpha")
         return None if stated is None else float(stated)
 
     @property
     def scaling(self) -> float | dict[str, float] | None:
-        """What multiplies the products of its factors: one number, or that of each module where they differ."""
+        """The scaling of its products: one number, or one for each module if they differ."""
         scalings = {module: update.scaling for module, update in sorted(self.ranked.items())}
         if not scalings:
             return None
@@ -94,53 +94,53 @@ class Adapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that it changes and does not replace, in the order of `changes`."""
+        """The modules that it changes without replacing them, in the order of `changes`."""
         return tuple(module_of(name) for name, update in self.changes.items() if not update.replaces)
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The target that each module is (`target_of`), once each, sorted: ``("q_proj", "v_proj")``."""
+        """The distinct targets of its modules (`target_of`), sorted: ``("q_proj", "v_proj")``."""
         return tuple(sorted({target_of(module) for module in self.modules}))
 
     @property
     def dtype(self) -> str:
-        """The dtype of its factors as safetensors spells it, or ``mixed``."""
+        """The dtype of its factors in safetensors' spelling, or ``mixed``."""
         updates = [update for update in self.changes.values() if not update.replaces]
         dtypes = {info.dtype for update in updates for info in update.tensors.values()}
         return dtypes.pop() if len(dtypes) == 1 else "mixed"
 
     @property
     def parameter_count(self) -> int:
-        """Numbers in all its tensors."""
+        """The count of numbers in all its tensors."""
         return sum(math.prod(info.shape) for info in self.tensors)
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """Where its tensors lie."""
+        """The locations of its tensors."""
         return tuple(info for update in self.changes.values() for info in update.tensors.values())
 
     @property
     def base_model(self) -> str | None:
-        """The base's Hub id or path as the configuration records it, or None."""
+        """The base's Hub id or path recorded in the configuration, or None."""
         recorded = self.config.get("base_model_name_or_path")
         return recorded if isinstance(recorded, str) and recorded else None
 
     @property
     def base_fingerprint(self) -> str | None:
-        """The fingerprint of the base that it was trained on, where it is recorded."""
+        """The fingerprint of the base that it was trained on, if recorded."""
         recorded = self.facts.get("base_fingerprint")
         return recorded if isinstance(recorded, str) and recorded else None
 
 
 def of_weights(updates: Mapping[str, Update]) -> dict[str, Update]:
-    """Updates of the weights of modules, by the modules' names, as changes of parameters."""
+    """Turn updates by module name into changes by parameter name (the modules' weights)."""
     return {f"{module}.weight": update for module, update in updates.items()}
 
 
 def path_of(module: str) -> tuple[str, ...]:
-    """The components of a module's name: ``("model", "layers", "0", "self_attn", "q_proj")``.
+    """Return the components of a module's name: ``("model", "layers", "0", "self_attn", "q_proj")``.
 
-    A name of kohya's, which has ``_`` for every dot, is parted at the numbers inside it alone:
+    A kohya name, which has ``_`` for every dot, is split only at the numbers inside it:
     ``("lora_te_text_model_encoder_layers", "0", "self_attn_q_proj")``.
     """
     if "." in module or not module.startswith("lora_"):
@@ -150,12 +150,12 @@ def path_of(module: str) -> tuple[str, ...]:
 
 
 def target_of(module: str) -> str:
-    """What a configuration would call a module's target: its last component, with the one before it where that is a number."""
+    """Return a module's target as configurations name it: its last component, after the previous one if the last is a number."""
     path = path_of(module)
     return ".".join(path[-2:]) if path[-1].isdecimal() else path[-1]
 
 
 def sha256_of(file: Path) -> str:
-    """sha256 of a file, 64 hexadecimal digits: an adapter's fingerprint, and the Hub's LFS id."""
+    """Return the sha256 of a file, 64 hexadecimal digits: an adapter's fingerprint and the Hub's LFS id."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A new adapter whose factors are computed one after the other, so that memory does not grow with it."""
+"""A new adapter whose factors are computed one by one, so that memory use does not grow with its size."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Draft:
-    """Takes the factors of an adapter, in any order and from several threads, and gives the `Adapter` that they make.
+    """Collects the factors of an adapter, in any order and from several threads, and makes an `Adapter` of them.
 
-    They are kept in a file in `folder` (that of the output) that has no name, so nothing is left of it whatever
-    happens. The adapter can be written (`formats.write`) while the draft is open.
+    They are kept in an unnamed file in `folder` (the output's), so nothing remains of it even after a crash. The adapter
+    can be written (`formats.write`) while the draft is open.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class Draft:
         self._file.close()
 
     def put(self, module: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Keep the factors of `module`: A (r, in_features) and B (out_features, r), fp32, fp16 or bf16.
+        """Store the factors of `module`: A (r, in_features) and B (out_features, r), fp32, fp16 or bf16.
 
         Raises:
             OutputError: the disk is full.
@@ -57,7 +57,7 @@ class Draft:
         self.put_factors(module, {"A": a, "B": b})
 
     def put_factors(self, module: str, factors: Mapping[str, torch.Tensor]) -> None:
-        """Keep the factors of `module` by their letters, fp32, fp16 or bf16.
+        """Store the factors of `module` by their letters, fp32, fp16 or bf16.
 
         Raises:
             OutputError: the disk is full.
@@ -65,7 +65,7 @@ class Draft:
         self._factors[module] = {letter: self._keep(factor) for letter, factor in factors.items()}
 
     def put_components(self, module: str, factors: Mapping[str, TensorInfo], kept: Sequence[int]) -> None:
-        """Keep some components of factors that lie in a file, bit for bit: rows of A and E, columns of B.
+        """Store some components of factors in a file, bit for bit: rows of A and E, columns of B.
 
         Raises:
             OutputError: the disk is full.
@@ -76,7 +76,7 @@ class Draft:
         }
 
     def adapter(self, name: str, config: Mapping[str, Any], facts: Mapping[str, Any]) -> Adapter:
-        """The adapter of all modules that were put, under a PEFT configuration that fits them."""
+        """Return the adapter of all stored modules, with the given PEFT configuration, which must fit them."""
         kind = OF_PEFT[config["peft_type"]].name
         builder = BUILDERS[kind]
         settings = builder.parse(config, name)

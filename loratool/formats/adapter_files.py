@@ -1,7 +1,7 @@
-"""The files of one adapter: its weights, its configuration and what loratool records beside them, found and parsed once.
+"""The files of one adapter, found and parsed once: its weights, its configuration and loratool's facts.
 
-An adapter is one file (safetensors or GGUF), a file with JSON beside it, or several shards under an index. What it is, and in
-which format, is told later (`formats.table`); here nothing but headers and JSON is read.
+An adapter is one file (safetensors or GGUF), a file with JSON beside it, or several shards under an index. Only headers and JSON
+are read here; the kind and the format are identified later (`formats.table`).
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from loratool.formats.nested import no_adapter_in
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """What lies at a path that may be an adapter.
+    """The files at a path that may be an adapter.
 
     Attributes:
         name: its folder's or file's name.
-        weights: the files with its tensors; several where it is sharded.
-        container: how those are written.
+        weights: the files with its tensors; several if it is sharded.
+        container: the file type of the weights.
         tensors: every tensor by name.
-        metadata: what the weights' headers say beside their tensors.
+        metadata: the metadata in the weights' headers.
         config: the configuration: ``adapter_config.json``, or the JSON under ``adapter_config`` in the metadata.
-        facts: what loratool records: ``loratool.json``, or the JSON under ``loratool`` in the metadata.
+        facts: loratool's facts: ``loratool.json``, or the JSON under ``loratool`` in the metadata.
         beside: the JSON files that belong to it, by name.
         index: the index of a sharded adapter.
-        states: of all these files, when they were opened.
+        states: states of all these files when they were opened.
     """
 
     name: str
@@ -69,7 +69,7 @@ class AdapterFiles:
 
     @property
     def file(self) -> Path:
-        """The weights' file, or the index of several: what the adapter is called in errors."""
+        """The weights' file, or the index of several; errors name it."""
         return self.index or self.weights[0]
 
     @property
@@ -78,20 +78,20 @@ class AdapterFiles:
 
     @property
     def config_source(self) -> str:
-        """Where its configuration stands, for errors: the file beside the weights, or the weights' own."""
+        """The file that contains its configuration, for errors: the file beside the weights, or the weights themselves."""
         return str(self.beside.get(CONFIG_NAME, self.file))
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its weights' file, or of the one file that shards are joined to."""
+        """Size in bytes of its weights' file, or of the file that joins its shards."""
         return self.weights[0].stat().st_size if self.index is None else joined_size(self.tensors)
 
     def content(self) -> Iterator[bytes]:
-        """The bytes of the one file that a sharded adapter is kept as (`formats.joined`)."""
+        """Yield the bytes of the single file that a sharded adapter is kept as (`formats.joined`)."""
         return joined_content(self.tensors)
 
     def sha256(self) -> str:
-        """Return the adapter's fingerprint: the sha256 of its weights' file, or of the one file that shards are joined to."""
+        """Return the adapter's fingerprint: the sha256 of its weights' file, or of the file that joins its shards."""
         return sha256_of(self.weights[0]) if self.index is None else sha256_of_content(self.content())
 
 
@@ -100,7 +100,7 @@ def open_adapter(path: Path) -> AdapterFiles:
 
     Raises:
         NotFoundError: nothing is there.
-        AdapterError: it is damaged, a pickle, or holds no adapter, or several; the message says where they are.
+        AdapterError: it is damaged or a pickle, or contains no adapter or several; the message says where adapters are.
     """
     if path.is_dir():
         return _folder(path)
@@ -119,17 +119,17 @@ def open_adapter(path: Path) -> AdapterFiles:
 
 
 def content_of_file(file: Path) -> Path | Iterator[bytes]:
-    """Where the bytes are that an adapter's fingerprint is of: its one file, or, for an index of shards, their joined content."""
+    """Return the source of the bytes that an adapter's fingerprint covers: its file, or the joined content of its shards."""
     return open_adapter(file).content() if file.name.endswith(INDEX_SUFFIX) else file
 
 
 def sha256_at(file: Path) -> str:
-    """The fingerprint of an adapter by its file, or by its index of shards."""
+    """Return an adapter's fingerprint, given its file or its index of shards."""
     return open_adapter(file).sha256() if file.name.endswith(INDEX_SUFFIX) else sha256_of(file)
 
 
 def size_of_file(file: Path) -> int:
-    """Bytes of an adapter's file, or of the joined content of an index of shards."""
+    """Return the size in bytes of an adapter's file, or of the joined content of an index of shards."""
     return open_adapter(file).size_bytes if file.name.endswith(INDEX_SUFFIX) else file.stat().st_size
 
 
@@ -154,7 +154,7 @@ def _folder(folder: Path) -> AdapterFiles:
 
 
 def _in_folder(folder: Path, weights: str) -> AdapterFiles:
-    """The adapter whose weights, or their index, are called so in a folder, with the JSON beside them."""
+    """Open the adapter in a folder whose weights, or their index, are named `weights`, with the JSON beside them."""
     beside = {name: folder / name for name in BESIDE if os.path.lexists(folder / name)}
     states = states_of(beside.values())
     opened = _sharded(folder / weights) if weights.endswith(INDEX_SUFFIX) else _single(folder / weights)
@@ -187,7 +187,7 @@ def _single(file: Path) -> AdapterFiles:
 
 
 def _sharded(index: Path) -> AdapterFiles:
-    """The adapter whose tensors lie in several files, as transformers and PEFT shard them."""
+    """Open an adapter in several shards, as transformers and PEFT write them."""
     described = states_of([index])
     try:
         shards = read_index(index)
@@ -211,7 +211,7 @@ def _refuse_missing(index: Path, shards: Iterable[str]) -> None:
     missing = [name for name in natural(set(shards)) if not has_file(index.parent / name)]
     if missing:
         raise AdapterError(
-            f"{quoted(index)} lists the shard {quoted(missing[0])}, and there is no such file beside it"
+            f"{quoted(index)} lists the shard {quoted(missing[0])}, but there is no such file beside it"
             f"{f', nor {len(missing) - 1} more' if missing[1:] else ''}; download the adapter again"
         )
 
@@ -232,7 +232,7 @@ def _why_no_adapter(folder: Path, names: Collection[str]) -> AdapterError:
         return AdapterError(pickle_advice(folder / pickles[0]))
     if CONFIG_NAME in names and not shards_in(names):
         return AdapterError(
-            f"{quoted(folder)} has an {CONFIG_NAME} and no weights: there is no {WEIGHTS_NAME} beside it; download or save the "
+            f"{quoted(folder)} has an {CONFIG_NAME} but no weights: there is no {WEIGHTS_NAME} beside it; download or save the "
             "adapter again"
         )
     return no_adapter_in(folder, sorted(names), is_model=MODEL_CONFIG in names)

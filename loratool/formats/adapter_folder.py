@@ -1,4 +1,4 @@
-"""The folder that an adapter has to itself, as training programs write it; a single file among others has none."""
+"""The folder of an adapter, as training programs write it; a single file among others has none."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from loratool.formats.identity import AnyAdapter
 from loratool.formats.tokenizer import TokenizerFiles
 
 PLAIN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,150}")
-"""Names that any file system takes."""
+"""File names that every file system accepts."""
 
 
 def folder_of(adapter: AnyAdapter) -> Path | None:
-    """Return the folder of an adapter whose files are all that is in it; None for a single file, or one in a model's folder."""
+    """Return the folder that contains only this adapter's files; None for a single file or one in a model's folder."""
     folder = adapter.file.parent
     if adapter.file.name not in NAMES_IN_FOLDERS and not (folder / CONFIG_NAME).is_file():
         return None
@@ -27,7 +27,7 @@ def folder_of(adapter: AnyAdapter) -> Path | None:
 
 
 def tokenizer_files(adapter: AnyAdapter) -> dict[str, Path]:
-    """Return the files of the tokenizer that an adapter was trained with, by their names; none where it brings none."""
+    """Return the files of the tokenizer beside an adapter, by name; empty if there are none."""
     folder = folder_of(adapter)
     names = () if folder is None else TokenizerFiles.of(folder).names
     return {name: adapter.file.parent / name for name in names if PLAIN.fullmatch(name)}

@@ -1,7 +1,7 @@
-"""What a file format of adapters is to loratool: how it is told, how its tensors are named, and how it is read.
+"""A file format of adapters: how it is recognized, how its tensors are named, and how it is read.
 
-A format is one file with a `FORMAT` of this type, and one row in `formats.table`. A format that cannot be read yet still tells
-what a file holds, so that it can be catalogued.
+A format is one file with a `FORMAT` of this type, and one row in `formats.table`. A format that loratool cannot read yet still
+describes what a file contains, so that it can be catalogued.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from loratool.formats.alpha import Alpha
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What headers and configurations tell of an adapter, whether its numbers can be computed or not.
+    """What headers and configurations say about an adapter, whether or not its numbers can be computed.
 
     Attributes:
         kind: a row's name in `formats.kinds`.
-        ranks: the rank of each module of which it can be told.
-        alpha: what is stated for most modules; None where nothing is.
-        modules: the modules that it changes, as the file spells them.
-        base_model: the base's Hub id, path or name as it is stated.
-        family: the family of models that it is for, in the words of its trainer (``sdxl_base_v1-0``).
-        scaling: what multiplies the update, where the file states that in place of alpha.
-        why_not: why its numbers cannot be computed, with the way out; None where it may be computed.
+        ranks: the rank of each module, where known.
+        alpha: the alpha stated for most modules; None if none is stated.
+        modules: the modules that it changes, as named in the file.
+        base_model: the stated Hub id, path or name of the base.
+        family: the model family that it is for, as its trainer names it (``sdxl_base_v1-0``).
+        scaling: the factor of the update, if the file states it instead of alpha.
+        why_not: why its numbers cannot be computed, and what to do; None if they may be.
         notes: what a user should know.
     """
 
@@ -48,15 +48,15 @@ class AdapterFormat:
 
     Attributes:
         name: the word for it in the catalogue.
-        title: what people call it.
-        claims: whether files are in this format; told from names, metadata and configuration alone.
-        split: the module and the part (``lora_A.weight``) of a tensor's name; None for a name that this format has not.
-        describe: what the files hold.
-        read: the adapter of the files, for an alpha that the user gives or None; None where loratool does not read the format.
-        why_not: why it does not, with the way out.
-        write: the tensors, or the bytes of one fp32 number, and the metadata of a file in the format; None where loratool does
-            not write it.
-        has_names_of_base: whether it calls modules as their base's tensors are called, up to a leading prefix.
+        title: its name for people.
+        claims: returns whether files are in this format, from names, metadata and configuration alone.
+        split: splits a tensor's name into module and part (``lora_A.weight``); returns None for names of other formats.
+        describe: returns what the files contain.
+        read: reads the adapter, given the user's alpha or None; None if loratool does not read the format.
+        why_not: why loratool does not read it, and what to do.
+        write: returns the tensors (or the bytes of one fp32 number) and the metadata of a file in the format; None if loratool
+          does not write it.
+        has_names_of_base: whether modules are named like the base's tensors, up to a leading prefix.
     """
 
     name: str

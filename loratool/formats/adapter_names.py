@@ -1,4 +1,4 @@
-"""What the files of adapters are called, and which of a folder's files are one."""
+"""File names of adapters, and which of a folder's files belong to one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INDEX_NAME: Final = "adapter_model" + INDEX_SUFFIX
 FACTS_NAME: Final = "loratool.json"
 CONFIG_KEY: Final = "adapter_config"
 FACTS_KEY: Final = "loratool"
-"""Where a single file's metadata keep the configuration, and what loratool records."""
+"""Metadata keys of the configuration and of loratool's facts in a single file."""
 
 SINGLE_FILE_SUFFIXES: Final = frozenset({".safetensors", ".st"})
 WEIGHT_SUFFIXES: Final = SINGLE_FILE_SUFFIXES | {".gguf"}
@@ -26,17 +26,17 @@ NAMES_IN_FOLDERS: Final = (
     "adapter.safetensors",
     "pytorch_lora_weights.safetensors",
 )
-"""What the programs that save folders call the weights in them: PEFT, PEFT in shards, mlx-lm, adapters, diffusers."""
+"""Names of the weights in folders, by program: PEFT, PEFT in shards, mlx-lm, adapters, diffusers."""
 
 BESIDE: Final = (CONFIG_NAME, FACTS_NAME, "head_config.json")
-"""JSON beside the weights that belongs to the adapter."""
+"""JSON files beside the weights that belong to the adapter."""
 
 MODEL_CONFIG: Final = "config.json"
 _SHARD: Final = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
 
 
 def choose_weights(names: Collection[str]) -> str | None:
-    """Which of a folder's files is its adapter's weights, or their index; None where none is, or several may be."""
+    """Return the file of a folder that has the adapter's weights, or their index; None if there is none or several may be."""
     for name in NAMES_IN_FOLDERS:
         if name in names:
             return name
@@ -45,22 +45,22 @@ def choose_weights(names: Collection[str]) -> str | None:
 
 
 def single_files(names: Iterable[str]) -> list[str]:
-    """Those of a folder's files that may each be an adapter, in natural order."""
+    """Return the files of a folder that may each be an adapter, in natural order."""
     return natural(name for name in names if Path(name).suffix in WEIGHT_SUFFIXES and not _SHARD.fullmatch(name))
 
 
 def shards_in(names: Iterable[str]) -> list[str]:
-    """Those of a folder's files that are shards by their names, in order."""
+    """Return the files of a folder that have a shard's name, in order."""
     return natural(name for name in names if _SHARD.fullmatch(name))
 
 
 def index_of_shard(name: str) -> str | None:
-    """The name of the index that lists a shard; None where the name is not a shard's."""
+    """Return the name of the index that lists a shard; None if the name is not a shard's."""
     match = _SHARD.fullmatch(name)
     return f"{match['stem']}{INDEX_SUFFIX}" if match else None
 
 
 def natural(names: Iterable[str]) -> list[str]:
-    """Names in the order in which people count: ``checkpoint-500`` before ``checkpoint-2390``."""
+    """Sort names in natural order: ``checkpoint-500`` before ``checkpoint-2390``."""
     return sorted(names, key=lambda name: [(part.isdecimal(), int(part[:18]) if part.isdecimal() else 0, part)
                                            for part in re.split(r"([0-9]+)", name)])  # fmt: skip

@@ -20,7 +20,7 @@ _NAME: Final = re.compile(
 )
 _SIGNS: Final = (".loras.", ".adapters.")
 _SCALED: Final = (LORA, "dora")
-"""Kinds in which ``r`` and ``alpha`` mean a rank and what scales it; others have these keys, too."""
+"""Kinds in which ``r`` and ``alpha`` are a rank and its alpha; other kinds use these keys differently."""
 
 _KINDS: Final[Mapping[str, str]] = {"prefix_tuning": "prefix_tuning", "prompt_tuning": "prompt_tuning"}
 

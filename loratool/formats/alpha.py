@@ -1,8 +1,8 @@
-"""What alpha an adapter has: every place where its file states it, what was given beside it, and where the two contradict.
+"""The alpha of an adapter: where its file states it, what the user gives, and whether they contradict each other.
 
-Alpha decides how strongly an adapter acts (its scaling is alpha / rank), and programs keep it in different places: a tensor for
-each module, a configuration, or a word in the file's metadata. All of them are read. Two that contradict are refused, since one
-of them is wrong and a guess would be a merge of another strength; ``--alpha`` then says which is right.
+Alpha decides how strongly an adapter acts (its scaling is alpha / rank). Programs store it in different places: a tensor for
+each module, a configuration, or the file's metadata. All of them are read. Contradictions are refused, because a wrong guess
+would merge at the wrong strength; ``--alpha`` then decides.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from loratool.errors import AdapterError, quoted
 from loratool.updates.low_rank import LARGEST_SCALING
 
 Alpha = float | Literal["rank"]
-"""Alpha as a user gives it: a number, or ``rank``: each module's own rank, so that its scaling is 1."""
+"""Alpha as a user gives it: a number, or ``rank`` for each module's own rank, a scaling of 1."""
 
 RANK: Final = "rank"
 CONFIGURATION: Final = "its configuration"
-"""The place of what a PEFT configuration states."""
+"""The place of a statement in a PEFT configuration, for messages."""
 
 RANK_WORDS: Final = "each module's rank"
 _WORD: Final = re.compile(r"(?:[\w.-]+\.)?(?:lora_|network_)?alpha|ss_network_alpha|adapter\.lora\.alpha")
-"""The metadata keys under which trainers state one alpha for all modules, some behind a component's name."""
+"""Metadata keys under which trainers state one alpha for all modules, some prefixed by a component's name."""
 
 _HALF: Final = 2.0**-8
-"""A number kept in bf16 is off by less than this share of itself."""
+"""Bound of the relative rounding error of bf16."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """What one place says: the alpha of each module that it speaks of.
+    """What one place states: the alpha of each module that it mentions.
 
     Attributes:
-        place: where it stands, for messages: ``the tensor 'x.alpha'``, ``its metadata 'lora_alpha'``.
-        alphas: by module.
-        is_rough: the numbers were kept in 16 bits, so that they are near the true ones only.
+        place: the place, for messages: ``the tensor 'x.alpha'``, ``its metadata 'lora_alpha'``.
+        alphas: the alphas by module.
+        is_rough: whether the numbers were stored in 16 bits and are only approximate.
     """
 
     place: str
@@ -48,7 +48,7 @@ class Statement:
 
 
 def metadata_statements(metadata: Mapping[str, Any], modules: Iterable[str]) -> list[Statement]:
-    """What a file's metadata state in single words (``lora_alpha``, ``ss_network_alpha``, ``transformer.lora_alpha``, ...)."""
+    """Return what single keys of the metadata state (``lora_alpha``, ``ss_network_alpha``, ``transformer.lora_alpha``, ...)."""
     names = list(modules)
     found = []
     for key, text in sorted(metadata.items()):
@@ -66,19 +66,19 @@ def metadata_statements(metadata: Mapping[str, Any], modules: Iterable[str]) -> 
 
 def settled(ranks: Mapping[str, int], statements: Sequence[Statement], given: Alpha | None, source: str, *,
             absent_is_rank: bool = False, unstated: str = "") -> tuple[dict[str, float], tuple[str, ...]]:  # fmt: skip
-    """The alpha of each module, and notes on where it came from.
+    """Return the alpha of each module, and notes on its source.
 
     Args:
         ranks: the rank of each module.
         statements: what the file states, the most exact place first.
-        given: what the user says.
+        given: the user's alpha.
         source: the file, for messages.
-        absent_is_rank: in this format a module of which nothing is stated has its rank as alpha.
-        unstated: why nothing is stated, where that can be said.
+        absent_is_rank: whether in this format a module without a stated alpha has its rank as alpha.
+        unstated: why nothing is stated, if known.
 
     Raises:
-        AdapterError: two places contradict each other, `given` contradicts all of them, nothing is stated and nothing given,
-            or a number is not finite.
+        AdapterError: two places contradict each other, `given` contradicts all of them, alpha is neither stated nor given,
+          or a number is not finite.
     """
     said = {module: [(each, each.alphas[module]) for each in statements if module in each.alphas] for module in ranks}
     if given is None:
@@ -122,27 +122,27 @@ def _notes(said: Mapping[str, Sequence[tuple[Statement, float]]], given: Alpha |
     silent = [module for module, stated in said.items() if not stated]
     if given is not None and silent:
         what = f"alpha is {given:g}" if given != RANK else "alpha is each module's rank"
-        return (f"the file says nothing of its scaling: {what}, as you gave it",)
+        return (f"the file does not state its alpha: {what}, as you gave it",)
     if given is None and len(silent) == len(said):
         return ("the file states no alpha; in its format that means each module's own rank, a scaling of 1",)
     return ()
 
 
 def agree(one: float, other: float, *places: Statement) -> bool:
-    """Whether two numbers are the same alpha, as exactly as the places keep it that they are from."""
+    """Return whether two numbers are the same alpha, within the precision of their places."""
     return math.isclose(one, other, rel_tol=_HALF if any(place.is_rough for place in places) else 1e-6)
 
 
 def _checked(alpha: float, source: str) -> float:
     if not math.isfinite(alpha) or abs(alpha) > LARGEST_SCALING:
         raise AdapterError(
-            f"lora_alpha of {quoted(source)} is {alpha:g}, which no fp32 number is; give another --alpha"
+            f"lora_alpha of {quoted(source)} is {alpha:g}, which fp32 cannot represent; give another --alpha"
         )
     return alpha
 
 
 def _number(text: object) -> float | None:
-    """A finite number in metadata; None for words (kohya writes ``Dynamic`` and ``None``)."""
+    """Return a finite number in metadata; None for words (kohya writes ``Dynamic`` and ``None``)."""
     try:
         value = float(text) if isinstance(text, str | int | float) and not isinstance(text, bool) else math.nan
     except ValueError:

@@ -1,4 +1,4 @@
-"""Adapters whose leading components are an update at every rank (`Kind.nested`), at one of their ranks."""
+"""Adapters whose leading components form an update at every rank (`Kind.nested`), cut to one of their ranks."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from loratool.updates.low_rank import LowRank
 
 
 def module_alphas(adapter: Adapter, rank: int, law: ScalingLaw) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each module of a DyLoRA cut to `rank`; one that has less keeps what it has.
+    """Return rank and alpha of each module of a DyLoRA cut to `rank`; modules of smaller rank are unchanged.
 
     Raises:
         AdapterError: `rank` is not among the ranks 1..r.
     """
     if not 1 <= rank <= (adapter.rank or 0):
-        raise AdapterError(f"{quoted(adapter.name)} has the ranks 1 to {adapter.rank}; {rank} is none of them")
+        raise AdapterError(f"{quoted(adapter.name)} has the ranks 1 to {adapter.rank}; {rank} is not one of them")
     lora = adapter.settings
     return {
         module: (
@@ -32,10 +32,10 @@ def module_alphas(adapter: Adapter, rank: int, law: ScalingLaw) -> dict[str, tup
 
 
 def at_rank(adapter: Adapter, rank: int) -> Adapter:
-    """A DyLoRA that acts at `rank`; its files stay whole.
+    """Return a DyLoRA that acts at `rank`; its files are unchanged.
 
     Raises:
-        AdapterError: it is no DyLoRA, or `rank` is not among the ranks 1..r.
+        AdapterError: it is not a DyLoRA, or `rank` is not among the ranks 1..r.
     """
     kind = kind_named(adapter.kind)
     if not kind.nested:

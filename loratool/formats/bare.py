@@ -1,4 +1,4 @@
-"""LoRA factors without a PEFT configuration: one is made of their ranks and of the alpha that is stated or given."""
+"""LoRA factors without a PEFT configuration: one is made from their ranks and the stated or given alpha."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SIXTEEN_BITS: Final = ("F16", "BF16")
 
 def bare_config(files: AdapterFiles, given: Alpha | None, *,
                 absent_is_rank: bool = False) -> tuple[dict[str, Any], tuple[str, ...]]:  # fmt: skip
-    """Return a PEFT configuration that gives each module its rank and its alpha, and notes on where the alpha came from.
+    """Return a PEFT configuration with each module's rank and alpha, and notes on the source of alpha.
 
-    With `absent_is_rank`, a file that states no alpha means each module's rank by it.
+    With `absent_is_rank`, alpha is each module's rank if the file states none.
 
     Raises:
-        UnsupportedError, AdapterError: the tensors are no LoRA's, or alpha is not stated, or twice and differently.
+        UnsupportedError, AdapterError: the tensors are not a LoRA's, or alpha is missing or contradictory.
     """
     ranks = {module: a.shape[0] for module, (a, _) in pair_factors(files.tensors, files.source).items()}
     stated, use_rslora = stated_alphas(files, ranks)
@@ -41,16 +41,16 @@ def bare_config(files: AdapterFiles, given: Alpha | None, *,
 
 
 def unstated(files: AdapterFiles) -> str:
-    """Why a file states no alpha, for messages: PEFT keeps it in a file of its own, which may be missing."""
+    """Return why a file states no alpha, for messages: PEFT stores it in a separate file, which may be missing."""
     is_peft = files.file.name in (WEIGHTS_NAME, INDEX_NAME) and CONFIG_NAME not in files.beside
     return f" (there is no {CONFIG_NAME} beside it)" if is_peft else ""
 
 
 def stated_alphas(files: AdapterFiles, ranks: Mapping[str, int]) -> tuple[list[Statement], bool]:
-    """What tensors and metadata state of the alphas of modules with these ranks, and whether metadata say that it is rsLoRA.
+    """Return what tensors and metadata state about the alphas of modules with these ranks, and whether it is an rsLoRA.
 
     Raises:
-        UnsupportedError, AdapterError: a statement cannot be read, or speaks of a module that has no factors.
+        UnsupportedError, AdapterError: a statement is invalid, or concerns a module without factors.
     """
     configured, use_rslora = statements(files.metadata, ranks, files.source)
     return [
@@ -59,10 +59,10 @@ def stated_alphas(files: AdapterFiles, ranks: Mapping[str, int]) -> tuple[list[S
 
 
 def config_statement(files: AdapterFiles, ranks: Mapping[str, int]) -> Statement | None:
-    """What a PEFT configuration states that lies beside tensors in another format; None where there is none that states alpha.
+    """Return what a PEFT configuration beside tensors in another format states; None if it is absent or states no alpha.
 
     Raises:
-        UnsupportedError, AdapterError: it asks for what is not computed, or has a pattern that fits no module.
+        UnsupportedError, AdapterError: it asks for an uncomputed feature, or has a pattern that matches no module.
     """
     if files.config.get("lora_alpha") is None or "r" not in files.config:
         return None
@@ -72,14 +72,14 @@ def config_statement(files: AdapterFiles, ranks: Mapping[str, int]) -> Statement
     lost = set(lora.alpha_pattern.values()) - set(alphas.values())
     if lost:
         raise AdapterError(
-            f"alpha_pattern in {quoted(files.config_source)} gives some module the alpha {min(lost):g}, and fits none in "
+            f"alpha_pattern in {quoted(files.config_source)} gives some module the alpha {min(lost):g}, but matches none in "
             f"{quoted(files.source)}; save the adapter again"
         )
     return Statement(CONFIGURATION, alphas)
 
 
 def described_alpha(files: AdapterFiles, ranks: Mapping[str, int]) -> float | None:
-    """The alpha that metadata or a configuration state for most modules, in a format that is not read; None where none does."""
+    """Return the alpha stated for most modules by metadata or a configuration, in a format that is not read; None if none is."""
     modules = ranks or {"": 1}
     try:
         configured, _ = statements(files.metadata, ranks, files.source)
@@ -92,7 +92,7 @@ def described_alpha(files: AdapterFiles, ranks: Mapping[str, int]) -> float | No
 
 
 def tensor_statements(files: AdapterFiles, ranks: Mapping[str, int]) -> list[Statement]:
-    """What the tensors ``<module>.alpha`` state; 0 means the rank, as the program that writes them takes it."""
+    """Return what the tensors ``<module>.alpha`` state; 0 means the rank, as in the program that writes them."""
     return [
         Statement(f"the tensor {quoted(info.name)}", {module: _alpha(info, module, ranks)}, info.dtype in SIXTEEN_BITS)
         for module, info in sorted(alpha_tensors(files.tensors).items())
@@ -101,5 +101,5 @@ def tensor_statements(files: AdapterFiles, ranks: Mapping[str, int]) -> list[Sta
 
 def _alpha(info: TensorInfo, module: str, ranks: Mapping[str, int]) -> float:
     if module not in ranks:
-        raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} is the alpha of a module that has no factors")
+        raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} is the alpha of a module without factors")
     return read_scalar(info) or float(ranks[module])

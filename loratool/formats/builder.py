@@ -1,4 +1,4 @@
-"""How adapters of one kind are made of tensors under PEFT's names, and their tensors named again.
+"""How adapters of one kind are built from tensors with PEFT's names, and how their tensors are named when written.
 
 A kind that loratool computes has a `Builder` in its file, and a row in `formats.builders`.
 """
@@ -17,7 +17,7 @@ from loratool.formats.lora_config import LoraConfig
 from loratool.updates import Update
 
 Factors = Mapping[str, Mapping[str, TensorInfo]]
-"""The tensors of each module by the letters of the kind's paper."""
+"""The tensors of each module by the letters in the kind's paper."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Builder:
     """One kind of adapter.
 
     Attributes:
-        read: the adapter of files that hold nothing else, for an alpha that the user gives or None.
-        parse: its configuration, checked; the file's name is for messages.
-        updates: the update of each module, from its tensors and its configuration.
-        key: the name that PEFT gives to a tensor of a module, by its letter.
+        read: reads an adapter from files that contain only this kind, given the user's alpha or None.
+        parse: parses and checks a configuration; the file's name is for messages.
+        updates: returns the update of each module, from its tensors and the configuration.
+        key: returns PEFT's name of a module's tensor, given its letter.
     """
 
     read: Callable[[AdapterFiles, Alpha | None], Adapter]

@@ -1,4 +1,4 @@
-"""The kinds of adapter that loratool computes, each with its builder."""
+"""The builder of each kind of adapter that loratool computes."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ BUILDERS: Final[Mapping[str, Builder]] = MappingProxyType({
     adalora.NAME: adalora.BUILDER,
     dora.NAME: dora.BUILDER,
 })  # fmt: skip
-"""Every computed kind of `formats.kinds` by its name."""
+"""The builder of every computed kind in `formats.kinds`, by name."""

@@ -1,4 +1,4 @@
-"""What an adapter's tensors are, whatever file they lie in: a digest by which a copy in another file is known."""
+"""A digest of an adapter's tensors that does not depend on their file, to recognize copies in other files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from loratool.formats.adapter import Adapter
 
 
 def content_of(adapter: Adapter) -> str:
-    """The fingerprint of an adapter's tensors, 64 hexadecimal digits; made as a base's is (`checkpoint.fingerprint`).
+    """Return the fingerprint of an adapter's tensors, 64 hexadecimal digits, computed like a base's (`checkpoint.fingerprint`).
 
-    A PEFT folder and the single file made of it have one, though not the same sha256. How the tensors are scaled does not
-    enter.
+    A PEFT folder and the single file made from it have the same fingerprint, but different sha256. Scaling does not affect it.
     """
     tensors = {
         parameter if update.replaces else f"{module_of(parameter)}.{letter}": info

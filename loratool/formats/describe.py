@@ -1,4 +1,4 @@
-"""What an adapter holds, told from the names and shapes of its tensors: its kind, its modules and their ranks."""
+"""Find an adapter's kind, modules and ranks from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Split = Callable[[str], tuple[str, str] | None]
 Parts = Mapping[str, TensorInfo]
 
 NEVER_ALONE: Final = ("full", "trainable_tokens", "ln_tuning")
-"""Kinds that stand beside another one without making it a mixture: norms and biases beside LoKr, tokens beside LoRA."""
+"""Kinds that may accompany another one without making a mixture: norms and biases with LoKr, tokens with LoRA."""
 
 
 def parts_of(tensors: Mapping[str, TensorInfo], split: Split) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each module by their parts; what `split` does not know is left out."""
+    """Return the tensors of each module by part; names that `split` does not know are omitted."""
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in sorted(tensors.items()):
         where = split(name)
@@ -27,7 +27,7 @@ def parts_of(tensors: Mapping[str, TensorInfo], split: Split) -> dict[str, dict[
 
 
 def kind_of(modules: Mapping[str, Parts]) -> str | None:
-    """The kind that the parts of all modules together are of; None where they tell nothing."""
+    """Return the kind that the parts of all modules show; None if they show none."""
     kinds = {found.name for parts in modules.values() if (found := _kind_of_parts(parts)) is not None}
     if len(kinds) > 1:
         kinds -= set(NEVER_ALONE)
@@ -37,7 +37,7 @@ def kind_of(modules: Mapping[str, Parts]) -> str | None:
 
 
 def ranks_of(modules: Mapping[str, Parts], name: str, axes: Mapping[str, int] | None = None) -> dict[str, int]:
-    """The rank of each module of which its tensors tell it; `axes` are a format's own, by part."""
+    """Return the rank of each module whose tensors show it; `axes` are a format's own axes, by part."""
     rules = tuple((axes or {}).items()) or kind_named(name).ranks or KINDS[LORA].ranks
     found = {module: _rank(parts, rules) for module, parts in modules.items()}
     return {module: rank for module, rank in found.items() if rank is not None}

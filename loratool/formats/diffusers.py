@@ -1,7 +1,7 @@
 """diffusers' LoRA files: PEFT's letters behind the component's name (``unet.``, ``transformer.``, ``text_encoder.``).
 
-A component's own file has no prefix, and its configuration under ``lora_adapter_metadata``. No alpha anywhere means each module's
-rank (diffusers 0.42).
+A single component's file has no prefix, and has its configuration under ``lora_adapter_metadata``. If no alpha is stated, it is
+each module's rank (diffusers 0.42).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PREFIX: Final = re.compile(r"(?:unet|transformer|transformer_2|prior|text_encod
 _LANGUAGE_MODEL: Final = re.compile(
     r"transformer\.(?:h\.|encoder\.layers\.|wte\b|wpe\b|word_embeddings\b|blocks\.\d+\.(?:attn\.(?:Wqkv|out_proj)|ffn\.|norm_attn))"
 )
-"""Names of language models whose own first component is ``transformer`` (GPT-2, Falcon, MPT, ChatGLM)."""
+"""Module names of language models that begin with ``transformer`` themselves (GPT-2, Falcon, MPT, ChatGLM)."""
 
 _NAME: Final = re.compile(
     r"(?P<module>.+?)\.(?P<part>lora_[AB](?:\.default)?\.weight|lora\.(?:down|up)\.weight|lora_(?:down|up)\.weight"
@@ -55,7 +55,7 @@ def _read(files: AdapterFiles, given: Alpha | None) -> Adapter:
     old = next((name for name in files.tensors if ".lora.down." in name or ".lora.up." in name), None)
     if old is not None:
         raise UnsupportedError(
-            f"{quoted(files.source)} has the letters of an older diffusers ({quoted(old)}), which loratool does not read yet; "
+            f"{quoted(files.source)} has tensor names of an older diffusers ({quoted(old)}), which loratool does not read yet; "
             "load it with diffusers and save it again"
         )
     return read_dotted(files, given)

@@ -1,6 +1,6 @@
 """The LoRA files of diffusers' first releases: attention processors, ``...attn1.processor.to_q_lora.down.weight``.
 
-``to_out_lora`` is ``to_out.0``, text encoders have ``.lora_linear_layer.down.weight``, and nothing states a scale: it is 1.
+``to_out_lora`` is ``to_out.0``, text encoders have ``.lora_linear_layer.down.weight``, and the scaling is always 1.
 """
 
 from __future__ import annotations
@@ -36,5 +36,7 @@ def _describe(files: AdapterFiles) -> Description:
     return Description(LORA, ranks_of(modules, LORA), None, tuple(modules), why_not=WHY_NOT)
 
 
-WHY_NOT: Final = "loratool does not read the files of the first diffusers yet; load it with diffusers and save it again"
+WHY_NOT: Final = (
+    "loratool does not read files of early diffusers releases yet; load it with diffusers and save it again"
+)
 FORMAT: Final = AdapterFormat("diffusers-old", "old diffusers", _claims, _split, _describe, why_not=WHY_NOT)

@@ -1,7 +1,7 @@
-"""DoRA (Liu et al. 2024, arXiv:2402.09353) under PEFT's names: a LoRA, and ``lora_magnitude_vector`` of each module.
+"""DoRA (Liu et al. 2024, arXiv:2402.09353) in PEFT's names: a LoRA with a ``lora_magnitude_vector`` for each module.
 
-PEFT 0.21 saves the magnitudes of a linear layer as (out_features,), without ``.weight`` behind the name; with it where a model's
-state was saved.
+PEFT 0.21 saves the magnitudes of a linear layer as (out_features,), without ``.weight`` at the end of the name. A saved model
+state has the suffix.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_dora(files: AdapterFiles, given: Alpha | None) -> Adapter:
 
 
 def dora_updates(factors: Factors, lora: LoraConfig) -> dict[str, Update]:
-    """The update of each module."""
+    """Return the update of each module."""
     updates: dict[str, Update] = {}
     for module, product in lora_updates(factors, lora).items():
         assert isinstance(product, LowRank)
@@ -64,12 +64,12 @@ def dora_updates(factors: Factors, lora: LoraConfig) -> dict[str, Update]:
 
 
 def dora_key(module: str, letter: str) -> str:
-    """The name that PEFT gives to factor ``A`` or ``B`` of `module`, or to its magnitudes ``m``."""
+    """Return PEFT's name of factor ``A`` or ``B`` of `module`, or of its magnitudes ``m``."""
     return f"{PREFIX}{module}.lora_magnitude_vector" if letter == "m" else peft_key(module, letter)
 
 
 def _split(tensors: Mapping[str, TensorInfo], source: str) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-    """The magnitudes by module, and all other tensors by name."""
+    """Return the magnitudes by module, and all other tensors by name."""
     magnitudes: dict[str, TensorInfo] = {}
     rest = {}
     for name, info in sorted(tensors.items()):

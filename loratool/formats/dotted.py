@@ -1,7 +1,7 @@
-"""LoRA under dotted module names, as ComfyUI and many trainers of image and video models write it, and kohya's letters likewise.
+"""LoRA with dotted module names, as written by ComfyUI and many trainers of image and video models.
 
-``diffusion_model.<module>.lora_A.weight`` or ``.lora_down.weight``, and perhaps ``<module>.alpha``; the scaling is 1 without it.
-The modules are the original model's, so they land on a checkpoint that has the original names.
+The names are ``diffusion_model.<module>.lora_A.weight`` or ``.lora_down.weight``, and optionally ``<module>.alpha``; without it
+the scaling is 1. The modules are the original model's, so they land on a checkpoint with the original names.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def split_dotted(name: str) -> tuple[str, str] | None:
 
 
 def describe_dotted(files: AdapterFiles, split: Split | None = None) -> Description:
-    """Return what the tensors and a trainer's metadata tell."""
+    """Return what the tensors and a trainer's metadata describe."""
     return describe_kohya(files, split or split_dotted)
 
 
 def read_dotted(files: AdapterFiles, given: Alpha | None) -> Adapter:
-    """Read a LoRA of linear layers; errors as `peft.read`."""
+    """Read a LoRA of linear layers; raises like `peft.read`."""
     return read_pairs(files, given, absent_is_rank=True)
 
 

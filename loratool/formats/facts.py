@@ -1,8 +1,8 @@
-"""What loratool records beside an adapter (``loratool.json``, or ``loratool`` in a single file's metadata), from a stranger.
+"""Checks of loratool's facts about an adapter (``loratool.json``, or ``loratool`` in a single file's metadata).
 
-It says what the adapter is and came from: ``schema``, ``kind``, ``scaling``, ``base_fingerprint``, ``lineage``, ``recipe``,
-``metrics``. Nothing in it is ever run, opened or trusted; here it is held to what loratool writes, so that nothing else
-gets into a catalogue or onto a terminal.
+Facts record what the adapter is and came from: ``schema``, ``kind``, ``scaling``, ``base_fingerprint``, ``lineage``, ``recipe``,
+``metrics``. They may come from a stranger, so nothing in them is run, opened or trusted. The checks accept only what loratool
+writes, so that nothing else gets into a catalogue or onto a terminal.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ LONGEST_NAME: Final = 200
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _OPERATION: Final = re.compile(r"[a-z][a-z_-]{0,31}")
 _HARMLESS: Final = str.maketrans("", "", "\n\t\r\u200c\u200d")
-"""Line ends in a text, and what joins letters and emoji."""
+"""Allowed control characters: line ends, and joiners of letters and emoji."""
 
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """What an adapter came from, as its facts record it."""
+    """A parent of an adapter, as recorded in its facts."""
 
     name: str
     sha256: str | None
 
 
 def check_facts(facts: Mapping[str, Any], source: str) -> None:
-    """Hold the facts of an adapter from elsewhere to what loratool writes; `source` names their file.
+    """Check that the facts of an adapter are what loratool writes; `source` names their file.
 
     Raises:
-        AdapterError: they are too large or deep, hold control characters or impossible numbers, or a key that loratool
-            knows has another type; or they are of a newer loratool.
+        AdapterError: they are too large or too deeply nested, contain control characters or impossible numbers, have a known
+          key of another type, or are from a newer loratool.
     """
     reason = _why_wrong(facts)
     if reason is not None:
@@ -57,7 +57,7 @@ def check_facts(facts: Mapping[str, Any], source: str) -> None:
 
 
 def lineage_of(facts: Mapping[str, Any]) -> tuple[str, tuple[Parent, ...], dict[str, Any]] | None:
-    """The operation that checked facts say an adapter came from, its parents, and the figures that belong to it."""
+    """Return the operation that made an adapter, its parents, and the operation's figures, from checked facts."""
     lineage = facts.get("lineage")
     if not isinstance(lineage, dict) or not lineage.get("parents"):
         return None
@@ -66,7 +66,7 @@ def lineage_of(facts: Mapping[str, Any]) -> tuple[str, tuple[Parent, ...], dict[
 
 
 def parents_of(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """The sha256 of the adapters that one was made of, as its facts record it; what is no such record is passed over."""
+    """Return the recorded sha256 of the adapters that one was made from; ignore invalid records."""
     lineage = facts.get("lineage")
     parents = lineage.get("parents") if isinstance(lineage, Mapping) else None
     if not isinstance(parents, list):
@@ -92,14 +92,14 @@ def _why_wrong(facts: Mapping[str, Any]) -> str | None:
         return f"its base_fingerprint is {quoted(facts['base_fingerprint'], 40)}"
     for key in ("recipe", "metrics", "lineage"):
         if not isinstance(facts.get(key, {}), dict | None):
-            return f"its {key} is no object"
+            return f"its {key} is not an object"
     return _why_no_lineage(facts.get("lineage") or {})
 
 
 def _why_no_lineage(lineage: Mapping[str, Any]) -> str | None:
     parents = lineage.get("parents", [])
     if not isinstance(parents, list) or len(parents) > MOST_PARENTS:
-        return f"its lineage is no list of at most {MOST_PARENTS} parents"
+        return f"its lineage is not a list of at most {MOST_PARENTS} parents"
     if parents and not (isinstance(lineage.get("operation"), str) and _OPERATION.fullmatch(lineage["operation"])):
         return f"the operation of its lineage is {quoted(lineage.get('operation'), 40)}"
     for parent in parents:
@@ -114,7 +114,7 @@ def _is_digest(value: object) -> bool:
 
 
 def _depth(value: object) -> int:
-    """How deep JSON is nested, as far as it matters; counted without recursion."""
+    """Return how deep JSON is nested, up to just over the limit, without recursion."""
     depth, level = 0, [value]
     while level and depth <= DEEPEST:
         depth += 1
@@ -128,7 +128,7 @@ def _depth(value: object) -> int:
 
 
 def _odd_text(value: object) -> str | None:
-    """A text in JSON, key or value, that could drive a terminal."""
+    """Return a key or value in JSON with control characters that a terminal would interpret."""
     match value:
         case str():
             plain = value.translate(_HARMLESS)

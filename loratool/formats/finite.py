@@ -15,19 +15,21 @@ EXPONENTS: Final = {
     "F16": ("<u2", 0x1F << 10),
     "BF16": ("<u2", 0xFF << 7),
 }
-"""For each floating-point dtype the integer of its size, and the bits that are all set in NaN and infinity alone."""
+"""For each floating-point dtype, the integer type of its size and the bits that are all set only in NaN and infinity."""
 
 
 def refuse_not_finite(adapter: Adapter) -> None:
-    """Raise AdapterError if a factor holds NaN or infinity, or is of no floating-point dtype."""
+    """Raise AdapterError if a factor contains NaN or infinity, or its dtype is not a floating-point type."""
     for info in adapter.tensors:
         if info.dtype not in EXPONENTS:
-            raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, no factor's")
+            raise AdapterError(
+                f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, which a factor cannot have"
+            )
     refuse_numbers_not_finite(adapter.tensors)
 
 
 def refuse_numbers_not_finite(tensors: Iterable[TensorInfo]) -> None:
-    """Raise AdapterError if a tensor of a floating-point dtype holds NaN or infinity; one is read at a time."""
+    """Raise AdapterError if a floating-point tensor contains NaN or infinity; tensors are read one at a time."""
     import numpy as np
 
     for info in tensors:

@@ -1,7 +1,7 @@
 """GGUF adapters, as llama.cpp's ``convert_lora_to_gguf.py`` writes them: ``<base tensor>.weight.lora_a`` and ``.lora_b``.
 
-The key-value pairs say what it is (``general.type`` adapter, ``adapter.type`` lora), for which architecture, and its alpha; an
-alpha of 0 means a scaling of 1.
+The key-value pairs give the type (``general.type`` adapter, ``adapter.type`` lora), the architecture and alpha. An alpha of 0
+means a scaling of 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _claims(files: AdapterFiles) -> bool:
         return False
     if files.metadata.get("general.type") != "adapter":
         raise AdapterError(
-            f"{quoted(files.source)} is a GGUF model and no adapter; loratool takes GGUF files of adapters only"
+            f"{quoted(files.source)} is a GGUF model, not an adapter; loratool accepts GGUF files of adapters only"
         )
     return True
 
