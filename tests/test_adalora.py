@@ -250,7 +250,7 @@ def test_a_damaged_adalora_is_refused_with_what_is_wrong(case: str, pruned: Path
 
 
 @pytest.mark.parametrize(
-    ("ranknum", "message"), [(1e9, "no rank"), (0.0, "began with ranks"), (2.5, "began with ranks")]
+    ("ranknum", "message"), [(1e9, "not a rank"), (0.0, "began with ranks"), (2.5, "began with ranks")]
 )
 def test_a_state_dict_that_began_with_no_rank_is_refused(ranknum: float, message: str, tmp_path: Path) -> None:
     tensors = {"q.lora_A": torch.ones(2, 6), "q.lora_E": torch.ones(2, 1), "q.lora_B": torch.ones(10, 2)}

@@ -1,4 +1,4 @@
-"""What an adapter is, whatever its kind and format: what the catalogue keeps of it. Nothing is computed; no torch is imported."""
+"""Identify an adapter of any kind and format, for the catalogue, without computing its update and without torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from loratool.formats.table import format_of
 from loratool.formats.trained_beside import with_trained_beside
 
 LONGEST_FAMILY: Final = 255
-"""Characters of the family's name that the catalogue keeps."""
+"""Length limit of a family's name in the catalogue, in characters."""
 
 
 def told_adapter(path: Path, alpha: Alpha | None = None) -> AnyAdapter:
-    """Return the adapter at `path`, or what is told of it where loratool does not compute it.
+    """Return the adapter at `path`, or its identity if loratool does not compute it.
 
     Args:
         path: of its folder or file.
@@ -32,14 +32,14 @@ def told_adapter(path: Path, alpha: Alpha | None = None) -> AnyAdapter:
 
     Raises:
         NotFoundError: nothing is there.
-        AdapterError: it is no adapter that can be told, is damaged, or a pickle; or it can be computed and states no alpha.
+        AdapterError: it is not a recognizable adapter, is damaged or a pickle, or can be computed but states no alpha.
     """
     found = identify(path, alpha)
     return found if found.adapter is None else found.adapter
 
 
 def identify(path: Path, alpha: Alpha | None = None) -> Identity:
-    """Tell what the adapter at `path` is, and read it where loratool can.
+    """Identify the adapter at `path`, and read it if loratool can.
 
     Args:
         path: of its folder or file.
@@ -47,13 +47,13 @@ def identify(path: Path, alpha: Alpha | None = None) -> Identity:
 
     Raises:
         NotFoundError: nothing is there.
-        AdapterError: it is no adapter that can be told, is damaged, or a pickle; or it could be read and states no alpha.
+        AdapterError: it is not a recognizable adapter, is damaged or a pickle, or can be read but states no alpha.
     """
     return identify_files(open_adapter(path), alpha)
 
 
 def identify_files(files: AdapterFiles, alpha: Alpha | None = None) -> Identity:
-    """The same for files that were opened."""
+    """Do the same for files that are already open."""
     found = format_of(files)
     try:
         adapter = read_files(files, alpha)
@@ -65,7 +65,7 @@ def identify_files(files: AdapterFiles, alpha: Alpha | None = None) -> Identity:
 
 
 def refuse_broken_numbers(found: AnyAdapter) -> None:
-    """Raise AdapterError if the adapter's tensors hold NaN or infinity."""
+    """Raise AdapterError if the adapter's tensors contain NaN or infinity."""
     if isinstance(found, Adapter):
         refuse_not_finite(found)
     else:
@@ -79,7 +79,7 @@ def refuse_alpha(found: AnyAdapter, alpha: Alpha | None) -> None:
 
 
 def _refuse_hollow(files: AdapterFiles, found: AdapterFormat, said: Description) -> None:
-    """Raise AdapterError if the tensors of an adapter that is not computed are empty, or none is of its kind."""
+    """Raise AdapterError if an uncomputed adapter has an empty tensor, or no tensor of its kind."""
     empty = next((info for info in files.tensors.values() if 0 in info.shape), None)
     if empty is not None:
         raise AdapterError(
@@ -89,8 +89,8 @@ def _refuse_hollow(files: AdapterFiles, found: AdapterFormat, said: Description)
     are_named_alike = said.kind in KINDS and said.kind not in NEVER_ALONE
     if not files.tensors or (are_named_alike and not any(map(found.split, files.tensors))):
         raise AdapterError(
-            f"{quoted(files.config_source)} says {kind_named(said.kind).title}, and {quoted(files.source)} holds no tensor of "
-            "it; download or save the adapter again"
+            f"{quoted(files.config_source)} says {kind_named(said.kind).title}, but {quoted(files.source)} has no tensor of "
+            "that kind; download or save the adapter again"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is told of an adapter, whatever its kind and format, whether loratool computes it or not."""
+"""The identity of an adapter of any kind and format, whether or not loratool computes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from loratool.formats.adapter_files import AdapterFiles
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What is told of one adapter.
+    """The identity of one adapter.
 
     Attributes:
         name: its folder's or file's name.
@@ -23,16 +23,16 @@ class Identity:
         sha256: its fingerprint.
         format: the word for its format (`formats.table`).
         kind: the word for its kind (`formats.kinds`).
-        adapter: the adapter itself, where loratool computes it; else None.
-        why_not: why loratool does not compute it, with the way out; None where it does.
-        ranks: the rank of each module of which it is told.
-        alpha: what is stated for most modules.
-        scaling: what multiplies the update: one number, or that of each module.
+        adapter: the adapter itself if loratool computes it, else None.
+        why_not: why loratool does not compute it, and what to do; None if it does.
+        ranks: the rank of each module, where known.
+        alpha: the alpha stated for most modules.
+        scaling: the factor of the update: one number, or one for each module.
         modules: the modules that it changes.
         config: its configuration, as JSON.
         facts: what loratool recorded beside it.
-        base_model: its base's Hub id, path or name, as it is stated.
-        family: the family of models that it is for, in its trainer's word.
+        base_model: the stated Hub id, path or name of its base.
+        family: the model family that it is for, as its trainer names it.
         notes: what a user should know about how it was read.
     """
 
@@ -60,7 +60,7 @@ class Identity:
 
     @property
     def states(self) -> tuple[FileState, ...]:
-        """The states of its files, when they were opened."""
+        """The states of its files when they were opened."""
         return self.files.states
 
     @property
@@ -70,12 +70,12 @@ class Identity:
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """What a configuration would call the modules, once each, sorted."""
+        """The distinct targets of its modules, as a configuration names them, sorted."""
         return tuple(sorted({target_of(module) for module in self.modules}))
 
     @property
     def dtype(self) -> str:
-        """The dtype of its tensors as its file spells it, or ``mixed`` where they have several; alphas do not count."""
+        """The dtype of its tensors in its file's spelling, or ``mixed`` for several dtypes; alphas do not count."""
         if self.adapter is not None:
             return self.adapter.dtype
         dtypes = {info.dtype for info in self.files.tensors.values() if math.prod(info.shape) > 1}
@@ -83,22 +83,22 @@ class Identity:
 
     @property
     def parameter_count(self) -> int:
-        """Numbers in its tensors."""
+        """The count of numbers in its tensors."""
         if self.adapter is not None:
             return self.adapter.parameter_count
         return sum(math.prod(info.shape) for info in self.files.tensors.values())
 
     @property
     def tensor_count(self) -> int:
-        """How many tensors its files hold."""
+        """The number of tensors in its files."""
         return len(self.files.tensors)
 
     @property
     def base_fingerprint(self) -> str | None:
-        """The fingerprint of the base that it was trained on, where it is recorded."""
+        """The fingerprint of the base that it was trained on, if recorded."""
         recorded = self.facts.get("base_fingerprint")
         return recorded if isinstance(recorded, str) and recorded else None
 
 
 AnyAdapter = Adapter | Identity
-"""An adapter, or where loratool does not compute it, what is told of it."""
+"""An adapter, or its identity if loratool does not compute it."""

@@ -1,7 +1,7 @@
-"""A sharded adapter as one file: its tensors sorted by name, ``{"format": "pt"}`` as metadata, and nothing else.
+"""A sharded adapter as one file, with only its tensors, sorted by name, and the metadata ``{"format": "pt"}``.
 
-That file is what the catalogue keeps and what a sharded adapter's fingerprint is the sha256 of, so the same tensors have the same
-fingerprint however they are cut into shards.
+The catalogue keeps that file, and its sha256 is the adapter's fingerprint. The fingerprint therefore does not depend on how the
+tensors are cut into shards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHUNK: Final = 1 << 20
 
 
 def joined_content(tensors: Mapping[str, TensorInfo]) -> Iterator[bytes]:
-    """The bytes of the one safetensors file that holds these tensors, piece by piece.
+    """Yield the bytes of the single safetensors file that contains these tensors, piece by piece.
 
     Raises:
         AdapterError: a file became shorter while it was read.
@@ -29,7 +29,7 @@ def joined_content(tensors: Mapping[str, TensorInfo]) -> Iterator[bytes]:
 
 
 def joined_size(tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of that file."""
+    """Return the size of that file in bytes."""
     return len(_header(tensors)) + sum(info.nbytes for info in tensors.values())
 
 
@@ -38,7 +38,7 @@ def _header(tensors: Mapping[str, TensorInfo]) -> bytes:
 
 
 def sha256_of_content(content: Iterable[bytes]) -> str:
-    """sha256 of the pieces of a file, 64 hexadecimal digits."""
+    """Return the sha256 of a file given in pieces, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for piece in content:
         digest.update(piece)

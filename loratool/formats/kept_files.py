@@ -1,4 +1,4 @@
-"""The files of an adapter that loratool does not compute, which are kept and given back as they are."""
+"""The files of an adapter that loratool does not compute, which are kept and exported unchanged."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from loratool.formats.adapter_names import FACTS_NAME, SINGLE_FILE_SUFFIXES, WEI
 from loratool.formats.identity import Identity
 
 Content = Path | bytes | Iterator[bytes]
-"""Where the bytes of a file come from: a file, themselves, or their pieces in order."""
+"""Source of a file's bytes: another file, the bytes themselves, or their pieces in order."""
 
 ITS_WEIGHTS: Final = Path(WEIGHTS_NAME).stem
 
 
 def kept_files(found: Identity) -> dict[str, Content]:
-    """Return the files of an adapter by their names: its weights, the JSON that belongs beside them, and its tokenizer.
+    """Return the files of an adapter by name: its weights, the JSON beside them, and its tokenizer.
 
-    Shards are joined to one file. Weights whose name not every file system takes are called ``adapter_model``.
+    Shards are joined into one file. Weights are renamed to ``adapter_model`` if some file systems would not accept their name.
 
     Raises:
         AdapterError: JSON beside it is damaged.
@@ -43,7 +43,7 @@ def kept_files(found: Identity) -> dict[str, Content]:
 
 
 def weights_name(found: Identity) -> str:
-    """Return what the weights of an adapter are called among its kept files."""
+    """Return the name of an adapter's weights among its kept files."""
     if found.files.index is not None:
         return WEIGHTS_NAME
     name = found.files.weights[0].name
@@ -51,11 +51,11 @@ def weights_name(found: Identity) -> str:
 
 
 def write_kept(found: Identity, out: Path, *, force: bool = False) -> None:
-    """Write the files of an adapter as they are: a folder of them, or its weights where `out` is a file's name.
+    """Write the files of an adapter unchanged: a folder, or only its weights if `out` is a file name.
 
     Raises:
-        OutputError: `out` exists (without `force`), cannot be written, or is a file where the adapter is several, or one of
-            another suffix.
+        OutputError: `out` exists (without `force`) or cannot be written, or it is a file name although the adapter has several
+          files or another suffix.
         AdapterError, CheckpointError: the files are damaged, or changed meanwhile.
     """
     files = kept_files(found)
@@ -69,12 +69,12 @@ def write_kept(found: Identity, out: Path, *, force: bool = False) -> None:
     others = [name for name in files if name not in (weights, FACTS_NAME)]
     if others:
         raise OutputError(
-            f"{quoted(found.name)} has {quoted(others[0])} beside its weights, which no single file holds; give --out a folder"
+            f"{quoted(found.name)} has {quoted(others[0])} beside its weights; give --out a folder, which holds both"
         )
     if Path(weights).suffix != out.suffix and not {Path(weights).suffix, out.suffix} <= SINGLE_FILE_SUFFIXES:
         raise OutputError(
-            f"{quoted(found.name)} is kept as it is, in a {Path(weights).suffix} file; give --out a name that ends so, or a "
-            "folder"
+            f"{quoted(found.name)} is kept unchanged, in a {Path(weights).suffix} file; give --out a name with that suffix, "
+            "or a folder"
         )
     with staged_file(out, OutputKind.ADAPTER_FILE, force=force) as file:
         _write(file, files[weights])

@@ -1,7 +1,7 @@
-"""The kinds of adapter that there are: what each is called, how its tensors are told, and whether loratool computes it.
+"""The table of adapter kinds: their names, how their tensors are recognized, and whether loratool computes them.
 
-A row a kind. A kind that is not computed is catalogued all the same, and every command that needs its numbers refuses it by its
-row's reason. The names and tensors are those of PEFT 0.21 and LyCORIS 4.1.
+One row for each kind. Kinds that are not computed are catalogued too, but every command that needs their numbers refuses them
+with the row's reason. The names and tensors are those of PEFT 0.21 and LyCORIS 4.1.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ BESIDE: Final = (
     "it changes no weights, so nothing can be merged; keep it beside its base, and load it with its own program"
 )
 BY_INPUT: Final = (
-    "what it does depends on each input, so no merged weights are the same; keep it beside its base, and load it with the "
+    "its update depends on each input, so merged weights cannot replace it; keep it beside its base, and load it with the "
     "program that trained it"
 )
-UNDEFINED: Final = "no merge of it is defined, by PEFT either; keep it beside its base, and load it with PEFT"
+UNDEFINED: Final = "its merge is not defined, not even in PEFT; keep it beside its base, and load it with PEFT"
 BY_BASE: Final = (
-    "it is relative to a decomposition of its base that no other machine repeats; save it as a LoRA with the program that "
-    "trained it"
+    "it is relative to a decomposition of its base that other machines cannot reproduce; save it as a LoRA with the program "
+    "that trained it"
 )
 
 
@@ -34,18 +34,18 @@ class Kind:
 
     Attributes:
         name: the catalogue's word.
-        title: what people call it.
-        peft_type: PEFT's word in a configuration; None where PEFT has no such type, or it is a variant of one.
+        title: its name for people.
+        peft_type: PEFT's word in a configuration; None for a variant of another type, or a kind that PEFT does not have.
         setting: the key of a LoRA's configuration that makes it this variant.
-        parts: how the names of its tensors go on behind the module's name, in PEFT.
-        other_parts: the same in other programs, where their names are others.
-        ranks: parts whose shape tells the rank, each with the axis; the first that a module has counts.
-        why_not: why it is not computed, with the way out; None where it is, and `formats.builders` has its row.
-        keys: what its configuration adds to LoRA's, or gives another meaning.
+        parts: beginnings of its tensors' names after the module's name, in PEFT.
+        other_parts: the same in other programs, if they differ.
+        ranks: parts whose shape shows the rank, each with the axis; the first part that a module has counts.
+        why_not: why it is not computed, and what to do; None if it is, and `formats.builders` has its row.
+        keys: configuration keys that it adds to LoRA's, or uses with another meaning.
         nested: whether it acts at every rank up to its own.
-        recorded: whether its files are those of a LoRA, and what loratool records beside them tells it.
-        article: what stands before its title in English.
-        advice: what a person who finds one should know.
+        recorded: whether its files are a LoRA's and only loratool's facts beside them name the kind.
+        article: the English article of its title.
+        advice: advice for people who have one.
     """
 
     name: str
@@ -76,7 +76,7 @@ _ROWS: Final = (
                          "rank_pattern"}),
          advice="PEFT loads it. For engines that load only LoRA, convert it with `loratool prune --as lora`."),
     Kind(NESTED_LORA, "DyLoRA", ranks=_LORA_RANKS, nested=True, recorded=True, advice=(
-        "Its leading components stand by themselves: it can be cut to any rank up to its own without training. "
+        "Its leading components work on their own: it can be cut to any rank up to its own without training. "
         "PEFT and serving engines load it at its full rank.")),
     Kind("dora", "DoRA", None, "use_dora", ("lora_magnitude_vector",), _LORA_RANKS,
          other_parts=("magnitude", "dora_scale")),
@@ -130,7 +130,7 @@ _ROWS: Final = (
     Kind("trainable_tokens", "trainable tokens", "TRAINABLE_TOKENS", parts=("trainable_tokens_", "token_adapter"),
          why_not=NOT_YET),
     Kind("full", "full weights", why_not=NOT_YET, other_parts=("diff", "set_weight", "w_norm", "b_norm")),
-    # What is put in between
+    # Added layers and tokens
     Kind("prompt_tuning", "prompt tuning", "PROMPT_TUNING", parts=("prompt_embeddings",), why_not=BESIDE),
     Kind("multitask_prompt_tuning", "multitask prompt tuning", "MULTITASK_PROMPT_TUNING",
          parts=("prompt_embeddings", "prefix_task_"), why_not=BESIDE),
@@ -147,7 +147,7 @@ _ROWS: Final = (
 )  # fmt: skip
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType({kind.name: kind for kind in _ROWS})
-"""Every kind by its name, a special one before that of which it is a variant."""
+"""Every kind by name; a variant precedes the kind that it varies."""
 
 OF_PEFT: Final[Mapping[str, Kind]] = MappingProxyType({kind.peft_type: kind for kind in _ROWS if kind.peft_type})
 COMPUTED: Final = frozenset(kind.name for kind in _ROWS if kind.why_not is None)
@@ -157,13 +157,13 @@ VARIANTS: Final = tuple(kind for kind in _ROWS if kind.setting is not None)
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """Something that a LoRA may have beside the factors of linear layers, and that loratool does not compute yet.
+    """A feature that a LoRA may have beside the factors of linear layers, and that loratool does not compute yet.
 
     Attributes:
-        title: what people call it, with PEFT's word for it.
+        title: its name for people, with PEFT's word for it.
         setting: the key of the configuration that asks for it.
-        parts: how the names of its tensors go on behind the module's name.
-        why_not: why it is not computed, with the way out.
+        parts: beginnings of its tensors' names after the module's name.
+        why_not: why it is not computed, and what to do.
     """
 
     title: str
@@ -182,12 +182,12 @@ FEATURES: Final = (
     Feature("Megatron layers (megatron_config)", "megatron_config"),
     Feature("modules_to_save under PEFT's inner names", parts=("modules_to_save.",)),
     Feature("a copy of the base's own weights (save_embedding_layers)", parts=("base_layer.weight", "base_layer.bias"), why_not=(
-        "PEFT would put it in the place of the base's; save the adapter again with PEFT's "
+        "PEFT would replace the base's weights by it; save the adapter again with PEFT's "
         "save_pretrained(..., save_embedding_layers=False), or merge it with PEFT")),
 )  # fmt: skip
-"""In the order in which they are named where a file has several: what hinders most first."""
+"""Features in the order in which messages name them: the greatest obstacle first."""
 
 
 def kind_named(name: str) -> Kind:
-    """The row of a kind; of one that only a later loratool or PEFT knows, a row that says so."""
+    """Return the row of a kind; for a kind that only a later loratool or PEFT knows, return a row that says so."""
     return KINDS.get(name) or Kind(name, name, why_not=f"this loratool does not know it; {NOT_YET.partition('; ')[2]}")

@@ -1,8 +1,8 @@
 """kohya's layout of LoRA and DyLoRA (kohya-ss/sd-scripts, ``networks/lora.py`` and ``networks/dylora.py``).
 
 Each module has ``<module>.lora_down.weight`` (r, in), ``<module>.lora_up.weight`` (out, r) and ``<module>.alpha``, one
-number; the module's name has ``_`` for every dot of its path, behind ``lora_unet_``, ``lora_te_`` or the like. The file's
-metadata say what trained it: ``ss_network_module`` is ``networks.dylora`` for a DyLoRA.
+number. Module names have ``_`` for every dot, after ``lora_unet_``, ``lora_te_`` or a similar prefix. The metadata name the
+trainer's module: ``ss_network_module`` is ``networks.dylora`` for a DyLoRA.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def _claims(files: AdapterFiles) -> bool:
 
 
 def split_kohya(name: str) -> tuple[str, str] | None:
-    """The module and the part of a tensor's name: one word without dots, then ``lora_down.weight`` or the like."""
+    """Split a tensor's name into the module, a word without dots, and the part, ``lora_down.weight`` or similar."""
     match = _NAME.fullmatch(name)
     return (match["module"], match["part"]) if match else None
 
 
 def describe_kohya(files: AdapterFiles, split: Split = split_kohya) -> Description:
-    """Return what kohya's names, and the metadata that trainers after it write too (``ss_*``, ``modelspec.*``), tell."""
+    """Return what kohya's names and metadata (``ss_*``, ``modelspec.*``) describe; other trainers write the same metadata."""
     modules = parts_of(files.tensors, split)
     kind = kind_of(modules) or LORA
     if kind == LORA and _is_dylora(files):
@@ -73,8 +73,8 @@ def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
 
     Raises:
         UnsupportedError: it has convolutions, or tensors of another method.
-        AdapterError: a tensor is missing, does not fit its partner, or the layers of a DyLoRA have several ranks; or what the
-            file states of alpha contradicts itself or `given`.
+        AdapterError: a tensor is missing or does not fit its partner; the layers of a DyLoRA have several ranks; or the
+          stated alphas contradict each other or `given`.
     """
     source = files.source
     pairs = {
@@ -108,7 +108,7 @@ def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
 
 
 def _of_metadata(files: AdapterFiles, ranks: Mapping[str, int], of_tensors: Sequence[Statement]) -> list[Statement]:
-    """What ``ss_network_alpha`` and the like state; it is the alpha of most modules only, so one that has it is enough."""
+    """Return what ``ss_network_alpha`` and similar keys state; it need not hold for all modules, so one that has it suffices."""
     found = []
     for statement in metadata_statements(files.metadata, ranks):
         by_metadata = {module: alpha or float(ranks[module]) for module, alpha in statement.alphas.items()}
@@ -119,11 +119,11 @@ def _of_metadata(files: AdapterFiles, ranks: Mapping[str, int], of_tensors: Sequ
 
 
 def _of_configurations(files: AdapterFiles, ranks: Mapping[str, int]) -> list[Statement]:
-    """What a PEFT configuration in the metadata or beside the file states."""
+    """Return what a PEFT configuration in the metadata or beside the file states."""
     configured, use_rslora = statements(files.metadata, ranks, files.source)
     if use_rslora or files.config.get("use_rslora"):
         raise UnsupportedError(
-            f"{quoted(files.source)} says use_rslora, which kohya's format has not: its scaling may be meant either way; save it "
+            f"{quoted(files.source)} says use_rslora, which kohya's format does not have, so its scaling is ambiguous; save it "
             "again in PEFT's format"
         )
     beside = config_statement(files, ranks)
@@ -131,7 +131,7 @@ def _of_configurations(files: AdapterFiles, ranks: Mapping[str, int]) -> list[St
 
 
 def _is_varied(metadata: Mapping[str, Any]) -> bool:
-    """Whether the training gave some modules another alpha than most (of convolutions, of blocks), or LyCORIS folded it."""
+    """Return whether some modules (convolutions, blocks) were trained with another alpha, or LyCORIS folded alpha in."""
     return "alpha" in str(metadata.get("ss_network_args")) or "lycoris" in str(metadata.get(NETWORK_KEY))
 
 
@@ -150,7 +150,7 @@ def _refuse_several_ranks(ranks: Mapping[str, int], source: str) -> None:
 
 
 def kohya_notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """A note on a DyLoRA that was trained several ranks at a time (``unit``): a rank between them never was."""
+    """Return a note on a DyLoRA that was trained several ranks at a time (``unit``); ranks between multiples were not trained."""
     arguments = re.search(r'"unit":\s*"?(\d{1,9})\b', metadata.get("ss_network_args", ""))
     unit = int(arguments[1]) if arguments else 1
     if metadata.get(NETWORK_KEY) != DYLORA_NETWORK or unit <= 1:
@@ -159,8 +159,8 @@ def kohya_notes(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def write_kohya(adapter: Adapter) -> tuple[dict[str, TensorInfo | bytes], dict[str, str]]:
-    """The tensors of an adapter under kohya's names, alpha as the bytes of one fp32 number; and the metadata of the file that
-    it came from, with its present rank and alpha."""
+    """Return the tensors of an adapter under kohya's names, with alpha as the bytes of one fp32 number, and the original file's
+    metadata with the current rank and alpha."""
     tensors: dict[str, TensorInfo | bytes] = {}
     for module, update in sorted(adapter.ranked.items()):
         tensors[f"{module}.alpha"] = struct.pack("<f", adapter.settings.alpha_of(module))
@@ -174,7 +174,7 @@ def write_kohya(adapter: Adapter) -> tuple[dict[str, TensorInfo | bytes], dict[s
 
 
 def _modules(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, TensorInfo]]:
-    """The tensors of each module, in the order of the modules' names."""
+    """Return the tensors of each module, sorted by module name."""
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in sorted(tensors.items()):
         match = _TENSOR.fullmatch(name)

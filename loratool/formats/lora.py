@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) under PEFT's names: configurations, alphas, and the update of each module."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) in PEFT's names: configurations, alphas, and the update of each module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from loratool.updates.low_rank import LowRank
 
 
 def read_pairs(files: AdapterFiles, given: Alpha | None, *, absent_is_rank: bool = False) -> Adapter:
-    """Read factors that have no PEFT configuration, whatever their modules are called; errors as `read`."""
+    """Read factors that have no PEFT configuration, with any module names; raises like `peft.read`."""
     config, notes = bare_config(files, given, absent_is_rank=absent_is_rank)
     return _of_updates(files, config, notes)
 
@@ -42,7 +42,7 @@ def _of_updates(files: AdapterFiles, config: Mapping[str, Any], notes: tuple[str
 
 
 def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """The configuration with the alpha of every module: as it states it, unless it states none or the user decides."""
+    """Return the configuration with the alpha of every module; if it states none, alpha comes from elsewhere or the user."""
     source, config = files.source, files.config
     lora = LoraConfig.parse(
         {"lora_alpha": 1, **{k: v for k, v in config.items() if v is not None}}, files.config_source
@@ -59,7 +59,7 @@ def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, 
 
 
 def _refuse_unfit(module: str, rank: int, lora: LoraConfig, source: str) -> None:
-    """Raise AdapterError where the configuration says otherwise of a module than its tensors."""
+    """Raise AdapterError if the configuration contradicts the tensors of a module."""
     if not lora.targets(module):
         raise AdapterError(
             f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so "
@@ -73,16 +73,16 @@ def _refuse_unfit(module: str, rank: int, lora: LoraConfig, source: str) -> None
 
 
 def lora_updates(factors: Factors, lora: LoraConfig) -> dict[str, Update]:
-    """The update of each module."""
+    """Return the update of each module."""
     return {module: LowRank(each["A"], each["B"], lora.scaling_of(module)) for module, each in factors.items()}
 
 
 def adapter_of(files: AdapterFiles, kind: str, config: Mapping[str, Any], settings: LoraConfig,
              updates: Mapping[str, Update], notes: tuple[str, ...]) -> Adapter:  # fmt: skip
-    """The adapter of files with these updates, by module, and a note on what of its configuration was ignored."""
+    """Return the adapter of these files and updates, by module, with a note on ignored keys of its configuration."""
     if settings.unknown:
         listed = ", ".join(quoted(key, 40) for key in settings.unknown[:5])
-        notes += (f"its configuration has keys that PEFT's has not, which were ignored: {listed}",)
+        notes += (f"its configuration has keys that PEFT does not know, which were ignored: {listed}",)
     return Adapter(
         files.name, files.file, files.sha256(), kind, of_weights(updates), config, settings, files.facts, notes
     )

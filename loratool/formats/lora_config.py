@@ -1,6 +1,6 @@
-"""The part of a PEFT LoRA configuration that changes numbers, checked, with the rules by which PEFT applies it.
+"""The checked part of a PEFT LoRA configuration that affects numbers, with the rules by which PEFT applies it.
 
-The keys and their meaning are those of ``peft.LoraConfig`` (PEFT 0.21). What loratool cannot compute is refused by name.
+The keys and their meaning are those of ``peft.LoraConfig`` (PEFT 0.21). Features that loratool cannot compute are refused.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from loratool.formats.loadable import whole
 
 ALL_LINEAR: Final = "all-linear"
 MATCH_SECONDS: Final = 1.0
-"""Patterns come from outside; one that takes longer than this for a module name is refused."""
+"""Time limit, in seconds, for matching an untrusted pattern against a module name."""
 
 MOST_PATTERN_LETTERS: Final = 10_000
 MOST_REPEATS: Final = 10_000
-"""The product of the counts in a pattern, as in ``(a{100}){100}``: its compilation takes as much memory, and no timeout."""
+"""Limit of the product of the counts in a pattern, as in ``(a{100}){100}``. Compiling takes as much memory and has no timeout."""
 
 _COUNTS: Final = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 MOST_DIGITS: Final = 9
-"""No layer's number is longer."""
+"""Limit of the digits of a layer's number."""
 
 REFUSED: Final[Mapping[str, tuple[str, str]]] = {
     kind.setting: (f"{kind.title} ({kind.setting})", kind.why_not) for kind in VARIANTS if kind.setting and kind.why_not
 } | {feature.setting: (feature.title, feature.why_not) for feature in FEATURES if feature.setting}
-"""Configuration keys whose feature changes the numbers in a way that is not computed: what to call it, and why it is not."""
+"""Configuration keys of features that are not computed, each with the feature's name and the reason."""
 
 BIASES: Final = ("all", "lora_only")
 """Values of ``bias`` with which PEFT trains and saves biases."""
 
 HARMLESS_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that only fill the factors. With others (pissa, olora, corda, loftq, lora_ga) PEFT changes
-the base itself, or (mica) rounds the update differently."""
+"""Values of init_lora_weights that only fill the factors. With others PEFT changes the base itself (pissa, olora, corda, loftq,
+lora_ga) or rounds the update differently (mica)."""
 
 _OTHER_KEYS: Final = """
     r lora_alpha lora_dropout target_modules exclude_modules fan_in_fan_out bias use_rslora init_lora_weights
@@ -51,10 +51,10 @@ _OTHER_KEYS: Final = """
     auto_mapping peft_version base_model_name_or_path revision inference_mode
 """
 KNOWN: Final = frozenset(REFUSED).union(_OTHER_KEYS.split(), (kind.setting for kind in VARIANTS if kind.setting))
-"""The keys of ``peft.LoraConfig``; those not spoken of elsewhere here concern training, or record where it came from."""
+"""The keys of ``peft.LoraConfig``; those not used elsewhere here concern training or record the origin."""
 
 _OTHER_KINDS_KEYS: Final = frozenset[str]().union(*(kind.keys for kind in KINDS.values()))
-"""What other kinds' configurations add to LoRA's, or give another meaning."""
+"""Keys that other kinds' configurations add to LoRA's, or use with another meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +100,20 @@ class LoraConfig:
         )
 
     def rank_of(self, module: str) -> int:
-        """The rank that the configuration gives `module`."""
+        """Return the rank that the configuration gives `module`."""
         return self.rank_pattern.get(self._pattern_key(self.rank_pattern, module), self.r)
 
     def alpha_of(self, module: str) -> float:
-        """The alpha that the configuration gives `module`."""
+        """Return the alpha that the configuration gives `module`."""
         return self.alpha_pattern.get(self._pattern_key(self.alpha_pattern, module), self.lora_alpha)
 
     def scaling_of(self, module: str) -> float:
-        """``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732), of `module`."""
+        """Return the scaling: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""
         alpha, rank = self.alpha_of(module), self.rank_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT would put a LoRA on `module` (``peft.tuners.tuners_utils.check_target_module_exists``)."""
+        """Return whether PEFT would put a LoRA on `module` (``peft.tuners.tuners_utils.check_target_module_exists``)."""
         if self._is_excluded(module):
             return False
         if self.target_modules is None or self.target_modules == ALL_LINEAR:
@@ -139,14 +139,14 @@ class LoraConfig:
                 index = found["idx"] or ""
                 if not index.isdecimal() or len(index) > MOST_DIGITS:
                     raise AdapterError(
-                        f"{quoted(pattern)} in {quoted(self.source)} finds no layer's number in {quoted(module)}; "
-                        "mend layers_pattern"
+                        f"{quoted(pattern)} in {quoted(self.source)} finds no layer number in {quoted(module)}; "
+                        "correct layers_pattern"
                     )
                 return int(index) in self.layers_to_transform
         return False
 
     def _pattern_key(self, patterns: Mapping[str, object], module: str) -> str:
-        """The first pattern that `module` ends with, as ``peft.utils.get_pattern_key`` finds it."""
+        """Return the first pattern that matches the end of `module`, like ``peft.utils.get_pattern_key``."""
         for key in patterns:
             name = _whole_name(key)
             if module == name or (name is None and self._matches(rf"(.*\.)?({key})$", module, whole=False) is not None):
@@ -158,7 +158,7 @@ class LoraConfig:
         if len(pattern) > MOST_PATTERN_LETTERS or _repeats(pattern) > MOST_REPEATS:
             raise AdapterError(f"the pattern {quoted(pattern)} in {quoted(self.source)} is too large to match")
         try:
-            re.compile(pattern)  # PEFT's dialect, which lacks the recursion that regex has and that no timeout bounds
+            re.compile(pattern)  # reject regex's own recursion, which PEFT's dialect lacks and no timeout bounds
             return match(pattern, module, timeout=MATCH_SECONDS)
         except TimeoutError:
             raise AdapterError(
@@ -170,9 +170,9 @@ class LoraConfig:
 
 @lru_cache(4096)
 def _whole_name(pattern: str) -> str | None:
-    """The one module that `pattern` matches, where it is ``^`` and an escaped name, as `lora_config` writes it.
+    """Return the only module that `pattern` matches, if it is ``^`` and an escaped name, as `lora_config` writes it.
 
-    An adapter of many ranks has such a pattern for each module, and to try all on all takes minutes.
+    An adapter with many ranks has such a pattern for each module, and matching all against all would take minutes.
     """
     name = re.sub(r"\\(.)", r"\1", pattern[1:])
     return name if pattern == f"^{re.escape(name)}" else None
@@ -181,10 +181,10 @@ def _whole_name(pattern: str) -> str | None:
 def lora_config(
     modules: Mapping[str, tuple[int, float]], source: Mapping[str, Any], *, use_rslora: bool = False
 ) -> dict[str, Any]:
-    """A configuration that gives each of `modules` its rank and alpha; all else is as in `source`.
+    """Return a configuration that gives each of `modules` its rank and alpha, and otherwise equals `source`.
 
-    The largest rank and its alpha are ``r`` and ``lora_alpha``: where all modules have one scaling, a program that ignores
-    the patterns still finds it. `source` may be that of another kind.
+    The largest rank and its alpha become ``r`` and ``lora_alpha``. If all modules have the same scaling, programs that ignore
+    the patterns then still use it. `source` may be another kind's configuration.
     """
     r, alpha = max(modules.values())
     kept = {key: value for key, value in source.items() if key not in _OTHER_KINDS_KEYS}
@@ -200,7 +200,7 @@ def lora_config(
 
 
 def _repeats(pattern: str) -> int:
-    """The product of all counts in a pattern."""
+    """Return the product of all counts in a pattern."""
     return math.prod(max(1, int(count[:9] or 0)) for pair in _COUNTS.findall(pattern) for count in pair)
 
 
@@ -219,13 +219,13 @@ def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
     init = config.get("init_lora_weights", True)
     if init and init not in HARMLESS_INITS:
         raise UnsupportedError(
-            f"{quoted(source)} was initialised with {quoted(init)}, so it is no update of the original base; save it with "
+            f"{quoted(source)} was initialised with {quoted(init)}, so it is not an update of the original base; save it with "
             "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) to make it one"
         )
 
 
 def other_type(peft_type: object, source: str) -> UnsupportedError:
-    """The error for a PEFT type whose numbers loratool does not compute."""
+    """Return the error for a PEFT type that loratool does not compute."""
     row = OF_PEFT.get(peft_type) if isinstance(peft_type, str) else None
     if row is None:
         return UnsupportedError(

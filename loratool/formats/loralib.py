@@ -1,4 +1,4 @@
-"""loralib's state dicts (the LoRA paper's own): ``X.lora_A``, ``X.lora_B`` without ``.weight``; alpha stands nowhere."""
+"""loralib's state dicts (the LoRA authors' library): ``X.lora_A`` and ``X.lora_B`` without ``.weight``, and no alpha."""
 
 from __future__ import annotations
 

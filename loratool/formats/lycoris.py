@@ -1,6 +1,6 @@
-"""LyCORIS' files (LyCORIS 4.1): LoHa, LoKr, GLoRA, IA3, OFT, DoRA and full differences under flattened module names.
+"""LyCORIS' files (LyCORIS 4.1): LoHa, LoKr, GLoRA, IA3, OFT, DoRA and full differences with flattened module names.
 
-Layers that are a plain LoRA are written as kohya writes them, so a file of nothing else is in kohya's format.
+Plain LoRA layers are written like kohya's, so a file with only those is in kohya's format.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SIGNS: Final = (
 PREFIX: Final = "lycoris_"
 BLOCKS: Final = ".oft_blocks"
 BLOCK_DIMENSIONS: Final = 3
-"""Of OFT's blocks (blocks, n, n); BOFT has one more, for its factors."""
+"""Number of axes of OFT's blocks (blocks, n, n); BOFT has one more, for its factors."""
 
 
 def split(name: str) -> tuple[str, str] | None:

@@ -16,23 +16,23 @@ from loratool.formats.kinds import VARIANTS
 from loratool.formats.lora_config import LoraConfig
 
 KEYS: Final = ("lora_adapter_metadata", "peft_config", "lora_config")
-"""What programs call it."""
+"""The metadata keys that programs use."""
 
 
 def stated_configurations(metadata: Mapping[str, Any], source: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return each metadata key under which configurations stand, with those of the components by their prefix (``unet.``, or "").
+    """Return, for each metadata key with configurations, the components' configurations by prefix (``unet.``, or "").
 
     Raises:
-        AdapterError: what stands there is no JSON object.
+        AdapterError: the value is not a JSON object.
     """
     return {key: _components(_parsed(metadata[key], key, source)) for key in KEYS if isinstance(metadata.get(key), str)}
 
 
 def whole_statements(metadata: Mapping[str, Any], module: str, source: str) -> list[Statement]:
-    """What such configurations state of alpha for a whole adapter of another kind than LoRA, as the alpha of `module`.
+    """Return what such configurations state as the alpha of a whole adapter that is not a LoRA, as the alpha of `module`.
 
     Raises:
-        AdapterError: what stands there is no JSON object.
+        AdapterError: the value is not a JSON object.
     """
     return [
         Statement(f"its metadata {quoted(key)}", {module: float(config["lora_alpha"])})
@@ -43,17 +43,17 @@ def whole_statements(metadata: Mapping[str, Any], module: str, source: str) -> l
 
 
 def refuse_variants(config: Mapping[str, Any], place: str) -> None:
-    """Raise UnsupportedError if a configuration asks for a variant of LoRA, which only PEFT's own format has the tensors of."""
+    """Raise UnsupportedError if a configuration asks for a variant of LoRA; only PEFT's own format has tensors for variants."""
     variant = next((kind for kind in VARIANTS if kind.setting and config.get(kind.setting)), None)
     if variant is not None:
         raise UnsupportedError(
-            f"{place} says {variant.title} ({variant.setting}), which loratool reads in PEFT's own format alone; save it again "
+            f"{place} says {variant.title} ({variant.setting}), which loratool reads only in PEFT's own format; save it again "
             "with PEFT's save_pretrained"
         )
 
 
 def statements(metadata: Mapping[str, Any], ranks: Mapping[str, int], source: str) -> tuple[list[Statement], bool]:
-    """What such configurations state of the alpha of each module of these `ranks`, and whether they are rsLoRA's.
+    """Return what such configurations state about the alphas of the modules in `ranks`, and whether they are rsLoRA's.
 
     Raises:
         UnsupportedError: one asks for a feature that loratool does not compute.
@@ -81,7 +81,7 @@ def statements(metadata: Mapping[str, Any], ranks: Mapping[str, int], source: st
 
 
 def _of(prefix: str, components: Mapping[str, Any], modules: Mapping[str, int]) -> list[str]:
-    """The modules of a component: those with its prefix; all, where it is the only one and no module has a prefix."""
+    """Return the modules with a component's prefix, or all if it is the only component and no module has a prefix."""
     found = [module for module in modules if module.startswith(prefix)]
     return list(modules) if not found and len(components) == 1 else found
 

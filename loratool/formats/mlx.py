@@ -1,7 +1,7 @@
 """mlx-lm's adapters: ``adapters.safetensors`` with ``lora_a`` (in, r) and ``lora_b`` (r, out), and ``adapter_config.json``.
 
-The configuration is not PEFT's: ``lora_parameters.scale`` multiplies the product as it is, and there is no alpha. ``X.m`` is a
-DoRA's magnitude; with the type ``full`` the file holds whole weights. (mlx-lm 0.32.)
+The configuration is not PEFT's: ``lora_parameters.scale`` multiplies the product directly, and there is no alpha. ``X.m`` is a
+DoRA's magnitude. With the type ``full`` the file contains whole weights. (mlx-lm 0.32.)
 """
 
 from __future__ import annotations

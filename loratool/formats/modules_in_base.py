@@ -1,4 +1,4 @@
-"""Whether a base has the modules of an adapter that loratool does not compute, by their names alone."""
+"""Check by name whether a base has the modules of an adapter that loratool does not compute."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SHOWN: Final = 5
 
 
 def are_names_of_base(found: Identity) -> bool:
-    """Whether the names of an adapter's modules can be compared with those of its base's tensors."""
+    """Return whether the names of an adapter's modules can be compared with those of its base's tensors."""
     return format_named(found.format).has_names_of_base and bool(found.modules)
 
 
 def refuse_unlanded_names(found: Identity, tensors: Collection[str]) -> None:
     """Raise PlacementError if the base has no tensor in some module of an adapter whose names can be compared.
 
-    Of a name, what counts begins one component before the first number (``layers.0.self_attn.q_proj``), since what stands
-    before depends on the model's class; a name without a number counts by its last component.
+    Names are compared from one component before the first number (``layers.0.self_attn.q_proj``), because what precedes it
+    depends on the model's class. Names without a number are compared by their last component.
     """
     if not are_names_of_base(found):
         return
@@ -54,6 +54,6 @@ def _own_part(module: str) -> str:
 
 
 def _tails(tensor: str) -> list[str]:
-    """The own parts of all modules that a tensor is in, and of itself."""
+    """Return the compared parts of a tensor's name and of all modules that contain it."""
     parts = tensor.split(".")
     return [_own_part(path) for path in accumulate(parts, lambda path, part: f"{path}.{part}")]

@@ -1,10 +1,10 @@
-"""Which tensor of a checkpoint each parameter that an adapter changes lands on.
+"""Find the tensor of a checkpoint that each parameter of an adapter lands on.
 
 The rules, in order:
 
-1. A parameter lands on the tensor of its name where the checkpoint has that. A name of kohya's, the whole path with ``_``
-   for its dots behind ``lora_te_`` or the like, lands on the one tensor whose path reads so.
-2. Modules that do not are named by a program that saw the model under another prefix (``transformer.h.0`` for the
+1. A parameter lands on the tensor of the same name. A kohya name, which is the whole path with ``_`` for its dots after
+   ``lora_te_`` or a similar prefix, lands on the one tensor with that path.
+2. Other modules were named by a program that saw the model under another prefix (``transformer.h.0`` for the
    Hub's GPT-2, whose tensors begin with ``h.0``; ``encoder.layer.0`` for a BERT with its head, ``bert.encoder.layer.0``;
    ``model.layers.0`` for ``model.language_model.layers.0``). One exchange of one leading prefix for another must land all
    of them. What is exchanged never reaches the component before the first number (``layers`` in ``model.layers.0``),
@@ -50,7 +50,7 @@ class Exchange:
     new: str
 
     def rename(self, name: str) -> str | None:
-        """The name that the checkpoint gives to the tensor `name`, or None where that does not begin with `old`."""
+        """Return the checkpoint's name of the tensor `name`, or None if that does not begin with `old`."""
         return self.new + name[len(self.old) :] if name.startswith(self.old) else None
 
     def reverse(self, tensor: str) -> str | None:
@@ -60,13 +60,13 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Landing:
-    """Where every parameter lands, by its name, and the exchanges of prefixes that did it; none where names are equal."""
+    """The tensor that every parameter lands on, by name, and the prefix exchanges used; none if the names are equal."""
 
     tensors: Mapping[str, str]
     exchanges: tuple[Exchange, ...]
 
     def place(self, name: str, tensors: Collection[str]) -> str | None:
-        """Where another tensor of the same model lands, as `name` or by rule 4; None where that is nowhere, or not clear."""
+        """Return where another tensor of the same model lands, as `name` or by rule 4; None if nowhere or ambiguous."""
         place = name if name in tensors else _loose_place(name, self.exchanges, tensors)
         if place is None or not _stack(name):
             return place
@@ -76,7 +76,7 @@ class Landing:
 
     @cached_property
     def _homes(self) -> dict[str, str]:
-        """The stack in which each stack of the adapter lands."""
+        """The stack that each stack of the adapter lands in."""
         return {_stack(parameter): _stack(tensor) for parameter, tensor in self.tensors.items()}
 
     @cached_property
@@ -93,8 +93,8 @@ def land(parameters: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], sou
     """Find the tensor for each of `parameters` (name to the shape that its update fits) by the rules above.
 
     Raises:
-        PlacementError: one lands on no tensor, on one of several, or on the same tensor as another; a stack of layers
-            lands in two, or with another in one.
+        PlacementError: a parameter lands on no tensor, on several, or on the same tensor as another; or a stack of layers
+          lands in two, or two stacks land in one.
     """
     landed = {name: name for name in parameters if name in tensors}
     landed |= _land_flat(parameters, tensors)
@@ -107,7 +107,7 @@ def land(parameters: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], sou
 
 
 def _land_flat(parameters: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Where those of `parameters` that have kohya's names land; one that fits no tensor, or several, is left out."""
+    """Return where `parameters` with kohya names land; names that match no tensor, or several, are omitted."""
     paths = {name: KOHYA_PREFIX.sub("", module_of(name)) for name in parameters if KOHYA_PREFIX.match(module_of(name))}
     found: dict[str, list[str]] = {}
     for name in tensors if paths else ():
@@ -117,7 +117,7 @@ def _land_flat(parameters: Iterable[str], tensors: Mapping[str, TensorInfo]) -> 
 
 
 def _find_exchanges(rest: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], source: str) -> dict[str, Exchange]:
-    """The exchange for each parameter: one for all, else one for each stack."""
+    """Return the exchange for each parameter: one for all, else one for each stack."""
     try:
         return dict.fromkeys(rest, _find_exchange(rest, tensors, source))
     except _NotAllLandError as error:
@@ -140,7 +140,7 @@ def _find_exchanges(rest: Mapping[str, Shape], tensors: Mapping[str, TensorInfo]
 
 
 def _loose_place(name: str, exchanges: Sequence[Exchange], tensors: Collection[str]) -> str | None:
-    """Where a tensor lands, by the exchange of a stack or else alone, by rule 4; None where that is not clear."""
+    """Return where a tensor lands by the exchange of a stack, else alone by rule 4; None if ambiguous."""
     renamed = (exchange.rename(name) for exchange in exchanges)
     by_stacks = {place for place in renamed if place is not None and place in tensors}
     if by_stacks:
@@ -157,9 +157,9 @@ def _loose_place(name: str, exchanges: Sequence[Exchange], tensors: Collection[s
 
 
 def _last_cut(parts: Sequence[str]) -> int:
-    """Where the part of a tensor's name begins that it keeps at least when it lands alone.
+    """Return the start of the part of a tensor's name that it must keep when it lands alone.
 
-    The two names before the first number, or that of a module and of the one it is in; all where there are fewer.
+    This part begins with the two names before the first number, or with a module and its parent; shorter names are kept whole.
     """
     number = _first_number(parts)
     of_module = len(parts) - (parts[-1] in ("weight", "bias"))
@@ -167,7 +167,7 @@ def _last_cut(parts: Sequence[str]) -> int:
 
 
 def _between(name: str, place: str) -> Exchange:
-    """The exchange of as little as can be that turns one name into another."""
+    """Return the smallest exchange that turns one name into another."""
     parts, others = name.split("."), place.split(".")
     same = next((n for n, (a, b) in enumerate(zip(reversed(parts), reversed(others), strict=False)) if a != b), None)
     same = min(len(parts), len(others)) if same is None else same
@@ -176,7 +176,7 @@ def _between(name: str, place: str) -> Exchange:
 
 
 def _stack(name: str) -> str:
-    """The name up to the first number; empty where it has none."""
+    """Return the name up to the first number; empty if it has none."""
     parts = name.split(".")
     first = _first_number(parts)
     return "" if first is None else ".".join(parts[:first]) + "."
@@ -200,7 +200,7 @@ def _find_exchange(rest: Mapping[str, Shape], tensors: Mapping[str, TensorInfo],
 
 
 def _prefixes(parameters: list[str]) -> Iterator[str]:
-    """The leading prefixes that all `parameters` share and that may be exchanged, shortest first; a module keeps its own name."""
+    """Yield the exchangeable leading prefixes that all `parameters` share, shortest first; a module keeps its own name."""
     yield ""
     components = module_of(parameters[0]).split(".")
     for count in range(1, len(components)):
@@ -215,7 +215,7 @@ def _up_to(name: str, count: int) -> str:
 
 
 def _exchanges(old: str, parameter: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Exchange]:
-    """Every exchange of `old` under which `parameter` lands on some tensor."""
+    """Yield every exchange of `old` under which `parameter` lands on a tensor."""
     tail = parameter[len(old) :]
     for name in tensors:
         new = name[: -len(tail)] if name.endswith(tail) else None
@@ -224,7 +224,7 @@ def _exchanges(old: str, parameter: str, tensors: Mapping[str, TensorInfo]) -> I
 
 
 def _replaces(old: str, new: str) -> bool:
-    """Whether an exchange puts a name in another's place that is not of the same part."""
+    """Return whether an exchange replaces a name by that of a different part."""
     lost, gained = (Counter(map(same_part, prefix.split("."))) for prefix in (old, new))
     return bool(lost - gained and gained - lost)
 
@@ -234,7 +234,7 @@ def _has_number(name: str) -> bool:
 
 
 def _first_number(parts: Sequence[str]) -> int | None:
-    """Which part of a name is the first number."""
+    """Return the index of the first part of a name that is a number."""
     return next((place for place, part in enumerate(parts) if part.isdigit()), None)
 
 
@@ -282,7 +282,7 @@ def _not_landed(rest: Mapping[str, Shape], exchange: Exchange,
 
 
 def is_tied_head(parameter: str, tensors: Iterable[str]) -> bool:
-    """Return whether a parameter that a checkpoint lacks is an output head's, and it has none: it ties it, then."""
+    """Return whether a missing parameter is an output head's and the checkpoint has no head, which means that it is tied."""
     return _is_head(module_of(parameter) + SUFFIX) and not any(map(_is_head, tensors))
 
 

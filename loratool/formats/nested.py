@@ -1,4 +1,4 @@
-"""Folders that hold no adapter themselves: what they hold instead, and where in them adapters lie."""
+"""Folders that are not adapters themselves: what they contain, and which of their subfolders are adapters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loratool.formats.adapter_names import CONFIG_NAME, WEIGHTS_NAME, choose_wei
 
 DEEPEST: Final = 3
 MOST_ENTRIES: Final = 2_000
-"""How far below a folder adapters are looked for."""
+"""Depth of the search for adapters below a folder."""
 
 SHOWN: Final = 5
 
 
 def no_adapter_in(folder: Path, names: Sequence[str], *, is_model: bool) -> AdapterError:
-    """Return the error for a folder of files with these names that is no adapter: why, and what to give instead."""
+    """Return the error for a folder that is not an adapter: why, and what to give instead. `names` are its files."""
     inside = nested_adapters(folder)
     if inside:
         which = "the folder" if len(inside) == 1 else "the folders"
@@ -51,12 +51,12 @@ def no_adapter_in(folder: Path, names: Sequence[str], *, is_model: bool) -> Adap
 
 
 def nested_adapters(folder: Path) -> list[str]:
-    """The folders below `folder` that hold an adapter, relative to it, in natural order; only the nearest are looked at."""
+    """Return the folders below `folder` that contain an adapter, relative to it, in natural order, down to a limited depth."""
     return natural(str(found.relative_to(folder)) for found in _walk(folder, DEEPEST, [MOST_ENTRIES]))
 
 
 def listed(names: Sequence[str]) -> str:
-    """``'a', 'b' and 'c'``, or the first of them and how many more there are."""
+    """Return ``'a', 'b' and 'c'``, or the first names and the number of the others."""
     shown = [quoted(name, 60) for name in names[:SHOWN]]
     more = len(names) - len(shown)
     last = f"{more} more" if more else shown.pop()
@@ -77,7 +77,7 @@ def _walk(folder: Path, depth: int, left: list[int]) -> Iterator[Path]:
 
 
 def _entries(folder: Path, left: list[int]) -> list[os.DirEntry[str]]:
-    """What is in a folder, as long as entries are `left` to look at."""
+    """Return the entries of a folder, limited by the number of entries `left` to visit."""
     found: list[os.DirEntry[str]] = []
     try:
         with os.scandir(folder) as entries:

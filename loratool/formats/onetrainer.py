@@ -1,6 +1,6 @@
 """OneTrainer's own layout: kohya's tensors under diffusers' module names, flattened (``lora_transformer_...``).
 
-Older releases write it, and diffusers calls it a mixture. Letters, alpha and arithmetic are kohya's; only the modules are others.
+Older releases write it, and diffusers calls it a mixture. Letters, alpha and arithmetic are kohya's; only module names differ.
 """
 
 from __future__ import annotations

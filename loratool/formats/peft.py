@@ -1,6 +1,6 @@
-"""PEFT's files: a folder with ``adapter_config.json``, one file with the same as JSON in its metadata, or factors alone.
+"""PEFT's files: a folder with ``adapter_config.json``, one file with that JSON in its metadata, or only factors.
 
-All of PEFT's types are told, by the configuration or else by their tensors; those with a row in `formats.builders` are computed.
+All of PEFT's types are recognized by their configuration or their tensors; those with a row in `formats.builders` are computed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from loratool.formats.replacements import split_replacements
 from loratool.formats.tensor_keys import PREFIX, split_peft
 
 _ALPHA_KEYS: Final = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha")
-"""What PEFT's configurations call alpha."""
+"""Keys of alpha in PEFT's configurations."""
 
 
 def _claims(files: AdapterFiles) -> bool:
@@ -34,14 +34,14 @@ def _claims(files: AdapterFiles) -> bool:
 
 
 def describe(files: AdapterFiles) -> Description:
-    """Return what PEFT's configuration and tensors tell of an adapter of any type."""
+    """Return what PEFT's configuration and tensors say about an adapter of any type."""
     modules = {name: parts for name, parts in parts_of(files.tensors, split_peft).items() if name}
     name = _kind(files)
     row = kind_named(name)
     ranks = ranks_of(modules, name)
     rank = files.config.get("r")
     if isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank < 1 << 31:
-        # Factors of experts are stacked, so that their shapes tell several times the rank.
+        # Factors of experts are stacked, so their shapes show a multiple of the rank.
         stacked = {module for module in ranks if files.config.get("target_parameters")}
         ranks |= dict.fromkeys([module for module in modules if module not in ranks or module in stacked], rank)
     return Description(
@@ -71,14 +71,14 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
     config = {**loadable(files.config, files.config_source), "peft_type": peft_type} if files.config else {}
     factors, replaced = split_replacements(files.tensors, config, source)
     if config and config.get("target_modules") is None and not config.get("target_parameters"):
-        # PEFT has targets of its own for each type of model, and would leave out what has tensors beside them.
+        # PEFT has default targets for each type of model, and would ignore tensors of other modules.
         config["target_modules"] = sorted({target_of(module) for module in parts_of(factors, split_peft) if module})
     own = replace(files, tensors=factors, config=config)
     notes: tuple[str, ...] = ()
     if replaced:
         notes = (
             f"it holds {len(replaced)} {'tensors' if len(replaced) > 1 else 'tensor'} whole "
-            f"({quoted(next(iter(replaced)))}, ...; modules_to_save or embeddings), which take the place of the base's own",
+            f"({quoted(next(iter(replaced)))}, ...; modules_to_save or embeddings), which replace the base's own",
         )
     adapter = builder.read(own, given)
     return replace(
@@ -90,10 +90,10 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
 
 
 def _peft_type(files: AdapterFiles) -> object:
-    """The type that the configuration names; where it names none, that of the tensors.
+    """Return the type that the configuration names or, if it names none, the type of the tensors.
 
     Raises:
-        AdapterError: it names one type and the tensors are another's.
+        AdapterError: it names one type but the tensors are of another.
     """
     named = files.config.get("peft_type")
     if named is None:
@@ -109,13 +109,13 @@ def _peft_type(files: AdapterFiles) -> object:
 
 
 def _may_hold(row: Kind, told: str) -> bool:
-    """Whether files of a type may have tensors of a kind: its own, a variant's, or what stands beside many kinds."""
+    """Return whether files of a type may have tensors of the kind `told`: its own, a variant, or one that accompanies others."""
     parts = kind_named(told).parts
     return told in (row.name, "mixed", *NEVER_ALONE) or any(part.startswith(row.parts) for part in parts)
 
 
 def _word(peft_type: object) -> str:
-    """A word for a type that this loratool does not know."""
+    """Return a word for a type that this loratool does not know."""
     return re.sub(r"[^a-z0-9_]+", "_", str(peft_type).lower())[:32].strip("_") or "unknown"
 
 
@@ -132,7 +132,7 @@ def _text(value: object) -> str | None:
 
 
 def _kind(files: AdapterFiles) -> str:
-    """The kind by the configuration's type and its settings, else by the tensors, else by what loratool records."""
+    """Return the kind by the configuration's type and settings, else by the tensors, else by loratool's facts."""
     told = kind_of(parts_of(files.tensors, split_peft))
     named = _peft_type(files) if files.config.get("peft_type") is not None else None
     if named is not None and named != KINDS[LORA].peft_type:

@@ -1,4 +1,4 @@
-"""Reading an adapter, whatever format its files are in: the format is told by their content, never by a flag."""
+"""Read an adapter in any format; its files' content decides the format, never a flag."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def read_adapter(path: Path, alpha: Alpha | None = None) -> Adapter:
 
     Args:
         path: of its folder or file.
-        alpha: for a file that does not state its own; one that states it may be given the same again.
+        alpha: alpha for a file that does not state it; if the file states it, the two must be equal.
 
     Raises:
         NotFoundError: nothing is there.
-        UnsupportedError: it is of a kind, or in a format, whose numbers loratool does not compute.
+        UnsupportedError: it is of a kind or in a format that loratool does not compute.
         AdapterError: it is damaged, incomplete, a pickle, or without an alpha.
     """
     return read_files(open_adapter(path), alpha)
 
 
 def read_files(files: AdapterFiles, alpha: Alpha | None = None) -> Adapter:
-    """Read the adapter whose files were opened; arguments and errors as `read_adapter`."""
+    """Read an adapter whose files are already open; arguments and errors are those of `read_adapter`."""
     found = format_of(files)
     if found.read is None:
         described = found.describe(files)

@@ -1,8 +1,8 @@
-"""Modules that a PEFT adapter holds whole, to stand in the place of the base's own: ``modules_to_save`` and embeddings.
+"""Modules that a PEFT adapter contains whole, which replace the base's own: ``modules_to_save`` and embeddings.
 
-PEFT 0.21 (``peft.utils.other._set_trainable``) keeps a module so if its name ends with one of those listed, and saves its
-tensors under their own names behind the prefix of all keys. Embeddings and heads it also saves so where the vocabulary was grown
-(``save_embedding_layers``), and puts them back when it loads the adapter; then it may save its own inner copies beside them.
+PEFT 0.21 (``peft.utils.other._set_trainable``) keeps a module whole if its name ends with a listed name, and saves its tensors
+under their own names after the usual prefix. It also saves embeddings and heads like this if the vocabulary was grown
+(``save_embedding_layers``), and restores them on loading. In that case it may also save its own inner copies.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from loratool.updates.replacement import Replacement
 HALVES: Final = {"weight": "bias", "bias": "weight"}
 
 CLASSIFIERS: Final = frozenset({"classifier", "score"})
-"""What PEFT lists by itself for a model that classifies (``PeftModelForSequenceClassification``), whether it has them or not."""
+"""Modules that PEFT always lists for classifiers (``PeftModelForSequenceClassification``), even if they do not exist."""
 
 
 INNER: Final = ("modules_to_save", "original_module")
-"""Components under which PEFT keeps the trained module and the base's own inside a model."""
+"""Name components under which PEFT keeps the trained module and the base's own inside a model."""
 
 
 def split_replacements(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], source: str
 ) -> tuple[dict[str, TensorInfo], dict[str, Replacement]]:
-    """The tensors of factors, by their keys; and what replaces those of whole modules, by the names that the base gives them.
+    """Return the tensors of factors by key, and the replacements of whole tensors by the base's names.
 
     Raises:
-        AdapterError: ``modules_to_save`` is no list of names, or none of what it lists is there, and it is not what PEFT
-            lists by itself.
+        AdapterError: ``modules_to_save`` is not a list of names, or no listed module has tensors although PEFT does not list
+          it by default.
     """
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
@@ -45,7 +45,7 @@ def split_replacements(
     is_inner = any(f".{word}." in key for key in tensors for word in INNER)  # refused by that name, later
     if saved and not (found or is_inner) and set(saved) != CLASSIFIERS:
         raise AdapterError(
-            f"{quoted(source)} lists modules_to_save ({quoted(saved[0])}, ...) and holds none of their tensors; "
+            f"{quoted(source)} lists modules_to_save ({quoted(saved[0])}, ...) but holds none of their tensors; "
             "the file is incomplete"
         )
     found |= {key.removeprefix(PREFIX): info for key, info in tensors.items() if _is_embedding(key)}
@@ -54,7 +54,7 @@ def split_replacements(
 
 
 def refuse_incomplete(adapter: Adapter, landed: Mapping[str, str], base: Collection[str]) -> None:
-    """Raise AdapterError where an adapter holds part of a module that it is to hold whole.
+    """Raise AdapterError if an adapter contains only part of a module that it must contain whole.
 
     Args:
         adapter: as it was read.
@@ -80,7 +80,7 @@ def refuse_incomplete(adapter: Adapter, landed: Mapping[str, str], base: Collect
 
 
 def _is_whole(key: str, saved: tuple[str, ...]) -> bool:
-    """Whether a tensor belongs to a module that is kept whole, or to a module inside it."""
+    """Return whether a tensor belongs to a whole module, or to a module inside one."""
     parts = key.removeprefix(PREFIX).split(".")
     modules = (".".join(parts[:count]) for count in range(1, len(parts)))
     own = not any(part in INNER or part.startswith("lora_") for part in parts)
@@ -88,17 +88,17 @@ def _is_whole(key: str, saved: tuple[str, ...]) -> bool:
 
 
 def _is_embedding(key: str) -> bool:
-    """Whether a tensor is the whole weight of an embedding of tokens or of an output head."""
+    """Return whether a tensor is the whole weight of a token embedding or an output head."""
     name = key.removeprefix(PREFIX)
     is_plain = name != key and name.endswith(".weight") and split_peft(key) is None
     return is_plain and any_model().role(name) in (Role.TOKENS, Role.HEAD)
 
 
 def _without_inner_copies(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, TensorInfo]:
-    """Leave out what PEFT saves a second time under its own inner names (``lm_head.modules_to_save.weight``), and never loads.
+    """Drop the duplicates that PEFT saves under inner names (``lm_head.modules_to_save.weight``) and never loads.
 
     Raises:
-        AdapterError: a second time is not the first.
+        AdapterError: a duplicate differs from the original.
     """
     kept = {}
     for key, info in tensors.items():

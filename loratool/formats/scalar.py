@@ -13,10 +13,10 @@ _CODES: Final = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"
 
 
 def read_scalar(info: TensorInfo) -> float:
-    """The number in a tensor of one element.
+    """Read the number in a tensor of one element.
 
     Raises:
-        AdapterError: it has another shape or dtype, is NaN or infinite, or the file became shorter.
+        AdapterError: it has an invalid shape or dtype, is NaN or infinite, or the file became shorter.
     """
     if info.dtype not in _CODES or math.prod(info.shape) != 1:
         raise AdapterError(

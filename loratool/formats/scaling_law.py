@@ -1,6 +1,6 @@
-"""How rank b of a DyLoRA is scaled (Valipour et al. 2022, arXiv:2210.07558): its leading components are an update at every rank.
+"""Scaling of a DyLoRA at rank b (Valipour et al. 2022, arXiv:2210.07558), whose leading components form an update at every rank.
 
-Its file is a LoRA's; loratool's facts beside it say that it is a DyLoRA (``kind``), and how its training scaled rank b
+Its file is a LoRA's; loratool's facts beside it record that it is a DyLoRA (``kind``), and how its training scaled rank b
 (``scaling``):
 
 - ``paper``: ``alpha / b`` (the paper, equation 7). A cut to rank b keeps alpha.
@@ -23,10 +23,10 @@ LAWS: Final[tuple[ScalingLaw, ...]] = ("paper", "kohya")
 
 
 def scaling_law(facts: Mapping[str, Any], source: str) -> ScalingLaw:
-    """The law that a DyLoRA was trained under, as its facts record it; the paper's where they record none.
+    """Return the law that a DyLoRA was trained under, from its facts; the paper's if they record none.
 
     Raises:
-        AdapterError: they record another one.
+        AdapterError: they record an unknown law.
     """
     recorded = facts.get("scaling", "paper")
     for law in LAWS:
@@ -36,5 +36,5 @@ def scaling_law(facts: Mapping[str, Any], source: str) -> ScalingLaw:
 
 
 def alpha_at(alpha: float, rank: int, full: int, law: ScalingLaw, *, use_rslora: bool = False) -> float:
-    """The alpha of a cut to `rank` of a module of rank `full` with `alpha`."""
+    """Return the alpha of a module of rank `full` with `alpha` after a cut to `rank`."""
     return alpha if law == "paper" or use_rslora or rank == full else alpha * math.sqrt(rank / full)

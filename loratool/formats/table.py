@@ -1,4 +1,4 @@
-"""The formats that loratool knows, in the order in which they claim a file: most specific first."""
+"""The formats that loratool knows, in the order in which they may claim a file: most specific first."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FORMATS: Final[tuple[AdapterFormat, ...]] = (
 )
 
 OWN: Final = peft.FORMAT
-"""The format in which loratool writes adapters that came in no other."""
+"""The default format for writing adapters."""
 
 _BY_NAME: Final = {row.name: row for row in FORMATS}
 
@@ -53,7 +53,7 @@ def format_of(files: AdapterFiles) -> AdapterFormat:
     """Return the format of an adapter's files.
 
     Raises:
-        AdapterError: none claims them, or some of the tensors are of one format and others of another.
+        AdapterError: no format claims them, or the tensors are in two formats.
     """
     found = _claimant(files)
     if found is None:
@@ -75,7 +75,7 @@ def format_of(files: AdapterFiles) -> AdapterFormat:
 
 
 def format_named(name: str) -> AdapterFormat:
-    """Return the format with that word; KeyError where there is none."""
+    """Return the format with that word; raises KeyError if there is none."""
     return _BY_NAME[name]
 
 

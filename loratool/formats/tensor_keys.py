@@ -17,17 +17,17 @@ _FACTOR: Final = re.compile(
 ALPHA: Final = ".alpha"
 _LETTERS: Final = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _MARKS: Final = tuple(part for kind in KINDS.values() for part in kind.parts)
-"""How the component of a tensor's name begins that says what kind of adapter it is of."""
+"""Beginnings of the name component that shows the kind of adapter."""
 
 _COPIES: Final = ("base_layer", "modules_to_save")
-"""Components under which PEFT keeps a whole tensor of the base."""
+"""Name components under which PEFT keeps a whole tensor of the base."""
 
 _WRAPPERS: Final = ("base_layer", "token_adapter")
-"""Components that PEFT puts between a module's name and its tensors."""
+"""Name components that PEFT inserts between a module's name and its tensors."""
 
 
 def split_peft(name: str) -> tuple[str, str] | None:
-    """The module and the part (``lora_A.weight``) of a tensor's name in PEFT; None where it is no adapter's tensor.
+    """Split a tensor's name in PEFT into module and part (``lora_A.weight``); return None if it is not an adapter's tensor.
 
     Tensors that all modules share (``base_model.vera_A``) have the module ``""``.
     """
@@ -43,16 +43,16 @@ def split_peft(name: str) -> tuple[str, str] | None:
 
 
 def peft_key(module: str, factor: str) -> str:
-    """The name that PEFT gives to factor ``A`` or ``B`` of `module`."""
+    """Return PEFT's name of factor ``A`` or ``B`` of `module`."""
     return f"{PREFIX}{module}.lora_{factor}.weight"
 
 
 def pair_factors(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """The factors (A, B) of each module, in the order of the modules' names; alphas among the tensors are left out.
+    """Return the factors (A, B) of each module, sorted by module name; alphas among the tensors are ignored.
 
     Raises:
-        UnsupportedError: tensors belong to features that loratool does not compute; all of these are named.
-        AdapterError: a factor is no matrix or has no partner, or there is none.
+        UnsupportedError: tensors belong to features that loratool does not compute; the message names all of these.
+        AdapterError: a factor is not a matrix or has no partner, or there are no factors.
     """
     refuse_other_features(tensors, source, lambda name: name.endswith(ALPHA) or _FACTOR.fullmatch(name) is not None)
     factors: dict[str, dict[str, TensorInfo]] = {}
@@ -77,14 +77,14 @@ def pair_factors(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, tu
 
 
 def alpha_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The tensors that hold the alpha of one module each (``<module>.alpha``), by module."""
+    """Return the tensors with the alpha of a module (``<module>.alpha``), by module."""
     return {
         name.removeprefix(PREFIX).removesuffix(ALPHA): info for name, info in tensors.items() if name.endswith(ALPHA)
     }
 
 
 def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[[str], bool]) -> None:
-    """Raise UnsupportedError if tensors belong to something that loratool does not compute; all that there is is named."""
+    """Raise UnsupportedError if tensors belong to features that loratool does not compute; the message names all of them."""
     found: dict[str, tuple[str, str]] = {}
     strange, own = "", False
     for name in sorted(tensors):
@@ -108,13 +108,13 @@ def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[
 
 
 _COPY: Final = FEATURES[-1].title
-"""What PEFT saves beside LoRA on embeddings and heads: named where nothing else hinders."""
+"""What PEFT saves with a LoRA on embeddings and heads: named only if there is no other obstacle."""
 
 _ORDER: Final = [feature.title for feature in FEATURES] + [kind.title for kind in KINDS.values()]
 
 
 def _feature_of(name: str) -> tuple[str, str] | None:
-    """What a tensor belongs to by its name, and why it is not computed."""
+    """Return the feature that a tensor's name shows, and why it is not computed."""
     where = split_peft(name)
     if where is None:
         last = name.rpartition(".")[2]

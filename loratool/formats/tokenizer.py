@@ -1,8 +1,8 @@
-"""A tokenizer and its chat template as files in a folder, and what two of them say differently.
+"""A tokenizer and its chat template as files in a folder, and the differences between two tokenizers.
 
-transformers saves a tokenizer beside whatever it saves: a model, or an adapter at each checkpoint. Its files differ from version
-to version where their meaning does not, so they are compared by that: the vocabulary, the tokens that were added, the special
-tokens and the chat template. What only one of the two has is not compared.
+transformers saves a tokenizer with every model and with an adapter at each checkpoint. Its files differ between versions even if
+their meaning is the same, so the meaning is compared: the vocabulary, the added tokens, the special tokens and the chat
+template. What only one of the two has is not compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENIZER_NAME: Final = "tokenizer.json"
 CONFIG_NAME: Final = "tokenizer_config.json"
 TEMPLATE_NAME: Final = "chat_template.jinja"
 _AROUND: Final = frozenset({CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "merges.txt"})
-"""Files of a tokenizer without a vocabulary in them."""
+"""Files of a tokenizer that contain no vocabulary."""
 
 SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 LARGEST_TEMPLATE: Final = 1 << 20
@@ -41,7 +41,7 @@ class TokenizerFiles:
 
     @classmethod
     def of(cls, folder: Path) -> TokenizerFiles:
-        """Those in a folder; links that lead out of it are none."""
+        """Find the files in a folder; links that lead out of it are ignored."""
         try:
             names = sorted(entry.name for entry in folder.iterdir() if _is_of_tokenizer(entry))
         except OSError:
@@ -50,12 +50,12 @@ class TokenizerFiles:
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is a vocabulary among them."""
+        """Whether they include a vocabulary."""
         return any(role_of(name) is FileRole.TOKENIZER and name not in _AROUND for name in self.names)
 
     @cached_property
     def vocabulary(self) -> str | None:
-        """A digest of what text is cut into; None where no file says it."""
+        """A digest of the vocabulary and its merges; None if no file has them."""
         if self._tokenizer:
             model = dict(self._tokenizer.get("model") or {})
             merges = model.get("merges")
@@ -69,7 +69,7 @@ class TokenizerFiles:
 
     @cached_property
     def added(self) -> dict[str, int] | None:
-        """The tokens that were added to the vocabulary, and their numbers; None where no file could say it."""
+        """The added tokens and their numbers; None if no file could list them."""
         listed = self._tokenizer.get("added_tokens")
         if isinstance(listed, list):
             entries = [each for each in listed if isinstance(each, dict)]
@@ -95,7 +95,7 @@ class TokenizerFiles:
 
     @cached_property
     def template(self) -> str | None:
-        """The chat template; of several under names, all as JSON; None where there is none."""
+        """The chat template, or JSON of several named ones; None if there is none."""
         if TEMPLATE_NAME in self.names:
             return read_limited(self.folder / TEMPLATE_NAME, LARGEST_TEMPLATE).decode(errors="replace")
         found = self._config.get("chat_template")
@@ -105,7 +105,7 @@ class TokenizerFiles:
 
     @cached_property
     def highest(self) -> int:
-        """The highest number of any token; -1 where no file says one."""
+        """The highest number of any token; -1 if no file gives one."""
         model = self._tokenizer.get("model")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
         if vocabulary is None and "vocab.json" in self.names:
@@ -117,7 +117,7 @@ class TokenizerFiles:
         return max([*numbers, *(self.added or {}).values()], default=-1)
 
     def differences(self, other: TokenizerFiles) -> Iterator[str]:
-        """Say how this one differs from `other`, in the words of a sentence about this one."""
+        """Yield phrases that describe how this tokenizer differs from `other`."""
         if None not in (self.vocabulary, other.vocabulary) and self.vocabulary != other.vocabulary:
             yield "another vocabulary"
         if self.added is not None and other.added is not None and self.added != other.added:
@@ -159,13 +159,13 @@ def _is_token(content: object, number: object) -> bool:
 
 
 def _content(token: object) -> str | None:
-    """A special token's text, which files state as such or as an object."""
+    """Return a special token's text, which files give directly or in an object."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None
 
 
 def damaged(tokenizer: TokenizerFiles) -> str | None:
-    """Why the files of a tokenizer cannot be read; None where they can."""
+    """Return why the files of a tokenizer cannot be read; None if they can."""
     try:
         _ = tokenizer.vocabulary, tokenizer.added, tokenizer.special, tokenizer.template, tokenizer.highest
     except (CheckpointError, OSError, ValueError, TypeError, AttributeError) as error:

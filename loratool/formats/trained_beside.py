@@ -1,8 +1,8 @@
-"""Weights that were trained with an adapter and lie beside it in files of their own, which no format of adapters is of.
+"""Weights that were trained with an adapter but are in separate files beside it, in no adapter format.
 
-Programs that train a projector, a head or embeddings as well save those so: LLaVA's ``non_lora_trainables.bin``, LongLoRA's
-``trainable_params.bin``, TRL's value head in ``pytorch_model.bin``. An adapter without them is not what was trained. Their names
-are recorded with the adapter's facts, so that a copy without the files still says so.
+Programs save a projector, a head or embeddings like this if they train them too: LLaVA's ``non_lora_trainables.bin``, LongLoRA's
+``trainable_params.bin``, TRL's value head in ``pytorch_model.bin``. Without them an adapter does not behave as trained. Their
+names are recorded in the adapter's facts, so that a copy without the files still mentions them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from loratool.formats.identity import AnyAdapter, Identity
 Told = TypeVar("Told", bound=Adapter | Identity)
 
 KEY: Final = "trained_beside"
-"""Where an adapter's facts list the names."""
+"""Key of the names in an adapter's facts."""
 
 MOST_NAMES: Final = 64
 LONGEST_NAME: Final = 200
@@ -34,7 +34,7 @@ def trained_beside(adapter: AnyAdapter) -> tuple[str, ...]:
 
 
 def recorded(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names that facts list; what is no such list is passed over."""
+    """Return the names that facts list; an invalid list is ignored."""
     names = facts.get(KEY)
     if not isinstance(names, list):
         return ()
@@ -46,7 +46,7 @@ def recorded(facts: Mapping[str, Any]) -> tuple[str, ...]:
 def with_trained_beside(adapter: Told, names: Iterable[str] | None = None) -> Told:
     """Return the adapter with a note and a record of the weights that were trained with it.
 
-    `names` are those of all files in its folder, relative to it; by default the folder on the disk is looked at.
+    `names` are all files in its folder, relative to it; by default they are read from the disk.
     """
     lying = _names_in_folder(adapter.file) if names is None else names
     found = sorted({*trained_in(lying), *recorded(adapter.facts)})[:MOST_NAMES]
@@ -59,9 +59,9 @@ def with_trained_beside(adapter: Told, names: Iterable[str] | None = None) -> To
 
 
 def trained_in(names: Iterable[str]) -> list[str]:
-    """Return those of the files in an adapter's folder that hold weights which were trained with it.
+    """Return the files in an adapter's folder that contain weights trained with it.
 
-    A model's weights there are a head's (TRL) where there is no configuration of a model beside them.
+    Weights with a model's file name are a value head's (TRL) if no model configuration is beside them.
     """
     names = list(names)
     is_model = MODEL_CONFIG in names
@@ -76,7 +76,7 @@ def _is_trained(name: str, *, is_model: bool) -> bool:
 
 
 def _names_in_folder(file: Path) -> Collection[str]:
-    """The names of the files around an adapter's own: in its folder, and one folder below; none around a single file."""
+    """Return the names of the files in an adapter's folder and one folder below; none for a single file."""
     folder = file.parent
     if file.name not in NAMES_IN_FOLDERS and not (folder / CONFIG_NAME).is_file():
         return ()

@@ -1,4 +1,4 @@
-"""Writing an adapter: a PEFT directory, or a single file. The factors' bytes are copied as they are."""
+"""Write an adapter as a PEFT directory or a single file. The factors' bytes are copied unchanged."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from loratool.formats.tensor_keys import PREFIX
 
 
 def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadata: bool = True) -> None:
-    """Write the PEFT directory `out`: configuration, weights, and ``loratool.json`` where facts are known.
+    """Write the PEFT directory `out`: configuration, weights, and ``loratool.json`` if there are facts.
 
-    A file whose tensors have PEFT's names already is copied byte for byte, so its sha256 stays; without `keep_metadata` it
-    is written anew, and says nothing but its tensors.
+    A file whose tensors already have PEFT's names is copied byte for byte, which keeps its sha256. Without `keep_metadata` it
+    is rewritten with only its tensors.
 
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
@@ -47,7 +47,7 @@ def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadat
 def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> None:
     """Write the safetensors file `out`, with the configuration and loratool's facts in its metadata.
 
-    An adapter that came in another layout that loratool writes is written in it again.
+    An adapter that was read in another layout that loratool can write keeps that layout.
 
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
@@ -58,15 +58,15 @@ def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> No
 
 
 def adapter_output(out: Path) -> OutputKind:
-    """What an adapter written to `out` is: a single file (``.safetensors``, ``.st``), or a PEFT directory."""
+    """Return the kind of output at `out`: a single file (``.safetensors``, ``.st``) or a PEFT directory."""
     return OutputKind.ADAPTER_FILE if out.suffix in SINGLE_FILE_SUFFIXES else OutputKind.ADAPTER_FOLDER
 
 
 @contextmanager
 def staged_adapter(adapter: Adapter, out: Path, *, force: bool = False) -> Iterator[Adapter]:
-    """Write a single file (``.safetensors``, ``.st``) or a PEFT directory, and give what was written, read again.
+    """Write a single file (``.safetensors``, ``.st``) or a PEFT directory, and yield the adapter read back from it.
 
-    It lies beside `out`, durable, and becomes `out` when the block ends without an error.
+    The output is durable, beside `out`, and is renamed to `out` when the block ends without an error.
 
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
@@ -124,7 +124,7 @@ def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, TensorInfo | bytes], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: each tensor copied from where it lies, or one fp32 number given as its bytes."""
+    """Write a safetensors file. Each tensor is copied from its file, or is one fp32 number given as bytes."""
     shapes = {name: ("F32", ()) if isinstance(t, bytes) else (t.dtype, t.shape) for name, t in tensors.items()}
     head = header_bytes(shapes, metadata)
     with open(file, "wb") as target:

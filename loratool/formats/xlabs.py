@@ -1,4 +1,4 @@
-"""XLabs' LoRA for Flux: processors of double and single blocks, q, k and v in one; no alpha, a scaling of 1."""
+"""XLabs' LoRA for Flux: processors of double and single blocks, with q, k and v in one matrix; no alpha, a scaling of 1."""
 
 from __future__ import annotations
 
