@@ -290,7 +290,9 @@ def broken(tensors: dict[str, np.ndarray], how: str) -> dict[str, np.ndarray]:
     return {"something.else.weight": np.ones((2, 2), np.float32)}
 
 
-@pytest.mark.parametrize(("how", "message"), [("nan", "NaN"), ("empty", "empty"), ("others", "has no tensor of that kind")])
+@pytest.mark.parametrize(
+    ("how", "message"), [("nan", "NaN"), ("empty", "empty"), ("others", "has no tensor of that kind")]
+)
 @pytest.mark.parametrize("peft_type", [BY_INPUT, LATER, BESIDE])
 def test_one_with_broken_content_is_refused_and_not_catalogued(
     peft_type: str, how: str, message: str, saved_by_peft: PeftTypes, home_of_its_own: Path, tmp_path: Path
