@@ -591,7 +591,7 @@ def test_json_of_the_doctor(catalogued: Run) -> None:
     assert said == {
         "bases": 1, "adapters": 1, "versions": 1, "merges": 0, "findings": [], "freed_bytes": 0, "noted_merges": 0,
         "shared_with": [], "rebuilt": [], "rebuilt_bases": [], "not_rebuilt": [],
-        "trash": [], "emptied": [],
+        "repaired": [], "trash": [], "emptied": [],
     }  # fmt: skip
 
 

@@ -143,8 +143,9 @@ def _print(result: DoctorResult) -> None:
         newest = result.backups[0]
         made = age(newest.made_at).replace("now", "0 min")
         click.echo(f"Newest backup: {shown(str(newest.path))}, made {made} ago")
-        if result.findings:
-            click.echo(f"To restore it: {shown(result.put_back or '')}")
+        if result.findings or not counts.versions:
+            click.echo("To restore it:")
+            click.echo(f"  {shown(result.put_back or '')}")
     if not result.findings:
         click.echo(click.style("All is well.", fg="green"))
 
