@@ -11,15 +11,15 @@ The rules, in order:
    so a module never moves to another layer or another kind of layer; and it drops names, adds some or moves them, but puts
    none in another's place (``bert`` for ``roberta``), unless both are names of the same part (`same_part`). The exchange that
    keeps most of the module's own name is taken.
-3. Where several exchanges keep equally much, the one under which every shape fits is taken, if it is the only one.
-4. Where no one exchange lands them all, each stack of layers, the modules with the same name up to the first number
+3. If several exchanges keep equally much, the only one under which every shape fits is taken.
+4. If no single exchange lands them all, each stack of layers, the modules with the same name up to the first number
    (``model.language_model.layers`` and ``model.visual.blocks``, stored as ``model.layers`` and ``visual.blocks``), must land by
    one of its own. What has no number goes by one of these, or else alone: on the only tensor that keeps all of its name, or
    most of it and its last two parts at least (``multi_modal_projector.linear_1`` of ``model.multi_modal_projector.linear_1``).
    So does a tensor that is replaced whole (``modules_to_save``); one of a stack keeps the two names before the number.
 5. A stack lands in one, and no two in the same: layers of an image are not those of a text, though the base has room for both.
 
-Anything else is an error that lists what did not land and the nearest names; nothing is guessed.
+Anything else is an error that lists the names that did not land and the nearest ones; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Exchange:
         return self.new + name[len(self.old) :] if name.startswith(self.old) else None
 
     def reverse(self, tensor: str) -> str | None:
-        """The parameter that would land on `tensor`, or None where there is none."""
+        """Return the parameter that would land on `tensor`, or None if there is none."""
         return self.old + tensor[len(self.new) :] if tensor.startswith(self.new) else None
 
 
@@ -84,7 +84,7 @@ class Landing:
         return frozenset(self._homes.values())
 
     def parameter(self, tensor: str) -> str | None:
-        """The parameter that would land on `tensor`, or None where there is none."""
+        """Return the parameter that would land on `tensor`, or None if there is none."""
         longest_first = sorted(self.exchanges, key=lambda exchange: -len(exchange.new))
         return next(filter(None, (each.reverse(tensor) for each in (*longest_first, Exchange("", "")))), None)
 

@@ -38,7 +38,7 @@ UNLIKE: Final = frozenset({
     "owlvit", "pegasus_x", "phi4_multimodal", "pix2struct", "pop2piano", "prophetnet", "switch_transformers", "tapas", "udop",
     "voxtral_realtime", "xlm", "zamba", "zamba2", "zaya",
 })  # fmt: skip
-"""Model types whose linear modules cannot be told by their names."""
+"""Model types whose linear modules cannot be identified by name."""
 
 UNLIKE_CLASSES: Final = ("ForCTC", "OlmoModel")
 """Suffixes of class names with the same problem."""
