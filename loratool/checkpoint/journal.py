@@ -300,7 +300,7 @@ def _committed(folder: Path) -> _Record:
     # The model may be half changed, and only the journal can make it whole.
     raise CheckpointError(
         f"the change prepared in {quoted(journal)} cannot be finished: {what}; {advice} and run again; "
-        "keep the journal, since removing it could leave the model half changed"
+        "keep the journal, since to remove it could leave the model half changed"
     )
 
 
