@@ -211,3 +211,21 @@ def test_the_same_base_under_another_name_is_said(tiny_models: TinyModels, tmp_p
     again = CliRunner().invoke(cli, ["base", "add", "other", str(tmp_path / "copy")])
     assert "same content" not in first.output
     assert "the same content is already catalogued as 'llama'" in " ".join(again.output.split())
+
+
+def test_what_is_made_of_an_adapter_is_no_version_of_a_stranger_by_its_outputs_name(
+    tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    loratool.add(tiny_adapters.folder("llama", target_modules=["q_proj"]), name="mine")
+    other = tiny_adapters.folder("llama", target_modules=["v_proj"])
+    loratool.add(other, name="other")
+    out = tmp_path / "mine.safetensors"
+    for make in (
+        lambda **options: loratool.truncate("other", rank=1, out=out, **options),
+        lambda **options: loratool.combine(["other"], method="cat", out=out, **options),
+    ):
+        with pytest.raises(AdapterError, match="not a version of mine@1"):
+            make()
+        assert not out.exists() and [each.version for each in loratool.list() if each.name == "mine"] == [1]
+    made = loratool.truncate("other", rank=1, out=out, name="mine")
+    assert made[0].record.reference == "mine@2"

@@ -282,7 +282,7 @@ def test_a_dylora_is_combined_at_each_rank_that_is_asked_for(tiny_adapters: Tiny
     for module, delta in deltas_of(result.out).items():
         a, b = (factors[f"{PREFIX}{module}.lora_{letter}.weight"] for letter in "AB")
         assert relative(delta, 0.5 * 7 / 2 * b[:, :2] @ a[:2] - 7 / 6 * b @ a) < 1e-6
-    with pytest.raises(LoratoolError, match="none of them"):
+    with pytest.raises(LoratoolError, match="not one of them"):
         loratool.combine(["dylora@rank=7"], "cat", out=tmp_path / "no.st")
     with pytest.raises(LoratoolError, match="loratool truncate"):
         loratool.truncate("dylora@rank=2", rank=1)

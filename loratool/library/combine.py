@@ -116,7 +116,8 @@ def combine(adapters: Sequence[AdapterSpec], method: Method, *, out: PathLike, d
             error = combine_into(draft, plan, watcher.advance)
             adapter = draft.adapter(chosen, _config(plan), child_facts("lora", "combine", found, figures))
             adapter = replace(adapter, layout=shares[0].adapter.layout)
-            child = Child(adapter, target, chosen, figures | ({} if error is None else {"lost": error}))
+            child = Child(adapter, target, chosen, figures | ({} if error is None else {"lost": error}),
+                          named=name is not None)  # fmt: skip
             origins = [origin_of(parent) for parent in found]
             (added,) = bring_up([child], catalogue, "combine", origins, base=base_of(found), force=force)
     parents = tuple((reference_of(parent), share.weight) for parent, share in zip(found, shares, strict=True))

@@ -17,6 +17,7 @@ from loratool.formats.trained_beside import KEY, trained_beside
 from loratool.formats.write import staged_adapter
 from loratool.library.adapter_name import name_from, telling_name
 from loratool.library.adapters import AddResult, at_once, facts_of, staged_entry
+from loratool.library.next_version import refuse_stranger
 from loratool.library.resolve import ResolvedAdapter
 from loratool.library.user_path import exists, user_path
 from registry import AdapterRecord, Registry, RegistryUnwritableError, uncatalogued
@@ -39,12 +40,16 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A new adapter in a draft, with its output path, its name in the catalogue, and details of how it was made."""
+    """A new adapter in a draft, with its output path, its name in the catalogue, and details of how it was made.
+
+    `named` says whether the user chose the name. The name of an output may be that of an unrelated adapter.
+    """
 
     adapter: Adapter
     out: Path
     name: str
     details: Mapping[str, Any]
+    named: bool = True
 
 
 def default_output(source: ResolvedAdapter, given: str | os.PathLike[str], suffix: str) -> Path:
@@ -85,7 +90,8 @@ def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, ori
         force: replace adapters that loratool wrote.
 
     Raises:
-        LoratoolError: an output exists or cannot be written, an adapter does not fit `base`, or a source file changed.
+        LoratoolError: an output exists or cannot be written, an adapter does not fit `base`, a source file changed, or the name
+            of an output belongs to an unrelated adapter.
         registry.RegistryError: the catalogue does not accept one of them.
     """
     with ExitStack() as outputs:
@@ -97,6 +103,9 @@ def bring_up(children: Sequence[Child], catalogue: Registry, operation: str, ori
         try:
             with catalogue.for_writing() as writable, ExitStack() as stages:
                 entries = [stages.enter_context(staged_entry(adapter, writable, base=base)) for adapter in written]
+                for adapter, entry, child in zip(written, entries, children, strict=True):
+                    if not child.named:
+                        refuse_stranger(child.name, adapter, entry.facts, writable, by_base=False)
                 with at_once(writable):
                     added = [entry.add(child.name) for entry, child in zip(entries, children, strict=True)]
                     for result, child in zip(added, children, strict=True):

@@ -120,7 +120,8 @@ def extract(tuned: PathLike, base: PathLike, *, out: PathLike, rank: int | None 
                 "lineage": {"operation": "extract", "tuned": models[0].name, **figures},
             }
             adapter = draft.adapter(chosen, _config(plan, found, models[1]), facts)
-            child = Child(replace(adapter, changes={**adapter.changes, **found.kept}), target, chosen, figures)
+            whole = replace(adapter, changes={**adapter.changes, **found.kept})
+            child = Child(whole, target, chosen, figures, named=name is not None)
             owner = models[1].record.name if models[1].record and not changed[1] else None
             origin = Origin(models[0].name, states=tuple(state for model in checkpoints for state in model.states))
             (added,) = bring_up([child], catalogue, "extract", [origin], base=owner, force=force)

@@ -119,7 +119,7 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
         with Draft(scratch_folder(target)) as draft:
             made = (prune_triplets if as_ == "adalora" else prune_to_lora)(draft, source.adapter, pruning)
             whole = replace(made, facts=facts, changes={**made.changes, **source.adapter.replacements})
-            child = Child(whole, target, chosen, details)
+            child = Child(whole, target, chosen, details, named=name is not None)
             (added,) = bring_up([child], catalogue, "prune", [origin_of(source)], base=base_of([source]), force=force)
     return PruneResult(
         target,

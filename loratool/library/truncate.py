@@ -120,7 +120,7 @@ def truncate(adapter: PathLike, *, rank: int | Sequence[int] | None = None, ener
             drafts = [stack.enter_context(Draft(scratch_folder(target))) for target in outs]
             found = _truncated(drafts, source.adapter, cuts, law, progress or Silent())
             children = [
-                _child(truncation, source, cut, law, target, chosen)
+                replace(_child(truncation, source, cut, law, target, chosen), named=name is not None)
                 for truncation, cut, target, chosen in zip(found, cuts, outs, names, strict=True)
             ]
             added = bring_up(children, catalogue, "truncate", [origin_of(source)], base=base_of([source]), force=force)
