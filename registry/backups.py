@@ -77,7 +77,8 @@ def advice(database: Path | None) -> str:
     )
     newest = next(iter(backups(database)), None)
     if newest is None:
-        return rebuild
+        # A file of another name may be anything that --registry names by mistake; it is not to be moved.
+        return rebuild if database.name == DATABASE_NAME else "restore a backup of it, or give another file"
     held = "an unknown number of" if newest.versions is None else f"{newest.versions:,}"
     versions = "adapter version" if newest.versions == 1 else "adapter versions"
     return (

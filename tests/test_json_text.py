@@ -184,5 +184,4 @@ def test_a_row_beyond_bounds_is_a_damaged_row(catalogue: Registry, tmp_path: Pat
         connection.execute("UPDATE adapters SET target_modules = ?", (DEEP,))
     with pytest.raises(RegistryError, match="damaged"):
         catalogue.adapters.find("pirate")
-    with pytest.raises(RegistryError, match="damaged"):
-        catalogue.adapters.list()
+    assert catalogue.adapters.list() == ()

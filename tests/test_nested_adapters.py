@@ -276,3 +276,10 @@ def test_a_shard_alone_leads_to_its_folder(sharded: Path, typed: Callable[..., s
     lines = typed("add", str(sharded / "adapter_model-00001-of-00003.safetensors")).splitlines()
     assert "one shard of an adapter" in lines[0]
     assert lines[1].strip() == f"loratool add {sharded}"
+
+
+def test_a_circle_of_links_below_a_folder_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "loop").symlink_to("loop")
+    with pytest.raises(AdapterError, match="holds no adapter"):
+        loratool.add(tmp_path)

@@ -167,6 +167,14 @@ def has_file(path: Path) -> bool:
         return False
 
 
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Return whether a folder's entry is a file or leads to one; a link that leads in a circle or nowhere does not."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for entry in os.scandir(folder):
         try:

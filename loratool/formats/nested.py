@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from loratool.checkpoint.model import is_file
 from loratool.errors import AdapterError, ElsewhereError, quoted
 from loratool.formats.adapter_names import CONFIG_NAME, WEIGHTS_NAME, choose_weights, natural, shards_in, single_files
 
@@ -69,7 +70,7 @@ def _walk(folder: Path, depth: int, left: list[int]) -> Iterator[Path]:
     for entry in _entries(folder, left):
         if entry.name.startswith(".") or not entry.is_dir(follow_symlinks=False):
             continue
-        names = [each.name for each in _entries(Path(entry.path), left) if each.is_file()]
+        names = [each.name for each in _entries(Path(entry.path), left) if is_file(each)]
         if choose_weights(names) is not None:
             yield Path(entry.path)
         else:

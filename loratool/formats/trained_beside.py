@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from loratool.checkpoint.file_role import WEIGHT_SUFFIXES, FileRole, role_of
+from loratool.checkpoint.model import is_file
 from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import CONFIG_NAME, MODEL_CONFIG, NAMES_IN_FOLDERS
@@ -83,10 +84,10 @@ def _names_in_folder(file: Path) -> Collection[str]:
     found: list[str] = []
     try:
         for entry in os.scandir(folder):
-            if entry.is_file():
+            if is_file(entry):
                 found.append(entry.name)
             elif entry.is_dir(follow_symlinks=False):
-                found += [f"{entry.name}/{inner.name}" for inner in os.scandir(entry.path) if inner.is_file()]
+                found += [f"{entry.name}/{inner.name}" for inner in os.scandir(entry.path) if is_file(inner)]
     except OSError:
         return found
     return found
