@@ -239,7 +239,7 @@ def shown(shares: list[float]) -> str:
 
 def draw() -> None:
     """Bars of the recovered share on the lines trained on, by adapter and way, of all adapters measured so far."""
-    from loratool.library.picture import drawn
+    from loratool.library.reporting.picture import drawn
 
     files = {name: SHARES / f"nf4-merge-{name}.json" for name in RECIPES}
     pictured = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.errors import LoratoolError
 
 if TYPE_CHECKING:
-    from loratool.library.adapters import add, tag
-    from loratool.library.adapters import list_adapters as list_adapters
+    from loratool.library.add import add
     from loratool.library.bases import base_add, base_list, base_remove, base_show, base_verify
     from loratool.library.combine import combine
     from loratool.library.doctor import doctor
@@ -34,18 +33,22 @@ if TYPE_CHECKING:
     from loratool.library.evaluate import evaluate as evaluate
     from loratool.library.export import export
     from loratool.library.extract import extract
-    from loratool.library.hub import hub_search
+    from loratool.library.hub_search import hub_search
+    from loratool.library.list import list_adapters as list_adapters
     from loratool.library.merge import merge
     from loratool.library.prune import prune
     from loratool.library.pull import pull
     from loratool.library.push import push
     from loratool.library.quantize import quantize
-    from loratool.library.removal import remove, restore
+    from loratool.library.remove import remove
+    from loratool.library.restore import restore
     from loratool.library.show import show
     from loratool.library.spectrum import spectrum
+    from loratool.library.tag import tag
     from loratool.library.train import train
     from loratool.library.truncate import truncate
-    from loratool.library.unmerge import unmerge, verify
+    from loratool.library.unmerge import unmerge
+    from loratool.library.verify import verify
 
     eval = evaluate  # noqa: A001
     list = list_adapters  # noqa: A001
@@ -83,7 +86,7 @@ __all__ = [
 ]
 
 _FUNCTIONS: Final = {
-    "add": ("adapters", "add"),
+    "add": ("add", "add"),
     "base_add": ("bases", "base_add"),
     "base_list": ("bases", "base_list"),
     "base_remove": ("bases", "base_remove"),
@@ -96,23 +99,23 @@ _FUNCTIONS: Final = {
     "evaluate": ("evaluate", "evaluate"),
     "export": ("export", "export"),
     "extract": ("extract", "extract"),
-    "hub_search": ("hub", "hub_search"),
-    "list": ("adapters", "list_adapters"),
-    "list_adapters": ("adapters", "list_adapters"),
+    "hub_search": ("hub_search", "hub_search"),
+    "list": ("list", "list_adapters"),
+    "list_adapters": ("list", "list_adapters"),
     "merge": ("merge", "merge"),
     "prune": ("prune", "prune"),
     "pull": ("pull", "pull"),
     "push": ("push", "push"),
     "quantize": ("quantize", "quantize"),
-    "remove": ("removal", "remove"),
-    "restore": ("removal", "restore"),
+    "remove": ("remove", "remove"),
+    "restore": ("restore", "restore"),
     "show": ("show", "show"),
     "spectrum": ("spectrum", "spectrum"),
-    "tag": ("adapters", "tag"),
+    "tag": ("tag", "tag"),
     "train": ("train", "train"),
     "truncate": ("truncate", "truncate"),
     "unmerge": ("unmerge", "unmerge"),
-    "verify": ("unmerge", "verify"),
+    "verify": ("verify", "verify"),
 }
 
 

@@ -14,7 +14,7 @@ from tiny_adapters import copy_with, save_single_file
 
 import loratool
 from loratool.errors import AdapterError
-from loratool.library.adapter_name import is_generic, name_on_hub
+from loratool.library.resolving.adapter_name import is_generic, name_on_hub
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters

@@ -359,7 +359,7 @@ def test_an_error_that_nobody_foresaw_asks_for_a_report(run: Run, monkeypatch: p
     def fails(**options: Any) -> None:
         raise ZeroDivisionError("a\x1b[31mb")
 
-    monkeypatch.setattr("loratool.library.adapters.list_adapters", fails)
+    monkeypatch.setattr("loratool.library.list.list_adapters", fails)
     done = run("list")
     assert (done.status, done.out) == (1, "")
     assert "ZeroDivisionError" in done.err
@@ -370,13 +370,13 @@ def test_an_error_that_nobody_foresaw_asks_for_a_report(run: Run, monkeypatch: p
 def test_an_interrupt_exits_with_130_and_without_a_traceback() -> None:
     waiting = """
 import signal, time
-import loratool.library.adapters as adapters
+import loratool.library.list as listing
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without one
 def wait(**options):
     print("ready", flush=True)
     while True:  # an interrupt that comes before a wait is seen after it
         time.sleep(0.05)
-adapters.list_adapters = wait
+listing.list_adapters = wait
 sys.argv = ["loratool", "list"]
 from loratool.cli import main
 main()

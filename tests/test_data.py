@@ -25,7 +25,7 @@ from test_eval import CHATML, TURNS, counted, tiny_tokenizer, write_lines
 
 from loratool.errors import DataError, LoratoolError, NotFoundError
 from loratool.hub.data_sets import fetch_table
-from loratool.library.resolve_data import resolve_data
+from loratool.library.resolving.resolve_data import resolve_data
 from loratool.running.data import (
     IGNORED,
     Chat,

@@ -325,7 +325,7 @@ def test_a_home_that_cannot_be_written_still_merges_a_dry_run(
 def test_the_base_of_an_evaluation_is_recorded_although_the_catalogue_is_only_read(
     hub: HubStandIn, on_hub: Repository, home_of_its_own: Path
 ) -> None:
-    from loratool.library.resolve import resolve_base
+    from loratool.library.resolving.resolve import resolve_base
 
     loratool.base_add("llama", REPO)
     with Registry.open(home_of_its_own, read_only=True) as catalogue:

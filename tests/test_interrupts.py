@@ -120,7 +120,7 @@ def test_what_is_copied_into_the_store_is_gone_after_an_interrupt_at_any_call(tm
     program = f"""
 from pathlib import Path
 from interrupting import _striking, call_at, ended, see_through_strikes
-import loratool.library.opening
+import loratool.library.recording.opening
 from registry.store import Store
 store = Store(Path({str(tmp_path)!r}))
 store.put({{"warm": b"up"}})
@@ -171,8 +171,8 @@ def test_each_signal_has_its_exit_status_and_one_line(number: str, status: int) 
     program = f"""
 import signal, os
 from loratool import __main__
-import loratool.library.adapters as adapters
-adapters.list_adapters = lambda **options: os.kill(os.getpid(), signal.{number}) or [None for _ in iter(int, 1)]
+import loratool.library.list as listing
+listing.list_adapters = lambda **options: os.kill(os.getpid(), signal.{number}) or [None for _ in iter(int, 1)]
 import sys
 sys.argv = ["loratool", "list"]
 __main__.main()

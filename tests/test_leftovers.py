@@ -327,7 +327,7 @@ def test_a_merge_that_the_catalogue_could_not_be_told_of_is_entered_by_the_next_
 
 def test_a_promise_of_somebody_elses_output_is_not_kept(work: Path, home_of_its_own: Path) -> None:
     """Killed before its output came; meanwhile another command has put another there, and told the catalogue."""
-    from loratool.library.promised import Promised, PromisedMerge
+    from loratool.library.recording.promised import Promised, PromisedMerge
     from registry import MergedAdapter
 
     def promise() -> None:

@@ -27,7 +27,7 @@ from tiny_adapters import save_plain_adapter
 import loratool
 from loratool.errors import AdapterError, HubError, LoratoolError, NotFoundError
 from loratool.hub.repository import sensible_answers
-from loratool.library.progress import Silent
+from loratool.library.reporting.progress import Silent
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (16, 12), "model.layers.0.self_attn.v_proj": (8, 12)}
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import loratool
 from loratool.checkpoint.fingerprint import DigestCache, tensor_digests
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import CheckpointError, LoratoolError
-from loratool.library.progress import Silent
+from loratool.library.reporting.progress import Silent
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters

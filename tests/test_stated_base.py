@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import copy_with, save_kohya_dylora
 
 import loratool
-from loratool.library.stated_base import is_other
+from loratool.library.checking.stated_base import is_other
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters

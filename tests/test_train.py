@@ -24,10 +24,10 @@ from torch.nn.functional import cross_entropy
 import loratool
 from loratool.cli import main
 from loratool.errors import DataError, LoratoolError, OutputError
+from loratool.library.places.training_run import run_folder
 from loratool.library.train import TrainingStopped, TrainResult
-from loratool.library.training_picture import draw_training
-from loratool.library.training_progress import SilentTraining
-from loratool.library.training_run import run_folder
+from loratool.library.training_runs.picture import draw_training
+from loratool.library.training_runs.progress import SilentTraining
 from loratool.running.data import IGNORED, read_data, tokenize_data
 from loratool.running.loss import summed_loss
 from loratool.training.batches import Row, collate, plan_epoch, split_validation
@@ -250,7 +250,7 @@ def test_ranks_are_drawn_as_steps_to_the_end_of_the_run(tmp_path: Path, monkeypa
     steps[0]["ranks"], steps[3]["ranks"] = {"a": 3, "b": 3}, {"a": 1, "b": 3}
     log = write_lines(tmp_path / "log.jsonl", *steps)
     figure = Figure()
-    monkeypatch.setattr("loratool.library.training_picture.drawn", lambda *_, **__: contextlib.nullcontext(figure))
+    monkeypatch.setattr("loratool.library.training_runs.picture.drawn", lambda *_, **__: contextlib.nullcontext(figure))
     draw_training(log, tmp_path / "ranks.png", "ranks", loss_by_rank={}, force=False)
     (average,) = figure.axes[1].lines
     assert average.get_drawstyle() == "steps-post"
@@ -377,7 +377,7 @@ def test_epochs_are_times_through_the_samples(run: Callable[..., TrainResult], m
         planned.append(options["epoch"])
         return plan_epoch(*arguments, **options)
 
-    monkeypatch.setattr("loratool.library.training_inputs.plan_epoch", counted)
+    monkeypatch.setattr("loratool.library.training_runs.inputs.plan_epoch", counted)
     with pytest.raises(TrainingStopped, match=r"step 1 of 5,000;"):
         run("long", steps=None, epochs=1000, progress=InterruptedAt(1))
     assert planned == [0]
@@ -488,7 +488,7 @@ def test_an_adapter_that_cannot_be_written_can_be_written_later_without_training
         raise OutputError("the disk is full; free some space")
 
     with monkeypatch.context() as patched:
-        patched.setattr("loratool.library.training_output.bring_up", full)
+        patched.setattr("loratool.library.training_runs.output.bring_up", full)
         with pytest.raises(
             LoratoolError, match=r"is trained, but the disk is full.*'loratool train --name cat --resume'"
         ):

@@ -35,8 +35,8 @@ STEPS = 5
 def train_or_go_on(work: Path, method: str) -> None:
     """What a user does: train; and where that was struck, go on if a state was kept, else train anew."""
     import loratool
+    from loratool.library.places.training_run import run_folder
     from loratool.library.train import train
-    from loratool.library.training_run import run_folder
 
     os.environ["LORATOOL_HOME"] = str(work / "home")
     if run_folder("cat").kept_step() is not None:

@@ -44,7 +44,7 @@ LAUNCHERS = {
 def train_all(work: Path, names: list[str]) -> None:
     """Train every run into a folder of that name, and say of this process what it holds of the base."""
     from loratool.library import train as trainer
-    from loratool.library.training_progress import SilentTraining
+    from loratool.library.training_runs.progress import SilentTraining
 
     class Watching(SilentTraining):
         def begin_steps(self, done: int, steps: int) -> None:

@@ -18,8 +18,8 @@ from tiny_models import digest
 import loratool
 from loratool.formats.read import read_adapter
 from loratool.hub.repository import HubFile
-from loratool.library.hub_bases import header_cache
-from loratool.library.training_progress import SilentTraining
+from loratool.library.resolving.hub_bases import header_cache
+from loratool.library.training_runs.progress import SilentTraining
 from registry import RegistryError, RegistryFullError, RegistryReadOnlyError
 
 if TYPE_CHECKING:

@@ -41,7 +41,8 @@ def command(
     into the content store. Another adapter of the same name, base and targets becomes the next version. An adapter of another
     base or other targets needs its own name, with --name.
     """
-    from loratool.library.adapters import adapter_json, add
+    from loratool.library.add import add
+    from loratool.library.reporting.adapter_json import adapter_json
 
     with ProgressBar() as progress:
         result = add(

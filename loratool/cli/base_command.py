@@ -56,7 +56,7 @@ def add_base(
     """
     from loratool.errors import quoted
     from loratool.library.bases import base_add, base_json
-    from loratool.library.hub_bases import is_away
+    from loratool.library.resolving.hub_bases import is_away
 
     with ProgressBar() as progress:
         record = base_add(
@@ -95,7 +95,7 @@ def add_base(
 def list_bases(registry: str | None, as_json: bool) -> None:
     """List the catalogued bases."""
     from loratool.library.bases import base_json, base_list
-    from loratool.library.hub_bases import is_away
+    from loratool.library.resolving.hub_bases import is_away
 
     found = base_list(registry=registry)
     if as_json:
@@ -135,7 +135,7 @@ def list_bases(registry: str | None, as_json: bool) -> None:
 def show_base(registry: str | None, name: str, as_json: bool) -> None:
     """Show a base, its adapters and the merges into it. BASE is its name, its folder or its Hub id."""
     from loratool.library.bases import base_show
-    from loratool.library.hub_bases import is_away
+    from loratool.library.resolving.hub_bases import is_away
 
     result = base_show(name, registry=registry)
     if as_json:

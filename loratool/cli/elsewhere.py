@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from loratool.errors import ElsewhereError, printable
-from loratool.library.user_path import user_path
+from loratool.library.places.user_path import user_path
 
 MOST_SHOWN: Final = 3
 """The number of places to show. They are the last, which for the checkpoints of a training are the newest."""

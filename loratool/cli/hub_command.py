@@ -45,7 +45,7 @@ command = hub
 @click.pass_obj
 def search(registry: str | None, text: str | None, base: str | None, limit: int, sort: str, as_json: bool) -> None:
     """List adapters on the Hub whose names contain TEXT, those of a base, or both."""
-    from loratool.library.hub import hub_search
+    from loratool.library.hub_search import hub_search
 
     if not text and base is None:
         raise click.UsageError("give a TEXT, or --base BASE")

@@ -45,7 +45,8 @@ def command(
     registry: str | None, base: str | None, kind: str | None, tag: str | None, sort: str, as_json: bool
 ) -> None:
     """List the adapters of the catalogue: name, version, kind, rank, alpha, targets, base, size and age."""
-    from loratool.library.adapters import adapter_json, list_adapters
+    from loratool.library.list import list_adapters
+    from loratool.library.reporting.adapter_json import adapter_json
 
     found = list_adapters(base=base, kind=kind, tag=tag, sort=sort, registry=registry)  # type: ignore[arg-type]
     if as_json:

@@ -20,6 +20,7 @@ from loratool.cli.options import (
     json_option,
 )
 from loratool.cli.plan_view import PlannedTensor, print_plan
+from loratool.cli.preload_torch import preload_torch
 from loratool.cli.rendering import (
     ProgressBar,
     counted,
@@ -34,12 +35,11 @@ from loratool.cli.rendering import (
     size,
 )
 from loratool.errors import to_paste
-from loratool.library.preload_torch import preload_torch
 from loratool.weights.storages import MAKINGS
 
 if TYPE_CHECKING:
-    from loratool.library.merge_result import MergeResult
-    from loratool.library.tokenizer_choice import TokenizerOf
+    from loratool.library.merges.result import MergeResult
+    from loratool.library.merges.tokenizer_choice import TokenizerOf
     from loratool.merging.conversion_plan import Conversion
 
 
@@ -184,8 +184,8 @@ def parse_spec(word: str) -> tuple[str, float]:
 
     A path that exists is never split at an equals sign.
     """
-    from loratool.library.resolve import RANK_SIGN
-    from loratool.library.user_path import exists
+    from loratool.library.places.user_path import exists
+    from loratool.library.resolving.resolve import RANK_SIGN
 
     guess = re.fullmatch(r"([^=:*]+)[:*]([0-9]*\.?[0-9]+)", word)
     if guess and not exists(Path(word)):

@@ -19,8 +19,8 @@ def command(registry: str | None, adapter: str, all_versions: bool, now: bool, a
 
     'loratool doctor --gc' frees adapters that have been in the trash for 30 days. Files outside the store stay.
     """
-    from loratool.library.adapters import adapter_json
-    from loratool.library.removal import remove
+    from loratool.library.remove import remove
+    from loratool.library.reporting.adapter_json import adapter_json
 
     removed = remove(adapter, all_versions=all_versions, now=now, registry=registry)
     if as_json:

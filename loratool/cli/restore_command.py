@@ -16,8 +16,8 @@ from loratool.cli.table import print_table
 @click.pass_obj
 def command(registry: str | None, adapter: str | None, all_versions: bool, as_json: bool) -> None:
     """Restore a removed adapter from the trash. Without an adapter, list the trash."""
-    from loratool.library.adapters import adapter_json
-    from loratool.library.removal import restore
+    from loratool.library.reporting.adapter_json import adapter_json
+    from loratool.library.restore import restore
 
     if adapter is None:
         _list(registry, as_json)
@@ -32,7 +32,7 @@ def command(registry: str | None, adapter: str | None, all_versions: bool, as_js
 
 
 def _list(registry: str | None, as_json: bool) -> None:
-    from loratool.library.removal import trash
+    from loratool.library.restore import trash
 
     removed = trash(registry=registry)
     if as_json:

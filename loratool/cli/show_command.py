@@ -135,14 +135,14 @@ def _format(name: str | None) -> str:
 
 def _working(result: ShowResult) -> str:
     """Return the commands that work on an adapter that loratool does not compute."""
-    from loratool.library.commands_for import WORKS
+    from loratool.library.checking.commands_for import WORKS
 
     return ", ".join(name for name, outcome in result.commands.items() if outcome == WORKS) if result.why_not else ""
 
 
 def _refused(result: ShowResult) -> str:
     """Return the commands that do not work on it, and why."""
-    from loratool.library.commands_for import WORKS
+    from loratool.library.checking.commands_for import WORKS
 
     refused = ", ".join(name for name, outcome in result.commands.items() if outcome != WORKS)
     return f"{refused}\n{result.why_not}" if result.why_not else ""

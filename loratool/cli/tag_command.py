@@ -16,7 +16,8 @@ from loratool.cli.rendering import print_json
 @click.pass_obj
 def command(registry: str | None, adapter: str, tags: tuple[str, ...], remove: bool, as_json: bool) -> None:
     """Add tags to an adapter, or remove them."""
-    from loratool.library.adapters import adapter_json, tag
+    from loratool.library.reporting.adapter_json import adapter_json
+    from loratool.library.tag import tag
 
     record = tag(adapter, tags, remove=remove, registry=registry)
     if as_json:

@@ -7,8 +7,8 @@ import time
 import click
 
 from loratool.cli.options import PathType, device_option, example, force_option, json_option
+from loratool.cli.preload_torch import preload_torch
 from loratool.cli.rendering import ProgressBar, counted, duration, print_facts, print_json, print_notes, shown_path
-from loratool.library.preload_torch import preload_torch
 
 WORDS = {
     "undo": "by its undo file, bit for bit",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from loratool.cli.options import example, json_option
+from loratool.cli.preload_torch import preload_torch
 from loratool.cli.rendering import (
     ProgressBar,
     counted,
@@ -16,10 +17,9 @@ from loratool.cli.rendering import (
     print_notes,
     shown_path,
 )
-from loratool.library.preload_torch import preload_torch
 
 if TYPE_CHECKING:
-    from loratool.library.unmerge import VerifyResult
+    from loratool.library.verify import VerifyResult
 
 WORDS = {
     "base": "merging into the base again gives identical bytes",
@@ -35,7 +35,7 @@ WORDS = {
 def command(registry: str | None, merged: str, verbose: bool, as_json: bool) -> None:
     """Check a merged or quantized model against its manifest, byte by byte, and replay its merge."""
     preload_torch()
-    from loratool.library.unmerge import verify
+    from loratool.library.verify import verify
 
     with ProgressBar() as progress:
         result = verify(merged, registry=registry, progress=progress)

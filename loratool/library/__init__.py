@@ -1,1 +1,5 @@
-"""The public functions. Each resolves names in the catalogue, calls the packages below, and records what happened."""
+"""The public functions, a file for each command. Each reads like its task: resolve, check, plan, apply, record.
+
+The rooms in this folder hold what several commands share (`places`, `reporting`, `resolving`, `checking`, `recording`),
+and the parts of the three largest commands (`merges`, `training_runs`, `uploads`).
+"""

@@ -13,9 +13,10 @@ from loratool.errors import OutputError, WrongBaseError, quoted
 from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
 from loratool.formats.write import adapter_output
-from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
-from loratool.library.adapters import adapter_json
-from loratool.library.derive import (
+from loratool.library.checking.right_base import ANY_BASE
+from loratool.library.places.output_place import refuse_overlap
+from loratool.library.places.user_path import user_path
+from loratool.library.recording.derive import (
     Child,
     base_of,
     bring_up,
@@ -25,12 +26,11 @@ from loratool.library.derive import (
     reference_of,
     scratch_folder,
 )
-from loratool.library.opening import open_registry
-from loratool.library.output_place import refuse_overlap
-from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, resolve_at_rank
-from loratool.library.right_base import ANY_BASE
-from loratool.library.user_path import user_path
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.adapter_json import adapter_json
+from loratool.library.reporting.progress import Progress, Silent
+from loratool.library.resolving.adapter_spec import AdapterSpec, PathLike, with_weight
+from loratool.library.resolving.resolve import ResolvedAdapter, resolve_at_rank
 from loratool.ranks.combine import Combination, Share, combine_into, plan_combine
 from loratool.ranks.methods import Method, Recipe
 from loratool.ranks.unit_scaling import common_targeting, unit_config

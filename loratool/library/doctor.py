@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from loratool.interrupts import Deferral
-from loratool.library.leftovers import clear_leftovers, find_leftovers
-from loratool.library.opening import open_registry
-from loratool.library.progress import Progress
+from loratool.library.recording.leftovers import clear_leftovers, find_leftovers
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.progress import Progress
 from registry import Backup, Counts, Finding, Freed, Rebuilt, Registry, RemovedAdapter
 from registry.backups import put_back
 from registry.trash import KEPT_DAYS

@@ -29,9 +29,9 @@ from loratool.estimating.shape import LARGEST, Linear, ModelShape, read_shape
 from loratool.formats.builders import BUILDERS
 from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
 from loratool.formats.names import SUFFIX
-from loratool.library.opening import open_registry
-from loratool.library.resolve import resolve_base
-from loratool.library.user_path import HUB_ID, exists, taken_for_hub_id, user_path
+from loratool.library.places.user_path import HUB_ID, exists, taken_for_hub_id, user_path
+from loratool.library.recording.opening import open_registry
+from loratool.library.resolving.resolve import resolve_base
 from loratool.merging.linear import is_conv1d, linear_weights
 from loratool.training.options import METHODS, method_with
 from loratool.training.recipe import BATCH_OF_FEW

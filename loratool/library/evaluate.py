@@ -17,33 +17,29 @@ from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
 from loratool.formats.kinds import kind_named
 from loratool.formats.scaling_law import scaling_law
-from loratool.library.holding import hold
-from loratool.library.opening import open_registry
-from loratool.library.picture import drawn, refuse_picture
-from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, ResolvedBase, resolve_adapter, resolve_base
-from loratool.library.resolve_data import resolve_data
-from loratool.library.user_path import user_path
+from loratool.library.places.holding import hold
+from loratool.library.places.user_path import user_path
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.picture import drawn, refuse_picture
+from loratool.library.reporting.progress import Progress, Silent
+from loratool.library.resolving.resolve import ResolvedAdapter, ResolvedBase, resolve_adapter, resolve_base
+from loratool.library.resolving.resolve_data import resolve_data
 from loratool.merging.arithmetic import choose_device
 from loratool.ranks.truncate import Cut, truncate_by_svd, truncate_leading
-from loratool.running.data import Data, TokenizedSample, tokenize_data
+from loratool.running.data import TokenizedSample
 from loratool.running.loss import Score, score
 from loratool.running.model import (
     beside,
-    context_length,
     load_config,
     load_model,
-    load_tokenizer,
     quiet_libraries,
 )
+from loratool.running.model_tokens import checked_max_length, tokenized_for
 from registry import Registry
 
 if TYPE_CHECKING:
     from torch.nn import Module
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-DEFAULT_MAX_LENGTH: Final = 2048
-"""Default limit on the tokens of a sample. The memory for the logits grows with it."""
+    from transformers import PreTrainedModel
 
 MOST_TICKS: Final = 12
 
@@ -286,40 +282,3 @@ def _right_base(found: ResolvedAdapter, base: ResolvedBase, catalogue: Registry)
     return [
         f"{quoted(found.adapter.name)} belongs to another base ({wanted[:12]}…) than {quoted(base.name)} ({actual[:12]}…)"
     ]
-
-
-def checked_max_length(asked: int | None, config: PreTrainedConfig, most: int = DEFAULT_MAX_LENGTH) -> int:
-    """Return the largest number of tokens of a sample: `asked`, or else the model's context, at most `most`.
-
-    Raises:
-        LoratoolError: `asked` is beyond the model's context, or leaves no token to predict.
-    """
-    context = context_length(config)
-    if asked is None:
-        return min(context or DEFAULT_MAX_LENGTH, most)
-    if asked < 2:
-        raise LoratoolError(f"{asked} tokens leave nothing to predict; give a --max-length of at least 2")
-    if context is not None and asked > context:
-        raise LoratoolError(
-            f"the model reads {context:,} tokens at most; give a --max-length up to that, not {asked:,}"
-        )
-    return asked
-
-
-def tokenized_for(data: Data, folder: Path, config: PreTrainedConfig, max_length: int, *,
-                  plain: bool, truncate: bool = False) -> list[TokenizedSample]:  # fmt: skip
-    """Return the samples as tokens of the model in `folder`.
-
-    Raises:
-        DataError: a sample cannot be used; the message names its line.
-        CheckpointError: there is no tokenizer, or it belongs to another model.
-    """
-    samples = tokenize_data(data, load_tokenizer(folder), max_length, plain=plain, truncate=truncate)
-    vocabulary = config.get_text_config().vocab_size
-    largest = max(max(sample.input_ids) for sample in samples)
-    if largest >= vocabulary:
-        raise CheckpointError(
-            f"the tokenizer of {quoted(folder)} produces token {largest:,}, but the model has only {vocabulary:,}; give it the "
-            "tokenizer that it was trained with"
-        )
-    return samples

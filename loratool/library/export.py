@@ -12,9 +12,9 @@ from loratool.formats.alpha import Alpha
 from loratool.formats.identity import Identity
 from loratool.formats.kept_files import write_kept
 from loratool.formats.write import write_peft, write_single_file
-from loratool.library.opening import open_registry
-from loratool.library.resolve import ResolvedAdapter, find_adapter
-from loratool.library.user_path import user_path
+from loratool.library.places.user_path import user_path
+from loratool.library.recording.opening import open_registry
+from loratool.library.resolving.resolve import ResolvedAdapter, find_adapter
 
 
 def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alpha: Alpha | None = None,

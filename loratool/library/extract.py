@@ -14,17 +14,17 @@ from loratool.checkpoint.staging import refuse_existing
 from loratool.errors import OutputError, quoted
 from loratool.formats.adapter_draft import Draft
 from loratool.formats.write import adapter_output
-from loratool.library.adapter_spec import PathLike
-from loratool.library.adapters import adapter_json
-from loratool.library.derive import Child, Origin, bring_up, default_name, scratch_folder
-from loratool.library.holding import hold
-from loratool.library.home_folder import digest_cache
-from loratool.library.opening import open_registry
-from loratool.library.output_place import refuse_overlap
-from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedBase, resolve_base
-from loratool.library.right_base import refuse_changed
-from loratool.library.user_path import HUB_ID, user_path
+from loratool.library.checking.right_base import refuse_changed
+from loratool.library.places.holding import hold
+from loratool.library.places.home_folder import digest_cache
+from loratool.library.places.output_place import refuse_overlap
+from loratool.library.places.user_path import HUB_ID, user_path
+from loratool.library.recording.derive import Child, Origin, bring_up, default_name, scratch_folder
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.adapter_json import adapter_json
+from loratool.library.reporting.progress import Progress, Silent
+from loratool.library.resolving.adapter_spec import PathLike
+from loratool.library.resolving.resolve import ResolvedBase, resolve_base
 from loratool.ranks.extract import Extraction, ExtractPlan, extract_into, plan_extract
 from loratool.ranks.low_rank_fit import Wanted
 from loratool.ranks.unit_scaling import unit_config

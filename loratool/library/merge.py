@@ -21,26 +21,26 @@ from loratool.errors import LoratoolError, OutputError, quoted
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.alpha import Alpha
 from loratool.formats.finite import refuse_not_finite
-from loratool.library.adapter_spec import AdapterSpec, PathLike, with_weight
-from loratool.library.already_merged import refuse_again
-from loratool.library.base_of_adapter import base_of_all
-from loratool.library.calibration import calibrated
-from loratool.library.finished_before import finished_before
-from loratool.library.holding import hold
-from loratool.library.home_folder import remember
-from loratool.library.merge_options import Allowed, MergeOptions, Storage
-from loratool.library.merge_record import expected_seconds, recorded
-from loratool.library.merge_result import MergeResult, Outcome
-from loratool.library.no_change import refuse_no_change, refuse_unchanged
-from loratool.library.opening import open_registry
-from loratool.library.output_place import beside_base, refuse_or_note_existing, refuse_overlap
-from loratool.library.progress import Progress, Silent
-from loratool.library.promised import Promised, PromisedMerge
-from loratool.library.resolve import ResolvedAdapter, ResolvedBase, resolve_at_rank, resolve_base
-from loratool.library.right_base import check_base
-from loratool.library.tokenizer_choice import TokenizerChoice, TokenizerOf, choose_tokenizer
-from loratool.library.trained_beside import refuse_trained_beside
-from loratool.library.user_path import user_path
+from loratool.library.checking.already_merged import refuse_again
+from loratool.library.checking.no_change import refuse_no_change, refuse_unchanged
+from loratool.library.checking.right_base import check_base
+from loratool.library.checking.trained_beside import refuse_trained_beside
+from loratool.library.merges.calibration import calibrated
+from loratool.library.merges.options import Allowed, MergeOptions, Storage
+from loratool.library.merges.record import expected_seconds, recorded
+from loratool.library.merges.result import MergeResult, Outcome
+from loratool.library.merges.tokenizer_choice import TokenizerChoice, TokenizerOf, choose_tokenizer
+from loratool.library.places.holding import hold
+from loratool.library.places.home_folder import remember
+from loratool.library.places.output_place import beside_base, refuse_or_note_existing, refuse_overlap
+from loratool.library.places.user_path import user_path
+from loratool.library.recording.base_of_adapter import base_of_all
+from loratool.library.recording.finished_before import finished_before
+from loratool.library.recording.opening import open_registry
+from loratool.library.recording.promised import Promised, PromisedMerge
+from loratool.library.reporting.progress import Progress, Silent
+from loratool.library.resolving.adapter_spec import AdapterSpec, PathLike, with_weight
+from loratool.library.resolving.resolve import ResolvedAdapter, ResolvedBase, resolve_at_rank, resolve_base
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion, apply_merge, merge_in_place
 from loratool.merging.arithmetic import choose_device
 from loratool.merging.changed_files import FileChanges
@@ -249,7 +249,7 @@ def _output(out: str | os.PathLike[str] | None, base: ResolvedBase, adapters: Se
             raise OutputError(f"a merged model is a folder; give --out a folder's name instead of {quoted(path.name)}")
         return path
     ending = [] if change is None else ["dense" if change.making is None else change.making.storage]
-    return beside_base(base, "-".join([base.name, *(found.label for found in adapters), *ending]))
+    return beside_base(base.path, "-".join([base.name, *(found.label for found in adapters), *ending]))
 
 
 def _refuse_away(base: ResolvedBase) -> None:

@@ -14,8 +14,9 @@ from loratool.formats.adapter_draft import Draft
 from loratool.formats.alpha import Alpha
 from loratool.formats.finite import refuse_not_finite
 from loratool.formats.write import adapter_output
-from loratool.library.adapters import adapter_json
-from loratool.library.derive import (
+from loratool.library.places.output_place import refuse_overlap
+from loratool.library.places.user_path import user_path
+from loratool.library.recording.derive import (
     Child,
     base_of,
     bring_up,
@@ -26,10 +27,9 @@ from loratool.library.derive import (
     reference_of,
     scratch_folder,
 )
-from loratool.library.opening import open_registry
-from loratool.library.output_place import refuse_overlap
-from loratool.library.resolve import resolve_adapter
-from loratool.library.user_path import user_path
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.adapter_json import adapter_json
+from loratool.library.resolving.resolve import resolve_adapter
 from loratool.ranks.prune import Criterion, Limit, plan_prune, prune_to_lora
 from loratool.ranks.prune import prune as prune_triplets
 from registry import AdapterRecord, check_name

@@ -13,13 +13,14 @@ from loratool.formats.identify import refuse_alpha
 from loratool.hub.address import HubAddress
 from loratool.hub.pull import pull_adapter
 from loratool.hub.repository import Snapshot, look
-from loratool.library.adapter_name import name_from, name_on_hub
-from loratool.library.adapters import HubPlace, adapter_json, enter
-from loratool.library.base_of_adapter import name_base_of
-from loratool.library.opening import open_registry
-from loratool.library.progress import Progress
-from loratool.library.resolve import has_alpha, is_here, pulled_from, told_entry
-from loratool.library.user_path import exists, user_path
+from loratool.library.places.user_path import exists, user_path
+from loratool.library.recording.base_of_adapter import name_base_of
+from loratool.library.recording.new_adapter import HubPlace, enter
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.adapter_json import adapter_json
+from loratool.library.reporting.progress import Progress
+from loratool.library.resolving.adapter_name import name_from, name_on_hub
+from loratool.library.resolving.resolve import has_alpha, is_here, pulled_from, told_entry
 from registry import AdapterRecord, Location, Registry, check_name
 
 

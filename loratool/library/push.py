@@ -27,13 +27,13 @@ from loratool.hub.push import (
     user_name,
 )
 from loratool.hub.retry import is_unreachable
-from loratool.library.adapter_upload import prepare_adapter
-from loratool.library.model_upload import open_model, prepare_model
-from loratool.library.opening import open_registry
-from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import RANK_SIGN, resolve_adapter
-from loratool.library.upload import Upload, Wishes, refuse_mixed
-from loratool.library.user_path import exists, user_path
+from loratool.library.places.user_path import exists, user_path
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.progress import Progress, Silent
+from loratool.library.resolving.resolve import RANK_SIGN, resolve_adapter
+from loratool.library.uploads.adapter_upload import prepare_adapter
+from loratool.library.uploads.model_upload import open_model, prepare_model
+from loratool.library.uploads.upload import Upload, Wishes, refuse_mixed
 from registry import AdapterRecord, Location, RegistryError
 
 if TYPE_CHECKING:

@@ -13,16 +13,16 @@ from loratool.checkpoint.inheritance import inherited_files
 from loratool.checkpoint.output_kind import OutputKind
 from loratool.checkpoint.staging import refuse_no_text
 from loratool.errors import LoratoolError, quoted
-from loratool.library.holding import hold
-from loratool.library.home_folder import remember
-from loratool.library.model_entry import add_variant
-from loratool.library.opening import open_registry
-from loratool.library.output_place import beside_base, refuse_or_note_existing, refuse_overlap
-from loratool.library.progress import Progress, Silent
-from loratool.library.promised import Promised, PromisedVariant
-from loratool.library.resolve import ResolvedBase, resolve_base
-from loratool.library.right_base import check_base, refuse_changed
-from loratool.library.user_path import user_path
+from loratool.library.checking.right_base import check_base, refuse_changed
+from loratool.library.places.holding import hold
+from loratool.library.places.home_folder import remember
+from loratool.library.places.output_place import beside_base, refuse_or_note_existing, refuse_overlap
+from loratool.library.places.user_path import user_path
+from loratool.library.recording.model_entry import add_variant
+from loratool.library.recording.opening import open_registry
+from loratool.library.recording.promised import Promised, PromisedVariant
+from loratool.library.reporting.progress import Progress, Silent
+from loratool.library.resolving.resolve import ResolvedBase, resolve_base
 from loratool.merging.apply import BaseIdentity, MergeReport, apply_conversion
 from loratool.merging.conversion_plan import ConversionPlan, StorageChange, plan_conversion
 from loratool.weights.storages import MAKINGS, QUANTIZED_TO
@@ -119,7 +119,7 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
     with open_registry(registry, read_only=True) as catalogue:
         source = resolve_base(base, catalogue, watcher, download=not dry_run)
         refuse_no_text([source.path])
-        target = beside_base(source, f"{source.name}-{QUANTIZED_TO}") if out is None else user_path(out)
+        target = beside_base(source.path, f"{source.name}-{QUANTIZED_TO}") if out is None else user_path(out)
         refuse_overlap(target, [source.path])
         _refuse_taken(name, target, catalogue)
         with hold(source.path, exclusive=False):

@@ -14,12 +14,13 @@ from loratool.formats.alpha import Alpha
 from loratool.formats.identity import AnyAdapter
 from loratool.formats.no_change import why_no_change
 from loratool.formats.trained_beside import trained_beside
-from loratool.library.adapter_entry import find_adapter_entry
-from loratool.library.adapters import adapter_json, facts_from
-from loratool.library.base_of_adapter import recorded_base_of
-from loratool.library.commands_for import commands_for
-from loratool.library.opening import open_registry
-from loratool.library.resolve import FoundAdapter, find_adapter, told_entry
+from loratool.library.checking.commands_for import commands_for
+from loratool.library.recording.base_of_adapter import recorded_base_of
+from loratool.library.recording.new_adapter import facts_from
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.adapter_json import adapter_json
+from loratool.library.resolving.adapter_entry import find_adapter_entry
+from loratool.library.resolving.resolve import FoundAdapter, find_adapter, told_entry
 from loratool.merging.survival import Survival
 from registry import AdapterRecord, BaseRecord, LineageRecord, MergeRecord, Registry, RegistryError
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 from loratool.errors import printable
 from loratool.formats.adapter import path_of
 from loratool.formats.alpha import Alpha
-from loratool.library.opening import open_registry
-from loratool.library.picture import drawn, refuse_picture
-from loratool.library.resolve import resolve_adapter
-from loratool.library.user_path import user_path
+from loratool.library.places.user_path import user_path
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.picture import drawn, refuse_picture
+from loratool.library.resolving.resolve import resolve_adapter
 from loratool.ranks.spectrum import Group, flow, group_of, groups, singular_values
 
 if TYPE_CHECKING:

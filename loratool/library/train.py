@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, Unpack
 from loratool.errors import LoratoolError, quoted
 from loratool.formats.read import read_adapter
 from loratool.interrupts import Interrupted
-from loratool.library.adapters import adapter_json, facts_of
-from loratool.library.holding import hold
-from loratool.library.opening import open_registry
-from loratool.library.output_place import refuse_overlap
-from loratool.library.training_inputs import prepare, read_inputs
-from loratool.library.training_keeper import Bystander, Keeper
-from loratool.library.training_output import TrainingOutput, publish
-from loratool.library.training_progress import SilentTraining, TrainProgress
-from loratool.library.training_run import Held, RunFolder, run_folder
-from loratool.library.user_path import exists, user_path
+from loratool.library.places.holding import hold
+from loratool.library.places.output_place import refuse_overlap
+from loratool.library.places.training_run import Held, RunFolder, run_folder
+from loratool.library.places.user_path import exists, user_path
+from loratool.library.recording.new_adapter import facts_of
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.adapter_json import adapter_json
+from loratool.library.training_runs.inputs import prepare, read_inputs
+from loratool.library.training_runs.keeper import Bystander, Keeper
+from loratool.library.training_runs.output import TrainingOutput, publish
+from loratool.library.training_runs.progress import SilentTraining, TrainProgress
 from loratool.running.model import quiet_libraries
 from loratool.training.processes import is_first
 from loratool.training.recipe import Choices, Recipe, checked, differences, flag

@@ -18,8 +18,9 @@ from loratool.formats.finite import refuse_not_finite
 from loratool.formats.kinds import kind_named
 from loratool.formats.scaling_law import LAWS, ScalingLaw, scaling_law
 from loratool.formats.write import adapter_output
-from loratool.library.adapters import adapter_json
-from loratool.library.derive import (
+from loratool.library.places.output_place import refuse_overlap
+from loratool.library.places.user_path import user_path
+from loratool.library.recording.derive import (
     Child,
     base_of,
     bring_up,
@@ -30,11 +31,10 @@ from loratool.library.derive import (
     reference_of,
     scratch_folder,
 )
-from loratool.library.opening import open_registry
-from loratool.library.output_place import refuse_overlap
-from loratool.library.progress import Progress, Silent
-from loratool.library.resolve import ResolvedAdapter, resolve_adapter
-from loratool.library.user_path import user_path
+from loratool.library.recording.opening import open_registry
+from loratool.library.reporting.adapter_json import adapter_json
+from loratool.library.reporting.progress import Progress, Silent
+from loratool.library.resolving.resolve import ResolvedAdapter, resolve_adapter
 from loratool.ranks.truncate import Cut, Truncation, truncate_by_svd, truncate_leading
 from registry import AdapterRecord, check_name
 

@@ -1,0 +1,1 @@
+"""Checks before a command writes: the right base, not merged already, a change at all, nothing left beside."""

@@ -1,0 +1,1 @@
+"""Parts of `loratool.merge`, `unmerge` and `verify`: options, result, record, tokenizer, calibration, sources."""

@@ -1,0 +1,1 @@
+"""What a command shows while it works and beside its result: progress and pictures."""

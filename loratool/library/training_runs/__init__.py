@@ -1,0 +1,1 @@
+"""Parts of `loratool.train`: inputs, observers, outputs, picture and progress of a run."""
