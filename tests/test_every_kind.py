@@ -14,6 +14,7 @@ from tiny_models import DTYPES, as_torch, assert_same_tensors, save_plain_model,
 import loratool
 from loratool.errors import LoratoolError
 from loratool.formats.adapter import Adapter
+from loratool.formats.builders import BUILDERS
 from loratool.formats.kinds import KINDS
 from loratool.formats.read import read_adapter
 from loratool.formats.write import write_peft, write_single_file
@@ -70,6 +71,10 @@ def applied(loaded: LoadedUpdate, weight: torch.Tensor) -> tuple[torch.Tensor, l
 
 def test_there_is_a_case_of_every_kind_that_is_computed() -> None:
     assert set(CASES) == {name for name, kind in KINDS.items() if kind.why_not is None}
+
+
+def test_every_kind_that_is_computed_has_a_builder_and_no_other_has_one() -> None:
+    assert set(BUILDERS) == {name for name, kind in KINDS.items() if kind.why_not is None}
 
 
 def test_it_is_read_as_what_it_is(case: Case, adapter: Adapter) -> None:

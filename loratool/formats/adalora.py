@@ -20,9 +20,10 @@ from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, metadata_statements, settled
 from loratool.formats.bare import unstated
 from loratool.formats.builder import Builder, Factors
+from loratool.formats.config_reader import ConfigReader
 from loratool.formats.kinds import KINDS, VARIANTS
 from loratool.formats.lora import adapter_of
-from loratool.formats.lora_config import ConfigReader, LoraConfig
+from loratool.formats.lora_config import LoraConfig
 from loratool.formats.metadata_config import whole_statements
 from loratool.formats.scalar import read_scalar
 from loratool.formats.tensor_keys import PREFIX, refuse_other_features
@@ -97,7 +98,7 @@ class AdaLoraConfig(LoraConfig):
 
     def alpha_of(self, module: str) -> float:
         """Return the factor of the product; PEFT uses the rank if alpha is not positive."""
-        return self.lora_alpha if self.lora_alpha > 0 else float(self.rank_of(module))
+        return self.alpha if self.alpha > 0 else float(self.rank_of(module))
 
 
 def read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
@@ -115,7 +116,7 @@ def read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
     written = files.config_source
     init_r = AdaLoraConfig.parse({"lora_alpha": 1, **config}, written).init_r
     if files.config.get("lora_alpha") is not None:
-        stated = [Statement(CONFIGURATION, {ALL: AdaLoraConfig.parse(config, written).lora_alpha}), *stated]
+        stated = [Statement(CONFIGURATION, {ALL: AdaLoraConfig.parse(config, written).alpha}), *stated]
     alphas, notes = settled({ALL: init_r}, stated, given, source, unstated=unstated(files))
     if not files.config or not stated or alphas[ALL] != config["lora_alpha"]:
         config = {**config, "lora_alpha": alphas[ALL]}
@@ -131,9 +132,8 @@ def read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
     return adapter_of(files, NAME, config, adalora, singular_updates(triplets, adalora), notes)
 
 
-def singular_updates(triplets: Factors, config: LoraConfig) -> dict[str, Update]:
+def singular_updates(triplets: Factors, config: AdaLoraConfig) -> dict[str, Update]:
     """Return the update of each module."""
-    assert isinstance(config, AdaLoraConfig)
     return {
         module: SingularValue(each["A"], each["E"], each["B"], config.alpha_of(module), config.init_r)
         for module, each in triplets.items()

@@ -13,7 +13,8 @@ from typing import Any
 from loratool.architecture import module_of
 from loratool.checkpoint.file_state import FileState
 from loratool.checkpoint.header import TensorInfo
-from loratool.formats.lora_config import LoraConfig
+from loratool.formats.kinds import kind_named
+from loratool.formats.module_targets import ModuleTargets
 from loratool.updates import Ranked, Update
 
 
@@ -34,10 +35,10 @@ class Adapter:
         name: the default name: that of its folder or file.
         file: the safetensors file with its tensors.
         sha256: the hash of that file, which is the adapter's fingerprint.
-        kind: ``lora``, ``dylora`` or ``adalora``.
+        kind: the word for its kind (`formats.kinds`).
         changes: the update of each parameter, by the name that the adapter uses (``...q_proj.weight``).
         config: its PEFT configuration, as JSON.
-        settings: the checked configuration.
+        settings: the checked configuration: targets, and what the kind adds.
         facts: what loratool recorded beside it (kind, base fingerprint, lineage, recipe); may be empty.
         notes: what a user should know about how it was read.
         layout: its file's layout, if loratool writes that layout; None for PEFT's layout.
@@ -51,7 +52,7 @@ class Adapter:
     kind: str
     changes: Mapping[str, Update]
     config: Mapping[str, Any]
-    settings: LoraConfig
+    settings: ModuleTargets
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     layout: Layout | None = None
@@ -80,8 +81,8 @@ class Adapter:
 
     @property
     def alpha(self) -> float | None:
-        """``lora_alpha`` of the configuration; None if it has none."""
-        stated = self.config.get("lora_alpha")
+        """Alpha of the configuration; None if it has none."""
+        stated = self.config.get(kind_named(self.kind).alpha_key)
         return None if stated is None else float(stated)
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import replace
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.kinds import KINDS, kind_named
+from loratool.formats.lora import lora_settings
 from loratool.formats.scaling_law import ScalingLaw, alpha_at, scaling_law
 from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
@@ -21,7 +22,7 @@ def module_alphas(adapter: Adapter, rank: int, law: ScalingLaw) -> dict[str, tup
     """
     if not 1 <= rank <= (adapter.rank or 0):
         raise AdapterError(f"{quoted(adapter.name)} has the ranks 1 to {adapter.rank}; {rank} is not one of them")
-    lora = adapter.settings
+    lora = lora_settings(adapter)
     return {
         module: (
             min(rank, update.rank),
@@ -44,7 +45,7 @@ def at_rank(adapter: Adapter, rank: int) -> Adapter:
             f"{quoted(adapter.name)} is a {adapter.kind}, not a {nested}, so it acts at its own rank only; make it one of "
             f"another rank with 'loratool truncate'"
         )
-    lora = adapter.settings
+    lora = lora_settings(adapter)
     cut = module_alphas(adapter, rank, scaling_law(adapter.facts, adapter.name))
     updates: dict[str, Update] = {}
     for module, update in adapter.ranked.items():

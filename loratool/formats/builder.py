@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import Alpha
-from loratool.formats.lora_config import LoraConfig
+from loratool.formats.module_targets import ModuleTargets
 from loratool.updates import Update
 
+Settings = TypeVar("Settings", bound=ModuleTargets)
+
 Factors = Mapping[str, Mapping[str, TensorInfo]]
-"""The tensors of each module by the letters in the kind's paper."""
+"""The tensors of each module by the letters in the kind's paper; those that all modules share have the module ``""``."""
 
 
 @dataclass(frozen=True, slots=True)
-class Builder:
+class Builder(Generic[Settings]):
     """One kind of adapter.
 
     Attributes:
@@ -32,6 +34,6 @@ class Builder:
     """
 
     read: Callable[[AdapterFiles, Alpha | None], Adapter]
-    parse: Callable[[Mapping[str, Any], str], LoraConfig]
-    updates: Callable[[Factors, LoraConfig], dict[str, Update]]
+    parse: Callable[[Mapping[str, Any], str], Settings]
+    updates: Callable[[Factors, Settings], dict[str, Update]]
     key: Callable[[str, str], str]

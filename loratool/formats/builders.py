@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from loratool.formats import adalora, dora, lora
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
 
-BUILDERS: Final[Mapping[str, Builder]] = MappingProxyType({
+BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     LORA: lora.BUILDER,
     **{kind.name: lora.BUILDER for kind in RECORDED},
     adalora.NAME: adalora.BUILDER,

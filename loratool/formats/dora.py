@@ -17,9 +17,10 @@ from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import Alpha
 from loratool.formats.builder import Builder, Factors
+from loratool.formats.config_reader import ConfigReader
 from loratool.formats.kinds import KINDS
-from loratool.formats.lora import lora_updates, read_lora
-from loratool.formats.lora_config import ConfigReader, LoraConfig
+from loratool.formats.lora import lora_settings, lora_updates, read_lora
+from loratool.formats.lora_config import LoraConfig
 from loratool.formats.tensor_keys import PREFIX, peft_key
 from loratool.updates import Update
 from loratool.updates.dora import Dora
@@ -50,7 +51,7 @@ def read_dora(files: AdapterFiles, given: Alpha | None) -> Adapter:
         _refuse_unfit(module, info, factors[module]["B"].shape[0], files.source)
         factors[module]["m"] = info
     config = {**adapter.config, setting: True}
-    updates = dora_updates(factors, adapter.settings)
+    updates = dora_updates(factors, lora_settings(adapter))
     return replace(adapter, kind=NAME, changes=of_weights(updates), config=config)
 
 

@@ -41,11 +41,12 @@ class Kind:
         other_parts: the same in other programs, if they differ.
         ranks: parts whose shape shows the rank, each with the axis; the first part that a module has counts.
         why_not: why it is not computed, and what to do; None if it is, and `formats.builders` has its row.
-        keys: configuration keys that it adds to LoRA's, or uses with another meaning.
+        keys: configuration keys that it adds to those of every type (`formats.module_targets`), or to LoRA's.
         nested: whether it acts at every rank up to its own.
         recorded: whether its files are a LoRA's and only loratool's facts beside them name the kind.
         article: the English article of its title.
         advice: advice for people who have one.
+        alpha_key: the key of alpha in its PEFT configuration, which may lack it.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Kind:
     recorded: bool = False
     article: str = "a"
     advice: str = ""
+    alpha_key: str = "lora_alpha"
 
 
 LORA: Final = "lora"
@@ -90,8 +92,9 @@ _ROWS: Final = (
     Kind("xlora", "X-LoRA", "XLORA", parts=("xlora_", "internal_xlora_"), why_not=BY_INPUT),
     Kind("poly", "Poly", "POLY", parts=("poly_",), why_not=BY_INPUT),
     Kind("lily", "Lily", "LILY", parts=("lily_",), ranks=(("lily_A", 0),), why_not=BY_INPUT),
-    Kind("shadow", "Shadow", "SHADOW", parts=("shadow_",), ranks=(("shadow_down", 0),), why_not=BY_INPUT),
-    Kind("gralora", "GraLoRA", "GRALORA", parts=("gralora_",), why_not=NOT_YET),
+    Kind("shadow", "Shadow", "SHADOW", parts=("shadow_",), ranks=(("shadow_down", 0),), why_not=BY_INPUT,
+         alpha_key="shadow_alpha"),
+    Kind("gralora", "GraLoRA", "GRALORA", parts=("gralora_",), why_not=NOT_YET, alpha_key="alpha"),
     Kind("delora", "DeLoRA", "DELORA", parts=("delora_",), ranks=(("delora_A", 0),), why_not=NOT_YET),
     Kind("hira", "HiRA", "HIRA", parts=("hira_",), ranks=(("hira_A", 0), ("hira_embedding_A", 0)), why_not=NOT_YET),
     Kind("vera", "VeRA", "VERA", parts=("vera_",), ranks=(("vera_lambda_d", 0),), why_not=NOT_YET),
@@ -99,16 +102,18 @@ _ROWS: Final = (
     Kind("vblora", "VB-LoRA", "VBLORA", parts=("vblora_",), ranks=(("vblora_logits_A", 0),), why_not=NOT_YET),
     Kind("unilora", "UniLoRA", "UNILORA", parts=("unilora_",), why_not=NOT_YET),
     Kind("tinylora", "TinyLoRA", "TINYLORA", parts=("tinylora_",), ranks=(("tinylora_A", 0),), why_not=NOT_YET),
-    Kind("randlora", "RandLoRA", "RANDLORA", parts=("randlora_",), why_not=NOT_YET),
+    Kind("randlora", "RandLoRA", "RANDLORA", parts=("randlora_",), why_not=NOT_YET, alpha_key="randlora_alpha"),
     Kind("peanut", "PEANuT", "PEANUT", parts=("peanut_",), ranks=(("peanut_A", 0),), why_not=NOT_YET),
-    Kind("deft", "DEFT", "DEFT", parts=("deft_",), ranks=(("deft_R", 0),), why_not=NOT_YET),
+    Kind("deft", "DEFT", "DEFT", parts=("deft_",), ranks=(("deft_R", 0),), why_not=NOT_YET, alpha_key="alpha"),
     Kind("adamss", "AdaMSS", "ADAMSS", parts=("adamss_",), why_not=BY_BASE),
-    Kind("psoft", "PSOFT", "PSOFT", parts=("psoft_",), ranks=(("psoft_R.vector_a", 0),), why_not=BY_BASE),
+    Kind("psoft", "PSOFT", "PSOFT", parts=("psoft_",), ranks=(("psoft_R.vector_a", 0),), why_not=BY_BASE,
+         alpha_key="psoft_alpha"),
     Kind("osf", "OSF", "OSF", parts=("osf_svd_params", "osf_"), why_not=BY_BASE),
     Kind("frod", "FRoD", "FROD", parts=("frod_",), why_not=BY_BASE),
     # Products and other sums
-    Kind("loha", "LoHa", "LOHA", parts=("hada_",), ranks=(("hada_w1_b", 0),), why_not=NOT_YET),
-    Kind("lokr", "LoKr", "LOKR", parts=("lokr_",), ranks=(("lokr_w2_b", 0), ("lokr_w1_b", 0)), why_not=NOT_YET),
+    Kind("loha", "LoHa", "LOHA", parts=("hada_",), ranks=(("hada_w1_b", 0),), why_not=NOT_YET, alpha_key="alpha"),
+    Kind("lokr", "LoKr", "LOKR", parts=("lokr_",), ranks=(("lokr_w2_b", 0), ("lokr_w1_b", 0)), why_not=NOT_YET,
+         alpha_key="alpha"),
     Kind("glora", "GLoRA", "GLORA", parts=("glora_",), ranks=(("a2", 0), ("glora_A.Xu", 0)),
          why_not=NOT_YET, other_parts=("a1", "a2", "b1", "b2")),
     Kind("miss", "MiSS", "MISS", parts=("miss_",), why_not=NOT_YET),

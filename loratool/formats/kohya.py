@@ -22,6 +22,7 @@ from loratool.formats.alpha import Alpha, Statement, agree, metadata_statements,
 from loratool.formats.bare import config_statement, tensor_statements
 from loratool.formats.describe import Split, kind_of, parts_of, ranks_of
 from loratool.formats.kinds import LORA, NESTED_LORA, NOT_YET, kind_named
+from loratool.formats.lora import lora_settings
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.metadata_config import statements
 from loratool.formats.scalar import read_scalar
@@ -162,8 +163,9 @@ def write_kohya(adapter: Adapter) -> tuple[dict[str, TensorInfo | bytes], dict[s
     """Return the tensors of an adapter under kohya's names, with alpha as the bytes of one fp32 number, and the original file's
     metadata with the current rank and alpha."""
     tensors: dict[str, TensorInfo | bytes] = {}
+    settings = lora_settings(adapter)
     for module, update in sorted(adapter.ranked.items()):
-        tensors[f"{module}.alpha"] = struct.pack("<f", adapter.settings.alpha_of(module))
+        tensors[f"{module}.alpha"] = struct.pack("<f", settings.alpha_of(module))
         tensors[f"{module}.lora_down.weight"] = update.tensors["A"]
         tensors[f"{module}.lora_up.weight"] = update.tensors["B"]
     metadata = {} if adapter.layout is None else adapter.layout.metadata

@@ -11,8 +11,9 @@ from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, settled
 from loratool.formats.bare import bare_config, stated_alphas, unstated
 from loratool.formats.builder import Builder, Factors
-from loratool.formats.kinds import LORA, RECORDED
+from loratool.formats.kinds import LORA, RECORDED, kind_named
 from loratool.formats.lora_config import LoraConfig, lora_config
+from loratool.formats.module_targets import ModuleTargets
 from loratool.formats.tensor_keys import pair_factors, peft_key
 from loratool.updates import Update
 from loratool.updates.low_rank import LowRank
@@ -77,7 +78,19 @@ def lora_updates(factors: Factors, lora: LoraConfig) -> dict[str, Update]:
     return {module: LowRank(each["A"], each["B"], lora.scaling_of(module)) for module, each in factors.items()}
 
 
-def adapter_of(files: AdapterFiles, kind: str, config: Mapping[str, Any], settings: LoraConfig,
+def lora_settings(adapter: Adapter) -> LoraConfig:
+    """Return the settings of an adapter whose configuration is a LoRA's.
+
+    Raises:
+        AdapterError: it is of another type.
+    """
+    if not isinstance(adapter.settings, LoraConfig):
+        kind = kind_named(adapter.kind)
+        raise AdapterError(f"{quoted(adapter.name)} is {kind.article} {kind.title}, and this needs a LoRA")
+    return adapter.settings
+
+
+def adapter_of(files: AdapterFiles, kind: str, config: Mapping[str, Any], settings: ModuleTargets,
              updates: Mapping[str, Update], notes: tuple[str, ...]) -> Adapter:  # fmt: skip
     """Return the adapter of these files and updates, by module, with a note on ignored keys of its configuration."""
     if settings.unknown:

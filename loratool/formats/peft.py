@@ -6,9 +6,8 @@ All of PEFT's types are recognized by their configuration or their tensors; thos
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter, target_of
@@ -19,12 +18,9 @@ from loratool.formats.builders import BUILDERS
 from loratool.formats.describe import NEVER_ALONE, kind_of, parts_of, ranks_of
 from loratool.formats.kinds import KINDS, LORA, OF_PEFT, RECORDED, VARIANTS, Kind, kind_named
 from loratool.formats.loadable import loadable
-from loratool.formats.lora_config import other_type
+from loratool.formats.module_targets import other_type
 from loratool.formats.replacements import split_replacements
 from loratool.formats.tensor_keys import PREFIX, split_peft
-
-_ALPHA_KEYS: Final = ("lora_alpha", "alpha", "randlora_alpha", "psoft_alpha")
-"""Keys of alpha in PEFT's configurations."""
 
 
 def _claims(files: AdapterFiles) -> bool:
@@ -47,7 +43,7 @@ def describe(files: AdapterFiles) -> Description:
     return Description(
         kind=name,
         ranks=ranks,
-        alpha=_alpha(files.config),
+        alpha=_alpha(files.config.get(row.alpha_key)),
         modules=tuple(modules),
         base_model=_text(files.config.get("base_model_name_or_path")),
         why_not=row.why_not,
@@ -119,12 +115,8 @@ def _word(peft_type: object) -> str:
     return re.sub(r"[^a-z0-9_]+", "_", str(peft_type).lower())[:32].strip("_") or "unknown"
 
 
-def _alpha(config: Mapping[str, Any]) -> float | None:
-    for key in _ALPHA_KEYS:
-        stated = config.get(key)
-        if isinstance(stated, int | float) and not isinstance(stated, bool):
-            return float(stated)
-    return None
+def _alpha(stated: object) -> float | None:
+    return float(stated) if isinstance(stated, int | float) and not isinstance(stated, bool) else None
 
 
 def _text(value: object) -> str | None:

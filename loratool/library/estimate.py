@@ -27,7 +27,7 @@ from loratool.estimating.memory import (
 )
 from loratool.estimating.shape import LARGEST, Linear, ModelShape, read_shape
 from loratool.formats.builders import BUILDERS
-from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
+from loratool.formats.module_targets import ALL_LINEAR, ModuleTargets
 from loratool.formats.names import SUFFIX
 from loratool.library.places.user_path import HUB_ID, exists, taken_for_hub_id, user_path
 from loratool.library.recording.opening import open_registry
@@ -325,7 +325,7 @@ def _modules(shape: ModelShape, targets: str | Sequence[str] | None, name: str) 
 
 
 def _matched(shape: ModelShape, targets: object) -> list[str]:
-    config = LoraConfig.parse({"r": 1, "lora_alpha": 1, "target_modules": targets}, "--targets")
+    config = ModuleTargets.parse({"target_modules": targets}, "--targets")
     return [module for module in shape.linears if config.targets(module)]
 
 

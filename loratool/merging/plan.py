@@ -16,7 +16,7 @@ from loratool.checkpoint.file_role import holds_weights
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.lora_config import ALL_LINEAR
+from loratool.formats.module_targets import ALL_LINEAR
 from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
 from loratool.formats.replacements import refuse_incomplete
 from loratool.merging.changed_files import FileChanges

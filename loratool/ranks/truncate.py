@@ -12,6 +12,7 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_draft import Draft
 from loratool.formats.at_rank import module_alphas
 from loratool.formats.kinds import NESTED_LORA, kind_named
+from loratool.formats.lora import lora_settings
 from loratool.formats.lora_config import lora_config
 from loratool.formats.scaling_law import ScalingLaw
 from loratool.ranks.factored_svd import balanced, factored_svd
@@ -104,7 +105,7 @@ def truncate_leading(draft: Draft, adapter: Adapter, rank: int, law: ScalingLaw)
     modules = module_alphas(adapter, rank, law)
     for module, (kept, _) in modules.items():
         draft.put_components(module, updates[module].tensors, range(kept))
-    config = lora_config(modules, adapter.config, use_rslora=adapter.settings.use_rslora)
+    config = lora_config(modules, adapter.config, use_rslora=lora_settings(adapter).use_rslora)
     cut = draft.adapter(adapter.name, config, {})
     return Truncation(replace(cut, kind=NESTED_LORA, layout=adapter.layout), {}, None)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, TypedDict, cast
 
 from loratool.errors import LoratoolError, quoted
-from loratool.formats.lora_config import ALL_LINEAR
+from loratool.formats.module_targets import ALL_LINEAR
 from loratool.training.options import METHODS, LoRA, Options
 
 MethodOptions = Options

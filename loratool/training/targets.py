@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from loratool.errors import LoratoolError, NotFoundError, UnsupportedError, nearest, quoted
-from loratool.formats.lora_config import ALL_LINEAR, LoraConfig
+from loratool.formats.module_targets import ALL_LINEAR, ModuleTargets
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -131,7 +131,7 @@ def _meant(model: Module, modules: Mapping[str, Module], targets: str | Sequence
 
 def _matched(modules: Mapping[str, Module], targets: str | Sequence[str]) -> dict[str, Module]:
     meaning = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig.parse({"r": 1, "lora_alpha": 1, "target_modules": meaning}, SOURCE)
+    config = ModuleTargets.parse({"target_modules": meaning}, SOURCE)
     return {name: module for name, module in modules.items() if config.targets(name)}
 
 

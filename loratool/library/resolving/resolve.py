@@ -20,7 +20,7 @@ from loratool.formats.alpha import RANK, Alpha
 from loratool.formats.at_rank import at_rank
 from loratool.formats.identify import told_adapter
 from loratool.formats.identity import AnyAdapter, Identity
-from loratool.formats.lora_config import MOST_DIGITS
+from loratool.formats.module_targets import MOST_DIGITS
 from loratool.hub.address import HubAddress
 from loratool.library.places.user_path import HUB_ID, exists, is_plainly_a_path, taken_for_hub_id, user_path
 from loratool.library.reporting.progress import Progress, Silent

@@ -14,6 +14,7 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import HubError, PlacementError, quoted
 from loratool.formats.adapter import Adapter, sha256_of
 from loratool.formats.adapter_names import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
+from loratool.formats.lora import lora_settings
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.names import land
 from loratool.formats.read import read_adapter
@@ -89,9 +90,8 @@ def with_whole_names(adapter: Adapter, owner: BaseRecord | None) -> Adapter:
         line = str(error).split("\n")[0]
         raise HubError(f"{problem}, and they do not land on {quoted(owner.name)}: {line}") from None
     names = {module_of(name): module_of(tensor) for name, tensor in landed.items()}
-    modules = {
-        names[module]: (update.rank, adapter.settings.alpha_of(module)) for module, update in adapter.ranked.items()
-    }
+    settings = lora_settings(adapter)
+    modules = {names[module]: (update.rank, settings.alpha_of(module)) for module, update in adapter.ranked.items()}
     config = lora_config(modules, {"target_modules": sorted(modules)})
     return replace(
         adapter,

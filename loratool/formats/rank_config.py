@@ -1,0 +1,52 @@
+"""The settings of kinds that have a rank and an alpha for each module, with the rules by which PEFT applies its patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loratool.formats.config_reader import ConfigReader
+from loratool.formats.module_patterns import pattern_key
+from loratool.formats.module_targets import ModuleTargets, target_fields
+
+RANK_KEYS: Final = frozenset({"r", "rank_pattern", "alpha_pattern"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig(ModuleTargets):
+    """Ranks, alphas and targets of an adapter."""
+
+    r: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank that the configuration gives `module`."""
+        return self.rank_pattern.get(pattern_key(self.rank_pattern, module, self.source), self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """Return the alpha that the configuration gives `module`."""
+        return self.alpha_pattern.get(pattern_key(self.alpha_pattern, module, self.source), self.alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """Return the scaling, ``alpha / r``."""
+        return self.alpha_of(module) / self.rank_of(module)
+
+
+def rank_fields(
+    config: Mapping[str, Any], source: str, alpha_key: str, own_keys: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """Return the checked fields of `RankConfig`; `alpha_key` is the type's name for alpha.
+
+    Raises:
+        AdapterError: a value is missing or impossible.
+    """
+    read = ConfigReader(config, source)
+    return target_fields(config, source, own_keys | RANK_KEYS | {alpha_key}) | {
+        "r": read.positive_int("r"),
+        "alpha": read.number(alpha_key),
+        "rank_pattern": {key: read.positive_int(key, value) for key, value in read.mapping("rank_pattern")},
+        "alpha_pattern": {key: read.number(key, value) for key, value in read.mapping("alpha_pattern")},
+    }
