@@ -401,7 +401,6 @@ def test_factors_that_do_not_fit_together_are_refused(
         ("q_proj.lora_diag", "KaSA"),
         ("q_proj.lora_B.bias", "lora_bias"),
         ("embed_tokens.lora_embedding_A", "embeddings"),
-        ("lm_head.modules_to_save.weight", "modules_to_save"),
         ("q_proj.ia3_l", "IA3"),
     ],
 )

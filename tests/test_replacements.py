@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_adapters import copy_with, merge_by_peft, save_peft_adalora, save_peft_adapter
+from tiny_adapters import copy_with, merge_by_peft, save_peft_adalora, save_peft_adapter, save_plain_adapter
 from tiny_models import assert_same_tensors, load, stored_tensors
 
 import loratool
@@ -33,6 +33,10 @@ SAVED: dict[str, tuple[str, dict[str, Any]]] = {
     "a module with modules in it": ("llama", {"modules_to_save": ["layers.0.mlp"], "target_modules": ["q_proj"]}),
     "GPT-2's Conv1D": ("gpt2", {"modules_to_save": ["mlp.c_fc"], "target_modules": ["c_attn"], "fan_in_fan_out": True}),
     "a classifier": ("bert", {"modules_to_save": ["classifier"], "task_type": "SEQ_CLS"}),
+    "all biases": ("qwen2", {"bias": "all", "target_modules": ["q_proj"]}),
+    "the biases of norms and of what is not adapted": ("bert", {"bias": "all", "modules_to_save": ["pooler"]}),
+    "the biases of what is adapted": ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj", "k_proj"]}),
+    "GPT-2's biases": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"], "fan_in_fan_out": True}),
 }
 
 
@@ -57,13 +61,15 @@ def test_names_may_differ_by_a_prefix(tiny_models: TinyModels, tiny_adapters: Ti
     assert torch.equal(load_file(merged.out / "model.safetensors")["ln_f.weight"], expected)
 
 
+@pytest.mark.parametrize("case", [("llama", {"modules_to_save": ["lm_head", "input_layernorm"]}), SAVED["all biases"]])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_merge_in_place_comes_out_again(
-    dtype: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+    dtype: str, case: tuple[str, dict[str, Any]], tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
 ) -> None:
-    base = tiny_models.folder("llama", dtype, "sharded")
+    architecture, options = case
+    base = tiny_models.folder(architecture, dtype, "sharded")
     copy = shutil.copytree(base, tmp_path / "copy")
-    adapter = tiny_adapters.folder("llama", modules_to_save=["lm_head", "input_layernorm"])
+    adapter = tiny_adapters.folder(architecture, **options)
     loratool.merge(adapter, into=copy, in_place=True)
     assert stored_tensors(copy) != stored_tensors(base)
     assert loratool.verify(copy).replayed == "undo"
@@ -150,6 +156,15 @@ def test_a_tied_embedding_is_refused(
     refuses("ties to its output head|lacks", [adapter], tiny_models.folder(architecture), tmp_path)
 
 
+def save_plain(folder: Path, biases: dict[str, torch.Tensor], **config: Any) -> Path:
+    """A LoRA on one module of the tiny Llama, with tensors beside its factors."""
+    save_plain_adapter(folder, {"model.layers.0.self_attn.q_proj": (64, 64)}, **config)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    more = {f"{PREFIX}model.layers.0.self_attn.{name}": tensor for name, tensor in biases.items()}
+    save_file(tensors | more, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
 def changed(source: Path, folder: Path, name: str, tensor: torch.Tensor | None, **config: Any) -> Path:
     """A copy of an adapter with one tensor replaced, or taken out."""
     copy = copy_with(source, folder, **config)
@@ -180,6 +195,110 @@ def test_a_damaged_replacement_is_refused(
     if case == "NaN":
         with pytest.raises(LoratoolError, match=message):
             loratool.add(damaged)
+
+
+BIAS = "model.layers.0.self_attn.q_proj.base_layer.bias"
+
+
+@pytest.fixture
+def biased(tiny_adapters: TinyAdapters) -> Path:
+    return tiny_adapters.folder("qwen2", bias="lora_only", target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(55), r"'model.layers.0.self_attn.q_proj.bias' by a tensor of shape \[55\], which has \[56\] there"),
+        (torch.full((56,), float("nan")), "q_proj.base_layer.bias' .* holds NaN"),
+        (torch.ones(56, dtype=torch.int32), "is I32 and replaces 'model.layers.0.self_attn.q_proj.bias'"),
+    ],
+)
+def test_a_damaged_bias_is_refused(
+    tensor: torch.Tensor, message: str, biased: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    refuses(message, [changed(biased, tmp_path / "damaged", BIAS, tensor)], tiny_models.folder("qwen2"), tmp_path)
+
+
+def test_a_bias_that_the_base_lacks_is_refused(tiny_models: TinyModels, tmp_path: Path) -> None:
+    adapter = save_plain(tmp_path / "adapter", {"q_proj.base_layer.bias": torch.ones(64)}, bias="lora_only")
+    message = r"'model.layers.0.self_attn.q_proj.bias' by a tensor of shape \[64\], which the base lacks"
+    refuses(message, [adapter], tiny_models.folder("llama"), tmp_path)
+
+
+def test_biases_that_peft_lost_are_told(biased: Path, tiny_models: TinyModels, tmp_path: Path) -> None:
+    adapter, base = changed(biased, tmp_path / "lost", BIAS, None), tiny_models.folder("qwen2")
+    merged = loratool.merge(adapter, into=base, out=tmp_path / "merged")
+    (note,) = (each for each in merged.notes if "trained with biases" in each)
+    assert "holds no 'model.layers.0.self_attn.q_proj.bias': they stay the base's, as in PEFT" in note
+    assert_same_tensors(stored_tensors(merged.out), merge_by_peft(load(base, "qwen2"), adapter, tmp_path / "peft"))
+
+
+def test_what_is_exported_is_loaded_by_peft_with_its_biases(
+    biased: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("qwen2", "fp32")
+    assert load_file(biased / "adapter_model.safetensors").keys() >= {PREFIX + BIAS}
+    raw = changed(biased, tmp_path / "raw", BIAS, None)
+    tensors, bias = load_file(raw / "adapter_model.safetensors"), load_file(biased / "adapter_model.safetensors")
+    renamed = tensors | {f"{PREFIX}{BIAS.replace('.base_layer', '')}": bias[PREFIX + BIAS]}
+    save_file(renamed, raw / "adapter_model.safetensors", {"format": "pt"})
+    folder = loratool.export(loratool.export(raw, tmp_path / "single.st"), tmp_path / "folder")
+    theirs = merge_by_peft(load(base, "qwen2"), folder, tmp_path / "peft")
+    for number, adapter in enumerate((biased, raw, folder)):
+        merged = loratool.merge(adapter, into=base, out=tmp_path / f"merged-{number}")
+        assert_same_tensors(stored_tensors(merged.out), theirs)
+
+
+SPELLINGS: dict[str, dict[str, str]] = {
+    "PEFT's own": {"weight": "lm_head.weight"},
+    "inside a model": {"weight": "lm_head.modules_to_save.default.weight"},
+    "without the adapter's name": {"weight": "lm_head.modules_to_save.weight"},
+    "twice": {"weight": "lm_head.weight", "again": "lm_head.modules_to_save.default.weight"},
+    "beside the base's own": {
+        "weight": "lm_head.modules_to_save.default.weight", "base": "lm_head.original_module.weight",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_a_whole_module_is_the_same_under_each_of_pefts_names(
+    case: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base, plain = tiny_models.folder("llama", "fp32"), tiny_adapters.folder("llama", modules_to_save=["lm_head"])
+    tensors = load_file(plain / "adapter_model.safetensors")
+    head = tensors.pop(f"{PREFIX}lm_head.weight")
+    named = {f"{PREFIX}{name}": head * (2 if which == "base" else 1) for which, name in SPELLINGS[case].items()}
+    spelled = shutil.copytree(plain, tmp_path / "spelled")
+    save_file(tensors | named, spelled / "adapter_model.safetensors", {"format": "pt"})
+    assert list(read_adapter(spelled).replacements) == ["lm_head.weight"]
+    merged = loratool.merge(spelled, into=base, out=tmp_path / "merged")
+    assert_same_tensors(stored_tensors(merged.out), merge_by_peft(load(base, "llama"), plain, tmp_path / "peft"))
+
+
+def test_the_bases_own_copy_alone_is_no_module_that_was_trained(tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
+    plain = tiny_adapters.folder("llama", modules_to_save=["lm_head"])
+    rename = {f"{PREFIX}lm_head.weight": f"{PREFIX}lm_head.original_module.weight"}
+    only = copy_with(plain, tmp_path / "only", rename=lambda key: rename.get(key, key))
+    with pytest.raises(LoratoolError, match="holds none of their tensors; the file is incomplete"):
+        read_adapter(only)
+    (only / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "peft_type": "LORA"}))
+    with pytest.raises(LoratoolError, match=r"lm_head\.original_module\.weight"):
+        read_adapter(only)
+
+
+def test_norms_that_were_saved_beside_the_factors_replace_the_bases_as_peft_loads_them(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("llama", "bf16")
+    adapter = save_plain(tmp_path / "adapter", {})
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    norms = {f"{PREFIX}model.norm.weight": torch.full((64,), 1.5),
+             f"{PREFIX}model.layers.1.input_layernorm.weight": torch.full((64,), 0.7)}  # fmt: skip
+    save_file(tensors | norms, adapter / "adapter_model.safetensors", {"format": "pt"})
+    merged = loratool.merge(adapter, into=base, out=tmp_path / "merged", undo=True)
+    assert_same_tensors(stored_tensors(merged.out), merge_by_peft(load(base, "llama"), adapter, tmp_path / "peft"))
+    back = loratool.unmerge(merged.out, out=tmp_path / "back")
+    assert_same_tensors(stored_tensors(back.out), stored_tensors(base))
 
 
 @pytest.mark.parametrize("saved", ["lm_head", [3], {"lm_head": 1}, [""]])
@@ -329,8 +448,7 @@ def test_inner_copies_that_differ_are_refused(tiny_models: TinyModels, tmp_path:
         read_adapter(adapter)
     del tensors[f"{PREFIX}lm_head.weight"]
     save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(UnsupportedError, match="inner names"):
-        read_adapter(adapter)
+    assert list(read_adapter(adapter).replacements) == ["lm_head.weight", "model.embed_tokens.weight"]
 
 
 def test_lora_on_embeddings_is_called_that_and_no_copy(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -185,7 +185,6 @@ FEATURES: Final = (
             ("token_adapter", "trainable_tokens_")),
     Feature("layer_replication", "layer_replication"),
     Feature("Megatron layers (megatron_config)", "megatron_config"),
-    Feature("modules_to_save under PEFT's inner names", parts=("modules_to_save.",)),
     Feature("a copy of the base's own weights (save_embedding_layers)", parts=("base_layer.weight", "base_layer.bias"), why_not=(
         "PEFT would replace the base's weights by it; save the adapter again with PEFT's "
         "save_pretrained(..., save_embedding_layers=False), or merge it with PEFT")),

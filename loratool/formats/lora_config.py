@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 
 from loratool.errors import AdapterError, UnsupportedError, quoted
 from loratool.formats.config_reader import ConfigReader
-from loratool.formats.kinds import FEATURES, KINDS, NOT_YET, VARIANTS
+from loratool.formats.kinds import FEATURES, KINDS, VARIANTS
 from loratool.formats.module_targets import COMMON_KEYS, other_type
 from loratool.formats.rank_config import RANK_KEYS, RankConfig, rank_fields
 
@@ -23,8 +23,8 @@ REFUSED: Final[Mapping[str, tuple[str, str]]] = {
 } | {feature.setting: (feature.title, feature.why_not) for feature in FEATURES if feature.setting}
 """Configuration keys of features that are not computed, each with the feature's name and the reason."""
 
-BIASES: Final = ("all", "lora_only")
-"""Values of ``bias`` with which PEFT trains and saves biases."""
+BIASES: Final = ("none", "all", "lora_only")
+"""Values of ``bias``; with the last two PEFT trains and saves biases, which replace the base's."""
 
 HARMLESS_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that only fill the factors. With others PEFT changes the base itself (pissa, olora, corda, loftq,
@@ -96,9 +96,7 @@ def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
         if config.get(key):
             raise UnsupportedError(f"{quoted(source)} uses {feature}: {why_not}")
     bias = config.get("bias") or "none"
-    if bias in BIASES:
-        raise UnsupportedError(f"{quoted(source)} holds trained biases (bias={quoted(bias)}): {NOT_YET}")
-    if bias != "none":
+    if bias not in BIASES:
         raise AdapterError(f"'bias' in {quoted(source)} is {quoted(bias, 40)} and must be none, all or lora_only")
     init = config.get("init_lora_weights", True)
     if init and init not in HARMLESS_INITS:

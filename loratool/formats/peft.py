@@ -74,7 +74,7 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
     if replaced:
         notes = (
             f"it holds {len(replaced)} {'tensors' if len(replaced) > 1 else 'tensor'} whole "
-            f"({quoted(next(iter(replaced)))}, ...; modules_to_save or embeddings), which replace the base's own",
+            f"({quoted(next(iter(replaced)))}, ...; modules_to_save, embeddings, biases or norms), which replace the base's own",
         )
     adapter = builder.read(own, given)
     return replace(

@@ -1,8 +1,10 @@
-"""Modules that a PEFT adapter contains whole, which replace the base's own: ``modules_to_save`` and embeddings.
+"""Parameters that a PEFT adapter contains whole, which replace the base's own: ``modules_to_save``, embeddings, biases, norms.
 
 PEFT 0.21 (``peft.utils.other._set_trainable``) keeps a module whole if its name ends with a listed name, and saves its tensors
-under their own names after the usual prefix. It also saves embeddings and heads like this if the vocabulary was grown
-(``save_embedding_layers``), and restores them on loading. In that case it may also save its own inner copies.
+under their own names after the usual prefix. It saves trained biases (``bias``) like this, and embeddings and heads if the
+vocabulary was grown (``save_embedding_layers``). On loading, every tensor with the name of a parameter replaces that parameter.
+It may also save inner names: ``X.base_layer.bias`` is the bias of an adapted module X, ``X.modules_to_save.weight`` is another
+copy of ``X.weight``, and ``X.original_module.weight`` is the base's own.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from loratool.architecture import Role, any_model
+from loratool.architecture import Role, any_model, module_of
 from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.tensor_keys import PREFIX, split_peft
+from loratool.formats.tensor_keys import BASE_LAYER, PREFIX, adapters_in, split_peft
 from loratool.updates.replacement import Replacement
 
 HALVES: Final = {"weight": "bias", "bias": "weight"}
@@ -23,9 +25,11 @@ HALVES: Final = {"weight": "bias", "bias": "weight"}
 CLASSIFIERS: Final = frozenset({"classifier", "score"})
 """Modules that PEFT always lists for classifiers (``PeftModelForSequenceClassification``), even if they do not exist."""
 
+_SAVED: Final = "modules_to_save"
+"""Name component under which PEFT keeps the trained module inside a model; the adapter's name may follow it."""
 
-INNER: Final = ("modules_to_save", "original_module")
-"""Name components under which PEFT keeps the trained module and the base's own inside a model."""
+_ORIGINAL: Final = "original_module"
+"""Name component under which PEFT keeps the base's own module beside the trained one."""
 
 
 def split_replacements(
@@ -34,23 +38,62 @@ def split_replacements(
     """Return the tensors of factors by key, and the replacements of whole tensors by the base's names.
 
     Raises:
-        AdapterError: ``modules_to_save`` is not a list of names, or no listed module has tensors although PEFT does not list
-          it by default.
+        AdapterError: ``modules_to_save`` is not a list of names, no listed module has tensors although PEFT does not list
+          it by default, or two copies of a parameter differ.
     """
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise AdapterError(f"'modules_to_save' in {quoted(source)} is {quoted(saved, 40)} and must be a list of names")
-    tensors = _without_inner_copies(tensors, source)
-    found = {key.removeprefix(PREFIX): info for key, info in tensors.items() if _is_whole(key, tuple(saved))}
-    is_inner = any(f".{word}." in key for key in tensors for word in INNER)  # refused by that name, later
-    if saved and not (found or is_inner) and set(saved) != CLASSIFIERS:
+    adapters = adapters_in(tensors)
+    found: dict[str, TensorInfo] = {}
+    originals, rest = {}, {}
+    for key, info in sorted(tensors.items(), key=lambda item: _is_inner(item[0])):  # a parameter's own name comes first
+        name = _name_in_base(key, adapters)
+        if name is None or not _is_kept(key, name, saved, config):
+            rest[key] = info
+        elif f".{_ORIGINAL}." in key:
+            originals[key] = name
+        elif name in found and hash_tensor(found[name]) != hash_tensor(info):
+            raise AdapterError(
+                f"{quoted(source)} holds two versions of {quoted(found[name].name)}, the other as {quoted(key)}; save it again"
+            )
+        else:
+            found.setdefault(name, info)
+    rest |= {key: tensors[key] for key, name in originals.items() if name not in found}
+    if saved and not any(_is_whole(name, tuple(saved)) for name in found) and set(saved) != CLASSIFIERS:
         raise AdapterError(
             f"{quoted(source)} lists modules_to_save ({quoted(saved[0])}, ...) but holds none of their tensors; "
             "the file is incomplete"
         )
-    found |= {key.removeprefix(PREFIX): info for key, info in tensors.items() if _is_embedding(key)}
-    rest = {key: info for key, info in tensors.items() if key.removeprefix(PREFIX) not in found}
     return rest, {name: Replacement(info) for name, info in sorted(found.items())}
+
+
+def peft_name(name: str, adapter: Adapter) -> str:
+    """Return the name under which PEFT loads a parameter that `adapter` contains whole."""
+    module, _, leaf = name.rpartition(".")
+    inner = f"{BASE_LAYER}." if module in adapter.modules else ""
+    return f"{PREFIX}{module}.{inner}{leaf}"
+
+
+def lost_biases(adapter: Adapter, landed: Mapping[str, str], base: Collection[str]) -> list[str]:
+    """Return a note if an adapter was trained with biases, and lacks those of modules that it changes.
+
+    PEFT from 0.6 to 0.18 lost them with ``bias="lora_only"``, and loads such a file without them.
+    """
+    stated = adapter.config.get("bias")
+    if stated in (None, "none"):
+        return []
+    places = set(landed.values())
+    changed = (landed[name] for name, update in adapter.changes.items() if not update.replaces)
+    biases = (f"{module_of(place)}.bias" for place in changed)
+    lost = sorted({bias for bias in biases if bias in base and bias not in places})
+    if not lost:
+        return []
+    return [
+        f"{quoted(adapter.name)} was trained with biases (bias={quoted(stated, 40)}) and holds no {quoted(lost[0])}"
+        + (f" and {len(lost) - 1} more" if lost[1:] else "")
+        + ": they stay the base's, as in PEFT"
+    ]
 
 
 def refuse_incomplete(adapter: Adapter, landed: Mapping[str, str], base: Collection[str]) -> None:
@@ -70,7 +113,7 @@ def refuse_incomplete(adapter: Adapter, landed: Mapping[str, str], base: Collect
             f"{quoted(missing)}; the file is incomplete"
         )
     places = {landed[name] for name in held}
-    for name in places:
+    for name in sorted({landed[name] for name in held if _is_whole(name, adapter.whole) or _is_embedding(name)}):
         module, _, leaf = name.rpartition(".")
         other = f"{module}.{HALVES.get(leaf)}"
         if other in base and other not in places:
@@ -79,35 +122,41 @@ def refuse_incomplete(adapter: Adapter, landed: Mapping[str, str], base: Collect
             )
 
 
-def _is_whole(key: str, saved: tuple[str, ...]) -> bool:
-    """Return whether a tensor belongs to a whole module, or to a module inside one."""
-    parts = key.removeprefix(PREFIX).split(".")
-    modules = (".".join(parts[:count]) for count in range(1, len(parts)))
-    own = not any(part in INNER or part.startswith("lora_") for part in parts)
-    return own and any(module.endswith(saved) for module in modules)
+def _name_in_base(key: str, adapters: Collection[str | None]) -> str | None:
+    """Return the name of the base's parameter that a tensor is a copy of; None if it belongs to an update.
 
-
-def _is_embedding(key: str) -> bool:
-    """Return whether a tensor is the whole weight of a token embedding or an output head."""
-    name = key.removeprefix(PREFIX)
-    is_plain = name != key and name.endswith(".weight") and split_peft(key) is None
-    return is_plain and any_model().role(name) in (Role.TOKENS, Role.HEAD)
-
-
-def _without_inner_copies(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, TensorInfo]:
-    """Drop the duplicates that PEFT saves under inner names (``lm_head.modules_to_save.weight``) and never loads.
-
-    Raises:
-        AdapterError: a duplicate differs from the original.
+    `adapters` are the adapter's own names in the file, which follow ``modules_to_save``.
     """
-    kept = {}
-    for key, info in tensors.items():
-        inner = next((word for word in INNER if f".{word}." in key), None)
-        plain = tensors.get(key.replace(f".{inner}.", "."))
-        if inner is None or plain is None:
-            kept[key] = info
-        elif inner == "modules_to_save" and hash_tensor(info) != hash_tensor(plain):
-            raise AdapterError(
-                f"{quoted(source)} holds two versions of {quoted(plain.name)}, the other as {quoted(key)}; save it again"
-            )
-    return kept
+    parts = key.removeprefix(PREFIX).split(".")
+    name: list[str] = []
+    for place, part in enumerate(parts):
+        if part in (_SAVED, _ORIGINAL) or (part == BASE_LAYER and parts[place + 1 :] == ["bias"]):
+            continue
+        if place and parts[place - 1] == _SAVED and place + 1 < len(parts) and part in adapters:
+            continue
+        name.append(part)
+    found = ".".join(name)
+    return found if split_peft(found) is None else None
+
+
+def _is_inner(key: str) -> bool:
+    return any(f".{word}." in key for word in (_SAVED, _ORIGINAL))
+
+
+def _is_kept(key: str, name: str, saved: Collection[str], config: Mapping[str, Any]) -> bool:
+    """Return whether PEFT would load a tensor as the parameter `name`; one without PEFT's prefix must be announced."""
+    if _is_inner(key) or _is_whole(name, tuple(saved)):
+        return True
+    leaf = name.rpartition(".")[2]
+    return (key != name and leaf in HALVES) or (leaf == "bias" and config.get("bias") not in (None, "none"))
+
+
+def _is_whole(name: str, saved: tuple[str, ...]) -> bool:
+    """Return whether a parameter belongs to a whole module, or to a module inside one."""
+    parts = name.split(".")
+    return any(".".join(parts[:count]).endswith(saved) for count in range(1, len(parts)))
+
+
+def _is_embedding(name: str) -> bool:
+    """Return whether a parameter is the weight of a token embedding or an output head."""
+    return name.endswith(".weight") and any_model().role(name) in (Role.TOKENS, Role.HEAD)

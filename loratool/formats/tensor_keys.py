@@ -19,10 +19,13 @@ _LETTERS: Final = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _MARKS: Final = tuple(part for kind in KINDS.values() for part in kind.parts)
 """Beginnings of the name component that shows the kind of adapter."""
 
-_COPIES: Final = ("base_layer", "modules_to_save")
+BASE_LAYER: Final = "base_layer"
+"""Name component under which PEFT keeps the base's own layer inside an adapted one."""
+
+_COPIES: Final = (BASE_LAYER, "modules_to_save", "original_module")
 """Name components under which PEFT keeps a whole tensor of the base."""
 
-_WRAPPERS: Final = ("base_layer", "token_adapter")
+_WRAPPERS: Final = (BASE_LAYER, "token_adapter")
 """Name components that PEFT inserts between a module's name and its tensors."""
 
 
@@ -40,6 +43,12 @@ def split_peft(name: str) -> tuple[str, str] | None:
     while place and components[place - 1] in _WRAPPERS:
         place -= 1
     return ".".join(components[:place]), ".".join(components[place:])
+
+
+def adapters_in(tensors: Iterable[str]) -> frozenset[str]:
+    """Return the adapters' names that a saved model state has in its tensors' names; PEFT's default name always counts."""
+    matches = (_FACTOR.fullmatch(name) for name in tensors)
+    return frozenset({"default", *(match["adapter"] for match in matches if match and match["adapter"])})
 
 
 def peft_key(module: str, factor: str) -> str:

@@ -26,8 +26,8 @@ from loratool.formats.adapter_names import (
 )
 from loratool.formats.builders import BUILDERS
 from loratool.formats.read import read_adapter
+from loratool.formats.replacements import peft_name
 from loratool.formats.table import format_named
-from loratool.formats.tensor_keys import PREFIX
 
 
 def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadata: bool = True) -> None:
@@ -117,7 +117,7 @@ def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
     for name, update in sorted(adapter.changes.items()):
         for letter, info in update.tensors.items():
             if update.replaces:
-                whole[f"{PREFIX}{name}"] = info
+                whole[peft_name(name, adapter)] = info
             else:
                 factors[key(module_of(name), letter)] = info
     return factors | whole

@@ -18,7 +18,7 @@ from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quo
 from loratool.formats.adapter import Adapter
 from loratool.formats.module_targets import ALL_LINEAR
 from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
-from loratool.formats.replacements import refuse_incomplete
+from loratool.formats.replacements import lost_biases, refuse_incomplete
 from loratool.merging.changed_files import FileChanges
 from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied
 from loratool.merging.vocabulary import misfit_advice
@@ -149,6 +149,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     refuse_tied([target.name for target in targets], base, orientation.architecture)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
+        notes += lost_biases(weighted.adapter, landing.tensors, base.tensors)
         notes += _landing_notes(weighted.adapter, landing, orientation.architecture)
     return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
 
