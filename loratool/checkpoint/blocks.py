@@ -23,11 +23,14 @@ WRITE_BYTES: Final = 1 << 19
 """Largest single write, in bytes. The kernel looks for contiguous memory for each write, which is slow for large ones."""
 
 
-def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[range]:
-    """Cut ``range(rows)`` into blocks of about `block_bytes` bytes; the remaining rows join the last block."""
-    step = max(BLOCK_ROWS, block_bytes // max(row_bytes, 1) // BLOCK_ROWS * BLOCK_ROWS)
+def row_blocks(rows: int, row_bytes: int, block_bytes: int = BLOCK_BYTES, least: int = BLOCK_ROWS) -> Iterator[range]:
+    """Cut ``range(rows)`` into blocks of about `block_bytes` bytes, of `least` rows or a multiple of that.
+
+    The remaining rows join the last block.
+    """
+    step = max(least, block_bytes // max(row_bytes, 1) // least * least)
     start = 0
-    while rows - start >= step + BLOCK_ROWS:
+    while rows - start >= step + least:
         yield range(start, start + step)
         start += step
     if start < rows:

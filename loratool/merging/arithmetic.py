@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
-from loratool.checkpoint.blocks import row_blocks
 from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
 from loratool.merging.plan import Target
+from loratool.merging.region import Region, RegionalUpdate, blocks_of, segments
 from loratool.merging.residual import add_residual, pack_hint, residual, unpack_hint
 from loratool.merging.survival import SurvivalCount
-from loratool.updates import LoadedUpdate
 from loratool.weights.coarse.feedback import Feedback
 from loratool.weights.coarse.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding
@@ -83,35 +83,58 @@ class BlockArithmetic:
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         block_bytes = CUDA_BLOCK_BYTES if self._cuda else self.weight.block_bytes
-        self._blocks = list(row_blocks(self.weight.rows, self.weight.columns * 4, block_bytes))
+        regions = [Region.of(planned.view, self.weight) for planned in target.updates]
+        self._segments = segments(regions, self.weight)
+        self._blocks = list(blocks_of(self._segments, regions, self.weight.columns, block_bytes))
         self._adds = all(not planned.update.needs_weight for planned in target.updates)
         with self._on_stream():
             self.codec = target.weight.load(device)
-            turned = self.weight.turned
             self._updates = [
-                planned.update.load(transposed=planned.view.transposed != turned, weight=planned.weight, device=device)
-                for planned in target.updates
+                RegionalUpdate(
+                    planned.update.load(transposed=region.transposed, weight=planned.weight, device=device), region
+                )
+                for planned, region in zip(target.updates, regions, strict=True)
             ]
             self._kept = [b""] * len(self._updates)
-            self._rounding = self._rounding_of(target)
+            self._calibrated = self._calibrated_by(target)
+            self._plain = Rounding(target.seed)
+            self._begun: tuple[range, Rounding] = (self._segments[0], self._rounding_of(self._segments[0]))
 
-    def _rounding_of(self, target: Target) -> Rounding:
-        """Return how to round: seeded, and error-compensated by calibration inputs, else by the update's output directions."""
+    def _calibrated_by(self, target: Target) -> Rounding | None:
+        """Return how to round with calibration inputs, or None without them."""
         import numpy as np
         import torch
 
-        turned = self.weight.turned
-        if target.inputs is not None:
-            inputs = torch.from_numpy(np.load(target.inputs)).to(self._device)
-            if turned:  # a block covers only some of the inputs
-                return Rounding(target.seed, feedback=lambda few: Feedback(inputs[:, few.start : few.stop]))
-            return Rounding(target.seed, feedback=Feedback(inputs))
-        outputs = [update.inputs if turned else update.outputs for update in self._updates]
-        if self.weight.takes == "sum" or not self._adds or any(each is None for each in outputs):
-            return Rounding(target.seed)
-        return Rounding(
-            target.seed, outputs=OutputFeedback(torch.cat([each for each in outputs if each is not None], 1))
-        )
+        if target.inputs is None:
+            return None
+        inputs = torch.from_numpy(np.load(target.inputs)).to(self._device)
+        if self.weight.turned:  # a block covers only some of the inputs
+            return Rounding(target.seed, feedback=lambda few: Feedback(inputs[:, few.start : few.stop]))
+        return Rounding(target.seed, feedback=Feedback(inputs))
+
+    def _rounding(self, rows: range) -> Rounding:
+        """Return how to round a block. Error compensation between outputs begins anew with each segment."""
+        if rows.start not in self._begun[0]:
+            segment = self._segments[bisect_right(self._segments, rows.start, key=lambda each: each.start) - 1]
+            self._begun = (segment, self._rounding_of(segment))
+        return self._begun[1]
+
+    def _rounding_of(self, segment: range) -> Rounding:
+        """Return how to round a segment: error-compensated by calibration inputs, else by its updates' output directions."""
+        import torch
+
+        if self._calibrated is not None:
+            return self._calibrated
+        if self.weight.takes == "sum" or not self._adds:
+            return self._plain
+        directions = [
+            each.directions(segment, turned=self.weight.turned) for each in self._updates if each.touches(segment)
+        ]
+        known = [each for each in directions if each is not None]
+        if not known or len(known) < len(directions):
+            return self._plain
+        first = 0 if self.weight.turned else segment.start
+        return Rounding(self._plain.seed, outputs=OutputFeedback(torch.cat(known, 1), first))
 
     def blocks(self) -> Iterator[range]:
         """Return the blocks of rows, sized for the device."""
@@ -124,12 +147,15 @@ class BlockArithmetic:
 
     def apply(self, rows: range, parts: tuple[torch.Tensor, ...]) -> bytes:
         """Add the updates to the matrix whose bytes are `parts`, in place; return the hint that `revert` needs."""
+        if self._is_untouched(rows):
+            self._kept = [b""] * len(self._updates)
+            return b""
         with self._on_stream():
             block, scratch = _room.take(self._device, len(rows), self.weight.columns)
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
             self._update(rows, on_device, block, scratch)
             self._refuse_overflow(block, rows, on_device, scratch)
-            moves = self.codec.encode(rows, block, on_device, self._rounding)
+            moves = self.codec.encode(rows, block, on_device, self._rounding(rows))
             self._bring_back(on_device, parts)
             if moves is None:
                 return b""
@@ -166,6 +192,8 @@ class BlockArithmetic:
         """
         import torch
 
+        if self._is_untouched(rows):
+            return
         with self._on_stream():
             block, scratch = _room.take(self._device, len(rows), self.weight.columns)
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
@@ -179,10 +207,14 @@ class BlockArithmetic:
                 update.revert(block, rows, scratch, kept)
             if takes_change:  # the added change: W' minus the best estimate of W
                 block.neg_() if merged is None else torch.sub(merged, block, out=block)
-            self.codec.recover(rows, block, on_device, self._rounding, hint)
+            self.codec.recover(rows, block, on_device, self._rounding(rows), hint)
             self._bring_back(on_device, parts)
 
-    def _pairs(self) -> Iterator[tuple[LoadedUpdate, bytes]]:
+    def _is_untouched(self, rows: range) -> bool:
+        """Return whether no update changes any of these rows, so that their bytes stay."""
+        return not any(update.touches(rows) for update in self._updates)
+
+    def _pairs(self) -> Iterator[tuple[RegionalUpdate, bytes]]:
         """Return each update with what it kept for the latest rows."""
         return zip(self._updates, self._kept, strict=True)
 
@@ -259,7 +291,7 @@ class ExactUnmerge(BlockArithmetic):
             for place, update in enumerate(self._updates):
                 if update.keeps:
                     self._kept[place], rest = unpack_hint(rest, 4 * len(rows))
-                    self._refuse_unfit(rows, self._kept[place])
+                    self._refuse_unfit(update.rows_kept(rows), self._kept[place])
             self.revert(rows, parts, hint)
             for part, doubt in zip(parts, self.codec.doubt(merged, parts), strict=True):
                 rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
@@ -272,6 +304,6 @@ class ExactUnmerge(BlockArithmetic):
             ) from None
 
     @staticmethod
-    def _refuse_unfit(rows: range, kept: bytes) -> None:
-        if len(kept) != 4 * len(rows):
+    def _refuse_unfit(count: int, kept: bytes) -> None:
+        if len(kept) != 4 * count:
             raise RestoreError("a block of the undo file is damaged")

@@ -155,7 +155,9 @@ def to_dense(weight: StoredWeight, *, turned: bool, updates: Target | None = Non
 
     `turned`: the dense matrix is (in_features, out_features) although the quantized one is (out_features, in_features).
     """
-    dense = _unwritten(weight, weight.dtype, (weight.rows, weight.columns))
+    *stack, outputs, inputs = weight.shape
+    shape = (*stack, inputs, outputs) if weight.turned else weight.shape
+    dense = _unwritten(weight, weight.dtype, shape)
     return Conversion(weight, dense, turned != weight.turned, merge=_on(dense, updates, turned=weight.turned))
 
 
@@ -164,8 +166,8 @@ def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
     return Conversion(weight, weight, merge=updates)
 
 
-def _unwritten(weight: StoredWeight, dtype: Dtype, shape: tuple[int, int]) -> DenseWeight:
-    """Return a dense matrix that stands for a parameter and is in no file."""
+def _unwritten(weight: StoredWeight, dtype: Dtype, shape: tuple[int, ...]) -> DenseWeight:
+    """Return a dense parameter that stands for another one and is in no file."""
     return DenseWeight(TensorInfo(weight.name, dtype.name, shape, weight.tensors[0].file, 0, nbytes(dtype.name, shape)))
 
 

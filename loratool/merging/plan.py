@@ -79,7 +79,8 @@ class Target:
 
     def upright(self, weight: StoredWeight) -> Target:
         """Return the same updates on another parameter, stored as (out_features, in_features)."""
-        return replace(self, weight=weight, updates=tuple(replace(each, view=WHOLE) for each in self.updates))
+        upright = (replace(each, view=replace(each.view, transposed=False)) for each in self.updates)
+        return replace(self, weight=weight, updates=tuple(upright))
 
 
 @dataclass(frozen=True)

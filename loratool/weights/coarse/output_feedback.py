@@ -49,12 +49,13 @@ class OutputFeedback:
     """The errors of one parameter in the directions of its update, while its blocks of rows are rounded in order.
 
     `outputs`, (rows, r) fp32, span the columns of the change. Groups are at fixed rows, however these are cut into blocks, or
-    begin anew with each block.
+    begin anew with each block. The first row of `outputs` is the row `first` of the parameter.
     """
 
-    def __init__(self, outputs: Tensor) -> None:
+    def __init__(self, outputs: Tensor, first: int = 0) -> None:
         import torch
 
+        self._first = first
         self._basis = torch.linalg.qr(outputs.double())[0].float()
         self.begin()
 
@@ -70,23 +71,28 @@ class OutputFeedback:
         The caller must `add` the errors of a group before it takes the next one. Blocks of rows come once each, in order. With
         `by_block`, a new group begins with each block.
         """
-        for part, group in self._entered(rows, by_block=by_block):
+        for part, group in self._entered(self._own(rows), by_block=by_block):
             spread = group.spread[part.start - group.rows.start : part.stop - group.rows.start]
-            yield part, spread @ group.off.expand(-1, columns)
+            yield range(part.start + self._first, part.stop + self._first), spread @ group.off.expand(-1, columns)
 
     def skip(self, rows: range) -> None:
         """Pass rows that neither receive nor cause compensation."""
-        for _ in self._entered(rows, by_block=False):
+        for _ in self._entered(self._own(rows), by_block=False):
             pass
 
     def leave(self, rows: range, error: Tensor) -> None:
         """Pass rows that were rounded without compensation, and add their errors."""
-        self._pass(rows)
+        self._pass(self._own(rows))
         self.add(rows, error)
 
     def add(self, rows: range, error: Tensor) -> None:
         """Add the errors of rows, (rows, columns) fp32."""
-        self._off = self._off + self._basis[rows.start : rows.stop].T @ error
+        own = self._own(rows)
+        self._off = self._off + self._basis[own.start : own.stop].T @ error
+
+    def _own(self, rows: range) -> range:
+        """Return rows of the parameter as rows of the basis."""
+        return range(rows.start - self._first, rows.stop - self._first)
 
     def _entered(self, rows: range, *, by_block: bool) -> Iterator[tuple[range, _Group]]:
         """Yield the part of these rows in each group, and the group."""
