@@ -10,9 +10,10 @@ from loratool.architecture.packing import Matrix
 from loratool.architecture.renaming import Spelling
 from loratool.architecture.roles import Role
 from loratool.architecture.same_part import same_part
-from loratool.architecture.view import WHOLE, View
+from loratool.architecture.view import ALL, WHOLE, View
 
 __all__ = [
+    "ALL",
     "WHOLE",
     "Architecture",
     "Matrix",

@@ -229,7 +229,7 @@ class Architecture:
         stored = self.tensors.get(parameter)
         if stored is not None and tuple(stored.shape) == tuple(shape):
             return (Place(WHOLE, parameter, WHOLE),)
-        places = self._stored
+        places = self.holders
         return tuple(
             Place(matrix.view, *places[matrix.name])
             for matrix in self.matrices(parameter, shape)
@@ -250,14 +250,14 @@ class Architecture:
 
     def _shape_of(self, view: View, stored: str) -> tuple[int, ...]:
         """Return the shape, outputs first, of a view of a tensor."""
-        shape = self.tensors[stored].shape if stored in self.tensors else ()
-        shape = shape if view.expert is None else shape[1:]
-        shape = shape[::-1] if view.transposed and len(shape) == 2 else shape
-        return (len(range(shape[0])[view.outputs]), *shape[1:]) if shape else ()
+        return view.shape_in(self.tensors[stored].shape) if stored in self.tensors else ()
 
     @cached_property
-    def _stored(self) -> dict[str, tuple[str, View]]:
-        """The tensor that holds each matrix, and the part of it, by the matrix's name."""
+    def holders(self) -> Mapping[str, tuple[str, View]]:
+        """The tensor of the checkpoint that holds each matrix, and the part of it, by the matrix's name (`matrices`).
+
+        Matrices whose outputs have a different order in the checkpoint are left out.
+        """
         return {
             matrix.name: (name, matrix.view)
             for name in self.tensors

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
+
+ALL: Final = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,26 @@ class View:
     expert: int | None = None
     outputs: slice = field(default_factory=lambda: slice(None))
     transposed: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of a parameter that is not a stack, in either orientation."""
+        return self.expert is None and self.outputs == ALL
+
+    def shape_in(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape, outputs first, of this part of a parameter of the shape `stored`."""
+        shape = tuple(stored) if self.expert is None else tuple(stored[1:])
+        shape = shape[::-1] if self.transposed and len(shape) == 2 else shape
+        return (len(range(shape[0])[self.outputs]), *shape[1:]) if shape else ()
+
+    def overlaps(self, other: View, stored: Sequence[int]) -> bool:
+        """Return whether two parts of a parameter of the shape `stored` have numbers in common."""
+        if None not in (self.expert, other.expert) and self.expert != other.expert:
+            return False
+        outputs = [range(replace(view, outputs=ALL).shape_in(stored)[0])[view.outputs] for view in (self, other)]
+        if self.expert != other.expert or self.transposed != other.transposed or not all(outputs):
+            return all(outputs)
+        return not set(outputs[0]).isdisjoint(outputs[1])
 
     def turned(self) -> View:
         """The same part of the transposed parameter."""

@@ -1,4 +1,4 @@
-"""Find the tensor of a checkpoint that each parameter of an adapter lands on.
+"""Written rules that find the tensor of a checkpoint that each parameter of an adapter lands on, by its name.
 
 The rules, in order:
 
@@ -19,7 +19,8 @@ The rules, in order:
    So does a tensor that is replaced whole (``modules_to_save``); one of a stack keeps the two names before the number.
 5. A stack lands in one, and no two in the same: layers of an image are not those of a text, though the base has room for both.
 
-Anything else is an error that lists the names that did not land and the nearest ones; nothing is guessed.
+What lands by none of them goes by the tables of the model's architecture (`formats.landing`). Anything else is an error that
+lists the names that did not land and the nearest ones; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -28,11 +29,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Final
 
-from loratool.architecture import Role, any_model, module_of, same_part
-from loratool.checkpoint.header import TensorInfo
+from loratool.architecture import Role, Shaped, any_model, module_of, same_part
 from loratool.errors import PlacementError, nearest, quoted
 
 SUFFIX: Final = ".weight"
@@ -58,55 +57,12 @@ class Exchange:
         return self.old + tensor[len(self.new) :] if tensor.startswith(self.new) else None
 
 
-@dataclass(frozen=True)
-class Landing:
-    """The tensor that every parameter lands on, by name, and the prefix exchanges used; none if the names are equal."""
-
-    tensors: Mapping[str, str]
-    exchanges: tuple[Exchange, ...]
-
-    def place(self, name: str, tensors: Collection[str]) -> str | None:
-        """Return where another tensor of the same model lands, as `name` or by rule 4; None if nowhere or ambiguous."""
-        place = name if name in tensors else _loose_place(name, self.exchanges, tensors)
-        if place is None or not _stack(name):
-            return place
-        home, stack = self._homes.get(_stack(name)), _stack(place)
-        is_home = home == stack if home is not None else stack not in self._inhabited
-        return place if is_home else None
-
-    @cached_property
-    def _homes(self) -> dict[str, str]:
-        """The stack that each stack of the adapter lands in."""
-        return {_stack(parameter): _stack(tensor) for parameter, tensor in self.tensors.items()}
-
-    @cached_property
-    def _inhabited(self) -> frozenset[str]:
-        return frozenset(self._homes.values())
-
-    def parameter(self, tensor: str) -> str | None:
-        """Return the parameter that would land on `tensor`, or None if there is none."""
-        longest_first = sorted(self.exchanges, key=lambda exchange: -len(exchange.new))
-        return next(filter(None, (each.reverse(tensor) for each in (*longest_first, Exchange("", "")))), None)
+def land_by_names(parameters: Mapping[str, Shape], tensors: Mapping[str, Shaped]) -> dict[str, str]:
+    """Return the tensor of each of `parameters` that lands by rule 1."""
+    return {name: name for name in parameters if name in tensors} | _land_flat(parameters, tensors)
 
 
-def land(parameters: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], source: str) -> Landing:
-    """Find the tensor for each of `parameters` (name to the shape that its update fits) by the rules above.
-
-    Raises:
-        PlacementError: a parameter lands on no tensor, on several, or on the same tensor as another; or a stack of layers
-          lands in two, or two stacks land in one.
-    """
-    landed = {name: name for name in parameters if name in tensors}
-    landed |= _land_flat(parameters, tensors)
-    rest = {name: shape for name, shape in parameters.items() if name not in landed}
-    exchanges = _find_exchanges(rest, tensors, source) if rest else {}
-    for name, exchange in exchanges.items():
-        landed[name] = exchange.rename(name) or name
-    _refuse_collisions(landed, source)
-    return Landing(landed, tuple(dict.fromkeys(exchanges.values())))
-
-
-def _land_flat(parameters: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+def _land_flat(parameters: Iterable[str], tensors: Mapping[str, Shaped]) -> dict[str, str]:
     """Return where `parameters` with kohya names land; names that match no tensor, or several, are omitted."""
     paths = {name: KOHYA_PREFIX.sub("", module_of(name)) for name in parameters if KOHYA_PREFIX.match(module_of(name))}
     found: dict[str, list[str]] = {}
@@ -116,30 +72,35 @@ def _land_flat(parameters: Iterable[str], tensors: Mapping[str, TensorInfo]) -> 
     return {name: found[path][0] for name, path in paths.items() if len(found.get(path, ())) == 1}
 
 
-def _find_exchanges(rest: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], source: str) -> dict[str, Exchange]:
-    """Return the exchange for each parameter: one for all, else one for each stack."""
+def find_exchanges(rest: Mapping[str, Shape], tensors: Mapping[str, Shaped], source: str) -> dict[str, Exchange]:
+    """Return the exchange for each of the parameters `rest` by rules 2 to 4: one for all, else one for each stack.
+
+    Raises:
+        NotAllLandError: a parameter lands on no tensor.
+        PlacementError: it could land on several.
+    """
     try:
         return dict.fromkeys(rest, _find_exchange(rest, tensors, source))
-    except _NotAllLandError as error:
+    except NotAllLandError as error:
         whole = error
     stacks: dict[str, dict[str, Shape]] = {}
     for name, shape in rest.items():
-        stacks.setdefault(_stack(name), {})[name] = shape
+        stacks.setdefault(stack_of(name), {})[name] = shape
     loose = stacks.pop("", {})
     try:
         found = {stack: _find_exchange(parameters, tensors, source) for stack, parameters in stacks.items()}
-    except _NotAllLandError:
+    except NotAllLandError:
         raise whole from None
     exchanges = {name: found[stack] for stack, parameters in stacks.items() for name in parameters}
     for name in loose:
-        place = _loose_place(name, tuple(found.values()), tensors)
+        place = loose_place(name, tuple(found.values()), tensors)
         if place is None:
             raise whole
         exchanges[name] = _between(name, place)
     return exchanges
 
 
-def _loose_place(name: str, exchanges: Sequence[Exchange], tensors: Collection[str]) -> str | None:
+def loose_place(name: str, exchanges: Sequence[Exchange], tensors: Collection[str]) -> str | None:
     """Return where a tensor lands by the exchange of a stack, else alone by rule 4; None if ambiguous."""
     renamed = (exchange.rename(name) for exchange in exchanges)
     by_stacks = {place for place in renamed if place is not None and place in tensors}
@@ -175,18 +136,18 @@ def _between(name: str, place: str) -> Exchange:
     return Exchange("".join(f"{part}." for part in old), "".join(f"{part}." for part in new))
 
 
-def _stack(name: str) -> str:
-    """Return the name up to the first number; empty if it has none."""
+def stack_of(name: str) -> str:
+    """Return a name up to the first number; empty if it has none."""
     parts = name.split(".")
     first = _first_number(parts)
     return "" if first is None else ".".join(parts[:first]) + "."
 
 
-class _NotAllLandError(PlacementError):
+class NotAllLandError(PlacementError):
     """No one exchange lands all parameters."""
 
 
-def _find_exchange(rest: Mapping[str, Shape], tensors: Mapping[str, TensorInfo], source: str) -> Exchange:
+def _find_exchange(rest: Mapping[str, Shape], tensors: Mapping[str, Shaped], source: str) -> Exchange:
     best: tuple[int, Exchange | None] = (0, None)
     example = next((name for name in rest if _has_number(name)), next(iter(rest)))
     for old in _prefixes(list(rest)):
@@ -214,7 +175,7 @@ def _up_to(name: str, count: int) -> str:
     return ".".join(name.split(".")[:count])
 
 
-def _exchanges(old: str, parameter: str, tensors: Mapping[str, TensorInfo]) -> Iterator[Exchange]:
+def _exchanges(old: str, parameter: str, tensors: Mapping[str, Shaped]) -> Iterator[Exchange]:
     """Yield every exchange of `old` under which `parameter` lands on a tensor."""
     tail = parameter[len(old) :]
     for name in tensors:
@@ -239,7 +200,7 @@ def _first_number(parts: Sequence[str]) -> int | None:
 
 
 def _only_one(complete: list[Exchange], rest: Mapping[str, Shape],
-              tensors: Mapping[str, TensorInfo], source: str) -> Exchange:  # fmt: skip
+              tensors: Mapping[str, Shaped], source: str) -> Exchange:  # fmt: skip
     fitting = [
         exchange
         for exchange in complete
@@ -263,7 +224,7 @@ TIED_ADVICE: Final = (
 
 
 def _not_landed(rest: Mapping[str, Shape], exchange: Exchange,
-                tensors: Mapping[str, TensorInfo], source: str) -> _NotAllLandError:  # fmt: skip
+                tensors: Mapping[str, Shaped], source: str) -> NotAllLandError:  # fmt: skip
     missing = [name for name in rest if exchange.rename(name) not in tensors]
     lines = []
     for name in missing[:SHOWN]:
@@ -275,7 +236,7 @@ def _not_landed(rest: Mapping[str, Shape], exchange: Exchange,
         lines.append(f"  and {len(missing) - SHOWN} more")
     tied = all(is_tied_head(name, tensors) for name in missing)
     advice = TIED_ADVICE if tied else "is it the right base?"
-    return _NotAllLandError(
+    return NotAllLandError(
         f"{len(missing)} of the modules of {quoted(source)} land on no tensor of the base, so nothing was merged; "
         f"{advice}\n" + "\n".join(lines)
     )
@@ -290,28 +251,21 @@ def _is_head(name: str) -> bool:
     return name.endswith(SUFFIX) and any_model().role(name) is Role.HEAD
 
 
-def _refuse_collisions(landed: Mapping[str, str], source: str) -> None:
-    seen: dict[str, str] = {}
-    for name, tensor in landed.items():
-        if tensor in seen:
-            one, other = quoted(module_of(name)), quoted(module_of(seen[tensor]))
-            raise PlacementError(
-                f"{one} and {other} of {quoted(source)} both land on {quoted(tensor)}; keep one of them"
-            )
-        seen[tensor] = name
+def refuse_mixed_stacks(landed: Mapping[str, str], source: str) -> None:
+    """Raise PlacementError if a stack of layers lands in two, or two land in one (rule 5)."""
     inhabitants: dict[str, str] = {}
     homes: dict[str, str] = {}
     for name, tensor in landed.items():
-        first = inhabitants.setdefault(_stack(tensor), name)
-        if _stack(tensor) and _stack(first) != _stack(name):
+        first = inhabitants.setdefault(stack_of(tensor), name)
+        if stack_of(tensor) and stack_of(first) != stack_of(name):
             one, other = quoted(module_of(first)), quoted(module_of(name))
             raise PlacementError(
                 f"{one} and {other} of {quoted(source)} are of different stacks of layers, and the base has one for both, "
-                f"{quoted(_stack(tensor) + '…')}; is it the right base?"
+                f"{quoted(stack_of(tensor) + '…')}; is it the right base?"
             )
-        first = homes.setdefault(_stack(name), tensor)
-        if _stack(name) and _stack(first) != _stack(tensor):
+        first = homes.setdefault(stack_of(name), tensor)
+        if stack_of(name) and stack_of(first) != stack_of(tensor):
             raise PlacementError(
-                f"{quoted(_stack(name) + '…')} of {quoted(source)} is one stack of layers, and would land on {quoted(first)} "
+                f"{quoted(stack_of(name) + '…')} of {quoted(source)} is one stack of layers, and would land on {quoted(first)} "
                 f"and on {quoted(tensor)} of two; is it the right base?"
             )

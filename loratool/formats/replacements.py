@@ -75,7 +75,7 @@ def peft_name(name: str, adapter: Adapter) -> str:
     return f"{PREFIX}{module}.{inner}{leaf}"
 
 
-def lost_biases(adapter: Adapter, landed: Mapping[str, str], base: Collection[str]) -> list[str]:
+def lost_biases(adapter: Adapter, landed: Mapping[str, Collection[str]], base: Collection[str]) -> list[str]:
     """Return a note if an adapter was trained with biases, and lacks those of modules that it changes.
 
     PEFT from 0.6 to 0.18 lost them with ``bias="lora_only"``, and loads such a file without them.
@@ -83,8 +83,8 @@ def lost_biases(adapter: Adapter, landed: Mapping[str, str], base: Collection[st
     stated = adapter.config.get("bias")
     if stated in (None, "none"):
         return []
-    places = set(landed.values())
-    changed = (landed[name] for name, update in adapter.changes.items() if not update.replaces)
+    places = {place for names in landed.values() for place in names}
+    changed = (place for name, update in adapter.changes.items() if not update.replaces for place in landed[name])
     biases = (f"{module_of(place)}.bias" for place in changed)
     lost = sorted({bias for bias in biases if bias in base and bias not in places})
     if not lost:
@@ -96,12 +96,12 @@ def lost_biases(adapter: Adapter, landed: Mapping[str, str], base: Collection[st
     ]
 
 
-def refuse_incomplete(adapter: Adapter, landed: Mapping[str, str], base: Collection[str]) -> None:
+def refuse_incomplete(adapter: Adapter, landed: Mapping[str, Collection[str]], base: Collection[str]) -> None:
     """Raise AdapterError if an adapter contains only part of a module that it must contain whole.
 
     Args:
         adapter: as it was read.
-        landed: the tensor of the base that each parameter of the adapter lands on.
+        landed: the tensors of the base that each parameter of the adapter lands on.
         base: the names of the base's tensors.
     """
     held = adapter.replacements
@@ -112,8 +112,9 @@ def refuse_incomplete(adapter: Adapter, landed: Mapping[str, str], base: Collect
             f"{quoted(adapter.name)} lists modules_to_save of which it holds no tensors, and the base has "
             f"{quoted(missing)}; the file is incomplete"
         )
-    places = {landed[name] for name in held}
-    for name in sorted({landed[name] for name in held if _is_whole(name, adapter.whole) or _is_embedding(name)}):
+    places = {place for name in held for place in landed[name]}
+    whole = (name for name in held if _is_whole(name, adapter.whole) or _is_embedding(name))
+    for name in sorted({place for each in whole for place in landed[each]}):
         module, _, leaf = name.rpartition(".")
         other = f"{module}.{HALVES.get(leaf)}"
         if other in base and other not in places:

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from loratool.architecture import WHOLE, Architecture, Orientation, Role, Spelling, View, architecture_of, module_of
+from loratool.architecture import WHOLE, Architecture, Orientation, Place, View, architecture_of, module_of
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.file_role import holds_weights
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.landing import Landing, land
 from loratool.formats.module_targets import ALL_LINEAR
-from loratool.formats.names import SUFFIX, Landing, is_tied_head, land
+from loratool.formats.names import SUFFIX, is_tied_head
 from loratool.formats.replacements import lost_biases, refuse_incomplete
 from loratool.merging.changed_files import FileChanges
 from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied
@@ -128,54 +129,50 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     """
     _refuse_repeats(adapters)
     refuse_other_storage(base, base.path)
-    landings = [_landing(weighted.adapter, base) for weighted in adapters]
+    architecture = architecture_of(base.config, base.tensors)
+    landings = [_landing(weighted.adapter, architecture) for weighted in adapters]
     arriving: dict[str, list[PlannedUpdate]] = {}
     for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
         for parameter, update in weighted.adapter.changes.items():
-            planned = PlannedUpdate(index, parameter, update, weighted.weight)
-            arriving.setdefault(landing.tensors[parameter], []).append(planned)
+            for place in landing.tensors[parameter]:
+                refuse_partial(place, parameter, weighted.adapter)
+                planned = PlannedUpdate(index, parameter, update, weighted.weight, place.view)
+                arriving.setdefault(place.name, []).append(planned)
     outputs = {
         name: {planned.update.shape[0] for planned in updates}
         for name, updates in arriving.items()
-        if not any(planned.update.replaces for planned in updates)
+        if all(planned.view.is_whole and not planned.update.replaces for planned in updates)
     }
-    orientation = Orientation(architecture_of(base.config, base.tensors), outputs)
+    orientation = Orientation(architecture, outputs)
     seed = seed or _seed(adapters)
     targets = tuple(
         replace(_target(name, tuple(updates), adapters, base, orientation), seed=_seed_of(seed, name))
         for name, updates in sorted(arriving.items(), key=_in_order)
     )
     for weighted, landing in zip(adapters, landings, strict=True):
-        refuse_incomplete(weighted.adapter, landing.tensors, base.tensors)
+        refuse_incomplete(weighted.adapter, landing.names, base.tensors)
     refuse_tied([target.name for target in targets], base, orientation.architecture)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
-        notes += lost_biases(weighted.adapter, landing.tensors, base.tensors)
+        notes += lost_biases(weighted.adapter, landing.names, base.tensors)
         notes += _landing_notes(weighted.adapter, landing, orientation.architecture)
     return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
 
 
-def _landing(adapter: Adapter, base: Checkpoint) -> Landing:
+def _landing(adapter: Adapter, architecture: Architecture) -> Landing:
     """Return where every parameter of an adapter lands. Replaced parameters have the base's own names and follow the others."""
-    heads = _heads(adapter, base)
-    others = {name: update for name, update in adapter.changes.items() if name not in heads}
-    shapes = {name: update.shape for name, update in others.items() if not update.replaces}
-    landing = land(shapes, base.tensors, adapter.name)
-    rest = (name for name in others if name not in shapes)
-    return replace(
-        landing, tensors={**landing.tensors, **{n: landing.place(n, base.tensors) or n for n in rest}, **heads}
-    )
+    changed = {name: update.shape for name, update in adapter.changes.items() if not update.replaces}
+    replaced = {name: update.shape for name, update in adapter.changes.items() if update.replaces}
+    return land(changed, architecture, adapter.name, replaced)
 
 
-def _heads(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
-    """Return where an output head's parameters land if its family names them differently on disk than transformers in memory."""
-    missing = [name for name in adapter.changes if name not in base.tensors]
-    if not missing:
-        return {}
-    architecture = architecture_of(base.config, base.tensors)
-    heads = (name for name in missing if architecture.role(name) is Role.HEAD)
-    stored = {name: architecture.spelled(architecture.canonical(name), Spelling.STORED) for name in heads}
-    return {name: place for name, place in stored.items() if place in base.tensors and place not in adapter.changes}
+def refuse_partial(place: Place, parameter: str, adapter: Adapter) -> None:
+    """Raise UnsupportedError if an update lands on a part of a stored parameter."""
+    if place.own != WHOLE or not place.view.is_whole:
+        raise UnsupportedError(
+            f"{quoted(module_of(parameter))} of {quoted(adapter.name)} lands on a part of {quoted(place.name)}, which packs "
+            "several matrices; loratool does not compute that yet"
+        )
 
 
 def _seed(adapters: Sequence[WeightedAdapter]) -> str:
@@ -236,21 +233,22 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             "LoRA on embeddings is not supported yet"
         )
     stored = False if weight.is_oriented else orientation.transposed(name)
-    view = View(transposed=source.settings.fan_in_fan_out if stored is None else stored)
-    fitting = weight.shape[::-1] if view.transposed else weight.shape
+    transposed = source.settings.fan_in_fan_out if stored is None else stored
+    updates = tuple(replace(each, view=replace(each.view, transposed=transposed)) for each in updates)
     for planned in updates:
+        fitting = planned.view.shape_in(weight.shape)
         if planned.update.shape != fitting:
             raise PlacementError(
                 f"{quoted(module_of(planned.parameter))} of {quoted(adapters[planned.adapter].adapter.name)} fits a matrix of "
                 f"shape {list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; "
                 + misfit_advice(name, planned.update.shape, fitting, orientation.architecture)
             )
-        if planned.update.needs_outputs and view.transposed != weight.turned:
+        if planned.update.needs_outputs and planned.view.transposed != weight.turned:
             raise UnsupportedError(
                 f"{quoted(module_of(planned.parameter))} of {quoted(source.name)} is {planned.update.kind}, and {quoted(name)} "
                 "is stored as (in_features, out_features): loratool does not compute that yet; merge it with PEFT"
             )
-    return Target(weight, tuple(replace(planned, view=view) for planned in updates))
+    return Target(weight, updates)
 
 
 def _refuse_order(name: str, updates: Sequence[PlannedUpdate], adapters: Sequence[WeightedAdapter]) -> None:
@@ -309,7 +307,7 @@ def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpda
             f"{quoted(own)} of {quoted(adapter.name)} is {tensor.dtype} and replaces {quoted(name)}, stored as "
             f"{found.dtype}; loratool replaces fp32, fp16 and bf16 tensors by such"
         )
-    return Target(weight, (replacing,))
+    return Target(weight, (replace(replacing, view=WHOLE),))
 
 
 def _in_order(arriving: tuple[str, Sequence[PlannedUpdate]]) -> tuple[bool, tuple[tuple[int, str], ...]]:
@@ -329,9 +327,10 @@ def _landing_notes(adapter: Adapter, landing: Landing, architecture: Architectur
         f"{quoted(exchange.new + '…')}: matched by that exchange of prefixes"
         for exchange in landing.exchanges
     ]
+    notes += _table_notes(adapter, landing, architecture)
     config = adapter.settings
     if config.target_modules not in (None, ALL_LINEAR):
-        landed = set(landing.tensors.values())
+        landed = {name for names in landing.names.values() for name in names}
         matrices = (
             name
             for name, info in architecture.tensors.items()
@@ -352,3 +351,15 @@ def _landing_notes(adapter: Adapter, landing: Landing, architecture: Architectur
                 f"({quoted(without[0])}, ...): they stay as they are, as in PEFT"
             )
     return notes
+
+
+def _table_notes(adapter: Adapter, landing: Landing, architecture: Architecture) -> list[str]:
+    """Return a note on parameters whose places are known from the tables of the base's architecture."""
+    if not landing.by_tables:
+        return []
+    first = landing.by_tables[0]
+    others = f" and {len(landing.by_tables) - 1} more" if landing.by_tables[1:] else ""
+    return [
+        f"{quoted(first)}{others} of {quoted(adapter.name)} land under other names, as {quoted(landing.names[first][0])}: "
+        f"matched by what is known of models of type {quoted(architecture.config.get('model_type'), 40)}"
+    ]

@@ -20,7 +20,8 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, nearest, quoted
 from loratool.formats.adapter_draft import Draft
-from loratool.formats.names import SUFFIX, Landing, land
+from loratool.formats.landing import Landing, land
+from loratool.formats.names import SUFFIX
 from loratool.merging.stream import opened
 from loratool.merging.ties import is_tied_embedding, tied
 from loratool.merging.vocabulary import misfit_advice
@@ -210,7 +211,8 @@ def _landing(tuned: Checkpoint, base: Checkpoint) -> Landing | None:
         if name.endswith(SUFFIX) and len(info.shape) == 2 and name not in heads
     }
     try:
-        return land(matrices, base.tensors, str(tuned.path))
+        landing = land(matrices, architecture_of(base.config, base.tensors), str(tuned.path))
+        return None if landing.by_tables else landing
     except PlacementError:
         return None  # `_refuse_missing` names the tensors
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from loratool.architecture import module_of
+from loratool.architecture import architecture_of, module_of
 from loratool.checkpoint.dtypes import title as dtype_title
 from loratool.checkpoint.json_text import parse_json
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import HubError, PlacementError, quoted
 from loratool.formats.adapter import Adapter, sha256_of
 from loratool.formats.adapter_names import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
+from loratool.formats.landing import land
 from loratool.formats.lora import lora_settings
 from loratool.formats.lora_config import LoraConfig, lora_config
-from loratool.formats.names import land
 from loratool.formats.read import read_adapter
 from loratool.formats.write import write_peft
 from loratool.hub.card import AdapterCard, task_of
@@ -85,10 +85,17 @@ def with_whole_names(adapter: Adapter, owner: BaseRecord | None) -> Adapter:
         )
     shapes = {name: update.shape for name, update in adapter.changes.items()}
     try:
-        landed = land(shapes, Checkpoint.open(owner.path).tensors, str(adapter.file)).tensors
+        base = Checkpoint.open(owner.path)
+        places = land(shapes, architecture_of(base.config, base.tensors), str(adapter.file)).tensors
     except PlacementError as error:
         line = str(error).split("\n")[0]
         raise HubError(f"{problem}, and they do not land on {quoted(owner.name)}: {line}") from None
+    parts = next((name for name, (place, *more) in places.items() if more or not place.view.is_whole), None)
+    if parts is not None:
+        raise HubError(
+            f"{problem}, and {quoted(module_of(parts))} is a part of {quoted(places[parts][0].name)} in {quoted(owner.name)}"
+        )
+    landed = {name: place.name for name, (place,) in places.items()}
     names = {module_of(name): module_of(tensor) for name, tensor in landed.items()}
     settings = lora_settings(adapter)
     modules = {names[module]: (update.rank, settings.alpha_of(module)) for module, update in adapter.ranked.items()}

@@ -1,0 +1,149 @@
+"""Where an adapter lands under the names, and in the packed parameters, that its base has in other programs: PEFT's own bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny_adapters import ADAPTER_PREFIX, copy_with, merge_by_peft, save_peft_adapter
+from tiny_models import assert_same_tensors, rewrite_tensors, stored_tensors
+
+import loratool
+from loratool.architecture import Architecture, Spelling, architecture_of
+from loratool.errors import LoratoolError
+
+IMAGE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+         "image_size": 8, "patch_size": 4}  # fmt: skip
+TEXT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SWIN = {"embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2], "image_size": 16, "patch_size": 2, "window_size": 2}
+
+RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
+    "ViTForImageClassification": ("ViTConfig", IMAGE),
+    "DeiTForImageClassification": ("DeiTConfig", IMAGE),
+    "Dinov2ForImageClassification": ("Dinov2Config", IMAGE),
+    "BeitForImageClassification": ("BeitConfig", IMAGE),
+    "SwinForImageClassification": ("SwinConfig", SWIN),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", TEXT),
+}
+"""Models whose modules transformers 5 renames beyond a prefix, with small sizes."""
+
+
+def save_base(model_class: str, config: str, sizes: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config)(**sizes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    model.to(dtype).save_pretrained(folder)
+
+
+def load_base(model_class: str, folder: Path, dtype: torch.dtype) -> Any:
+    return getattr(transformers, model_class).from_pretrained(folder, dtype=dtype)
+
+
+def architecture(folder: Path) -> Architecture:
+    return architecture_of(json.loads((folder / "config.json").read_text()), stored_tensors(folder))
+
+
+def in_other_words(adapter: Path, folder: Path, rename: Callable[[str], str]) -> Path:
+    """Copy an adapter, with `rename` applied to the names of its modules' weights."""
+
+    def key(name: str) -> str:
+        module, _, rest = name.removeprefix(ADAPTER_PREFIX).partition(".lora_")
+        return f"{ADAPTER_PREFIX}{rename(f'{module}.weight').removesuffix('.weight')}.lora_{rest}"
+
+    return copy_with(adapter, folder, key, target_modules=None)
+
+
+@pytest.mark.parametrize("model_class", RENAMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_of_transformers_5_lands_in_a_checkpoint_with_names_of_transformers_4_and_the_reverse(
+    model_class: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config, sizes = RENAMED[model_class]
+    base = tmp_path / "base"
+    save_base(model_class, config, sizes, base, dtype)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules="all-linear")
+    adapter = save_peft_adapter(
+        load_base(model_class, base, torch.float32), lora, tmp_path / "adapter", save_embedding_layers=False
+    )
+    result = loratool.merge([adapter], into=base, out=tmp_path / "out")
+    merge_by_peft(load_base(model_class, base, dtype), adapter, tmp_path / "theirs")
+    theirs = stored_tensors(tmp_path / "theirs")
+    assert_same_tensors(stored_tensors(tmp_path / "out"), theirs)
+    assert any("matched by what is known of models of type" in note for note in result.notes) != (
+        model_class == "GPTNeoXForCausalLM"
+    )
+
+    names = architecture(base)
+    old = in_other_words(
+        adapter, tmp_path / "old", lambda name: names.spelled(names.canonical(name), Spelling.TRANSFORMERS_4)
+    )
+    loratool.merge([old], into=base, out=tmp_path / "of old")
+    assert_same_tensors(stored_tensors(tmp_path / "of old"), theirs)
+
+    rewrite_tensors(base, names.canonical)
+    loratool.merge([old], into=base, out=tmp_path / "into new")
+    assert_same_tensors(
+        stored_tensors(tmp_path / "into new"), {names.canonical(name): tensor for name, tensor in theirs.items()}
+    )
+
+
+def test_a_renamed_module_lands_below_a_prefix_that_the_adapter_lacks(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base("ViTForImageClassification", "ViTConfig", IMAGE, base, torch.bfloat16)
+    headless = transformers.ViTModel.from_pretrained(base, dtype=torch.float32, add_pooling_layer=False)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "fc1"])
+    adapter = save_peft_adapter(headless, lora, tmp_path / "adapter")
+    loratool.merge([adapter], into=base, out=tmp_path / "out")
+    with_head = copy_with(adapter, tmp_path / "with head", lambda key: key.replace(".model.", ".model.vit."))
+    merge_by_peft(load_base("ViTForImageClassification", base, torch.bfloat16), with_head, tmp_path / "theirs")
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "theirs"))
+
+
+def test_the_head_of_gpt_neox_lands_under_its_stored_name(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base("GPTNeoXForCausalLM", "GPTNeoXConfig", TEXT, base, torch.float32)
+    assert "embed_out.weight" in stored_tensors(base)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["lm_head", "query_key_value"])
+    model = load_base("GPTNeoXForCausalLM", base, torch.float32)
+    adapter = save_peft_adapter(model, lora, tmp_path / "adapter", save_embedding_layers=False)
+    loratool.merge([adapter], into=base, out=tmp_path / "out")
+    merge_by_peft(load_base("GPTNeoXForCausalLM", base, torch.float32), adapter, tmp_path / "theirs")
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "theirs"))
+
+
+def test_two_names_of_one_parameter_are_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base("ViTForImageClassification", "ViTConfig", IMAGE, base, torch.float32)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"])
+    new = save_peft_adapter(load_base("ViTForImageClassification", base, torch.float32), lora, tmp_path / "new")
+    names = architecture(base)
+    both = in_other_words(
+        new,
+        tmp_path / "both",
+        lambda name: name if ".0." in name else names.spelled(name, Spelling.STORED).replace(".1.", ".0."),
+    )
+    with pytest.raises(
+        LoratoolError, match=r"both land on 'vit\.encoder\.layer\.0\.attention\.attention\.query\.weight'"
+    ):
+        loratool.merge([both], into=base, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_that_no_table_knows_is_refused_with_the_nearest_names(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base("ViTForImageClassification", "ViTConfig", IMAGE, base, torch.float32)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "fc1"])
+    new = save_peft_adapter(load_base("ViTForImageClassification", base, torch.float32), lora, tmp_path / "new")
+    wrong = in_other_words(new, tmp_path / "wrong", lambda name: name.replace("1.mlp.fc1", "7.mlp.fc1"))
+    with pytest.raises(
+        LoratoolError, match=r"1 of the modules of 'wrong' land on no tensor(.|\n)*vit\.layers\.7\.mlp\.fc1"
+    ):
+        loratool.merge([wrong], into=base, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
