@@ -33,7 +33,6 @@ class Merges:
         *,
         base_fingerprint: str,
         merged: Sequence[MergedAdapter],
-        base: str | None = None,
         output_fingerprint: str | None = None,
         undo_file: Path | None = None,
         in_place: bool = False,
@@ -41,12 +40,10 @@ class Merges:
     ) -> MergeRecord:
         """Record a merge. Unless it was in place, earlier merges with the same output become `replaced`.
 
-        `base` names a catalogued base. Without it, a base with `base_fingerprint` is used, if there is one.
-
-        Raises NotFoundError for an unknown `base`.
+        Its base is the catalogued one with `base_fingerprint`, if there is one.
         """
         with self._database.writing() as connection:
-            base_id, _ = find_base_id(connection, base, base_fingerprint)
+            base_id, _ = find_base_id(connection, None, base_fingerprint)
             if not in_place:
                 earlier = (merges.c.output.in_([output]), merges.c.state.in_(["merged", "gone"]))
                 connection.execute(update(merges).where(*earlier).values(state="replaced"))

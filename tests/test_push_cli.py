@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from hub_stand_in import Cut, Failure, HubStandIn
+from huggingface_hub import HfApi
 from terminals import printed_until_the_end
 from tiny_adapters import TinyAdapters
 from tiny_models import TinyModels
@@ -79,6 +80,45 @@ def test_errors_are_one_sentence_and_show_no_token(hub: HubStandIn, pirate: str,
         assert (status, out, err.count("\n")) == (1, "", 1)
         assert hub.token not in err
     assert run("--merged")[0] == run("pirate", "")[0] == 2
+
+
+def test_an_interrupt_behind_the_commit_says_what_the_hub_has_and_the_next_run_records_it(
+    hub: HubStandIn, pirate: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def struck(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def places() -> list[str | None]:
+        return [place.repo for place in loratool.show(pirate).record.locations if place.repo]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("registry.adapters.Adapters.add_location", struck)
+        status, out, err = run(pirate)
+    assert (status, out, places()) == (130, "", [])
+    assert err == "Interrupted: ada/pirate has the files; run the command again to record that in the catalogue.\n"
+    assert "Already there" in run(pirate)[1]
+    assert places() == ["ada/pirate"]
+
+
+def test_an_interrupt_while_the_hub_commits_says_that_the_commit_may_be_there(
+    hub: HubStandIn, pirate: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = HfApi.create_commit
+
+    def struck(self: HfApi, *arguments: object, **options: object) -> None:
+        commits(self, *arguments, **options)  # type: ignore[call-overload]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HfApi, "create_commit", struck)
+        status, _, err = run(pirate)
+    assert (status, err.count("\n")) == (130, 1)
+    assert "ada/pirate has all of the files or none; run the command again" in err
+    assert "nothing half done" not in err
+    before = hub.repositories["ada/pirate"].head
+    assert "Already there" in run(pirate)[1]
+    assert hub.repositories["ada/pirate"].head == before
+    assert [place.repo for place in loratool.show(pirate).record.locations if place.repo] == ["ada/pirate"]
 
 
 def test_a_process_of_its_own_pushes_to_hf_endpoint_without_torch_and_keeps_the_token_to_itself(

@@ -181,11 +181,11 @@ def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
     return interrupts.behind(error) or (None if foreseen else interrupts.received())
 
 
-def _end_interrupted(stopped: KeyboardInterrupt, otherwise: str) -> int:
+def _end_interrupted(stopped: KeyboardInterrupt, default: str) -> int:
     """Print in one line what was cleaned up or how to continue; return the exit status."""
     number = stopped.number if isinstance(stopped, Interrupted) else signal.SIGINT
     by = "" if number == signal.SIGINT else f" by {number.name}"
-    notes = [text for text in interrupts.notes(stopped) if text] or [otherwise]
+    notes = [text for text in interrupts.notes(stopped) if text] or [default]
     with suppress(OSError):
         click.echo(_printable(str(stopped) or f"Interrupted{by}: {'; '.join(notes)}."), err=True)
     return 128 + number

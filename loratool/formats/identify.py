@@ -23,7 +23,7 @@ LONGEST_FAMILY: Final = 255
 """Length limit of a family's name in the catalogue, in characters."""
 
 
-def told_adapter(path: Path, alpha: Alpha | None = None) -> AnyAdapter:
+def read_or_identify(path: Path, alpha: Alpha | None = None) -> AnyAdapter:
     """Return the adapter at `path`, or its identity if loratool does not compute it.
 
     Args:
@@ -58,9 +58,9 @@ def identify_files(files: AdapterFiles, alpha: Alpha | None = None) -> Identity:
     try:
         adapter = read_files(files, alpha)
     except UnsupportedError as error:
-        said = found.describe(files)
-        _refuse_hollow(files, found, said)
-        return with_trained_beside(_described(files, found, said, str(error)))
+        description = found.describe(files)
+        _refuse_hollow(files, found, description)
+        return with_trained_beside(_described(files, found, description, str(error)))
     return _read(files, found, found.describe(files), adapter)
 
 
@@ -78,7 +78,7 @@ def refuse_alpha(found: AnyAdapter, alpha: Alpha | None) -> None:
         raise AdapterError(f"{found.why_not}; leave --alpha out")
 
 
-def _refuse_hollow(files: AdapterFiles, found: AdapterFormat, said: Description) -> None:
+def _refuse_hollow(files: AdapterFiles, found: AdapterFormat, description: Description) -> None:
     """Raise AdapterError if an uncomputed adapter has an empty tensor, or no tensor of its kind."""
     empty = next((info for info in files.tensors.values() if 0 in info.shape), None)
     if empty is not None:
@@ -86,41 +86,41 @@ def _refuse_hollow(files: AdapterFiles, found: AdapterFormat, said: Description)
             f"{quoted(empty.name)} in {quoted(files.source)} is empty (shape {list(empty.shape)}); was it saved from a sharded "
             "run without gathering?"
         )
-    are_named_alike = said.kind in KINDS and said.kind not in NEVER_ALONE
+    are_named_alike = description.kind in KINDS and description.kind not in NEVER_ALONE
     if not files.tensors or (are_named_alike and not any(map(found.split, files.tensors))):
         raise AdapterError(
-            f"{quoted(files.config_source)} says {kind_named(said.kind).title}, but {quoted(files.source)} has no tensor of "
-            "that kind; download or save the adapter again"
+            f"{quoted(files.config_source)} says {kind_named(description.kind).title}, but {quoted(files.source)} has no tensor "
+            "of that kind; download or save the adapter again"
         )
 
 
-def _family(said: Description) -> str | None:
-    family = printable(said.family or "")[:LONGEST_FAMILY]
+def _family(description: Description) -> str | None:
+    family = printable(description.family or "")[:LONGEST_FAMILY]
     return family or None
 
 
-def _described(files: AdapterFiles, found: AdapterFormat, said: Description, why_not: str) -> Identity:
+def _described(files: AdapterFiles, found: AdapterFormat, description: Description, why_not: str) -> Identity:
     return Identity(
         name=files.name,
         files=files,
         sha256=files.sha256(),
         format=found.name,
-        kind=said.kind,
+        kind=description.kind,
         adapter=None,
         why_not=why_not,
-        ranks=dict(sorted(said.ranks.items())),
-        alpha=said.alpha if said.alpha is not None else described_alpha(files, said.ranks),
-        scaling=said.scaling,
-        modules=said.modules,
+        ranks=dict(sorted(description.ranks.items())),
+        alpha=description.alpha if description.alpha is not None else described_alpha(files, description.ranks),
+        scaling=description.scaling,
+        modules=description.modules,
         config=files.config,
         facts=files.facts,
-        base_model=said.base_model,
-        family=_family(said),
-        notes=said.notes,
+        base_model=description.base_model,
+        family=_family(description),
+        notes=description.notes,
     )
 
 
-def _read(files: AdapterFiles, found: AdapterFormat, said: Description, adapter: Adapter) -> Identity:
+def _read(files: AdapterFiles, found: AdapterFormat, description: Description, adapter: Adapter) -> Identity:
     return Identity(
         name=adapter.name,
         files=files,
@@ -135,7 +135,7 @@ def _read(files: AdapterFiles, found: AdapterFormat, said: Description, adapter:
         modules=adapter.modules,
         config=adapter.config,
         facts=adapter.facts,
-        base_model=adapter.base_model or said.base_model,
-        family=_family(said),
+        base_model=adapter.base_model or description.base_model,
+        family=_family(description),
         notes=adapter.notes,
     )

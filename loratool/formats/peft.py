@@ -95,19 +95,19 @@ def _peft_type(files: AdapterFiles) -> object:
     if named is None:
         return kind_named(_kind(files)).peft_type or KINDS[LORA].peft_type
     row = OF_PEFT.get(named) if isinstance(named, str) else None
-    told = kind_of(parts_of(files.tensors, split_peft))
-    if row is not None and row.parts and told is not None and not _may_hold(row, told):
+    found = kind_of(parts_of(files.tensors, split_peft))
+    if row is not None and row.parts and found is not None and not _may_hold(row, found):
         raise AdapterError(
             f"{quoted(files.source)} contradicts itself: its configuration says {row.title} ({named}) and its tensors are "
-            f"{kind_named(told).title}'s; correct peft_type, or save it again"
+            f"{kind_named(found).title}'s; correct peft_type, or save it again"
         )
     return named
 
 
-def _may_hold(row: Kind, told: str) -> bool:
-    """Return whether files of a type may have tensors of the kind `told`: its own, a variant, or one that accompanies others."""
-    parts = kind_named(told).parts
-    return told in (row.name, "mixed", *NEVER_ALONE) or any(part.startswith(row.parts) for part in parts)
+def _may_hold(row: Kind, kind: str) -> bool:
+    """Return whether files of a type may have tensors of `kind`: its own, a variant, or one that accompanies others."""
+    parts = kind_named(kind).parts
+    return kind in (row.name, "mixed", *NEVER_ALONE) or any(part.startswith(row.parts) for part in parts)
 
 
 def _word(peft_type: object) -> str:
@@ -125,15 +125,15 @@ def _text(value: object) -> str | None:
 
 def _kind(files: AdapterFiles) -> str:
     """Return the kind by the configuration's type and settings, else by the tensors, else by loratool's facts."""
-    told = kind_of(parts_of(files.tensors, split_peft))
+    found = kind_of(parts_of(files.tensors, split_peft))
     named = _peft_type(files) if files.config.get("peft_type") is not None else None
     if named is not None and named != KINDS[LORA].peft_type:
         row = OF_PEFT.get(named) if isinstance(named, str) else None
         return row.name if row else _word(named)
-    if told in (None, LORA):
+    if found in (None, LORA):
         variant = next((kind.name for kind in VARIANTS if kind.setting and files.config.get(kind.setting)), None)
         return variant or next((kind.name for kind in RECORDED if files.facts.get("kind") == kind.name), LORA)
-    return told
+    return found
 
 
 FORMAT: Final = AdapterFormat("peft", "PEFT", _claims, split_peft, describe, read, has_names_of_base=True)

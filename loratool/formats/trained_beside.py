@@ -20,7 +20,7 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.adapter_names import CONFIG_NAME, MODEL_CONFIG, NAMES_IN_FOLDERS
 from loratool.formats.identity import AnyAdapter, Identity
 
-Told = TypeVar("Told", bound=Adapter | Identity)
+SomeAdapter = TypeVar("SomeAdapter", bound=Adapter | Identity)
 
 KEY: Final = "trained_beside"
 """Key of the names in an adapter's facts."""
@@ -44,7 +44,7 @@ def recorded(facts: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def with_trained_beside(adapter: Told, names: Iterable[str] | None = None) -> Told:
+def with_trained_beside(adapter: SomeAdapter, names: Iterable[str] | None = None) -> SomeAdapter:
     """Return the adapter with a note and a record of the weights that were trained with it.
 
     `names` are all files in its folder, relative to it; by default they are read from the disk.

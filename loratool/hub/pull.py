@@ -25,7 +25,7 @@ from loratool.formats.adapter_names import (
 )
 from loratool.formats.alpha import Alpha
 from loratool.formats.facts import check_facts
-from loratool.formats.identify import refuse_broken_numbers, told_adapter
+from loratool.formats.identify import read_or_identify, refuse_broken_numbers
 from loratool.formats.identity import AnyAdapter, Identity
 from loratool.formats.trained_beside import with_trained_beside
 from loratool.hub.address import HubAddress, is_hub_id, is_safe
@@ -42,7 +42,7 @@ IN_FOLDERS: Final = tuple(name for name in NAMES_IN_FOLDERS if name != INDEX_NAM
 
 @dataclass(frozen=True, slots=True)
 class PulledAdapter:
-    """An adapter in the cache (or what is told of it, where it is not computed), its snapshot, and `notes` for the user."""
+    """An adapter in the cache (its identity, if it is not computed), its snapshot, and `notes` for the user."""
 
     adapter: AnyAdapter
     snapshot: Snapshot
@@ -81,7 +81,7 @@ def pull_adapter(address: HubAddress, command: str, *, alpha: Alpha | None = Non
     remember(snapshot, address.revision)
     single = len(paths) == 1
     with _named_as_on_hub(folder, address.repo):
-        read = told_adapter(folder / paths[0] if single else (folder / paths[0]).parent, alpha)
+        read = read_or_identify(folder / paths[0] if single else (folder / paths[0]).parent, alpha)
         adapter = _called(read, address, folder)
         refuse_broken_numbers(adapter)
     if not single:

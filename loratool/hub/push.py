@@ -14,6 +14,7 @@ from loratool.hub.client import client
 from loratool.hub.errors import hub_errors
 from loratool.hub.readme import README
 from loratool.hub.repository import TIMEOUT
+from loratool.interrupts import note
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -228,15 +229,22 @@ def send(
         if not differing:  # for example a new branch, which starts with the files of the main branch
             info = api.model_info(remote.repository, revision=remote.revision, timeout=TIMEOUT)
             return Sent(info.sha or remote.revision, None, is_new=False)
-        done = api.create_commit(
-            remote.repository,
-            [CommitOperationAdd(each.path, each.source) for each in differing],
-            commit_message=message,
-            revision=remote.revision,
-            create_pr=create_pr,
-            # Without it, a commit made in the meantime would be overwritten.
-            parent_commit=None if create_pr else remote.head,
-        )
+        try:
+            done = api.create_commit(
+                remote.repository,
+                [CommitOperationAdd(each.path, each.source) for each in differing],
+                commit_message=message,
+                revision=remote.revision,
+                create_pr=create_pr,
+                # Without it, a commit made in the meantime would be overwritten.
+                parent_commit=None if create_pr else remote.head,
+            )
+        except KeyboardInterrupt as stopped:
+            note(
+                stopped,
+                f"{remote.repository} has all of the files or none; run the command again, which sends nothing twice",
+            )
+            raise
     return Sent(done.oid, done.pr_url)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import AdapterError, CheckpointError, NotFoundError, quoted, to_paste
 from loratool.formats.alpha import Alpha
-from loratool.formats.identify import refuse_alpha, refuse_broken_numbers, told_adapter
+from loratool.formats.identify import read_or_identify, refuse_alpha, refuse_broken_numbers
 from loratool.formats.identity import AnyAdapter
 from loratool.library.places.user_path import HUB_ID, exists, user_path
 from loratool.library.recording.base_of_adapter import name_base_of
@@ -18,7 +18,7 @@ from loratool.library.recording.new_adapter import AddResult, StagedEntry, at_on
 from loratool.library.recording.next_version import refuse_stranger
 from loratool.library.recording.opening import open_registry
 from loratool.library.reporting.progress import Progress
-from loratool.library.resolving.adapter_name import name_by_base, name_from, telling_name
+from loratool.library.resolving.adapter_name import name_by_base, name_from, specific_name
 from registry import check_name
 
 
@@ -51,7 +51,7 @@ def add(path: str | os.PathLike[str], *, name: str | None = None, base: str | os
         pull = f", or get one from the Hub with 'loratool pull {path}'" if is_hub_id else ""
         raise NotFoundError(f"there is no adapter at {quoted(path)}; give a PEFT folder or a safetensors file{pull}")
     try:
-        adapter = told_adapter(source, alpha)
+        adapter = read_or_identify(source, alpha)
     except AdapterError:
         _refuse_base(source)
         raise
@@ -76,10 +76,10 @@ def _own_name(adapter: AnyAdapter, source: Path, entry: StagedEntry) -> str:
     Raises:
         AdapterError: all names are generic, or the name belongs to an adapter of which this is not a version.
     """
-    told = telling_name(adapter.name, source)
+    specific = specific_name(adapter.name, source)
     base = entry.owner.name if entry.owner else entry.facts.base_model
-    name = name_from(told or name_by_base(adapter.name, base, adapter.kind))
-    refuse_stranger(name, adapter, entry.facts, entry.catalogue, by_base=told is None)
+    name = name_from(specific or name_by_base(adapter.name, base, adapter.kind))
+    refuse_stranger(name, adapter, entry.facts, entry.catalogue, by_base=specific is None)
     return name
 
 

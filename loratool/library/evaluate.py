@@ -26,7 +26,7 @@ from loratool.library.resolving.resolve import ResolvedAdapter, ResolvedBase, re
 from loratool.library.resolving.resolve_data import resolve_data
 from loratool.merging.arithmetic import choose_device
 from loratool.ranks.truncate import Cut, truncate_by_svd, truncate_leading
-from loratool.running.data import TokenizedSample
+from loratool.running.data import Data, TokenizedSample
 from loratool.running.loss import Score, score
 from loratool.running.model import (
     beside,
@@ -137,72 +137,130 @@ def evaluate(model: str | os.PathLike[str], data: str | os.PathLike[str], *,
     Raises:
         LoratoolError, registry.RegistryError: the message says what is wrong, and in which line of the data.
     """
-    watcher = progress or Silent()
     if batch_size < 1:
         raise LoratoolError(f"--batch-size is {batch_size} and must be at least 1")
-    with open_registry(registry, read_only=True) as catalogue:
-        base = resolve_base(model, catalogue)
-        found = None if adapter is None else resolve_adapter(adapter, catalogue, alpha)
-        notes = () if found is None else (*found.adapter.notes, *_right_base(found, base, catalogue))
-    if not base.path.is_dir():
-        raise CheckpointError(f"{quoted(base.path)} is a single file; give the model's folder, with its tokenizer")
-    wanted = _checked_ranks(ranks, found)
+    subject = _subject(model, adapter, alpha, registry)
+    wanted = _checked_ranks(ranks, subject.adapter)
     picture = _checked_picture(plot, wanted, force=force)
     content = resolve_data(data)
-    with hold(base.path, exclusive=False), quiet_libraries():
-        Checkpoint.open(base.path)  # raises if it is damaged, incomplete or a pickle
-        place = choose_device(device)
-        config = load_config(base.path)
-        length = checked_max_length(max_length, config)
-        samples = tokenized_for(content, base.path, config, length, plain=plain, truncate=truncate)
-        watcher.begin("loading the model", len(samples))
-        loaded = load_model(base.path, config, place)
-        scorer = _Scorer(samples, batch_size, place, watcher)
-        alone = scorer.score(loaded, f"scoring {base.name}")
-        whole: Score | None = None
-        by_rank: tuple[RankScore, ...] = ()
-        if found is not None:
-            whole = scorer.score_beside(loaded, found.adapter, "scoring with the adapter")
-            by_rank = tuple(_by_rank(scorer, loaded, found.adapter, wanted, whole))
-    result = EvalResult(
-        model=base.name,
-        adapter=None if found is None else found.reference,
-        data=content.file,
-        samples=len(samples),
-        truncated=sum(sample.truncated for sample in samples),
-        score=whole or alone,
-        without_adapter=None if whole is None else alone,
-        ranks=by_rank,
-        max_length=length,
-        device=place,
-        plot=picture,
-        notes=notes,
-    )
+    with hold(subject.folder, exclusive=False), quiet_libraries():
+        scorer = _load(subject, content, max_length, batch_size, device, progress or Silent(),
+                       plain=plain, truncate=truncate)  # fmt: skip
+        scores = _score(scorer, subject, wanted)
+    result = _result(subject, content, scorer, scores, picture)
     if picture is not None:
         _draw(result, picture, force=force)
     return result
 
 
 @dataclass(frozen=True, slots=True)
-class _Scorer:
-    """Scorer of several models on the same samples."""
+class _Subject:
+    """What is measured: a model, and the adapter beside it if one is given."""
 
+    base: ResolvedBase
+    found: ResolvedAdapter | None
+    notes: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.base.path
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return None if self.found is None else self.found.adapter
+
+
+def _subject(model: str | os.PathLike[str], adapter: str | os.PathLike[str] | None, alpha: Alpha | None,
+             registry: str | None) -> _Subject:  # fmt: skip
+    """Resolve the model and the adapter.
+
+    Raises:
+        LoratoolError, registry.RegistryError: there is none of that name, or the model is not a folder.
+    """
+    with open_registry(registry, read_only=True) as catalogue:
+        base = resolve_base(model, catalogue)
+        found = None if adapter is None else resolve_adapter(adapter, catalogue, alpha)
+        notes = () if found is None else (*found.adapter.notes, *_right_base(found, base, catalogue))
+    if not base.path.is_dir():
+        raise CheckpointError(f"{quoted(base.path)} is a single file; give the model's folder, with its tokenizer")
+    return _Subject(base, found, notes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scorer:
+    """Scorer of a loaded model, alone and with adapters beside it, on the same samples."""
+
+    model: PreTrainedModel
     samples: Sequence[TokenizedSample]
+    max_length: int
     batch_size: int
     device: str
     watcher: Progress
 
-    def score(self, model: Module, label: str) -> Score:
+    def alone(self, label: str) -> Score:
+        return self._score(self.model, label)
+
+    def beside(self, adapter: Adapter, label: str) -> Score:
+        with beside(self.model, adapter, self.device) as wrapped:
+            return self._score(wrapped, label)
+
+    def _score(self, model: Module, label: str) -> Score:
         self.watcher.begin(label, len(self.samples))
         return score(model, self.samples, batch_size=self.batch_size, device=self.device, progress=self.watcher.advance)
 
-    def score_beside(self, model: PreTrainedModel, adapter: Adapter, label: str) -> Score:
-        with beside(model, adapter, self.device) as wrapped:
-            return self.score(wrapped, label)
+
+def _load(subject: _Subject, content: Data, max_length: int | None, batch_size: int, device: str, watcher: Progress, *,
+          plain: bool, truncate: bool) -> _Scorer:  # fmt: skip
+    """Read the samples as tokens of the model, and load the model.
+
+    Raises:
+        LoratoolError: the model cannot be loaded, or a sample cannot be used.
+    """
+    Checkpoint.open(subject.folder)  # raises if it is damaged, incomplete or a pickle
+    place = choose_device(device)
+    config = load_config(subject.folder)
+    length = checked_max_length(max_length, config)
+    samples = tokenized_for(content, subject.folder, config, length, plain=plain, truncate=truncate)
+    watcher.begin("loading the model", len(samples))
+    model = load_model(subject.folder, config, place)
+    return _Scorer(model, samples, length, batch_size, place, watcher)
 
 
-def _by_rank(scorer: _Scorer, model: PreTrainedModel, adapter: Adapter, ranks: Sequence[int],
-             whole: Score) -> Iterator[RankScore]:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Scores of the model alone, with the adapter, and with the adapter cut to each rank."""
+
+    alone: Score
+    whole: Score | None
+    by_rank: tuple[RankScore, ...]
+
+
+def _score(scorer: _Scorer, subject: _Subject, ranks: Sequence[int]) -> _Scores:
+    alone = scorer.alone(f"scoring {subject.base.name}")
+    if subject.adapter is None:
+        return _Scores(alone, None, ())
+    whole = scorer.beside(subject.adapter, "scoring with the adapter")
+    return _Scores(alone, whole, tuple(_by_rank(scorer, subject.adapter, ranks, whole)))
+
+
+def _result(subject: _Subject, content: Data, scorer: _Scorer, scores: _Scores, picture: Path | None) -> EvalResult:
+    return EvalResult(
+        model=subject.base.name,
+        adapter=None if subject.found is None else subject.found.reference,
+        data=content.file,
+        samples=len(scorer.samples),
+        truncated=sum(sample.truncated for sample in scorer.samples),
+        score=scores.whole or scores.alone,
+        without_adapter=None if scores.whole is None else scores.alone,
+        ranks=scores.by_rank,
+        max_length=scorer.max_length,
+        device=scorer.device,
+        plot=picture,
+        notes=subject.notes,
+    )
+
+
+def _by_rank(scorer: _Scorer, adapter: Adapter, ranks: Sequence[int], whole: Score) -> Iterator[RankScore]:
     """Yield the score at each of `ranks`; at the adapter's own rank it is `whole`."""
     for rank in ranks:
         if rank == adapter.rank:
@@ -210,7 +268,7 @@ def _by_rank(scorer: _Scorer, model: PreTrainedModel, adapter: Adapter, ranks: S
             continue
         with Draft(Path(tempfile.gettempdir())) as draft:
             cut = _cut(adapter, rank, draft)
-            yield RankScore(rank, scorer.score_beside(model, cut, f"scoring at rank {rank}"))
+            yield RankScore(rank, scorer.beside(cut, f"scoring at rank {rank}"))
 
 
 def _cut(adapter: Adapter, rank: int, draft: Draft) -> Adapter:
@@ -220,19 +278,17 @@ def _cut(adapter: Adapter, rank: int, draft: Draft) -> Adapter:
     return cut.adapter
 
 
-def _checked_ranks(asked: Sequence[int] | None, found: ResolvedAdapter | None) -> tuple[int, ...]:
+def _checked_ranks(asked: Sequence[int] | None, adapter: Adapter | None) -> tuple[int, ...]:
     """Return the ranks to measure, ascending and without duplicates, the adapter's own last; empty without ``--ranks``."""
     if asked is None:
         return ()
-    if found is None:
+    if adapter is None:
         raise LoratoolError("--ranks cuts an adapter to ranks; give the --adapter")
-    most = found.adapter.rank or 0
+    most = adapter.rank or 0
     unfit = next((rank for rank in asked if not 1 <= rank <= most), None)
     if unfit is not None or not asked:
         problem = "no rank is given" if unfit is None else f"rank {unfit} is not one of these"
-        raise LoratoolError(
-            f"{quoted(found.adapter.name)} can be cut to ranks 1 to {most}, and {problem}; correct --ranks"
-        )
+        raise LoratoolError(f"{quoted(adapter.name)} can be cut to ranks 1 to {most}, and {problem}; correct --ranks")
     return tuple(sorted({*asked, most}))
 
 

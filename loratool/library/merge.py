@@ -26,7 +26,7 @@ from loratool.library.checking.no_change import refuse_no_change, refuse_unchang
 from loratool.library.checking.right_base import check_base
 from loratool.library.checking.trained_beside import refuse_trained_beside
 from loratool.library.merges.calibration import calibrated
-from loratool.library.merges.options import Allowed, MergeOptions, Storage
+from loratool.library.merges.options import Allowed, MergeOptions, Storage, Writing
 from loratool.library.merges.record import expected_seconds, recorded
 from loratool.library.merges.result import MergeResult, Outcome
 from loratool.library.merges.tokenizer_choice import TokenizerChoice, TokenizerOf, choose_tokenizer
@@ -95,8 +95,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         raise LoratoolError("a merge goes either in place or to --out; give one of them")
     allowed = Allowed(force=force, any_base=any_base, again=again, no_op=allow_no_op,
                       without_extras=without_extras)  # fmt: skip
-    options = MergeOptions.of(Storage(quantize, base_as, dequantize), calibrate, allowed, in_place=in_place, dry_run=dry_run,
-                              undo=undo, tokenizer=tokenizer, untie=untie, device=device)  # fmt: skip
+    options = MergeOptions.of(Storage(quantize, base_as, dequantize), calibrate, allowed,
+                              Writing(in_place, undo, untie, dry_run), tokenizer=tokenizer, device=device)  # fmt: skip
     started, watcher = time.monotonic(), progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=True, settled=not in_place) as catalogue:
@@ -152,19 +152,19 @@ def _resolve(specs: Sequence[tuple[PathLike, float]], into: PathLike | None, cat
         base_of_all(adapters, catalogue) if into is None else into,
         catalogue,
         watcher,
-        download=not (options.dry_run or options.in_place),
+        download=not (options.writing.dry_run or options.writing.in_place),
     )
     weighted = tuple(WeightedAdapter(found.adapter, weight) for found, (_, weight) in zip(adapters, specs, strict=True))
     sources = _Sources(base, adapters, weighted)
     refuse_no_text(sources.files)
-    if options.in_place:
+    if options.writing.in_place:
         _refuse_away(base)
     return sources
 
 
 def _target(out: PathLike | None, sources: _Sources, options: MergeOptions) -> Path:
     """Return the folder of the merged model: the base's own, or a new one that does not overlap the sources."""
-    if options.in_place:
+    if options.writing.in_place:
         return sources.base.path
     target = _output(out, sources.base, sources.adapters, options.change)
     refuse_overlap(target, sources.files)
@@ -178,10 +178,10 @@ def _plan(sources: _Sources, checkpoint: Checkpoint, target: Path, options: Merg
         LoratoolError: an adapter does not land on the base, or the base cannot be changed as requested.
     """
     base = sources.base
-    if options.in_place:
+    if options.writing.in_place:
         _refuse_in_place(checkpoint)
     with base.explained():
-        into = untied(checkpoint, [each.adapter for each in sources.weighted]) if options.untie else checkpoint
+        into = untied(checkpoint, [each.adapter for each in sources.weighted]) if options.writing.untie else checkpoint
         plan = plan_merge(sources.weighted, into)
     chosen = TokenizerChoice()
     if base.headers is None:
@@ -192,7 +192,7 @@ def _plan(sources: _Sources, checkpoint: Checkpoint, target: Path, options: Merg
         MergedAdapter(adapter=found.reference, sha256=found.adapter.sha256, weight=each.weight)
         for found, each in zip(sources.adapters, sources.weighted, strict=True)
     )
-    outcome = Outcome(target, base.name, merged, plan, conversion, in_place=options.in_place, tokenizer=chosen)
+    outcome = Outcome(target, base.name, merged, plan, conversion, in_place=options.writing.in_place, tokenizer=chosen)
     return plan, outcome
 
 
@@ -208,13 +208,13 @@ def _check(sources: _Sources, plan: MergePlan, catalogue: Registry, watcher: Pro
     allowed, stored = options.allowed, stored_of(plan.base)
     refuse_trained_beside([found.adapter for found in sources.adapters], without=allowed.without_extras)
     repeats = refuse_again(sources.adapters, stored, catalogue, watcher, again=allowed.again)
-    for found in sources.adapters if options.dry_run else ():  # a merge checks them when it reads them
+    for found in sources.adapters if options.writing.dry_run else ():  # a merge checks them when it reads them
         refuse_not_finite(found.adapter)
     if options.device.startswith("cuda"):
         choose_device(options.device)  # raises if there is none, before anything is copied
     no_ops = refuse_no_change(plan.adapters, allow=allowed.no_op)
     digests, notes = check_base(sources.base, sources.adapters, stored, catalogue, watcher, any_base=allowed.any_base)
-    left_out = () if options.in_place else inherited_files(plan.base).notes
+    left_out = () if options.writing.in_place else inherited_files(plan.base).notes
     return digests, [*notes, *repeats, *no_ops, *plan.notes, *left_out]
 
 
@@ -227,11 +227,11 @@ def _apply(plan: MergePlan, outcome: Outcome, identity: BaseIdentity, options: M
         watcher.begin("merging", outcome.conversion.read_bytes)
         return apply_conversion(outcome.conversion, outcome.out, identity, device=device, force=allowed.force, check=check,
                                 progress=progress)  # fmt: skip
-    if options.in_place:
+    if options.writing.in_place:
         watcher.begin("merging", plan.touched_bytes)
         return merge_in_place(plan, identity, device=device, check=check, progress=progress)
     watcher.begin("merging", sum(header.size for header in plan.base.headers))
-    return apply_merge(plan, outcome.out, identity, device=device, undo=options.undo, force=allowed.force, check=check,
+    return apply_merge(plan, outcome.out, identity, device=device, undo=options.writing.undo, force=allowed.force, check=check,
                        progress=progress)  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from loratool.library.recording.opening import open_registry
 from loratool.library.reporting.adapter_json import adapter_json
 from loratool.library.reporting.progress import Progress
 from loratool.library.resolving.adapter_name import name_from, name_on_hub
-from loratool.library.resolving.resolve import has_alpha, is_here, pulled_from, told_entry
+from loratool.library.resolving.resolve import adapter_of_entry, has_alpha, is_here, pulled_from
 from registry import AdapterRecord, Location, Registry, check_name
 
 
@@ -140,7 +140,7 @@ def _again(record: AdapterRecord, address: HubAddress, catalogue: Registry, base
     place = _place(record, address)
     notes: tuple[str, ...] = ()
     if base is not None or record.base is None:
-        adapter = told_entry(record, catalogue)
+        adapter = adapter_of_entry(record, catalogue)
         owner, notes = (
             (None, ()) if base is None else name_base_of(base, adapter, catalogue, progress, any_base=any_base)
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from loratool.errors import HubError, LoratoolError, NotFoundError, quoted
+from loratool.errors import HubError, NotFoundError, quoted
 from loratool.formats.alpha import Alpha
 from loratool.hub.address import is_repository, repository_id
 from loratool.hub.client import ask_once
@@ -27,12 +27,14 @@ from loratool.hub.push import (
     user_name,
 )
 from loratool.hub.retry import is_unreachable
+from loratool.interrupts import note
 from loratool.library.places.user_path import exists, user_path
 from loratool.library.recording.opening import open_registry
 from loratool.library.reporting.progress import Progress, Silent
-from loratool.library.resolving.resolve import RANK_SIGN, resolve_adapter
+from loratool.library.resolving.resolve import RANK_SIGN, ResolvedAdapter, resolve_adapter
 from loratool.library.uploads.adapter_upload import prepare_adapter
-from loratool.library.uploads.model_upload import open_model, prepare_model
+from loratool.library.uploads.model_upload import MergedModel, open_model, prepare_model
+from loratool.library.uploads.options import PushOptions
 from loratool.library.uploads.upload import Upload, Wishes, refuse_mixed
 from registry import AdapterRecord, Location, RegistryError
 
@@ -141,69 +143,89 @@ def push(adapter: str | os.PathLike[str] | None = None, repository: str | None =
     Raises:
         LoratoolError, registry.RegistryError: the message says what is wrong; nothing is committed.
     """
-    from huggingface_hub import constants
-
-    if message is not None and not message.strip():
-        raise LoratoolError("the commit message is empty; give a text to --message, or leave it out")
-    if merged and alpha is not None:
-        raise LoratoolError("--alpha is for an adapter, and --merged pushes a model; leave one of them out")
-    if not merged and (files or all_files):
-        raise LoratoolError("--file and --all-files are for the folder of a merged model; give --merged as well")
+    options = PushOptions(merged, files, all_files, alpha, private, create_pr, revision, message, dry_run)
+    options.check()
     if not dry_run:
         refuse_offline(COMMAND)
         refuse_anonymous(COMMAND)
     unasked = _why_unasked() if dry_run else None
-    online = unasked is None
+    wishes = Wishes(license, base_model, online=unasked is None)
     with open_registry(registry, read_only=True) as catalogue, TemporaryDirectory(prefix="loratool-") as scratch:
-        remote, upload = _prepare(
-            adapter, repository, revision, catalogue, Path(scratch), merged=merged, alpha=alpha,
-            files=files, all_files=all_files, wishes=Wishes(license, base_model, online), watcher=progress or Silent(),
-        )  # fmt: skip
-        _refuse_impossible(remote, private=private, create_pr=create_pr)
-        refuse_mixed(remote, upload.contents, merged=merged)
-        if online:
-            check_card(upload.card)
-        refuse_token(upload.contents)
-        pushed = tuple(PushedFile(each.path, each.size, remote.state_of(each)) for each in upload.contents)
-        differs = remote.head is None or any(each.state != "same" for each in pushed)
-        sent = None
-        if differs and not dry_run:
-            sent = _send(upload, remote, message, private=private, create_pr=create_pr, confirm=confirm)
-    notes = [*upload.notes, *([] if online else [f"the Hub was not asked which files it has: {unasked}"])]
-    is_proposal = sent is not None and sent.pull_request is not None  # not in the repository until it is accepted
-    if upload.record is not None and not dry_run and not is_proposal:
-        notes += _record(upload.record, remote.repository, sent.commit if sent else remote.head, registry)
+        source = _source(adapter, repository, catalogue, options, progress or Silent())
+        remote = _look(repository, source, options, online=wishes.online)
+        upload = _prepare(source, remote, catalogue, options, wishes, Path(scratch))
+        _check(upload, remote, options, online=wishes.online)
+        if dry_run:
+            notes = [] if unasked is None else [f"the Hub was not asked which files it has: {unasked}"]
+            return _result(upload, remote, options, None, notes)
+        sent, notes = _deliver(upload, remote, options, confirm, catalogue)
+        return _result(upload, remote, options, sent, notes)
+
+
+def _source(adapter: str | os.PathLike[str] | None, repository: str | None, catalogue: Registry, options: PushOptions,
+            watcher: Progress) -> ResolvedAdapter | MergedModel:  # fmt: skip
+    """Return the adapter, or the merged model, that is pushed."""
+    if options.merged:
+        return open_model(os.fspath(adapter or ""), catalogue, watcher)
+    name = _newest(catalogue) if adapter is None else os.fspath(adapter)
+    _refuse_repository(name, repository)
+    return resolve_adapter(name, catalogue, options.alpha)
+
+
+def _prepare(source: ResolvedAdapter | MergedModel, remote: Remote, catalogue: Registry, options: PushOptions,
+             wishes: Wishes, scratch: Path) -> Upload:  # fmt: skip
+    """Return the contents of the repository after the push."""
+    if isinstance(source, MergedModel):
+        return prepare_model(source, catalogue, remote, wishes, files=options.files, all_files=options.all_files)
+    return prepare_adapter(source, catalogue, remote, wishes, scratch)
+
+
+def _check(upload: Upload, remote: Remote, options: PushOptions, *, online: bool) -> None:
+    """Raise HubError if the repository must not get these contents; nothing is sent yet."""
+    options.check_for(remote)
+    refuse_mixed(remote, upload.contents, merged=options.merged)
+    if online:
+        check_card(upload.card)
+    refuse_token(upload.contents)
+
+
+def _deliver(upload: Upload, remote: Remote, options: PushOptions, confirm: Confirm | None,
+             catalogue: Registry) -> tuple[Sent | None, list[str]]:  # fmt: skip
+    """Send what differs, and record the adapter's place on the Hub; return the commit if there is one, and notes."""
+    sent: Sent | None = None
+    try:
+        if remote.head is None or any(remote.state_of(each) != "same" for each in upload.contents):
+            sent = _send(upload, remote, options, confirm)
+        if upload.record is None or (sent is not None and sent.pull_request is not None):
+            return sent, []  # the files of a pull request are in the repository when it is accepted
+        return sent, _record(upload.record, remote.repository, sent.commit if sent else remote.head, catalogue)
+    except KeyboardInterrupt as stopped:
+        if sent is not None and upload.record is not None:
+            note(stopped, f"{remote.repository} has the files; run the command again to record that in the catalogue")
+        elif sent is not None:
+            note(stopped, f"{remote.repository} has the files")
+        raise
+
+
+def _result(upload: Upload, remote: Remote, options: PushOptions, sent: Sent | None, notes: list[str]) -> PushResult:
+    from huggingface_hub import constants
+
     return PushResult(
         source=upload.source,
-        merged=merged,
+        merged=options.merged,
         repository=remote.repository,
         url=f"{constants.ENDPOINT}/{remote.repository}",
         revision=remote.revision,
-        commit=sent.commit if sent else None if dry_run else remote.head,
+        commit=sent.commit if sent else None if options.dry_run else remote.head,
         pull_request=sent.pull_request if sent else None,
         created=not remote.exists and sent is not None,
-        private=remote.private if remote.exists else private,
-        files=pushed,
+        private=remote.private if remote.exists else options.private,
+        files=tuple(PushedFile(each.path, each.size, remote.state_of(each)) for each in upload.contents),
         card=upload.card,
-        notes=tuple(notes),
+        notes=(*upload.notes, *notes),
         sent=sent is not None and sent.is_new,
-        dry_run=dry_run,
+        dry_run=options.dry_run,
     )
-
-
-def _prepare(adapter: str | os.PathLike[str] | None, repository: str | None, revision: str | None, catalogue: Registry,
-             scratch: Path, *, merged: bool, alpha: Alpha | None, files: Sequence[str | os.PathLike[str]],
-             all_files: bool, wishes: Wishes, watcher: Progress) -> tuple[Remote, Upload]:  # fmt: skip
-    """Return the repository as it is now, and the upload."""
-    if merged:
-        model = open_model(os.fspath(adapter or ""), catalogue, watcher)
-        remote = _look(repository, model.path.resolve().name, revision, online=wishes.online)
-        return remote, prepare_model(model, catalogue, remote, wishes, files=files, all_files=all_files)
-    name = _newest(catalogue) if adapter is None else os.fspath(adapter)
-    _refuse_repository(name, repository)
-    found = resolve_adapter(name, catalogue, alpha)
-    remote = _look(repository, found.label, revision, online=wishes.online)
-    return remote, prepare_adapter(found, catalogue, remote, wishes, scratch)
 
 
 def _why_unasked() -> str | None:
@@ -241,44 +263,27 @@ def _refuse_repository(adapter: str, repository: str | None) -> None:
         )
 
 
-def _look(given: str | None, name: str, revision: str | None, *, online: bool) -> Remote:
+def _look(given: str | None, source: ResolvedAdapter | MergedModel, options: PushOptions, *, online: bool) -> Remote:
     """Return the repository with its current files; without files unless `online`."""
-    text = given or name
+    text = given or (source.path.resolve().name if isinstance(source, MergedModel) else source.label)
     if "/" not in text:
         if not online:
             raise HubError(f"{COMMAND} must ask the Hub for your user name, and cannot now; write owner/{text}")
         text = f"{user_name()}/{text}"
     repository = repository_id(text)
-    return look(repository, revision) if online else Remote(repository, revision or MAIN)
+    return look(repository, options.revision) if online else Remote(repository, options.revision or MAIN)
 
 
-def _refuse_impossible(remote: Remote, *, private: bool, create_pr: bool) -> None:
-    """Raise HubError if the options do not fit the repository."""
-    if create_pr and not remote.exists:
-        raise HubError(
-            f"there is no repository {quoted(remote.repository)} to propose anything to; leave --create-pr out"
-        )
-    if create_pr and remote.head is None:
-        raise HubError(
-            f"{quoted(remote.repository)} has no branch {quoted(remote.revision)} to propose anything to; leave --revision out"
-        )
-    if private and remote.exists and not remote.private:
-        raise HubError(
-            f"{quoted(remote.repository)} exists already and is public; leave --private out, make it private on the Hub, or "
-            "choose another name"
-        )
-
-
-def _send(upload: Upload, remote: Remote, message: str | None, *, private: bool, create_pr: bool,
-          confirm: Confirm | None) -> Sent:  # fmt: skip
-    if create_pr:
+def _send(upload: Upload, remote: Remote, options: PushOptions, confirm: Confirm | None) -> Sent:
+    if options.create_pr:
         proposed = find_proposal(remote, upload.contents)
         if proposed is not None:
             return proposed
     question = f"Make the public repository {remote.repository}, where everybody sees it?"
-    if not (remote.exists or private or confirm is None or confirm(question)):
+    if not (remote.exists or options.private or confirm is None or confirm(question)):
         raise HubError("nothing was pushed; with --private only you see the repository")
-    return send(remote, upload.contents, message or f"Push {_label(upload)}", private=private, create_pr=create_pr)
+    message = options.message or f"Push {_label(upload)}"
+    return send(remote, upload.contents, message, private=options.private, create_pr=options.create_pr)
 
 
 def _label(upload: Upload) -> str:
@@ -286,13 +291,13 @@ def _label(upload: Upload) -> str:
     return upload.record.reference if upload.record else Path(upload.source).name
 
 
-def _record(record: AdapterRecord, repository: str, commit: str | None, registry: str | None) -> list[str]:
+def _record(record: AdapterRecord, repository: str, commit: str | None, catalogue: Registry) -> list[str]:
     """Record the adapter's place on the Hub. Since it is pushed, a catalogue that cannot be written gives only a note."""
     if commit is None:
         return []
     try:
-        with open_registry(registry) as catalogue:
-            catalogue.adapters.add_location(record.reference, Location(kind="hub", repo=repository, revision=commit))
+        with catalogue.for_writing() as writable:
+            writable.adapters.add_location(record.reference, Location(kind="hub", repo=repository, revision=commit))
     except RegistryError as error:
         return [f"it is pushed, but the catalogue does not know of it: {error}"]
     return []

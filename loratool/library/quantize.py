@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -111,54 +112,84 @@ def quantize(base: str | os.PathLike[str], *, out: str | os.PathLike[str] | None
     Raises:
         LoratoolError, registry.RegistryError: the message says what is wrong; nothing is written.
     """
-    started = time.monotonic()
-    watcher = progress or Silent()
+    started, watcher = time.monotonic(), progress or Silent()
     change = _storage_change(blocksize, compute_dtype, double_quant=double_quant)
     if name is not None:
         check_name(name, "base")
     with open_registry(registry, read_only=True) as catalogue:
         source = resolve_base(base, catalogue, watcher, download=not dry_run)
-        refuse_no_text([source.path])
         target = beside_base(source.path, f"{source.name}-{QUANTIZED_TO}") if out is None else user_path(out)
-        refuse_overlap(target, [source.path])
+        _refuse_paths(source.path, target)
         _refuse_taken(name, target, catalogue)
         with hold(source.path, exclusive=False):
-            checkpoint = source.open()
-            plan = plan_conversion(checkpoint, change)
-            digests, existing = None, []
-            if os.path.lexists(target):  # report a wrong base first, as the greater mistake
-                digests, _ = check_base(source, (), checkpoint, catalogue, watcher, any_base=any_base)
-                kind = OutputKind.QUANTIZED_MODEL
-                existing = refuse_or_note_existing(target, kind, force=force, dry_run=dry_run)
+            plan = plan_conversion(source.open(), change)
+            digests = _check_before_replacing(source, plan, target, catalogue, watcher, any_base=any_base)
+            notes = [*inherited_files(plan.base).notes]
+            notes += refuse_or_note_existing(target, OutputKind.QUANTIZED_MODEL, force=force, dry_run=dry_run)
             if dry_run:
-                seconds = time.monotonic() - started
-                notes = (*inherited_files(checkpoint).notes, *existing)
-                return QuantizeResult(target, name, source.name, None, None, plan, notes, seconds, dry_run=True)
+                return _result(target, name, source, plan, None, notes, started)
             watcher.begin("quantizing", plan.read_bytes)
-            checked = list(inherited_files(checkpoint).notes)
-            promise = _promise(name, source, target)
-            with Promised(promise, catalogue) as promised:
-                report = apply_conversion(
-                    plan,
-                    target,
-                    BaseIdentity(source.name, digests),
-                    force=force,
-                    check=lambda made: checked.extend(refuse_changed(source, made.base_fingerprint, any_base=any_base)),
-                    progress=watcher.advance,
-                )
-                if not digests:
-                    remember(checkpoint, report.base_digests)
-                catalogued, notes = _catalogued(name, source, target, report, plan, catalogue, promised)
+            with Promised(_promise(name, source, target), catalogue) as promised:
+                report, changed = _apply(plan, source, target, digests, watcher, force=force, any_base=any_base)
+                chosen, failed = _catalogued(name, source, target, report, plan, catalogue, promised)
+    return _result(target, chosen, source, plan, report, [*notes, *changed, *failed], started)
+
+
+def _refuse_paths(source: Path, target: Path) -> None:
+    """Raise LoratoolError if the base's path cannot be recorded, or the output would be in it or over it."""
+    refuse_no_text([source])
+    refuse_overlap(target, [source])
+
+
+def _check_before_replacing(source: ResolvedBase, plan: ConversionPlan, target: Path, catalogue: Registry, watcher: Progress,
+                            *, any_base: bool) -> Mapping[str, str] | None:  # fmt: skip
+    """Check the base before an existing output, since a wrong base is the greater mistake; return its tensors' digests.
+
+    If there is no output yet, the base is checked while it is read, and this returns None.
+
+    Raises:
+        WrongBaseError: the base has changed since it was catalogued.
+    """
+    if not os.path.lexists(target):
+        return None
+    digests, _ = check_base(source, (), plan.base, catalogue, watcher, any_base=any_base)
+    return digests
+
+
+def _apply(plan: ConversionPlan, source: ResolvedBase, target: Path, digests: Mapping[str, str] | None, watcher: Progress, *,
+           force: bool, any_base: bool) -> tuple[MergeReport, list[str]]:  # fmt: skip
+    """Write the quantized model; return the report, and notes on a base that has changed.
+
+    Raises:
+        WrongBaseError: the base has changed since it was catalogued; nothing is written.
+    """
+    notes: list[str] = []
+    report = apply_conversion(
+        plan,
+        target,
+        BaseIdentity(source.name, digests),
+        force=force,
+        check=lambda made: notes.extend(refuse_changed(source, made.base_fingerprint, any_base=any_base)),
+        progress=watcher.advance,
+    )
+    if not digests:
+        remember(plan.base, report.base_digests)
+    return report, notes
+
+
+def _result(out: Path, name: str | None, source: ResolvedBase, plan: ConversionPlan, report: MergeReport | None,
+            notes: Iterable[str], started: float) -> QuantizeResult:  # fmt: skip
+    """Return the result; without a `report` that of a dry run."""
     return QuantizeResult(
-        out=target,
-        name=catalogued,
+        out=out,
+        name=name,
         base=source.name,
-        base_fingerprint=report.manifest.base_fingerprint,
-        output_fingerprint=report.manifest.fingerprint,
+        base_fingerprint=None if report is None else report.manifest.base_fingerprint,
+        output_fingerprint=None if report is None else report.manifest.fingerprint,
         plan=plan,
-        notes=(*checked, *notes),
+        notes=tuple(notes),
         seconds=time.monotonic() - started,
-        dry_run=False,
+        dry_run=report is None,
     )
 
 

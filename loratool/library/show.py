@@ -20,7 +20,7 @@ from loratool.library.recording.new_adapter import facts_from
 from loratool.library.recording.opening import open_registry
 from loratool.library.reporting.adapter_json import adapter_json
 from loratool.library.resolving.adapter_entry import find_adapter_entry
-from loratool.library.resolving.resolve import FoundAdapter, find_adapter, told_entry
+from loratool.library.resolving.resolve import FoundAdapter, adapter_of_entry, find_adapter
 from loratool.merging.survival import Survival
 from registry import AdapterRecord, BaseRecord, LineageRecord, MergeRecord, Registry, RegistryError
 
@@ -127,7 +127,7 @@ def show(adapter: str | os.PathLike[str], *, alpha: Alpha | None = None, registr
 def _read_again(record: AdapterRecord, catalogue: Registry) -> AnyAdapter | str:
     """Read a catalogued adapter's files; if they cannot be read, return why."""
     try:
-        return told_entry(record, catalogue)
+        return adapter_of_entry(record, catalogue)
     except (LoratoolError, RegistryError, OSError) as error:
         return str(error)
 

@@ -102,8 +102,8 @@ class SurvivalCount:
         )
 
 
-def _finite(figure: float, otherwise: float) -> float:
-    return figure if math.isfinite(figure) else otherwise
+def _finite(figure: float, default: float) -> float:
+    return figure if math.isfinite(figure) else default
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -30,17 +30,17 @@ def check_base(base: ResolvedBase, adapters: Sequence[ResolvedAdapter], checkpoi
     """
     if base.headers is not None:
         notes = [f"base {quoted(base.name)} is not downloaded: its content is checked after the download"]
-        return None, [*notes, *(note for found in adapters for note in _named_otherwise(found, base))]
+        return None, [*notes, *(note for found in adapters for note in _named_differently(found, base))]
     recorded = base.record.fingerprint if base.record else None
     if recorded is None and not any(found.base_fingerprint for found in adapters):
-        return None, [note for found in adapters for note in (_unrecorded(found), *_named_otherwise(found, base))]
+        return None, [note for found in adapters for note in (_unrecorded(found), *_named_differently(found, base))]
     watcher.begin("fingerprinting the base", checkpoint.nbytes)
     digests = tensor_digests(checkpoint, digest_cache(), progress=watcher.advance)
     actual = fingerprint(checkpoint.tensors, digests)
     notes = refuse_changed(base, actual, any_base=any_base)
     for found in adapters:
         if found.base_fingerprint is None:
-            notes += [_unrecorded(found), *_named_otherwise(found, base)]
+            notes += [_unrecorded(found), *_named_differently(found, base)]
         elif not _belongs(found.base_fingerprint, checkpoint, actual, catalogue):
             notes += _passed(_belongs_elsewhere(found, base, actual, catalogue), "merge it into its own base", any_base)
     return digests, notes
@@ -94,7 +94,7 @@ def _belongs_elsewhere(found: ResolvedAdapter, base: ResolvedBase, actual: str, 
     )
 
 
-def _named_otherwise(found: ResolvedAdapter, base: ResolvedBase) -> list[str]:
+def _named_differently(found: ResolvedAdapter, base: ResolvedBase) -> list[str]:
     """Return a note if the adapter records no fingerprint and names another base."""
     if found.base_fingerprint is not None:
         return []

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 SUFFIX: Final = ".weight"
 
 
-def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: bool) -> Data | None:
+def calibration_text(file: str | os.PathLike[str] | None, *, is_converted: bool) -> Data | None:
     """Return the content of the calibration file; None if no file is given.
 
-    `otherwise_stored` is whether the output is stored differently than the base.
+    `is_converted` is whether the output is stored differently than the base.
 
     Raises:
         LoratoolError: this kind of merge cannot be calibrated.
@@ -36,7 +36,7 @@ def calibration_text(file: str | os.PathLike[str] | None, *, otherwise_stored: b
     """
     if file is None:
         return None
-    if otherwise_stored:
+    if is_converted:
         raise LoratoolError(
             "--calibrate is for merges into quantized weights as they are stored; leave out --quantize, --base-as and "
             "--dequantize, or leave out --calibrate"

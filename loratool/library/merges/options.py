@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from loratool.errors import LoratoolError, quoted
@@ -71,6 +71,23 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class Writing:
+    """How the merged model is written.
+
+    Attributes:
+        in_place: change the base's own files.
+        undo: keep an undo file.
+        untie: give the output head its own tensor.
+        dry_run: plan and check only.
+    """
+
+    in_place: bool
+    undo: bool
+    untie: bool
+    dry_run: bool
+
+
+@dataclass(frozen=True, slots=True)
 class MergeOptions:
     """The options of one merge, checked to fit together.
 
@@ -78,27 +95,21 @@ class MergeOptions:
         change: the change of storage; None for the base's own storage.
         text: the text to calibrate on, if any.
         allowed: checks that the user chose to override.
-        in_place: change the base's own files.
-        dry_run: plan and check only.
-        undo: keep an undo file.
+        writing: how the merged model is written; with a calibration text an undo file is always kept.
         tokenizer: whose tokenizer the model gets; None for the default rule.
-        untie: give the output head its own tensor.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
 
     change: StorageChange | None
     text: Data | None
     allowed: Allowed
-    in_place: bool
-    dry_run: bool
-    undo: bool
+    writing: Writing
     tokenizer: TokenizerOf | None
-    untie: bool
     device: str
 
     @classmethod
-    def of(cls, storage: Storage, calibrate: PathLike | None, allowed: Allowed, *, in_place: bool, dry_run: bool,
-           undo: bool, tokenizer: TokenizerOf | None, untie: bool, device: str) -> Self:  # fmt: skip
+    def of(cls, storage: Storage, calibrate: PathLike | None, allowed: Allowed, writing: Writing, *,
+           tokenizer: TokenizerOf | None, device: str) -> Self:  # fmt: skip
         """Check that the options fit together, and read the calibration text.
 
         Raises:
@@ -106,20 +117,20 @@ class MergeOptions:
             DataError, NotFoundError: the calibration file cannot be read.
         """
         change = storage.change()
-        _refuse_beside_change(change, in_place=in_place, undo=undo)
-        _refuse_untying(untie, change, in_place=in_place, calibrated=calibrate is not None)
-        text = calibration_text(calibrate, otherwise_stored=change is not None)
-        return cls(change, text, allowed, in_place, dry_run, undo or text is not None, tokenizer, untie, device)
+        _refuse_beside_change(change, writing)
+        _refuse_untying(writing, change, calibrated=calibrate is not None)
+        text = calibration_text(calibrate, is_converted=change is not None)
+        return cls(change, text, allowed, replace(writing, undo=writing.undo or text is not None), tokenizer, device)
 
     @property
     def changes_base(self) -> bool:
         """Whether the merge changes the base's own files."""
-        return self.in_place and not self.dry_run
+        return self.writing.in_place and not self.writing.dry_run
 
 
-def _refuse_beside_change(change: StorageChange | None, *, in_place: bool, undo: bool) -> None:
+def _refuse_beside_change(change: StorageChange | None, writing: Writing) -> None:
     """Raise LoratoolError for options that need the base's bytes in the output, which another storage does not keep."""
-    option = "--in-place" if in_place else "--undo" if undo else None
+    option = "--in-place" if writing.in_place else "--undo" if writing.undo else None
     if change is None or option is None:
         return
     raise LoratoolError(
@@ -128,10 +139,10 @@ def _refuse_beside_change(change: StorageChange | None, *, in_place: bool, undo:
     )
 
 
-def _refuse_untying(untie: bool, change: StorageChange | None, *, in_place: bool, calibrated: bool) -> None:
+def _refuse_untying(writing: Writing, change: StorageChange | None, *, calibrated: bool) -> None:
     """Raise LoratoolError for options that cannot be combined with untying."""
-    option = "--in-place" if in_place else "--calibrate" if calibrated else None
-    if untie and (option or change is not None):
+    option = "--in-place" if writing.in_place else "--calibrate" if calibrated else None
+    if writing.untie and (option or change is not None):
         raise LoratoolError(
             "--untie writes a model with one more tensor, in the base's own storage, to a new folder; leave "
             f"{option or '--quantize, --base-as and --dequantize'} out, or merge twice"

@@ -18,7 +18,7 @@ from loratool.formats.write import staged_adapter
 from loratool.library.places.user_path import exists, user_path
 from loratool.library.recording.new_adapter import AddResult, at_once, facts_of, staged_entry
 from loratool.library.recording.next_version import refuse_stranger
-from loratool.library.resolving.adapter_name import name_from, telling_name
+from loratool.library.resolving.adapter_name import name_from, specific_name
 from loratool.library.resolving.resolve import ResolvedAdapter
 from registry import AdapterRecord, Registry, RegistryUnwritableError, uncatalogued
 
@@ -160,4 +160,4 @@ def child_facts(
 def default_name(out: Path) -> str:
     """Return the catalogue name of an adapter written to `out`: that of the file or folder, or of a folder above."""
     stem = out.stem if out.suffix in SINGLE_FILE_SUFFIXES else out.name
-    return name_from(telling_name(stem, out) or stem)
+    return name_from(specific_name(stem, out) or stem)

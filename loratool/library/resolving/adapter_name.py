@@ -60,7 +60,7 @@ def is_generic(stem: str) -> bool:
     )
 
 
-def telling_name(stem: str, place: Path) -> str | None:
+def specific_name(stem: str, place: Path) -> str | None:
     """Return a name for `place`: `stem`, or if that is generic the name of the nearest folder above that is not.
 
     In the Hub's cache the name is the repository's. None if all names are generic.

@@ -18,7 +18,7 @@ from loratool.errors import AdapterError, CheckpointError, NotFoundError, Unsupp
 from loratool.formats.adapter import Adapter
 from loratool.formats.alpha import RANK, Alpha
 from loratool.formats.at_rank import at_rank
-from loratool.formats.identify import told_adapter
+from loratool.formats.identify import read_or_identify
 from loratool.formats.identity import AnyAdapter, Identity
 from loratool.formats.module_targets import MOST_DIGITS
 from loratool.hub.address import HubAddress
@@ -135,7 +135,7 @@ def find_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha 
             record = registry.adapters.find(text)
             if alpha is not None:
                 raise AdapterError(f"{quoted(text)} states its own alpha; leave --alpha out")
-            return FoundAdapter(told_entry(record, registry), record)
+            return FoundAdapter(adapter_of_entry(record, registry), record)
         if not exists(path):
             raise no_such_adapter(text, registry)
     if not is_plainly_a_path(text) and HUB_ID.fullmatch(text) and not exists(path):
@@ -149,7 +149,7 @@ def find_adapter(name: str | os.PathLike[str], registry: Registry, alpha: Alpha 
         raise NotFoundError(
             f"there is no adapter {quoted(text)}: neither a catalogued name nor a path; 'loratool list' shows the names"
         )
-    adapter = told_adapter(path, alpha)
+    adapter = read_or_identify(path, alpha)
     return FoundAdapter(adapter, _entry_of(adapter, registry))
 
 
@@ -301,7 +301,7 @@ def _adapter_on_hub(address: HubAddress, registry: Registry, alpha: Alpha | None
 
     for record in pulled_from(address, registry):
         if has_alpha(record, alpha) and is_here(record, registry):
-            return FoundAdapter(told_entry(record, registry), record)
+            return FoundAdapter(adapter_of_entry(record, registry), record)
     try:
         with taken_for_hub_id(str(address)):
             pulled = pull_adapter(address, f"loratool pull {address}", alpha=alpha)
@@ -323,7 +323,7 @@ def _entry_of(adapter: AnyAdapter, registry: Registry) -> AdapterRecord | None:
     return next((each for each in registry.adapters.find_by_sha256(adapter.sha256) if is_entry_of(each, adapter)), None)
 
 
-def told_entry(record: AdapterRecord, registry: Registry) -> AnyAdapter:
+def adapter_of_entry(record: AdapterRecord, registry: Registry) -> AnyAdapter:
     """Read a catalogued adapter from the store, with the numbers and the name of its entry.
 
     A file that states no alpha, or two, was catalogued with a given one. For an adapter that loratool does not compute, return
@@ -337,7 +337,7 @@ def told_entry(record: AdapterRecord, registry: Registry) -> AnyAdapter:
     other: AnyAdapter | None = None
     for alpha in (None, record.alpha, RANK):
         try:
-            adapter = told_adapter(folder, alpha)
+            adapter = read_or_identify(folder, alpha)
         except AdapterError as error:
             problem = problem or error
             continue
@@ -366,13 +366,13 @@ def entry_at(path: Path, known: Sequence[AdapterRecord]) -> AdapterRecord | None
         AdapterError, UnsupportedError: it cannot be read.
     """
     try:
-        adapter = told_adapter(path)
+        adapter = read_or_identify(path)
     except AdapterError as problem:
         try:  # a bare file, which was catalogued with an alpha
             given: Iterator[tuple[AdapterRecord, Alpha | None]] = (
                 (each, alpha) for each in known for alpha in (each.alpha, RANK)
             )
-            return next((each for each, alpha in given if is_entry_of(each, told_adapter(path, alpha))), None)
+            return next((each for each, alpha in given if is_entry_of(each, read_or_identify(path, alpha))), None)
         except AdapterError:
             raise problem from None
     return next((each for each in known if is_entry_of(each, adapter)), None)
