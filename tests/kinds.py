@@ -61,6 +61,12 @@ def _with_magnitudes(weight: torch.Tensor, generator: torch.Generator) -> dict[s
     return _factors(weight, generator) | {"lora_magnitude_vector": weight.norm(dim=1) * moved}
 
 
+def _hadamard(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    outputs, inputs = weight.shape
+    shapes = {"w1_a": (outputs, RANK), "w1_b": (RANK, inputs), "w2_a": (outputs, RANK), "w2_b": (RANK, inputs)}
+    return {f"hada_{letter}": 0.4 * torch.randn(shape, generator=generator) for letter, shape in shapes.items()}
+
+
 def _lora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     """LoRA, section 4.1."""
     return weight.double() + ALPHA / RANK * (of["lora_B.weight"].double() @ of["lora_A.weight"].double())
@@ -78,6 +84,12 @@ def _dora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return of["lora_magnitude_vector"].double()[:, None] * total / total.norm(dim=1, keepdim=True)
 
 
+def _loha(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """LoHa: FedPara, proposition 1, times alpha over rank."""
+    first, second = (of[f"hada_w{place}_a"].double() @ of[f"hada_w{place}_b"].double() for place in (1, 2))
+    return weight.double() + ALPHA / RANK * first * second
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -87,6 +99,7 @@ CASES: Mapping[str, Case] = {
             "peft_type": "ADALORA", "init_r": RANK, "target_r": RANK, "total_step": 1,
         }),
         Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}),
+        Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
     )
 }  # fmt: skip
 
@@ -99,7 +112,8 @@ def save_case(folder: Path, case: Case, weights: Mapping[str, torch.Tensor], see
     folder.mkdir(parents=True)
     save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
     targets = sorted({module.rpartition(".")[2] for module in weights})
-    config = {"lora_alpha": ALPHA, "target_modules": targets, **case.config}
+    alpha = {} if "alpha" in case.config else {"lora_alpha": ALPHA}
+    config = {**alpha, "target_modules": targets, **case.config}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if case.facts:
         (folder / "loratool.json").write_text(json.dumps(case.facts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def test_there_is_a_case_of_every_kind_that_is_computed() -> None:
 
 def test_every_kind_that_is_computed_has_a_builder_and_no_other_has_one() -> None:
     assert set(BUILDERS) == {name for name, kind in KINDS.items() if kind.why_not is None}
+
+
+def test_the_table_for_people_has_a_row_of_every_kind_that_is_computed() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "kinds.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == {name for name in KINDS if name in BUILDERS}
 
 
 def test_it_is_read_as_what_it_is(case: Case, adapter: Adapter) -> None:

@@ -71,6 +71,9 @@ _LORA_RANKS: Final = (
     ("lora_A", 0), ("lora_embedding_A", 0), ("lora_down", 0), ("lora_a", 0),
 )  # fmt: skip
 
+_LYCORIS: Final = frozenset({"alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"})
+"""Keys that PEFT's types from LyCORIS share."""
+
 _ROWS: Final = (
     # Low rank
     Kind("adalora", "AdaLoRA", "ADALORA", parts=("lora_E", "ranknum"), ranks=(("lora_A", 0),), article="an",
@@ -111,7 +114,7 @@ _ROWS: Final = (
     Kind("osf", "OSF", "OSF", parts=("osf_svd_params", "osf_"), why_not=BY_BASE),
     Kind("frod", "FRoD", "FROD", parts=("frod_",), why_not=BY_BASE),
     # Products and other sums
-    Kind("loha", "LoHa", "LOHA", parts=("hada_",), ranks=(("hada_w1_b", 0),), why_not=NOT_YET, alpha_key="alpha"),
+    Kind("loha", "LoHa", "LOHA", parts=("hada_",), ranks=(("hada_w1_b", 0),), keys=_LYCORIS, alpha_key="alpha"),
     Kind("lokr", "LoKr", "LOKR", parts=("lokr_",), ranks=(("lokr_w2_b", 0), ("lokr_w1_b", 0)), why_not=NOT_YET,
          alpha_key="alpha"),
     Kind("glora", "GLoRA", "GLORA", parts=("glora_",), ranks=(("a2", 0), ("glora_A.Xu", 0)),

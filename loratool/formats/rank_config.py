@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -50,3 +50,8 @@ def rank_fields(
         "rank_pattern": {key: read.positive_int(key, value) for key, value in read.mapping("rank_pattern")},
         "alpha_pattern": {key: read.number(key, value) for key, value in read.mapping("alpha_pattern")},
     }
+
+
+def rank_parser(alpha_key: str, own_keys: frozenset[str]) -> Callable[[Mapping[str, Any], str], RankConfig]:
+    """Return the parser of a type that has ranks and alphas and nothing else that changes numbers."""
+    return lambda config, source: RankConfig(**rank_fields(config, source, alpha_key, own_keys))

@@ -111,8 +111,8 @@ def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[
         raise UnsupportedError(f"{quoted(source)} uses {' and '.join(said[:3])}: {found[titles[0]][1]}")
     if strange and own:
         raise UnsupportedError(
-            f"{quoted(source)} holds {quoted(strange)}, which is no LoRA tensor that loratool knows; merge it with the program "
-            "that trained it"
+            f"{quoted(source)} holds {quoted(strange)}, which is no tensor of its kind that loratool knows; merge it with the "
+            "program that trained it"
         )
 
 

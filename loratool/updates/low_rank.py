@@ -82,12 +82,7 @@ class LowRank:
         Raises:
             AdapterError: a factor contains NaN or infinity, or the scaling exceeds fp32.
         """
-        scaling = self.scaling * weight
-        if abs(scaling) > LARGEST_SCALING:
-            raise AdapterError(
-                f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {scaling:g}, which fp32 cannot "
-                "represent; correct its alpha or its weight"
-            )
+        scaling = checked_scaling(self.scaling * weight, self.a)
         a, b = self.read_factors()
         return LoadedLowRank(a.to(device), b.to(device), scaling, transposed)
 
@@ -207,6 +202,21 @@ class FixedPointProduct:
         # Build 2**exponent from its bits (IEEE 754 binary64): exp2 is not exact on every machine.
         step = ((exponent + 1023) << 52).view(torch.float64)
         return factor.double().div_(step).round_().mul_(step)
+
+
+def fixed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return ``left right``, fp64, with the same bits on every machine."""
+    return FixedPointProduct(left, right).product(range(len(left)))
+
+
+def checked_scaling(scaling: float, info: TensorInfo) -> float:
+    """Return the factor of an update; raise AdapterError if fp32 cannot represent it. `info` is one of its tensors."""
+    if abs(scaling) > LARGEST_SCALING:
+        raise AdapterError(
+            f"{quoted(info.name)} in {quoted(info.file)} would be multiplied by {scaling:g}, which fp32 cannot "
+            "represent; correct its alpha or its weight"
+        )
+    return scaling
 
 
 def read_factor(info: TensorInfo) -> torch.Tensor:

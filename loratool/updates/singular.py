@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.errors import AdapterError, quoted
-from loratool.updates.low_rank import LARGEST_SCALING, LoadedLowRank, read_factor
+from loratool.updates.low_rank import LoadedLowRank, checked_scaling, read_factor
 from loratool.updates.zeros import only_zeros
 
 if TYPE_CHECKING:
@@ -80,15 +79,11 @@ class SingularValue:
         """
         import torch
 
-        if abs(self.alpha * weight) > LARGEST_SCALING:
-            raise AdapterError(
-                f"{quoted(self.a.name)} in {quoted(self.a.file)} would be multiplied by {self.alpha * weight:g}, which fp32 "
-                "cannot represent; correct its alpha or its weight"
-            )
+        alpha = checked_scaling(self.alpha * weight, self.a)
         a, e, b = (read_factor(info).to(device) for info in (self.a, self.e, self.b))
         product = LoadedLowRank(a * e, b, self.scaling * weight, transposed)
         divisor = torch.full((1,), float(self.ranknum), device=device) + RANK_EPSILON
-        return LoadedSingularValue(product, self.alpha * weight, divisor)
+        return LoadedSingularValue(product, alpha, divisor)
 
     def read_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Read ``A * E`` and B, fp32."""

@@ -1,0 +1,164 @@
+"""Kinds other than LoRA, as PEFT saves them: merged to PEFT's bytes, taken out bit for bit, refused when broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_adapters import merge_by_peft, save_peft_adapter
+from tiny_models import DTYPES, TinyModels, assert_same_tensors, load, stored_tensors
+
+import loratool
+from loratool.errors import AdapterError, LoratoolError
+from loratool.formats.identify import identify
+from loratool.formats.read import read_adapter
+
+WEIGHTS = "adapter_model.safetensors"
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+CONFIGS: dict[str, peft.PeftConfig] = {
+    "loha": peft.LoHaConfig(r=3, alpha=5, target_modules=TARGETS),
+    "loha-patterns": peft.LoHaConfig(
+        r=3, alpha=5, target_modules=TARGETS, rank_pattern={"layers.0.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 3}
+    ),
+}
+
+
+class Saved:
+    """Adapters of these configurations, as PEFT saves them, made when first asked for."""
+
+    def __init__(self, root: Path, models: TinyModels) -> None:
+        self._root, self._models = root, models
+
+    def folder(self, name: str) -> Path:
+        folder = self._root / name
+        if not folder.exists():
+            model = load(self._models.folder("llama", "fp32"), "llama")
+            save_peft_adapter(model, CONFIGS[name], folder, seed=5)
+        return folder
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny_models: TinyModels) -> Saved:
+    return Saved(tmp_path_factory.mktemp("kinds"), tiny_models)
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_merge_has_pefts_bytes_and_is_taken_out_bit_for_bit(
+    name: str, dtype: str, saved: Saved, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base, adapter = tiny_models.folder("llama", dtype), saved.folder(name)
+    merged = loratool.merge(adapter, base, out=tmp_path / "merged", undo=True).out
+    before, after = stored_tensors(base), stored_tensors(merged)
+    assert_same_tensors(after, before | merge_by_peft(load(base, "llama"), adapter, tmp_path / "peft"))
+    changed = {each for each in before if after[each].data != before[each].data}
+    assert changed == set(read_adapter(adapter).changes)
+    loratool.verify(merged)
+    assert_same_tensors(stored_tensors(loratool.unmerge(merged, out=tmp_path / "back").out), before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_written_loads_in_peft_with_the_same_numbers(
+    name: str, saved: Saved, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    from loratool.formats.write import write_peft
+
+    written = tmp_path / "written"
+    write_peft(read_adapter(saved.folder(name)), written, keep_metadata=False)
+    base = tiny_models.folder("llama", "fp32")
+    merged = [
+        merge_by_peft(load(base, "llama"), each, tmp_path / str(place))
+        for place, each in enumerate((saved.folder(name), written))
+    ]
+    assert_same_tensors(merged[0], merged[1])
+
+
+Change = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
+
+
+def first(tensors: dict[str, torch.Tensor], part: str) -> str:
+    return min(name for name in tensors if part in name)
+
+
+def without(part: str) -> Change:
+    return lambda tensors, config: tensors.pop(first(tensors, part))
+
+
+def with_last_cut(part: str) -> Change:
+    """The tensor has one number less along its last axis."""
+
+    def cut(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        name = first(tensors, part)
+        tensors[name] = tensors[name][..., :-1].contiguous()
+
+    return cut
+
+
+def with_nan(part: str) -> Change:
+    return lambda tensors, config: tensors[first(tensors, part)].view(-1)[0].fill_(torch.nan)
+
+
+def saying(**values: Any) -> Change:
+    return lambda tensors, config: config.update(values)
+
+
+BROKEN: dict[str, tuple[str, Change, str]] = {
+    "a missing partner": ("loha", without("hada_w2_b"), "has no hada_w2_b; the file is incomplete"),
+    "a wrong shape": ("loha", with_last_cut("hada_w1_b"), r"down_proj.* must be \[\d+, \d+\]"),
+    "a vector for a matrix": ("loha", lambda t, c: t.update({(n := first(t, "w1_a")): t[n][0].clone()}), "2 axes"),
+    "NaN": ("loha", with_nan("hada_w2_a"), "NaN"),
+    "another rank": ("loha", saying(r=4), "has rank 3 and the configuration says 4"),
+    "no rank": ("loha", saying(r=0), "'r' in"),
+    "text as alpha": ("loha", saying(alpha="5"), "'alpha' in .* the text '5'"),
+    "modules that are not targets": ("loha", saying(target_modules=["q_proj"]), "does not target"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_adapter_is_refused_with_a_sentence_and_nothing_is_written(
+    what: str, saved: Saved, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    name, change, message = BROKEN[what]
+    folder = shutil.copytree(saved.folder(name), tmp_path / "broken")
+    tensors, config = load_file(folder / WEIGHTS), json.loads((folder / "adapter_config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LoratoolError, match=message):
+        loratool.merge(folder, tiny_models.folder("llama", "fp32"), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_that_a_type_lacks_are_noted_and_alpha_is_the_configurations(saved: Saved, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved.folder("loha"), tmp_path / "noted")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 99, "use_rslora": True}))
+    adapter = read_adapter(folder)
+    assert (adapter.alpha, adapter.scaling) == (5.0, 5 / 3)
+    assert any("'lora_alpha', 'use_rslora'" in note for note in adapter.notes)
+    with pytest.raises(AdapterError, match="leave --alpha out"):
+        read_adapter(folder, 7.0)
+
+
+def test_without_a_configuration_it_is_told_what_it_is_and_that_it_needs_one(saved: Saved, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.safetensors"
+    shutil.copyfile(saved.folder("loha") / WEIGHTS, bare)
+    with pytest.raises(AdapterError, match=r"LoHa tensors and no configuration; put its adapter_config\.json"):
+        read_adapter(bare)
+
+
+def test_modules_saved_whole_beside_it_replace_the_bases(saved: Saved, tiny_models: TinyModels, tmp_path: Path) -> None:
+    config = peft.LoHaConfig(r=3, alpha=5, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    base = tiny_models.folder("llama", "fp32")
+    save_peft_adapter(load(base, "llama"), config, tmp_path / "whole", seed=2)
+    merged = loratool.merge(tmp_path / "whole", base, out=tmp_path / "merged").out
+    theirs = merge_by_peft(load(base, "llama"), tmp_path / "whole", tmp_path / "peft")
+    assert_same_tensors(stored_tensors(merged), stored_tensors(base) | theirs)
+    assert identify(tmp_path / "whole").kind == "loha"
