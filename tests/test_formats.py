@@ -399,7 +399,6 @@ def test_factors_that_do_not_fit_together_are_refused(
     [
         ("lora_unet_down_blocks_0.hada_w1_a", "LoHa"),
         ("q_proj.lora_diag", "KaSA"),
-        ("q_proj.lora_B.bias", "lora_bias"),
         ("embed_tokens.lora_embedding_A", "embeddings"),
         ("q_proj.ia3_l", "IA3"),
     ],

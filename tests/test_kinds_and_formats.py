@@ -108,8 +108,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "KaSA": ("llama", {"kasa_config": peft.tuners.lora.KasaConfig()}, "kasa"),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, "lora"),
     "experts": ("llama", {"target_parameters": ["mlp.gate_proj.weight"], "target_modules": []}, "lora"),
-    "lora_bias": ("qwen2", {"lora_bias": True, "target_modules": ["q_proj"]}, "lora"),
-    "tokens": ("llama", {"trainable_token_indices": [1, 5], "target_modules": ["q_proj"]}, "lora"),
 }
 
 

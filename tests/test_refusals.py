@@ -50,8 +50,7 @@ LORA_FEATURES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"target_parameters": ["mlp.gate_proj.weight"], "target_modules": []},
         "target_parameters",
     ),
-    "lora_bias": ("qwen2", {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}, "lora_bias"),
-    "trainable_token_indices": ("llama", {"trainable_token_indices": [1, 5]}, "trainable_token_indices"),
+    "lora_bias without biases": ("llama", {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}, "lora_bias"),
     "layer_replication": ("llama", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "aLoRA": ("llama", {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}, "alora"),
     "BD-LoRA": (

@@ -96,7 +96,7 @@ class Adapter:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that it changes without replacing them, in the order of `changes`."""
-        return tuple(module_of(name) for name, update in self.changes.items() if not update.replaces)
+        return tuple(dict.fromkeys(module_of(name) for name, update in self.changes.items() if not update.replaces))
 
     @property
     def target_modules(self) -> tuple[str, ...]:

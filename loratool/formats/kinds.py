@@ -183,9 +183,6 @@ class Feature:
 FEATURES: Final = (
     Feature("LoRA on embeddings", parts=("lora_embedding_",)),
     Feature("MoE parameters (target_parameters)", "target_parameters", ("base_layer.lora_",)),
-    Feature("lora_bias", "lora_bias", ("lora_B.bias",)),
-    Feature("trainable tokens (trainable_token_indices)", "trainable_token_indices",
-            ("token_adapter", "trainable_tokens_")),
     Feature("layer_replication", "layer_replication"),
     Feature("Megatron layers (megatron_config)", "megatron_config"),
     Feature("a copy of the base's own weights (save_embedding_layers)", parts=("base_layer.weight", "base_layer.bias"), why_not=(

@@ -79,8 +79,8 @@ def land(parameters: Mapping[str, Shape], architecture: Architecture, source: st
     Args:
         parameters: the shape that the update of each parameter fits, (out_features, in_features) for a matrix.
         architecture: the base's, with its tensors as they are stored.
-        replaced: the shapes of the parameters that the adapter holds whole. They follow the others. One that lands nowhere
-          keeps its own name.
+        replaced: the shapes of the parameters that follow the others, such as those that the adapter holds whole. One that lands
+          nowhere keeps its own name.
 
     Raises:
         PlacementError: a parameter lands on no tensor, on several by one name, or where another lands; or a stack of layers

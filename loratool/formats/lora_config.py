@@ -23,6 +23,8 @@ REFUSED: Final[Mapping[str, tuple[str, str]]] = {
 } | {feature.setting: (feature.title, feature.why_not) for feature in FEATURES if feature.setting}
 """Configuration keys of features that are not computed, each with the feature's name and the reason."""
 
+LORA_BIAS: Final = "lora_bias"
+
 BIASES: Final = ("none", "all", "lora_only")
 """Values of ``bias``; with the last two PEFT trains and saves biases, which replace the base's."""
 
@@ -32,7 +34,7 @@ lora_ga) or rounds the update differently (mica)."""
 
 _OTHER_KEYS: Final = """
     lora_alpha lora_dropout fan_in_fan_out bias use_rslora init_lora_weights megatron_core loftq_config eva_config corda_config
-    lora_ga_config velora_config qalora_group_size runtime_config ensure_weight_tying
+    lora_ga_config velora_config qalora_group_size runtime_config ensure_weight_tying lora_bias trainable_token_indices
 """
 KNOWN: Final = COMMON_KEYS.union(
     RANK_KEYS, REFUSED, _OTHER_KEYS.split(), (kind.setting for kind in VARIANTS if kind.setting)

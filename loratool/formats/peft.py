@@ -9,11 +9,12 @@ import re
 from dataclasses import replace
 from typing import Final
 
-from loratool.errors import AdapterError, quoted
+from loratool.errors import AdapterError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter, target_of
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha
+from loratool.formats.beside import changes_beside, split_beside
 from loratool.formats.builders import BUILDERS
 from loratool.formats.describe import NEVER_ALONE, kind_of, parts_of, ranks_of
 from loratool.formats.kinds import KINDS, LORA, OF_PEFT, RECORDED, VARIANTS, Kind, kind_named
@@ -69,6 +70,7 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
     if config and config.get("target_modules") is None and not config.get("target_parameters"):
         # PEFT has default targets for each type of model, and would ignore tensors of other modules.
         config["target_modules"] = sorted({target_of(module) for module in parts_of(factors, split_peft) if module})
+    beside, factors = split_beside(factors, source)
     own = replace(files, tensors=factors, config=config)
     notes: tuple[str, ...] = ()
     if replaced:
@@ -77,6 +79,13 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
             f"({quoted(next(iter(replaced)))}, ...; modules_to_save, embeddings, biases or norms), which replace the base's own",
         )
     adapter = builder.read(own, given)
+    adapter = replace(adapter, changes={**adapter.changes, **changes_beside(beside, adapter)})
+    both = next(iter(sorted(adapter.changes.keys() & replaced.keys())), None)
+    if both is not None:
+        raise UnsupportedError(
+            f"{quoted(source)} holds {quoted(replaced[both].tensor.name)} beside an update of it, and loratool does not compute "
+            "both yet; merge it with PEFT"
+        )
     return replace(
         adapter,
         changes={**adapter.changes, **replaced},

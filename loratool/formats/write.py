@@ -24,6 +24,7 @@ from loratool.formats.adapter_names import (
     SINGLE_FILE_SUFFIXES,
     WEIGHTS_NAME,
 )
+from loratool.formats.beside import BESIDE
 from loratool.formats.builders import BUILDERS
 from loratool.formats.read import read_adapter
 from loratool.formats.replacements import peft_name
@@ -112,13 +113,14 @@ def _fill_file(file: Path, adapter: Adapter) -> None:
 
 
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
-    key = BUILDERS[adapter.kind].key
+    keys = {name: feature.key for name, feature in BESIDE.items()}
     factors, whole = {}, {}
     for name, update in sorted(adapter.changes.items()):
         for letter, info in update.tensors.items():
             if update.replaces:
                 whole[peft_name(name, adapter)] = info
             else:
+                key = keys.get(update.kind, BUILDERS[adapter.kind].key)
                 factors[key(module_of(name), letter)] = info
     return factors | whole
 

@@ -21,9 +21,9 @@ from loratool.formats.module_targets import ALL_LINEAR
 from loratool.formats.names import SUFFIX, is_tied_head
 from loratool.formats.replacements import lost_biases, refuse_incomplete
 from loratool.merging.changed_files import FileChanges
-from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied
+from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied, tied_copies
 from loratool.merging.vocabulary import misfit_advice
-from loratool.updates import Update
+from loratool.updates import RowsUpdate, Update
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
 
@@ -132,16 +132,20 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     architecture = architecture_of(base.config, base.tensors)
     landings = [_landing(weighted.adapter, architecture) for weighted in adapters]
     arriving: dict[str, list[PlannedUpdate]] = {}
+    both: set[str] = set()  # tied tensors that change with their embedding
     for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
         for parameter, update in weighted.adapter.changes.items():
             for place in landing.tensors[parameter]:
                 refuse_partial(place, parameter, weighted.adapter)
                 planned = PlannedUpdate(index, parameter, update, weighted.weight, place.view)
-                arriving.setdefault(place.name, []).append(planned)
+                copies = tied_copies(place.name, base) if isinstance(update, RowsUpdate) else ()
+                both.update(copies)
+                for name in (place.name, *copies):
+                    arriving.setdefault(name, []).append(planned)
     outputs = {
         name: {planned.update.shape[0] for planned in updates}
         for name, updates in arriving.items()
-        if all(planned.view.is_whole and not planned.update.replaces for planned in updates)
+        if all(planned.view.is_whole and _leads(planned.update) for planned in updates)
     }
     orientation = Orientation(architecture, outputs)
     seed = seed or _seed(adapters)
@@ -151,7 +155,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     )
     for weighted, landing in zip(adapters, landings, strict=True):
         refuse_incomplete(weighted.adapter, landing.names, base.tensors)
-    refuse_tied([target.name for target in targets], base, orientation.architecture)
+    refuse_tied([target.name for target in targets if target.name not in both], base, orientation.architecture)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
         notes += lost_biases(weighted.adapter, landing.names, base.tensors)
@@ -160,10 +164,16 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
 
 
 def _landing(adapter: Adapter, architecture: Architecture) -> Landing:
-    """Return where every parameter of an adapter lands. Replaced parameters have the base's own names and follow the others."""
-    changed = {name: update.shape for name, update in adapter.changes.items() if not update.replaces}
-    replaced = {name: update.shape for name, update in adapter.changes.items() if update.replaces}
-    return land(changed, architecture, adapter.name, replaced)
+    """Return where all parameters of an adapter land. Whole ones, vectors and rows follow the matrices, if there are any."""
+    shapes = {name: update.shape for name, update in adapter.changes.items()}
+    leading = {name: shape for name, shape in shapes.items() if _leads(adapter.changes[name])} or shapes
+    following = {name: shape for name, shape in shapes.items() if name not in leading}
+    return land(leading, architecture, adapter.name, following)
+
+
+def _leads(update: Update) -> bool:
+    """Return whether an update shows by its shape where its adapter lands; the others follow."""
+    return not update.replaces and not isinstance(update, RowsUpdate) and len(update.shape) > 1
 
 
 def refuse_partial(place: Place, parameter: str, adapter: Adapter) -> None:
@@ -220,19 +230,26 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
     _refuse_order(name, updates, adapters)
     weight = stored_weight(base, name)
     source = adapters[updates[0].adapter].adapter
-    info = base.tensors[name]
-    own = module_of(updates[0].parameter)
-    if weight is None or len(weight.shape) != 2:
+    own, first = module_of(updates[0].parameter), updates[0].update
+    info = base.tensors.get(name)
+    if info is None:
+        raise PlacementError(
+            f"{quoted(source.name)} changes {quoted(updates[0].parameter)} by {first.kind}, and the base has no such parameter, "
+            "so PEFT could not merge it either; is it the right base?"
+        )
+    if weight is None or len(weight.shape) != len(first.shape) or len(weight.shape) > 2:
         raise UnsupportedError(
             f"{quoted(own)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
             f"{info.dtype} {list(info.shape)}; loratool changes {titles()} matrices"
         )
+    if isinstance(first, RowsUpdate):
+        return _rows_target(weight, first, updates, source, orientation.architecture)
     if orientation.architecture.is_embedding(name):
         raise UnsupportedError(
             f"{quoted(own)} of {quoted(source.name)} lands on the embedding {quoted(name)}; "
             "LoRA on embeddings is not supported yet"
         )
-    stored = False if weight.is_oriented else orientation.transposed(name)
+    stored = False if weight.is_oriented or len(weight.shape) == 1 else orientation.transposed(name)
     transposed = source.settings.fan_in_fan_out if stored is None else stored
     updates = tuple(replace(each, view=replace(each.view, transposed=transposed)) for each in updates)
     for planned in updates:
@@ -248,6 +265,23 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
                 f"{quoted(module_of(planned.parameter))} of {quoted(source.name)} is {planned.update.kind}, and {quoted(name)} "
                 "is stored as (in_features, out_features): loratool does not compute that yet; merge it with PEFT"
             )
+    return Target(weight, updates)
+
+
+def _rows_target(weight: StoredWeight, update: RowsUpdate, updates: tuple[PlannedUpdate, ...], source: Adapter,
+                 architecture: Architecture) -> Target:  # fmt: skip
+    """Return the target of an update of some rows of a matrix, which has one row for each token."""
+    tokens, width = weight.shape
+    if update.shape[1] != width:
+        raise PlacementError(
+            f"{quoted(source.name)} replaces rows of {quoted(weight.name)} by rows of {update.shape[1]} numbers, and the base's "
+            f"have {width}; is it the right base?"
+        )
+    if update.shape[0] > tokens:
+        raise PlacementError(
+            f"{quoted(source.name)} replaces row {update.shape[0] - 1} of {quoted(weight.name)}, which has {tokens} rows; "
+            + misfit_advice(weight.name, update.shape, weight.shape, architecture)
+        )
     return Target(weight, updates)
 
 

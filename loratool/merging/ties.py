@@ -64,6 +64,15 @@ def tied(names: Iterable[str], base: Checkpoint, architecture: Architecture | No
     return found
 
 
+def tied_copies(name: str, base: Checkpoint) -> tuple[str, ...]:
+    """Return the output heads that are tied to the input embedding `name` and are stored as tensors of their own."""
+    architecture = architecture_of(base.config, base.tensors)
+    if architecture.role(name) is not Role.TOKENS:
+        return ()
+    heads = tied(architecture.weights(Role.HEAD), base, architecture)
+    return tuple(head for head, embedding in heads.items() if embedding == name)
+
+
 def is_tied_embedding(name: str, base: Checkpoint) -> bool:
     """Return whether `name` is an input embedding that the model also uses as its output head.
 

@@ -64,6 +64,15 @@ class Update(Protocol):
 
 
 @runtime_checkable
+class RowsUpdate(Update, Protocol):
+    """An update of some rows of a matrix that may have more: `shape` has only the rows up to the last of them."""
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        """The rows that it changes, each once."""
+
+
+@runtime_checkable
 class Ranked(Update, Protocol):
     """An update that has a rank."""
 
