@@ -15,7 +15,14 @@ import torch
 from hub_stand_in import Cut, Event, Failure, HubStandIn
 from huggingface_hub import ModelCard, constants, snapshot_download
 from markdown_it import MarkdownIt
-from tiny_adapters import TinyAdapters, copy_with, save_kohya_dylora, save_peft_adalora, save_single_file
+from tiny_adapters import (
+    TinyAdapters,
+    copy_with,
+    save_kohya_dylora,
+    save_peft_adalora,
+    save_peft_adapter,
+    save_single_file,
+)
 from tiny_models import TinyModels, load
 
 import loratool
@@ -356,6 +363,18 @@ def test_other_kinds_are_pushed_as_peft_loads_them(
     layer = loaded.get_submodule(f"base_model.model.{key}")
     expected = raw[f"{flat}.lora_up.weight"] @ raw[f"{flat}.lora_down.weight"] * (8.0 / 4)
     torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+
+
+def test_the_card_of_a_kind_that_is_no_lora_says_what_it_is(hub: HubStandIn, base: Path, tmp_path: Path) -> None:
+    config = peft.LoHaConfig(r=3, alpha=6, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    folder = save_peft_adapter(load(base, "llama"), config, tmp_path / "hadamard")
+    loratool.add(folder, name="hadamard", base="tiny")
+    loratool.push("hadamard", "ada/hadamard")
+    card = ModelCard(files(hub, "ada/hadamard")["README.md"].decode())
+    assert card.data.tags == ["loha", "loratool"]
+    assert "A LoHa adapter of rank 3 for" in card.text
+    assert "| alpha | 6 (scaling 2) |" in card.text and "(2 modules) |" in card.text
+    assert peft.PeftConfig.from_pretrained(snapshot_download("ada/hadamard")).peft_type == "LOHA"
 
 
 def test_an_adalora_and_a_child_of_it(hub: HubStandIn, base: Path, tmp_path: Path) -> None:

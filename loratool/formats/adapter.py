@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class Adapter:
     def dtype(self) -> str:
         """The dtype of its factors in safetensors' spelling, or ``mixed``."""
         updates = [update for update in self.changes.values() if not update.replaces]
-        dtypes = {info.dtype for update in updates for info in update.tensors.values()}
+        dtypes = {info.dtype for update in updates for info in self._numbers(update)}
         return dtypes.pop() if len(dtypes) == 1 else "mixed"
 
     @property
@@ -119,6 +119,15 @@ class Adapter:
     def tensors(self) -> tuple[TensorInfo, ...]:
         """The locations of its tensors."""
         return tuple(info for update in self.changes.values() for info in update.tensors.values())
+
+    @property
+    def factors(self) -> tuple[TensorInfo, ...]:
+        """The locations of its tensors that hold floating-point numbers, not indices."""
+        return tuple(info for update in self.changes.values() for info in self._numbers(update))
+
+    def _numbers(self, update: Update) -> Iterator[TensorInfo]:
+        indices = kind_named(self.kind).indices
+        return (info for letter, info in update.tensors.items() if letter not in indices)
 
     @property
     def base_model(self) -> str | None:

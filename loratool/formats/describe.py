@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Final
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.formats.kinds import KINDS, LORA, Kind, kind_named
+from loratool.formats.kinds import KINDS, LORA, NEVER_ALONE, VARIANTS, Kind, kind_named
 
 Split = Callable[[str], tuple[str, str] | None]
 Parts = Mapping[str, TensorInfo]
-
-NEVER_ALONE: Final = ("full", "trainable_tokens", "ln_tuning")
-"""Kinds that may accompany another one without making a mixture: norms and biases with LoKr, tokens with LoRA."""
 
 
 def parts_of(tensors: Mapping[str, TensorInfo], split: Split) -> dict[str, dict[str, TensorInfo]]:
@@ -31,8 +27,8 @@ def kind_of(modules: Mapping[str, Parts]) -> str | None:
     kinds = {found.name for parts in modules.values() if (found := _kind_of_parts(parts)) is not None}
     if len(kinds) > 1:
         kinds -= set(NEVER_ALONE)
-    if kinds == {LORA, "dora"}:
-        return "dora"
+    if len(kinds) > 1 and {kind.name for kind in VARIANTS} & kinds:  # some modules of a variant are plain
+        kinds -= {LORA}
     return "mixed" if len(kinds) > 1 else next(iter(kinds), None)
 
 

@@ -20,7 +20,7 @@ EXPONENTS: Final = {
 
 def refuse_not_finite(adapter: Adapter) -> None:
     """Raise AdapterError if a factor contains NaN or infinity, or its dtype is not a floating-point type."""
-    for info in adapter.tensors:
+    for info in adapter.factors:
         if info.dtype not in EXPONENTS:
             raise AdapterError(
                 f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, which a factor cannot have"

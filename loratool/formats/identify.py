@@ -11,10 +11,9 @@ from loratool.formats.adapter_files import AdapterFiles, open_adapter
 from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha
 from loratool.formats.bare import described_alpha
-from loratool.formats.describe import NEVER_ALONE
 from loratool.formats.finite import refuse_not_finite, refuse_numbers_not_finite
 from loratool.formats.identity import AnyAdapter, Identity
-from loratool.formats.kinds import KINDS, kind_named
+from loratool.formats.kinds import KINDS, NEVER_ALONE, kind_named
 from loratool.formats.read import read_files
 from loratool.formats.table import format_of
 from loratool.formats.trained_beside import with_trained_beside

@@ -47,6 +47,8 @@ class Kind:
         article: the English article of its title.
         advice: advice for people who have one.
         alpha_key: the key of alpha in its PEFT configuration, which may lack it.
+        accompanies: whether its tensors may stand beside those of another kind without making a mixture.
+        indices: the letters of its tensors that hold whole numbers.
     """
 
     name: str
@@ -63,6 +65,13 @@ class Kind:
     article: str = "a"
     advice: str = ""
     alpha_key: str = "lora_alpha"
+    accompanies: bool = False
+    indices: frozenset[str] = frozenset()
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether its factors are a LoRA's."""
+        return self.ranks[:1] == _LORA_RANKS[:1]
 
 
 LORA: Final = "lora"
@@ -133,11 +142,11 @@ _ROWS: Final = (
     Kind("hra", "HRA", "HRA", parts=("hra_",), ranks=(("hra_u", 1),), why_not=NOT_YET),
     Kind("road", "RoAd", "ROAD", parts=("road_",), why_not=NOT_YET),
     # Parts of the base itself
-    Kind("ln_tuning", "tuned layer norms", "LN_TUNING", parts=("ln_tuning_",), why_not=NOT_YET),
+    Kind("ln_tuning", "tuned layer norms", "LN_TUNING", parts=("ln_tuning_",), why_not=NOT_YET, accompanies=True),
     Kind("beft", "BEFT", "BEFT", parts=("beft_",), why_not=NOT_YET),
     Kind("trainable_tokens", "trainable tokens", "TRAINABLE_TOKENS", parts=("trainable_tokens_", "token_adapter"),
-         why_not=NOT_YET),
-    Kind("full", "full weights", why_not=NOT_YET, other_parts=("diff", "set_weight", "w_norm", "b_norm")),
+         why_not=NOT_YET, accompanies=True),
+    Kind("full", "full weights", why_not=NOT_YET, other_parts=("diff", "set_weight", "w_norm", "b_norm"), accompanies=True),
     # Added layers and tokens
     Kind("prompt_tuning", "prompt tuning", "PROMPT_TUNING", parts=("prompt_embeddings",), why_not=BESIDE),
     Kind("multitask_prompt_tuning", "multitask prompt tuning", "MULTITASK_PROMPT_TUNING",
@@ -161,6 +170,7 @@ OF_PEFT: Final[Mapping[str, Kind]] = MappingProxyType({kind.peft_type: kind for 
 COMPUTED: Final = frozenset(kind.name for kind in _ROWS if kind.why_not is None)
 RECORDED: Final = tuple(kind for kind in _ROWS if kind.recorded)
 VARIANTS: Final = tuple(kind for kind in _ROWS if kind.setting is not None)
+NEVER_ALONE: Final = tuple(kind.name for kind in _ROWS if kind.accompanies)
 
 
 @dataclass(frozen=True, slots=True)

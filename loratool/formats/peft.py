@@ -16,8 +16,8 @@ from loratool.formats.adapter_format import AdapterFormat, Description
 from loratool.formats.alpha import Alpha
 from loratool.formats.beside import changes_beside, split_beside
 from loratool.formats.builders import BUILDERS
-from loratool.formats.describe import NEVER_ALONE, kind_of, parts_of, ranks_of
-from loratool.formats.kinds import KINDS, LORA, OF_PEFT, RECORDED, VARIANTS, Kind, kind_named
+from loratool.formats.describe import kind_of, parts_of, ranks_of
+from loratool.formats.kinds import KINDS, LORA, NEVER_ALONE, OF_PEFT, RECORDED, VARIANTS, Kind, kind_named
 from loratool.formats.loadable import loadable
 from loratool.formats.module_targets import other_type
 from loratool.formats.replacements import split_replacements

@@ -57,11 +57,12 @@ class AdapterCard:
     Attributes:
         name: the title of the README.
         repository: the repository's id on the Hub.
-        kind: ``lora``, ``dylora`` or ``adalora``.
-        ranks: the rank of each module.
+        kind: the word for its kind (`formats.kinds`).
+        modules: the number of modules that it changes without replacing them.
+        ranks: the rank of each module that has one.
         alpha: ``lora_alpha`` of the configuration.
         scalings: the scalings of the modules' updates, each value once.
-        target_modules, replaced: the modules it changes by factors; the number of tensors it replaces whole.
+        target_modules, replaced: the targets of its modules; the number of tensors it replaces whole.
         parameters, dtype, size_bytes, sha256: facts about its weights.
         base: the Hub id of its base, or None if it has none.
         base_url: the base's page on the Hub.
@@ -77,6 +78,7 @@ class AdapterCard:
     name: str
     repository: str
     kind: str
+    modules: int
     ranks: Mapping[str, int]
     alpha: float | None
     scalings: Sequence[float]
@@ -118,7 +120,7 @@ class AdapterCard:
         }
         if self.license:
             managed["license"] = self.license
-        words = ["lora", *([self.kind] if self.kind != "lora" else []), "loratool", *self.tags]
+        words = [*(["lora"] if kind_named(self.kind).is_lora else []), self.kind, "loratool", *self.tags]
         return FrontMatter(managed, {"pipeline_tag": pipeline, "datasets": datasets}, tuple(dict.fromkeys(words)))
 
     def body(self) -> str:
@@ -136,7 +138,8 @@ class AdapterCard:
     def _introduction(self) -> str:
         base = f"[{plain(self.base)}]({self.base_url})" if self.base else "a base model that is not on the Hub"
         kind = kind_named(self.kind)
-        text = f"{kind.article.capitalize()} {kind.title} adapter of rank {self.rank} for {base}."
+        of_rank = f" of rank {self.rank}" if self.rank else ""
+        text = f"{kind.article.capitalize()} {kind.title} adapter{of_rank} for {base}."
         if kind.advice:
             text += f" {kind.advice}"
         for operation, parents in self.lineage[:1]:
@@ -153,7 +156,7 @@ class AdapterCard:
         return [
             ("rank", self.rank),
             ("alpha", "" if self.alpha is None else f"{self.alpha:g} (scaling {scaling})"),
-            ("target modules", f"{', '.join(names)}{more} ({len(self.ranks)} modules)"),
+            ("target modules", f"{', '.join(names)}{more} ({self.modules} modules)"),
             ("modules to save", whole),
             ("parameters", f"{self.parameters:,}, {self.dtype}, {_size(self.size_bytes)}"),
             ("weights, sha256", code(self.sha256)),

@@ -118,6 +118,7 @@ def _card(found: ResolvedAdapter, written: Adapter, owner: BaseRecord | None, ba
         name=repository.rpartition("/")[2],
         repository=repository,
         kind=written.kind,
+        modules=len(written.modules),
         ranks=written.ranks,
         alpha=written.alpha,
         scalings=[update.scaling for _, update in sorted(written.ranked.items())],
