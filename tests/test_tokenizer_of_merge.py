@@ -159,6 +159,52 @@ def test_it_is_pulled_from_the_hub(hub: HubStandIn, made: Path, base: Path, tmp_
     assert same(loratool.merge("other", into=base, out=tmp_path / "other").out, base)
 
 
+@pytest.mark.parametrize("catalogued", [False, True])
+def test_an_exported_folder_has_it_and_is_replaced_with_it(catalogued: bool, made: Path, tmp_path: Path) -> None:
+    trained = adapter(made, tmp_path / "pirate", more_tokens)
+    if catalogued:
+        loratool.add(trained)
+    source = "pirate" if catalogued else trained
+    out = loratool.export(source, tmp_path / "out")
+    assert same(out, trained)
+    assert loratool.show(out).record.sha256 == loratool.show(source).record.sha256
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(LoratoolError, match=r"holds 'mine\.txt'"):
+        loratool.export(source, out, force=True)
+    (out / "mine.txt").unlink()
+    shutil.rmtree(loratool.export(made / "adapter", tmp_path / "bare"))
+    loratool.export(made / "adapter", out, force=True)
+    assert not (out / "tokenizer.json").exists()
+
+
+def test_an_export_of_an_export_lists_only_its_own_files(made: Path, tmp_path: Path) -> None:
+    first = loratool.export(adapter(made, tmp_path / "pirate", more_tokens), tmp_path / "first")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (first / name).unlink(missing_ok=True)
+    loratool.add(first, name="second")
+    second = loratool.export("second", tmp_path / "second")
+    assert json.loads((first / "loratool.json").read_text())["files"]
+    assert "files" not in json.loads((second / "loratool.json").read_text())
+
+
+def test_it_is_pushed_without_the_local_path_in_it_and_pulled_again(
+    hub: HubStandIn, made: Path, base: Path, tmp_path: Path
+) -> None:
+    trained = adapter(made, tmp_path / "pirate", more_tokens)
+    config = json.loads((trained / "tokenizer_config.json").read_text()) | {"name_or_path": str(base)}
+    (trained / "tokenizer_config.json").write_text(json.dumps(config))
+    loratool.add(trained, name="pirate")
+    assert loratool.push("pirate", "ada/pirate", base_model="none").sent
+    pushed = {path: blob.data for path, blob in hub.repositories["ada/pirate"].head.files.items()}
+    assert pushed["tokenizer.json"] == (trained / "tokenizer.json").read_bytes()
+    assert json.loads(pushed["tokenizer_config.json"]) == config | {"name_or_path": "base"}
+    assert not [path for path, data in pushed.items() if str(tmp_path).encode() in data]
+    assert not loratool.push("pirate", "ada/pirate", base_model="none").sent
+    loratool.remove("pirate")
+    loratool.pull("ada/pirate", name="pulled")
+    assert same(loratool.merge("pulled", into=base, out=tmp_path / "out").out, trained)
+
+
 def test_a_chat_template_alone_comes_along(made: Path, base: Path, tmp_path: Path) -> None:
     trained = shutil.copytree(made / "adapter", tmp_path / "pirate")
     (trained / "chat_template.jinja").write_text(OTHER_TEMPLATE)

@@ -173,8 +173,8 @@ def _is_accounted_for(name: str, record: Mapping[str, Any]) -> bool:
     """Return whether a file in an output's folder belongs to the output."""
     if name == OWN_FILE:
         return True
-    if _kind_of_record(record) is OutputKind.ADAPTER_FOLDER:
-        return name in ADAPTER_FILES
-    is_weights = "/" not in name and name.endswith(WEIGHT_SUFFIXES)
     files = record.get("files")
+    if _kind_of_record(record) is OutputKind.ADAPTER_FOLDER:
+        return name in ADAPTER_FILES or (isinstance(files, list) and name in files)
+    is_weights = "/" not in name and name.endswith(WEIGHT_SUFFIXES)
     return is_weights or name.startswith(f"{UNDO_FOLDER}/") or (isinstance(files, dict) and name in files)

@@ -35,6 +35,7 @@ from loratool.formats.adapter_names import (
     shards_in,
     single_files,
 )
+from loratool.formats.facts import without_files
 from loratool.formats.joined import joined_content, joined_size, sha256_of_content
 from loratool.formats.nested import no_adapter_in
 
@@ -159,7 +160,7 @@ def _in_folder(folder: Path, weights: str) -> AdapterFiles:
     states = states_of(beside.values())
     opened = _sharded(folder / weights) if weights.endswith(INDEX_SUFFIX) else _single(folder / weights)
     config = _json_file(beside[CONFIG_NAME]) if CONFIG_NAME in beside else opened.config
-    facts = _json_file(folder / FACTS_NAME) if (folder / FACTS_NAME).is_file() else opened.facts
+    facts = without_files(_json_file(folder / FACTS_NAME)) if (folder / FACTS_NAME).is_file() else opened.facts
     return replace(
         opened, name=folder.resolve().name, config=config, facts=facts, beside=beside, states=(*states, *opened.states)
     )

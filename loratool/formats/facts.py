@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,6 +28,10 @@ _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _OPERATION: Final = re.compile(r"[a-z][a-z_-]{0,31}")
 _HARMLESS: Final = str.maketrans("", "", "\n\t\r\u200c\u200d")
 """Allowed control characters: line ends, and joiners of letters and emoji."""
+
+
+FILES: Final = "files"
+"""Key in the facts of an exported folder: its other files, which belong to the export and are replaced with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,16 @@ def check_facts(facts: Mapping[str, Any], source: str) -> None:
         raise AdapterError(
             f"{quoted(source)} was written by a newer loratool (schema {facts['schema']}); upgrade loratool"
         )
+
+
+def with_files(facts: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return the facts of an exported folder that has these other files."""
+    return {**facts, FILES: sorted(names)}
+
+
+def without_files(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts about an adapter, without the list of files of the folder that it was exported to."""
+    return {key: value for key, value in facts.items() if key != FILES}
 
 
 def lineage_of(facts: Mapping[str, Any]) -> tuple[str, tuple[Parent, ...], dict[str, Any]] | None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +27,29 @@ from loratool.formats.adapter_names import (
 )
 from loratool.formats.beside import BESIDE
 from loratool.formats.builders import BUILDERS
+from loratool.formats.facts import with_files
 from loratool.formats.read import read_adapter
 from loratool.formats.replacements import peft_name
 from loratool.formats.table import format_named
 
 
-def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadata: bool = True) -> None:
+def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadata: bool = True,
+               beside: Mapping[str, Path] | None = None) -> None:  # fmt: skip
     """Write the PEFT directory `out`: configuration, weights, and ``loratool.json`` if there are facts.
 
     A file whose tensors already have PEFT's names is copied byte for byte, which keeps its sha256. Without `keep_metadata` it
-    is rewritten with only its tensors.
+    is rewritten with only its tensors. The files `beside`, by name, are copied; the facts list them.
 
     Raises:
         OutputError: `out` exists (without `force`) or cannot be written.
         CheckpointError: a file of the adapter changed meanwhile.
     """
+    if beside:
+        adapter = replace(adapter, facts=with_files(adapter.facts, beside))
     with staged_folder(out, OutputKind.ADAPTER_FOLDER, force=force) as folder:
         _fill_folder(folder, adapter, keep_metadata=keep_metadata)
+        for name, file in (beside or {}).items():
+            _copy_file(file, folder / name)
 
 
 def write_single_file(adapter: Adapter, out: Path, *, force: bool = False) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loratool.errors import OutputError
+from loratool.formats.adapter_folder import tokenizer_files
 from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.alpha import Alpha
 from loratool.formats.identity import Identity
@@ -21,7 +22,8 @@ def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alph
            force: bool = False, registry: str | None = None) -> Path:  # fmt: skip
     """Write an adapter as a PEFT folder or as a single file, and return its path.
 
-    The files of an adapter that loratool does not compute are written unchanged.
+    A folder also gets the tokenizer that lies beside the adapter. The files of an adapter that loratool does not compute are
+    written unchanged.
 
     Args:
         adapter: a catalogued name, a path or a Hub id.
@@ -45,6 +47,9 @@ def export(adapter: str | os.PathLike[str], out: str | os.PathLike[str], *, alph
         facts = dict(found.adapter.facts) | {"schema": 1, "kind": found.adapter.kind}
         if found.base_fingerprint:
             facts["base_fingerprint"] = found.base_fingerprint
-        write = write_single_file if target.suffix in SINGLE_FILE_SUFFIXES else write_peft
-        write(replace(found.adapter, facts=facts), target, force=force)
+        exported = replace(found.adapter, facts=facts)
+        if target.suffix in SINGLE_FILE_SUFFIXES:
+            write_single_file(exported, target, force=force)
+        else:
+            write_peft(exported, target, force=force, beside=tokenizer_files(found.adapter))
     return target

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -40,13 +41,22 @@ _HASH: Final = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _REPOSITORY: Final = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 
 
+_LETTERS: Final = str.maketrans({
+    "ß": "ss", "æ": "ae", "Æ": "AE", "œ": "oe", "Œ": "OE", "ø": "o", "Ø": "O", "ł": "l", "Ł": "L", "đ": "d", "Đ": "D", "ð": "d",
+    "Ð": "D", "þ": "th", "Þ": "Th", "ı": "i",
+})  # fmt: skip
+"""Latin letters that are no ASCII letters with an accent."""
+
+
 def name_from(stem: str) -> str:
-    """Turn any text into a name that the catalogue accepts.
+    """Turn any text into a name that the catalogue accepts. Latin letters lose their accents.
 
     Raises:
         AdapterError: the text has no usable characters.
     """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:LONGEST_NAME]
+    plain = unicodedata.normalize("NFKD", stem.translate(_LETTERS))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")[:LONGEST_NAME]
     if not is_name(name):
         raise AdapterError(f"no name can be made from {quoted(stem)}; give one with --name")
     return name

@@ -1,7 +1,8 @@
-"""An adapter's files for the Hub: PEFT's layout, loratool's facts, a card, and the picture of its training."""
+"""An adapter's files for the Hub: PEFT's layout, its tokenizer, loratool's facts, a card, and the picture of its training."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any, Final
 
 from loratool.architecture import architecture_of, module_of
 from loratool.checkpoint.dtypes import title as dtype_title
-from loratool.checkpoint.json_text import parse_json
+from loratool.checkpoint.json_text import parse_json, read_json_object
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import HubError, PlacementError, quoted
 from loratool.formats.adapter import Adapter, sha256_of
+from loratool.formats.adapter_folder import tokenizer_files
 from loratool.formats.adapter_names import CONFIG_KEY, CONFIG_NAME, FACTS_KEY, FACTS_NAME, WEIGHTS_NAME
 from loratool.formats.landing import land
 from loratool.formats.lora import lora_settings
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.read import read_adapter
+from loratool.formats.tokenizer import CONFIG_NAME as TOKENIZER_CONFIG
 from loratool.formats.write import write_peft
 from loratool.hub.card import AdapterCard, task_of
 from loratool.hub.push import Content, Remote
@@ -65,6 +68,7 @@ def prepare_adapter(
     text = renewed(remote.readme if remote.readme is not None else local, card.name, card.front_matter(), card.body())
     contents = [Content(name, folder / name) for name in (CONFIG_NAME, WEIGHTS_NAME, FACTS_NAME)]
     contents.append(Content(README, text.encode()))
+    contents += [Content(name, _without_paths(file)) for name, file in tokenizer_files(found.adapter).items()]
     if picture is not None:
         contents.append(Content(PICTURE, picture))
     same = record if record is not None and written.sha256 == record.sha256 else None
@@ -188,6 +192,15 @@ def _names_a_path(adapter: Adapter) -> bool:
         if without_paths(value) != value:
             return True
     return any(is_path(value) for value in metadata.values())
+
+
+def _without_paths(file: Path) -> Path | bytes:
+    """Return a tokenizer's file, or if it is a configuration that names a local path, its JSON without that."""
+    if file.name != TOKENIZER_CONFIG:
+        return file
+    config = read_json_object(file)
+    cleaned = without_paths(config)
+    return file if cleaned == config else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _picture(found: ResolvedAdapter) -> Path | None:
