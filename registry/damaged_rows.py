@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, ColumnElement, Connection, Table, select, true
+from sqlalchemy import Column, ColumnElement, Connection, Select, Table, select, true
 
-from registry.errors import DamagedValueError
+from registry import notices
+from registry.errors import DamagedValueError, RegistryDamagedError
+from registry.names import printable
 
 T = TypeVar("T")
 
@@ -23,6 +25,43 @@ def sound_parts(ids: Sequence[int], read: Callable[[Sequence[int]], T]) -> tuple
     first, bad = sound_parts(ids[:middle], read)
     second, also_bad = sound_parts(ids[middle:], read)
     return first + second, bad + also_bad
+
+
+def rows_less(
+    connection: Connection, query: Select[Any], optional: Column[Any], called: Callable[[Mapping[str, Any]], str]
+) -> list[Mapping[str, Any]]:
+    """Return the rows of a query on the table of `optional`. Where that column cannot be read it is None, and a note says so.
+
+    `called` names a row in the note. Raises RegistryDamagedError, with the row's number, if another of its values is damaged.
+    """
+    try:
+        return [dict(row) for row in connection.execute(query).mappings()]
+    except DamagedValueError:
+        key = optional.table.c.id
+        ids = list(connection.execute(query.with_only_columns(key, maintain_column_froms=True)).scalars())
+    others = [column for column in query.selected_columns if column is not optional]
+    found: list[Mapping[str, Any]] = []
+    for each in ids:
+        one = query.where(key == each)
+        try:
+            found.append(dict(connection.execute(one).mappings().one()))
+        except DamagedValueError as error:
+            reason = error.reason
+            try:
+                rest = dict(
+                    connection.execute(one.with_only_columns(*others, maintain_column_froms=True)).mappings().one()
+                )
+            except DamagedValueError as worse:
+                raise RegistryDamagedError(
+                    f"the registry is damaged: row {each} of {key.table.name} cannot be read ({worse.reason}); 'loratool doctor' "
+                    "says what to do"
+                ) from None
+            found.append({**rest, optional.name: None})
+            notices.say(
+                f"left out the {optional.name} of {printable(called(rest), 400)}, whose row is damaged ({reason}); "
+                "'loratool doctor' says what to do"
+            )
+    return found
 
 
 def read_rows(

@@ -6,8 +6,9 @@ from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Select, insert, select
 
+from registry.damaged_rows import rows_less
 from registry.database import Database
 from registry.errors import RegistryError
 from registry.labels import Labels
@@ -67,13 +68,13 @@ class Lineage:
                     f"{values['parent']} was itself made from {child.reference}; give the result another name with --name"
                 )
             same = [lineage.c[name].is_not_distinct_from(value) for name, value in values.items()]
-            row = connection.execute(_edges.where(*same)).first()
-            if row is None:
+            rows = _read(connection, _edges.where(*same))
+            if not rows:
                 plain = None if details is None else dict(details)
                 connection.execute(insert(lineage).values(**values, details=plain, created_at=datetime.now(UTC)))
-                row = connection.execute(_edges.where(*same)).one()
+                rows = _read(connection, _edges.where(*same))
                 self._labels.touch(connection, [child.id])
-            return _record(row)
+            return _record(rows[0])
 
     def parents(self, adapter: AdapterRecord) -> tuple[LineageRecord, ...]:
         """Return the adapter's direct parents."""
@@ -106,17 +107,25 @@ def _walk(connection: Connection, adapter_id: int, *, up: bool) -> tuple[Lineage
 
 def _next(connection: Connection, ids: Collection[int], *, up: bool) -> tuple[LineageRecord, ...]:
     column = lineage.c.child_id if up else lineage.c.parent_id
-    return tuple(_record(row) for row in connection.execute(_edges.where(column.in_(ids)).order_by(lineage.c.id)))
+    return tuple(_record(row) for row in _read(connection, _edges.where(column.in_(ids)).order_by(lineage.c.id)))
 
 
-def _record(row: Row[Any]) -> LineageRecord:
+def _read(connection: Connection, query: Select[Any]) -> list[Mapping[str, Any]]:
+    return rows_less(connection, query, lineage.c.details, lambda row: f"the lineage of {_child_of(row)}")
+
+
+def _child_of(row: Mapping[str, Any]) -> str:
+    return f"{row['child_name']}@{row['child_version']}"
+
+
+def _record(row: Mapping[str, Any]) -> LineageRecord:
     return LineageRecord(
-        child_id=row.child_id,
-        child=f"{row.child_name}@{row.child_version}",
-        parent_id=row.parent_id,
-        parent=row.parent if row.parent_name is None else f"{row.parent_name}@{row.parent_version}",
-        parent_sha256=row.parent_sha256,
-        operation=row.operation,
-        details=row.details,
-        created_at=row.created_at,
+        child_id=row["child_id"],
+        child=_child_of(row),
+        parent_id=row["parent_id"],
+        parent=row["parent"] if row["parent_name"] is None else f"{row['parent_name']}@{row['parent_version']}",
+        parent_sha256=row["parent_sha256"],
+        operation=row["operation"],
+        details=row["details"],
+        created_at=row["created_at"],
     )

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from sqlalchemy import Connection, Row, Select, insert, or_, select, update
+from sqlalchemy import Connection, Select, insert, or_, select, update
 
 from registry.bases import find_base_id
+from registry.damaged_rows import rows_less
 from registry.database import Database, inserted_id
 from registry.errors import NotFoundError, RegistryError
 from registry.names import is_reference, parse_reference, printable
@@ -144,8 +145,8 @@ def _add_adapter(connection: Connection, merge_id: int, position: int, adapter: 
 
 
 def _all(connection: Connection, query: Select[Any]) -> tuple[MergeRecord, ...]:
-    rows = connection.execute(query.order_by(merges.c.id.desc())).all()
-    members: dict[int, list[MergedAdapter]] = {row.id: [] for row in rows}
+    rows = rows_less(connection, query.order_by(merges.c.id.desc()), merges.c.options, _called)
+    members: dict[int, list[MergedAdapter]] = {row["id"]: [] for row in rows}
     found = connection.execute(
         select(merged_adapters, adapters.c.name, adapters.c.version)
         .select_from(merged_adapters.outerjoin(adapters, merged_adapters.c.adapter_id == adapters.c.id))
@@ -155,8 +156,8 @@ def _all(connection: Connection, query: Select[Any]) -> tuple[MergeRecord, ...]:
     for row in found:
         label = row.adapter if row.name is None else f"{row.name}@{row.version}"
         members[row.merge_id].append(MergedAdapter(adapter=label, sha256=row.sha256, weight=row.weight))
-    return tuple(_record(row, members[row.id]) for row in rows)
+    return tuple(MergeRecord(**row, adapters=tuple(members[row["id"]])) for row in rows)
 
 
-def _record(row: Row[Any], members: Sequence[MergedAdapter]) -> MergeRecord:
-    return MergeRecord(**row._mapping, adapters=tuple(members))
+def _called(row: Mapping[str, Any]) -> str:
+    return f"the merge into '{row['output']}'"

@@ -14,7 +14,7 @@ from tiny_adapters import copy_with, save_single_file
 
 import loratool
 from loratool.errors import AdapterError
-from loratool.library.resolving.adapter_name import is_generic, name_on_hub
+from loratool.library.resolving.adapter_name import is_generic, name_from, name_on_hub
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
@@ -80,6 +80,15 @@ def test_a_link_that_says_nothing_is_called_what_it_leads_to(place: Callable[...
 @pytest.mark.parametrize("stem", ["pirate", "llama3-8b", "checkpoint-pirate", "my-lora", "deadbeef", "lora-für-alle"])
 def test_a_name_that_says_something_is_kept(stem: str) -> None:
     assert not is_generic(stem)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [("ünï✓", "uni"), ("lora-für-alle", "lora-fur-alle"), ("Łódź straße", "Lodz-strasse"), ("ｐｉｒａｔｅ", "pirate"),
+     ("海賊-lora-v2", "lora-v2"), ("São Paulo", "Sao-Paulo")],
+)  # fmt: skip
+def test_accents_are_left_out_of_a_default_name_and_their_letters_stay(stem: str, name: str) -> None:
+    assert name_from(stem) == name
 
 
 def test_where_no_folder_says_anything_the_name_is_of_the_base_and_the_kind(

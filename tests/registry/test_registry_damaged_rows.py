@@ -160,6 +160,38 @@ def test_damaged_rows_of_bases_merges_and_lineage_are_named_and_repaired(filled:
     assert filled.bases.list()[0].created_at < datetime.now(UTC)
 
 
+def test_a_merge_and_a_lineage_whose_details_are_damaged_are_read_without_them_and_named(
+    filled: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pirate, parrot = filled.adapters.find("pirate"), filled.adapters.find("parrot")
+    filled.lineage.record(parrot, pirate, "truncate", details={"a": 1})
+    member = MergedAdapter(adapter="pirate@1", sha256=digest("pirate"), weight=1.0)
+    for name in ("first", "second"):
+        filled.merges.record(
+            tmp_path / name, base_fingerprint=digest("llama"), merged=[member], options={"seconds": 1.0}
+        )
+    spoil(filled, "merges", "options", "[[[", "id = 1")
+    spoil(filled, "lineage", "details", "[[[")
+    found = filled.merges.list()
+    assert [(merge.output, merge.options) for merge in found] == [
+        (tmp_path / "second", {"seconds": 1.0}),
+        (tmp_path / "first", None),
+    ]
+    assert [merge.adapters for merge in found] == [(member,), (member,)]
+    assert f"the merge into '{tmp_path / 'first'}'" in caplog.text and "'loratool doctor'" in caplog.text
+    caplog.clear()
+    (edge,) = filled.lineage.ancestors(parrot)
+    assert (edge.parent, edge.operation, edge.details) == ("pirate@1", "truncate", None)
+    assert "the lineage of parrot@1" in caplog.text and "[[[" in caplog.text
+    assert filled.lineage.record(parrot, pirate, "truncate") == edge
+    spoil(filled, "merges", "created_at", "yesterday", "id = 1")
+    with pytest.raises(RegistryError, match=r"row 1 of merges .*'loratool doctor'"):
+        filled.merges.list()
+    filled.doctor.rebuild()
+    caplog.clear()
+    assert len(filled.merges.list()) == 2 and caplog.text == ""
+
+
 def test_a_damaged_row_of_a_base_is_left_out_of_the_list_with_a_note(
     filled: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
