@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_adapters import ADAPTER_PREFIX, copy_with, merge_by_peft, save_peft_adapter
-from tiny_models import assert_same_tensors, rewrite_tensors, stored_tensors
+from safetensors.torch import load_file, save_file
+from tiny_adapters import ADAPTER_PREFIX, copy_with, merge_by_peft, save_peft_adapter, save_plain_adapter
+from tiny_models import as_torch, assert_same_tensors, rewrite_tensors, stored_tensors
 
 import loratool
-from loratool.architecture import Architecture, Spelling, architecture_of
+from loratool.architecture import Architecture, Spelling, View, architecture_of
 from loratool.errors import LoratoolError
 
 IMAGE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
@@ -30,6 +33,7 @@ RENAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "BeitForImageClassification": ("BeitConfig", IMAGE),
     "SwinForImageClassification": ("SwinConfig", SWIN),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", TEXT),
+    "NomicBertForMaskedLM": ("NomicBertConfig", TEXT),
 }
 """Models whose modules transformers 5 renames beyond a prefix, with small sizes."""
 
@@ -147,3 +151,125 @@ def test_a_module_that_no_table_knows_is_refused_with_the_nearest_names(tmp_path
     ):
         loratool.merge([wrong], into=base, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+PHI = TEXT | {"num_key_value_heads": 1, "pad_token_id": 0}
+
+
+def test_a_fused_linear_layer_stored_in_parts_gets_each_part_of_its_update(tmp_path: Path) -> None:
+    """Phi-3 fuses query, key and value, and gate and up. This checkpoint has a tensor for each of them."""
+    fused = tmp_path / "fused"
+    save_base("Phi3ForCausalLM", "Phi3Config", PHI, fused, torch.bfloat16)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])
+    adapter = save_peft_adapter(load_base("Phi3ForCausalLM", fused, torch.float32), lora, tmp_path / "adapter")
+    merge_by_peft(load_base("Phi3ForCausalLM", fused, torch.bfloat16), adapter, tmp_path / "theirs")
+    split = divided(fused, tmp_path / "split")
+    result = loratool.merge([adapter], into=split, out=tmp_path / "out")
+    assert len(result.plan.targets) == 2 * (3 + 2 + 1)
+    theirs = divided(tmp_path / "theirs", tmp_path / "theirs in parts")
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(theirs))
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_layers_that_a_checkpoint_fuses_get_their_updates_side_by_side(use_dora: bool, tmp_path: Path) -> None:
+    """The reverse: an adapter of the parts, in a checkpoint that fuses them. Its undo restores the base."""
+    fused = tmp_path / "fused"
+    save_base("Phi3ForCausalLM", "Phi3Config", PHI, fused, torch.bfloat16)
+    split = divided(fused, tmp_path / "split")
+    targets = ["q_proj", "v_proj", "up_proj"]
+    shapes = {
+        name.removesuffix(".weight"): torch.Size(tensor.shape)
+        for name, tensor in stored_tensors(split).items()
+        if name.split(".")[-2] in targets
+    }
+    adapter = save_plain_adapter(tmp_path / "adapter", dict(shapes), use_dora=use_dora)
+    if use_dora:
+        file = adapter / "adapter_model.safetensors"
+        m = {f"{ADAPTER_PREFIX}{name}.lora_magnitude_vector": torch.rand(rows) for name, (rows, _) in shapes.items()}
+        save_file(load_file(file) | m, file)
+    loratool.merge([adapter], into=split, out=tmp_path / "parts")
+    loratool.merge([adapter], into=fused, out=tmp_path / "out", undo=True)
+    ours = divided(tmp_path / "out", tmp_path / "ours")
+    assert_same_tensors(stored_tensors(ours), stored_tensors(tmp_path / "parts"))
+    assert stored_tensors(ours) != stored_tensors(split)
+    loratool.unmerge(tmp_path / "out", out=tmp_path / "again")
+    assert_same_tensors(stored_tensors(tmp_path / "again"), stored_tensors(fused))
+
+
+def divided(source: Path, folder: Path) -> Path:
+    """Copy a model, with a tensor for each matrix that a tensor of the source packs."""
+    known, stored = architecture(source), stored_tensors(source)
+    tensors = {}
+    for name in stored:
+        for matrix in known.matrices(name, spelling=Spelling.STORED):
+            tensors[name if matrix.view.is_whole else matrix.name] = viewed(as_torch(stored[name]), matrix.view)
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def viewed(tensor: torch.Tensor, view: View) -> torch.Tensor:
+    """Return the matrix or vector that a view of a parameter shows; of a whole one all, in its own orientation."""
+    part = tensor if view.expert is None else tensor[view.expert]
+    if view.is_whole:
+        return tensor
+    return part[:, view.outputs].T if view.transposed and part.dim() == 2 else part[view.outputs]
+
+
+def test_two_updates_of_one_part_of_a_tensor_are_refused(tmp_path: Path) -> None:
+    fused = tmp_path / "fused"
+    save_base("Phi3ForCausalLM", "Phi3Config", PHI, fused, torch.float32)
+    modules = {f"model.layers.0.self_attn.{name}_proj": (rows, 16) for name, rows in (("q", 16), ("qkv", 32))}
+    adapter = save_plain_adapter(tmp_path / "adapter", modules)
+    with pytest.raises(LoratoolError, match=r"both land on 'model\.layers\.0\.self_attn\.qkv_proj\.weight'"):
+        loratool.merge([adapter], into=fused, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "rows"), [("q_proj", 17), ("k_proj", 16), ("gate_proj", 48)])
+def test_an_update_that_does_not_fit_its_part_is_refused(name: str, rows: int, tmp_path: Path) -> None:
+    fused = tmp_path / "fused"
+    save_base("Phi3ForCausalLM", "Phi3Config", PHI, fused, torch.float32)
+    block = "mlp" if name == "gate_proj" else "self_attn"
+    adapter = save_plain_adapter(tmp_path / "adapter", {f"model.layers.0.{block}.{name}": (rows, 16)})
+    with pytest.raises(LoratoolError, match=rf"fits a matrix of shape \[{rows}, 16\]"):
+        loratool.merge([adapter], into=fused, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+MOE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+       "head_dim": 8, "intermediate_size": 24, "moe_intermediate_size": 24, "num_experts": 3, "num_local_experts": 3,
+       "num_experts_per_tok": 1}  # fmt: skip
+STACKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GptOssForCausalLM": ("GptOssConfig", MOE),
+    "Llama4ForCausalLM": ("Llama4TextConfig", MOE | {"intermediate_size_mlp": 24}),
+    "GraniteMoeForCausalLM": ("GraniteMoeConfig", MOE),
+}
+"""Models that are stored with one stack of experts: transposed and interleaved, transposed, and under other names."""
+
+
+@pytest.mark.parametrize("model_class", STACKS)
+@pytest.mark.parametrize("undo", [False, True])
+def test_an_update_of_one_expert_lands_in_its_part_of_a_stack(model_class: str, undo: bool, tmp_path: Path) -> None:
+    config, sizes = STACKS[model_class]
+    fused = tmp_path / "fused"
+    save_base(model_class, config, sizes, fused, torch.bfloat16)
+    split = divided(fused, tmp_path / "split")
+    wanted = r"experts\.(0\.(gate|down)|1\.up|2\.(gate|up|down))_proj\.weight"
+    shapes = {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in stored_tensors(split).items()
+        if re.search(wanted, name)
+    }
+    assert len(shapes) == 6
+    adapter = save_plain_adapter(tmp_path / "adapter", shapes)  # type: ignore[arg-type]
+    loratool.merge([adapter], into=split, out=tmp_path / "parts")
+    result = loratool.merge([adapter], into=fused, out=tmp_path / "out", undo=undo)
+    assert len(result.plan.targets) == 2
+    ours = divided(tmp_path / "out", tmp_path / "ours")
+    assert_same_tensors(stored_tensors(ours), stored_tensors(tmp_path / "parts"))
+    assert stored_tensors(ours) != stored_tensors(split)
+    if undo:
+        loratool.unmerge(tmp_path / "out", out=tmp_path / "again")
+        assert_same_tensors(stored_tensors(tmp_path / "again"), stored_tensors(fused))

@@ -208,7 +208,7 @@ def _print_tensors(result: MergeResult, *, verbose: bool) -> None:
         PlannedTensor(
             target.name,
             (
-                " + ".join(planned.update.kind for planned in target.updates),
+                " + ".join(target.kinds),
                 target.weight.storage + (f" to {becomes[target.name]}" if target.name in becomes else ""),
             ),
             (target.nbytes,),

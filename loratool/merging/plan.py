@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Final
 
 from blake3 import blake3
 
@@ -24,8 +25,12 @@ from loratool.merging.changed_files import FileChanges
 from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied, tied_copies
 from loratool.merging.vocabulary import misfit_advice
 from loratool.updates import RowsUpdate, Update
+from loratool.updates.part import part_of
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
+
+MATRIX: Final = 2
+"""The number of dimensions of a matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,11 @@ class Target:
     def nbytes(self) -> int:
         """Size of the matrix in the checkpoint, in bytes."""
         return sum(info.nbytes for info in self.weight.tensors)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The methods of its updates. One that an adapter uses for several parts is counted once."""
+        return tuple(kind for _, kind in dict.fromkeys((each.adapter, each.update.kind) for each in self.updates))
 
     def on(self, weight: StoredWeight, *, turned: bool = False) -> Target:
         """Return the same updates on another parameter, which is the transpose of this one's if `turned`."""
@@ -137,7 +147,8 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         for parameter, update in weighted.adapter.changes.items():
             for place in landing.tensors[parameter]:
                 refuse_partial(place, parameter, weighted.adapter)
-                planned = PlannedUpdate(index, parameter, update, weighted.weight, place.view)
+                own = update if place.own == WHOLE else part_of(update, place.own)
+                planned = PlannedUpdate(index, parameter, own, weighted.weight, place.view)
                 copies = tied_copies(place.name, base) if isinstance(update, RowsUpdate) else ()
                 both.update(copies)
                 for name in (place.name, *copies):
@@ -177,11 +188,11 @@ def _leads(update: Update) -> bool:
 
 
 def refuse_partial(place: Place, parameter: str, adapter: Adapter) -> None:
-    """Raise UnsupportedError if an update lands on a part of a stored parameter."""
-    if place.own != WHOLE or not place.view.is_whole:
+    """Raise UnsupportedError if a parameter that is held whole would replace a part of a stored one."""
+    if adapter.changes[parameter].replaces and not (place.own == WHOLE and place.view.is_whole):
         raise UnsupportedError(
-            f"{quoted(module_of(parameter))} of {quoted(adapter.name)} lands on a part of {quoted(place.name)}, which packs "
-            "several matrices; loratool does not compute that yet"
+            f"{quoted(adapter.name)} replaces {quoted(parameter)}, which is not one tensor of the base but has parts, as in "
+            f"{quoted(place.name)}; loratool does not compute that yet"
         )
 
 
@@ -227,7 +238,6 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
     replacing = next((planned for planned in updates if planned.update.replaces), None)
     if replacing is not None:
         return _replaced(name, replacing, updates, adapters, base)
-    _refuse_order(name, updates, adapters)
     weight = stored_weight(base, name)
     source = adapters[updates[0].adapter].adapter
     own, first = module_of(updates[0].parameter), updates[0].update
@@ -237,11 +247,12 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             f"{quoted(source.name)} changes {quoted(updates[0].parameter)} by {first.kind}, and the base has no such parameter, "
             "so PEFT could not merge it either; is it the right base?"
         )
-    if weight is None or len(weight.shape) != len(first.shape) or len(weight.shape) > 2:
+    if weight is None or any(_is_stored_otherwise(weight, planned) for planned in updates):
         raise UnsupportedError(
             f"{quoted(own)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
             f"{info.dtype} {list(info.shape)}; loratool changes {titles()} matrices"
         )
+    _refuse_order(name, weight.shape, updates, adapters)
     if isinstance(first, RowsUpdate):
         return _rows_target(weight, first, updates, source, orientation.architecture)
     if orientation.architecture.is_embedding(name):
@@ -249,9 +260,10 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             f"{quoted(own)} of {quoted(source.name)} lands on the embedding {quoted(name)}; "
             "LoRA on embeddings is not supported yet"
         )
-    stored = False if weight.is_oriented or len(weight.shape) == 1 else orientation.transposed(name)
-    transposed = source.settings.fan_in_fan_out if stored is None else stored
-    updates = tuple(replace(each, view=replace(each.view, transposed=transposed)) for each in updates)
+    if len(weight.shape) <= MATRIX:
+        stored = False if weight.is_oriented or len(weight.shape) == 1 else orientation.transposed(name)
+        transposed = source.settings.fan_in_fan_out if stored is None else stored
+        updates = tuple(replace(each, view=replace(each.view, transposed=transposed)) for each in updates)
     for planned in updates:
         fitting = planned.view.shape_in(weight.shape)
         if planned.update.shape != fitting:
@@ -285,14 +297,23 @@ def _rows_target(weight: StoredWeight, update: RowsUpdate, updates: tuple[Planne
     return Target(weight, updates)
 
 
-def _refuse_order(name: str, updates: Sequence[PlannedUpdate], adapters: Sequence[WeightedAdapter]) -> None:
+def _is_stored_otherwise(weight: StoredWeight, planned: PlannedUpdate) -> bool:
+    """Return whether an update lands on something else than a matrix or a vector, or on one of these instead of the other."""
+    dimensions = len(planned.view.shape_in(weight.shape))
+    return dimensions != len(planned.update.shape) or dimensions > MATRIX
+
+
+def _refuse_order(name: str, shape: tuple[int, ...], updates: Sequence[PlannedUpdate],
+                  adapters: Sequence[WeightedAdapter]) -> None:  # fmt: skip
     """Raise PlacementError if the order of several updates of one matrix would affect the result."""
-    needing = next((planned for planned in updates if planned.update.needs_weight), None)
-    if needing is not None and len(updates) > 1:
-        raise PlacementError(
-            f"{quoted(adapters[needing.adapter].adapter.name)} changes {quoted(name)} by {needing.update.kind}, which depends "
-            "on the current weights, and another update changes it too; merge one of them, and then the other into the result"
-        )
+    needing = (planned for planned in updates if planned.update.needs_weight)
+    for planned in needing:
+        if any(other is not planned and other.view.overlaps(planned.view, shape) for other in updates):
+            raise PlacementError(
+                f"{quoted(adapters[planned.adapter].adapter.name)} changes {quoted(name)} by {planned.update.kind}, which "
+                "depends on the current weights, and another update changes it too; merge one of them, and then the other "
+                "into the result"
+            )
 
 
 def _refuse_weight(planned: PlannedUpdate, adapter: Adapter) -> None:

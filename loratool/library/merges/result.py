@@ -77,7 +77,7 @@ class MergeResult:
             "tensors": [
                 {
                     "name": target.name,
-                    "update": [planned.update.kind for planned in target.updates],
+                    "update": list(target.kinds),
                     "codec": target.weight.storage,
                     "shape": list(target.weight.shape),
                     "size_bytes": target.nbytes,
