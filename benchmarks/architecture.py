@@ -25,7 +25,7 @@ from model_facts import ModelFacts, built
 
 from loratool.architecture.tables import FOLDER
 
-SUBJECTS = ("roles", "orientation", "names", "matrices", "ties")
+SUBJECTS = ("roles", "orientation", "names", "matrices", "ties", "quantization")
 SECONDS = 40
 """How long a class may take."""
 

@@ -22,8 +22,10 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from loratool.architecture import Architecture, Role, Spelling, architecture_of
+from loratool.architecture import Architecture, Role, Spelling, architecture_of, quantizable_weights
 from loratool.architecture.pattern import template
 
 
@@ -48,13 +50,14 @@ class ModelFacts:
         return cls(model, architecture_of(model.config.to_dict(), tensors))
 
     def differences(self) -> dict[str, set[str]]:
-        """Return in what the tables differ from the model: its roles, orientation, names, packed parameters and ties."""
+        """Return in what the tables differ from the model: roles, orientation, names, packed parameters, ties, quantization."""
         found = {
             "roles": set(self.roles()),
             "orientation": set(self.orientation()),
             "names": set(self.names()),
             "matrices": set(self.matrices()),
             "ties": set(self.ties()),
+            "quantization": set(self.quantization()),
         }
         return {subject: lines for subject, lines in found.items() if lines}
 
@@ -120,6 +123,24 @@ class ModelFacts:
             said = {other for other in self.architecture.tied(name) if other in shared}
             if said != names - {name}:
                 yield f"{template(name)} is tied to {sorted(map(template, names - {name}))}, not to {sorted(map(template, said))}"
+
+    def quantization(self) -> Iterator[str]:
+        """Yield weights that transformers stores in 4 bits and the tables do not, or the reverse, by either name."""
+        skipped = [*get_keys_to_not_convert(self.model), *(self.model._keep_in_fp32_modules or [])]
+        expected = {
+            f"{path}.weight"
+            for path, module in self.model.named_modules()
+            if (isinstance(module, Conv1D) or type(module) is nn.Linear)
+            and should_convert_module(path, skipped)
+            and 0 not in module.weight.shape
+        }
+        state = self.model.state_dict()
+        for names in ({name: name for name in state}, self._stored_names()):
+            tensors = {names[name]: SimpleNamespace(shape=tuple(state[name].shape)) for name in names if name in state}
+            wanted = {names[name] for name in expected & names.keys()}
+            found = set(quantizable_weights(architecture_of(self.model.config.to_dict(), tensors)))
+            yield from (f"{template(name)} is stored in 4 bits by the tables alone" for name in found - wanted)
+            yield from (f"{template(name)} is stored in 4 bits by transformers alone" for name in wanted - found)
 
     def _named(self, method: str) -> str | None:
         try:

@@ -13,7 +13,7 @@ import transformers
 from model_facts import ModelFacts, built
 from tiny_models import as_torch, stored_tensors
 
-from loratool.architecture import Role, Spelling, architecture_of
+from loratool.architecture import Role, Spelling, architecture_of, quantizable_weights
 from loratool.architecture.tables import FOLDER, family_named, family_of
 from loratool.errors import LoratoolError
 
@@ -91,6 +91,104 @@ def test_roles_orientation_names_experts_and_ties_are_those_of_the_model(name: s
     config, changes = MODELS[name]
     model = built(getattr(transformers, name), getattr(transformers, config)(**changes))
     assert ModelFacts.of(model).differences() == {}
+
+
+DEEP = {"num_hidden_layers": 1}
+QUANTIZED: dict[str, tuple[str, dict[str, Any]]] = {
+    "AfmoeForCausalLM": ("AfmoeConfig", {"num_hidden_layers": 3}),
+    "Aimv2Model": ("Aimv2Config", {"text_config": DEEP, "vision_config": DEEP}),
+    "AltCLIPModel": ("AltCLIPConfig", {"text_config": DEEP, "vision_config": DEEP}),
+    "AXK2ForCausalLM": ("AXK2Config", SMALL_TEXT),
+    "Blip2ForConditionalGeneration": (
+        "Blip2Config",
+        {"text_config": {"model_type": "opt", **DEEP}, "vision_config": DEEP, "qformer_config": DEEP},
+    ),
+    "CanineForSequenceClassification": ("CanineConfig", DEEP),
+    "ChineseCLIPModel": ("ChineseCLIPConfig", {"text_config": DEEP, "vision_config": DEEP}),
+    "CLIPSegModel": ("CLIPSegConfig", {"text_config": DEEP, "vision_config": DEEP}),
+    "CTRLForSequenceClassification": ("CTRLConfig", {"n_layer": 1}),
+    "CohereForCausalLM": ("CohereConfig", DEEP),
+    "DeepseekV32ForCausalLM": ("DeepseekV32Config", DEEP),
+    "DeepseekV4ForCausalLM": ("DeepseekV4Config", {"num_hidden_layers": 3}),
+    "DFineForObjectDetection": ("DFineConfig", {}),
+    "DiaForConditionalGeneration": ("DiaConfig", {"encoder_config": DEEP, "decoder_config": DEEP}),
+    "FSMTForConditionalGeneration": ("FSMTConfig", {"encoder_layers": 1, "decoder_layers": 1}),
+    "FalconForSequenceClassification": ("FalconConfig", DEEP),
+    "FlavaForPreTraining": ("FlavaConfig", {}),
+    "FuyuForCausalLM": ("FuyuConfig", {"text_config": {"model_type": "persimmon", **DEEP}}),
+    "GPTBigCodeForCausalLM": ("GPTBigCodeConfig", {"n_layer": 1}),
+    "Gemma3nForCausalLM": (
+        "Gemma3nTextConfig",
+        {"num_hidden_layers": 1, "num_kv_shared_layers": 0, "layer_types": None},
+    ),
+    "GlmMoeDsaForCausalLM": ("GlmMoeDsaConfig", DEEP),
+    "HubertForCTC": ("HubertConfig", DEEP),
+    "IBertForMaskedLM": ("IBertConfig", DEEP),
+    "JetMoeForCausalLM": ("JetMoeConfig", DEEP),
+    "LiltForTokenClassification": ("LiltConfig", DEEP),
+    "LongcatFlashForCausalLM": ("LongcatFlashConfig", {"num_layers": 1}),
+    "MarkupLMForQuestionAnswering": ("MarkupLMConfig", DEEP),
+    "MetaClip2Model": ("MetaClip2Config", {"text_config": DEEP, "vision_config": DEEP}),
+    "MobileBertForMaskedLM": ("MobileBertConfig", DEEP),
+    "MobileBertForPreTraining": ("MobileBertConfig", DEEP),
+    "MusicgenForConditionalGeneration": (
+        "MusicgenConfig",
+        {
+            "text_encoder": {"model_type": "t5", "num_layers": 1},
+            "audio_encoder": {"model_type": "encodec"},
+            "decoder": {"model_type": "musicgen_decoder", "num_hidden_layers": 1},
+        },
+    ),
+    "NllbMoeForConditionalGeneration": ("NllbMoeConfig", {"encoder_layers": 4, "decoder_layers": 4, "num_experts": 2}),
+    "OPTForSequenceClassification": ("OPTConfig", DEEP),
+    "OlmoModel": ("OlmoConfig", SMALL_TEXT),
+    "OpenAIGPTLMHeadModel": ("OpenAIGPTConfig", {"n_layer": 1}),
+    "Owlv2Model": ("Owlv2Config", {"text_config": DEEP, "vision_config": DEEP}),
+    "OwlViTForObjectDetection": ("OwlViTConfig", {"text_config": DEEP, "vision_config": DEEP}),
+    "PegasusXForConditionalGeneration": ("PegasusXConfig", {"encoder_layers": 1, "decoder_layers": 1}),
+    "Phi4MultimodalForCausalLM": ("Phi4MultimodalConfig", DEEP),
+    "Pix2StructForConditionalGeneration": (
+        "Pix2StructConfig",
+        {"text_config": {"num_layers": 1}, "vision_config": DEEP},
+    ),
+    "Pop2PianoForConditionalGeneration": ("Pop2PianoConfig", {"num_layers": 1}),
+    "ProphetNetForConditionalGeneration": (
+        "ProphetNetConfig",
+        {"num_encoder_layers": 1, "num_decoder_layers": 1},
+    ),
+    "Qwen2_5OmniForConditionalGeneration": ("Qwen2_5OmniConfig", {}),
+    "SiglipModel": ("SiglipConfig", {"text_config": DEEP, "vision_config": DEEP}),
+    "Siglip2VisionModel": ("Siglip2VisionConfig", DEEP),
+    "SwiftFormerForImageClassification": ("SwiftFormerConfig", {}),
+    "SwitchTransformersForConditionalGeneration": ("SwitchTransformersConfig", {"num_layers": 2, "num_experts": 2}),
+    "T5ForConditionalGeneration": ("T5Config", {"num_layers": 1}),
+    "TapasForQuestionAnswering": ("TapasConfig", DEEP),
+    "UdopForConditionalGeneration": ("UdopConfig", {"num_layers": 1}),
+    "VoxtralModel": ("VoxtralConfig", {"text_config": LLAMA, "audio_config": DEEP}),
+    "VoxtralForConditionalGeneration": ("VoxtralConfig", {"text_config": LLAMA, "audio_config": DEEP}),
+    "VoxtralRealtimeForConditionalGeneration": ("VoxtralRealtimeConfig", {}),
+    "Wav2Vec2ForXVector": ("Wav2Vec2Config", DEEP),
+    "XCLIPModel": ("XCLIPConfig", {"text_config": DEEP, "vision_config": DEEP}),
+    "ZambaForCausalLM": ("ZambaConfig", {}),
+    "Zamba2ForCausalLM": ("Zamba2Config", {}),
+    "ZayaForCausalLM": ("ZayaConfig", SMALL_TEXT),
+}
+"""More models whose quantized modules are told by a row of their own, or by a rule of which each is the example."""
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_modules_in_4_bits_are_those_that_transformers_chooses(name: str) -> None:
+    config, changes = QUANTIZED[name]
+    model = built(getattr(transformers, name), getattr(transformers, config)(**changes))
+    assert set(ModelFacts.of(model).quantization()) == set()
+
+
+def test_only_one_of_a_list_of_modules_comes_last() -> None:
+    names = [f"altup_unembed_projections.{number}.weight" for number in range(11)]
+    tensors = {name: SimpleNamespace(shape=(4, 4)) for name in names}
+    assert set(names) - set(quantizable_weights(architecture_of({"model_type": "gemma3n_text"}, tensors))) == {
+        names[10]
+    }
 
 
 SIZES = {"vocab_size": 24, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -331,6 +429,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         "transformers 5",
     ),
     "one tied": ({"tied": [{"parameters": ["a"]}]}, "two"),
+    "quantization": ({"quantization": {"first": ["x"]}}, "first"),
     "flag": ({"tie_word_embeddings": "yes"}, "true or false"),
     "layers like none": ({"layers": {"like": "mine"}}, "gpt_neox"),
     "layers with a list": ({"layers": {"like": "llama", "norms": [2]}}, "whole number"),

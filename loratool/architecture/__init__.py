@@ -7,6 +7,7 @@ covers models that no other table knows. Nothing here needs torch or transformer
 from loratool.architecture.architecture import Architecture, Place, Shaped, any_model, architecture_of, module_of
 from loratool.architecture.orientation import Orientation
 from loratool.architecture.packing import Matrix
+from loratool.architecture.quantizable import quantizable_weights, skipped_modules
 from loratool.architecture.renaming import Spelling
 from loratool.architecture.roles import Role
 from loratool.architecture.same_part import same_part
@@ -26,5 +27,7 @@ __all__ = [
     "any_model",
     "architecture_of",
     "module_of",
+    "quantizable_weights",
     "same_part",
+    "skipped_modules",
 ]

@@ -136,6 +136,10 @@ class Architecture:
                 return any(pattern.matches(module) for pattern in scope.family.transposed)
         return None
 
+    def is_conv1d(self, weight: str) -> bool:
+        """Return whether a linear layer is known to be a Conv1D, as in GPT-2, whose dense weight is stored as (in, out)."""
+        return not self.is_embedding(weight) and self.transposed(weight) is True
+
     def reads(self, parameter: str) -> str | None:
         """Return what the linear layer of a parameter reads, such as ``attention input``, or None if that is unknown."""
         module = module_of(template(self.canonical(parameter))).split(".")

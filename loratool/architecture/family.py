@@ -35,6 +35,8 @@ All keys of a file are optional:
     ``parameters`` that share their values, and whether they do so ``always``. See `Tie`.
 ``reads``
     Maps an input of linear layers, such as ``attention input``, to patterns of the layers that read it.
+``quantization``
+    Where transformers departs from quantizing every linear layer except the output head. See `Quantization`.
 ``layers``
     The makeup of a layer, for counting parameters and memory without the weights. See `Layers`.
 ``same_part``
@@ -53,6 +55,7 @@ from typing import Any, Final
 from loratool.architecture.layers import ARRANGEMENTS, HEAD_NORMS, Layers
 from loratool.architecture.packing import Packing
 from loratool.architecture.pattern import Pattern, PatternError, parse_components
+from loratool.architecture.quantization import Quantization
 from loratool.architecture.renaming import Renaming, Since, Spelling
 from loratool.architecture.roles import Role
 from loratool.architecture.ties import Tie
@@ -78,6 +81,7 @@ class Family:
     tied: tuple[Tie, ...] = ()
     parts: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     reads: tuple[tuple[Pattern, str], ...] = ()
+    quantization: Quantization = field(default_factory=Quantization)
     layers: Layers | None = None
     same_part: tuple[tuple[str, ...], ...] = ()
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -98,6 +102,7 @@ class Family:
             self.tied + other.tied,
             {**other.parts, **self.parts},
             self.reads + other.reads,
+            self.quantization.followed_by(other.quantization),
             self.layers or other.layers,
             self.same_part + other.same_part,
             {**other.classes, **self.classes},
@@ -129,6 +134,7 @@ def parse_family(content: Mapping[str, Any], name: str, source: str) -> Family:
         tied=tuple(map(_tie, table.tables("tied"))),
         parts=_parts(table),
         reads=tuple(_reads(table)),
+        quantization=_quantization(table.table("quantization")),
         layers=_layers(table),
         same_part=_same_part(table),
         classes=_classes(table),
@@ -287,6 +293,12 @@ def _tie(table: _Table) -> Tie:
         raise table.wrong("parameters", str(error)) from None
     table.refuse_others()
     return tie
+
+
+def _quantization(table: _Table) -> Quantization:
+    dense, last, heads = (tuple(table.parsed(key, Pattern.parse)) for key in ("dense", "last", "heads"))
+    table.refuse_others()
+    return Quantization(dense, last, heads)
 
 
 def _layers(table: _Table) -> Layers | None:

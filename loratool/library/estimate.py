@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast, get_args
 
+from loratool.architecture import Architecture, Role, architecture_of, module_of
 from loratool.checkpoint.header import header_bytes
 from loratool.checkpoint.json_text import read_json_object
 from loratool.checkpoint.model import Checkpoint, has_file
@@ -28,11 +29,9 @@ from loratool.estimating.memory import (
 from loratool.estimating.shape import LARGEST, Linear, ModelShape, read_shape
 from loratool.formats.builders import BUILDERS
 from loratool.formats.module_targets import ALL_LINEAR, ModuleTargets
-from loratool.formats.names import SUFFIX
 from loratool.library.places.user_path import HUB_ID, exists, taken_for_hub_id, user_path
 from loratool.library.recording.opening import open_registry
 from loratool.library.resolving.resolve import resolve_base
-from loratool.merging.linear import is_conv1d, linear_weights
 from loratool.training.options import METHODS, method_with
 from loratool.training.recipe import BATCH_OF_FEW
 from loratool.weights.storages import QUANTIZED_TO
@@ -272,8 +271,8 @@ def _of_folder(folder: Path, name: str) -> tuple[ModelShape, str, tuple[str, ...
             name,
             ("the base is stored in 4 bits; the figures are for the model that it was made from",),
         )
-    linears = {weight.removesuffix(SUFFIX): _linear(weight, tensors[weight].shape, config)
-               for weight in linear_weights(tensors, config)}  # fmt: skip
+    architecture = architecture_of(config, tensors)
+    linears = {module_of(weight): _linear(weight, architecture) for weight in architecture.weights(Role.LINEAR)}
     parameters = sum(math.prod(info.shape) for info in tensors.values())
     shape, notes = _shape_of_any(config, name)
     if not linears:
@@ -294,9 +293,9 @@ def _shape_of_any(config: Mapping[str, Any], name: str) -> tuple[ModelShape, tup
         return shape, (note,)
 
 
-def _linear(weight: str, shape: Sequence[int], config: Mapping[str, Any]) -> Linear:
-    first, second = shape
-    return Linear(first, second) if is_conv1d(weight, config) else Linear(second, first)
+def _linear(weight: str, architecture: Architecture) -> Linear:
+    first, second = architecture.tensors[weight].shape
+    return Linear(first, second) if architecture.is_conv1d(weight) else Linear(second, first)
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:

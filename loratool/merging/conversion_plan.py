@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
+from loratool.architecture import architecture_of, quantizable_weights, skipped_modules
 from loratool.checkpoint.dtypes import DTYPES, Dtype
 from loratool.checkpoint.file_role import FileRole, role_of
 from loratool.checkpoint.header import TensorInfo, nbytes
@@ -17,7 +18,6 @@ from loratool.checkpoint.layout import Layout, NewTensor, plan_layout
 from loratool.checkpoint.model import CONFIG_NAME, Checkpoint
 from loratool.errors import CheckpointError, UnsupportedError, quoted
 from loratool.formats.names import SUFFIX
-from loratool.merging.linear import is_conv1d, linear_weights, skipped_modules
 from loratool.merging.plan import MergePlan, Target
 from loratool.weights import dense
 from loratool.weights.dense import DenseWeight
@@ -222,7 +222,7 @@ def plan_conversion(base: Checkpoint, change: StorageChange, merge: MergePlan | 
 
     Raises:
         CheckpointError: `base` is damaged, or has no configuration to record the quantization in.
-        UnsupportedError: it is already quantized (or, to dequantize, is not), or its linear modules cannot be identified.
+        UnsupportedError: it is already quantized (or, to dequantize, is not), or has no linear modules.
     """
     refuse_other_storage(base, base.path)
     targets = {} if merge is None else {target.name: target for target in merge.targets}
@@ -250,29 +250,31 @@ def _quantization(base: Checkpoint, change: StorageChange, making: Making,
         raise UnsupportedError(
             f"{quoted(base.path)} is already quantized; merge into it as it is, or give the dense model that it was made from"
         )
+    architecture = architecture_of(base.config, base.tensors)
     conversions = [
         to_quantized(
             _dense(name, base),
             making,
-            turned=is_conv1d(name, base.config),
+            turned=architecture.is_conv1d(name),
             updates=targets.get(name),
             into_image=change.way == "base_as",
         )
-        for name in linear_weights(base.tensors, base.config)
+        for name in quantizable_weights(architecture)
     ]
     if not conversions:
         raise UnsupportedError(f"{quoted(base.path)} has no linear modules with a weight; there is nothing to quantize")
     dtypes = Counter(each.dense.dtype.torch_name for each in conversions)
     compute_dtype = change.compute_dtype or dtypes.most_common(1)[0][0]
-    quantization = making.quantization_config(compute_dtype, skipped_modules(base.tensors.keys()))
+    quantization = making.quantization_config(compute_dtype, skipped_modules(architecture))
     return conversions, {**base.config, "quantization_config": quantization}
 
 
 def _dequantization(base: Checkpoint,
                     targets: Mapping[str, Target]) -> tuple[list[Conversion], Mapping[str, Any] | None]:  # fmt: skip
     """Return the matrices that become dense, and the new configuration."""
+    architecture = architecture_of(base.config, base.tensors)
     conversions = [
-        to_dense(_quantized(name, base), turned=is_conv1d(name, base.config), updates=targets.get(name))
+        to_dense(_quantized(name, base), turned=architecture.is_conv1d(name), updates=targets.get(name))
         for name in quantized_names(base)
     ]
     if not conversions:
