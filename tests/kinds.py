@@ -67,6 +67,14 @@ def _hadamard(weight: torch.Tensor, generator: torch.Generator) -> dict[str, tor
     return {f"hada_{letter}": 0.4 * torch.randn(shape, generator=generator) for letter, shape in shapes.items()}
 
 
+def _kronecker(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The first factor has one output, or four of many; the second is a product."""
+    outputs, inputs = weight.shape
+    first = 1 if outputs % 4 or inputs % 4 else 4
+    shapes = {"w1": (first, first), "w2_a": (outputs // first, RANK), "w2_b": (RANK, inputs // first)}
+    return {f"lokr_{letter}": 0.3 * torch.randn(shape, generator=generator) for letter, shape in shapes.items()}
+
+
 def _lora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     """LoRA, section 4.1."""
     return weight.double() + ALPHA / RANK * (of["lora_B.weight"].double() @ of["lora_A.weight"].double())
@@ -90,6 +98,12 @@ def _loha(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + ALPHA / RANK * first * second
 
 
+def _lokr(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """LoKr: LyCORIS, section 3.3, times alpha over rank."""
+    second = of["lokr_w2_a"].double() @ of["lokr_w2_b"].double()
+    return weight.double() + ALPHA / RANK * torch.kron(of["lokr_w1"].double(), second)
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -99,6 +113,7 @@ CASES: Mapping[str, Case] = {
             "peft_type": "ADALORA", "init_r": RANK, "target_r": RANK, "total_step": 1,
         }),
         Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}),
+        Case("lokr", _kronecker, _lokr, {"peft_type": "LOKR", "r": RANK, "alpha": ALPHA}),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
     )
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import loratool
 from loratool.errors import AdapterError, LoratoolError
 from loratool.formats.identify import identify
 from loratool.formats.read import read_adapter
+from loratool.updates.lokr import KroneckerProduct
 
 WEIGHTS = "adapter_model.safetensors"
 TARGETS = ["q_proj", "v_proj", "down_proj"]
@@ -27,6 +29,9 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "loha-patterns": peft.LoHaConfig(
         r=3, alpha=5, target_modules=TARGETS, rank_pattern={"layers.0.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 3}
     ),
+    "lokr": peft.LoKrConfig(r=3, alpha=5, target_modules=TARGETS),
+    "lokr-both": peft.LoKrConfig(r=2, alpha=5, target_modules=TARGETS, decompose_both=True, decompose_factor=8),
+    "lokr-whole": peft.LoKrConfig(r=64, alpha=32, target_modules=TARGETS, alpha_pattern={"v_proj": 3}),
 }
 
 
@@ -113,6 +118,14 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "a missing partner": ("loha", without("hada_w2_b"), "has no hada_w2_b; the file is incomplete"),
     "a wrong shape": ("loha", with_last_cut("hada_w1_b"), r"down_proj.* must be \[\d+, \d+\]"),
     "a vector for a matrix": ("loha", lambda t, c: t.update({(n := first(t, "w1_a")): t[n][0].clone()}), "2 axes"),
+    "half a product": ("lokr", without("lokr_w2_a"), "has no lokr_w2_a; the file is incomplete"),
+    "no first factor": ("lokr", without("lokr_w1"), "has no lokr_w1_a; the file is incomplete"),
+    "a factor whole and as a product": (
+        "lokr",
+        lambda t, c: t.update({first(t, "lokr_w2_a").replace("w2_a", "w2"): torch.ones(2, 2)}),
+        "both whole and",
+    ),
+    "a Kronecker product of another shape": ("lokr", with_last_cut("lokr_w1"), r"fits a matrix of shape \[\d+, \d+\]"),
     "NaN": ("loha", with_nan("hada_w2_a"), "NaN"),
     "another rank": ("loha", saying(r=4), "has rank 3 and the configuration says 4"),
     "no rank": ("loha", saying(r=0), "'r' in"),
@@ -152,6 +165,16 @@ def test_without_a_configuration_it_is_told_what_it_is_and_that_it_needs_one(sav
     shutil.copyfile(saved.folder("loha") / WEIGHTS, bare)
     with pytest.raises(AdapterError, match=r"LoHa tensors and no configuration; put its adapter_config\.json"):
         read_adapter(bare)
+
+
+def test_any_part_of_a_kronecker_product_is_that_part_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 3, generator=generator), torch.randn(3, 2, generator=generator)
+    whole, product = torch.kron(first, second), KroneckerProduct((first,), (second,))
+    spans = [slice(start, stop) for start in range(6) for stop in range(start + 1, 7)] + [slice(None)]
+    for rows, columns in itertools.product(spans, spans):
+        assert torch.equal(product.part(rows, columns), whole[rows, columns])
+        assert torch.equal(product.fixed(rows, columns).float(), whole[rows, columns])
 
 
 def test_modules_saved_whole_beside_it_replace_the_bases(saved: Saved, tiny_models: TinyModels, tmp_path: Path) -> None:

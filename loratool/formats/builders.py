@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratool.formats import adalora, dora, loha, lora
+from loratool.formats import adalora, dora, loha, lokr, lora
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
 
@@ -16,5 +16,6 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     adalora.NAME: adalora.BUILDER,
     dora.NAME: dora.BUILDER,
     loha.NAME: loha.BUILDER,
+    lokr.NAME: lokr.BUILDER,
 })  # fmt: skip
 """The builder of every computed kind in `formats.kinds`, by name."""

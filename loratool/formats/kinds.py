@@ -124,8 +124,8 @@ _ROWS: Final = (
     Kind("frod", "FRoD", "FROD", parts=("frod_",), why_not=BY_BASE),
     # Products and other sums
     Kind("loha", "LoHa", "LOHA", parts=("hada_",), ranks=(("hada_w1_b", 0),), keys=_LYCORIS, alpha_key="alpha"),
-    Kind("lokr", "LoKr", "LOKR", parts=("lokr_",), ranks=(("lokr_w2_b", 0), ("lokr_w1_b", 0)), why_not=NOT_YET,
-         alpha_key="alpha"),
+    Kind("lokr", "LoKr", "LOKR", parts=("lokr_",), ranks=(("lokr_w2_b", 0), ("lokr_w1_b", 0)), alpha_key="alpha",
+         keys=_LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"}),
     Kind("glora", "GLoRA", "GLORA", parts=("glora_",), ranks=(("a2", 0), ("glora_A.Xu", 0)),
          why_not=NOT_YET, other_parts=("a1", "a2", "b1", "b2")),
     Kind("miss", "MiSS", "MISS", parts=("miss_",), why_not=NOT_YET),
