@@ -75,6 +75,14 @@ def _kronecker(weight: torch.Tensor, generator: torch.Generator) -> dict[str, to
     return {f"lokr_{letter}": 0.3 * torch.randn(shape, generator=generator) for letter, shape in shapes.items()}
 
 
+def _bounded(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    pair = {
+        name.removesuffix(".weight").replace("lora", "delora"): each
+        for name, each in _factors(weight, generator).items()
+    }
+    return pair | {"delora_lambda": torch.tensor([2.0]), "delora_w_norm": weight.norm(dim=0)}
+
+
 def _lora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     """LoRA, section 4.1."""
     return weight.double() + ALPHA / RANK * (of["lora_B.weight"].double() @ of["lora_A.weight"].double())
@@ -99,9 +107,16 @@ def _loha(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
 
 
 def _lokr(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
-    """LoKr: LyCORIS, section 3.3, times alpha over rank."""
+    """LoKr: LyCORIS, times alpha over rank."""
     second = of["lokr_w2_a"].double() @ of["lokr_w2_b"].double()
     return weight.double() + ALPHA / RANK * torch.kron(of["lokr_w1"].double(), second)
+
+
+def _delora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """DeLoRA, scaled by the norms of the inputs as in the authors' code."""
+    a, b, bound = (of[f"delora_{name}"].double() for name in ("A", "B", "lambda"))
+    normed = (b / b.norm(dim=0)) @ (a / a.norm(dim=1, keepdim=True))
+    return weight.double() + bound / RANK * normed * of["delora_w_norm"].double()
 
 
 CASES: Mapping[str, Case] = {
@@ -114,6 +129,7 @@ CASES: Mapping[str, Case] = {
         }),
         Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}),
         Case("lokr", _kronecker, _lokr, {"peft_type": "LOKR", "r": RANK, "alpha": ALPHA}),
+        Case("delora", _bounded, _delora, {"peft_type": "DELORA", "r": RANK}),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
     )
 }  # fmt: skip

@@ -14,17 +14,23 @@ RANK_KEYS: Final = frozenset({"r", "rank_pattern", "alpha_pattern"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankConfig(ModuleTargets):
-    """Ranks, alphas and targets of an adapter."""
+class ModuleRanks(ModuleTargets):
+    """Ranks and targets of an adapter whose type has no alpha, or none that matters."""
 
     r: int
-    alpha: float
     rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
 
     def rank_of(self, module: str) -> int:
         """Return the rank that the configuration gives `module`."""
         return self.rank_pattern.get(pattern_key(self.rank_pattern, module, self.source), self.r)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig(ModuleRanks):
+    """Ranks, alphas and targets of an adapter."""
+
+    alpha: float
+    alpha_pattern: Mapping[str, float]
 
     def alpha_of(self, module: str) -> float:
         """Return the alpha that the configuration gives `module`."""
@@ -33,6 +39,20 @@ class RankConfig(ModuleTargets):
     def scaling_of(self, module: str) -> float:
         """Return the scaling, ``alpha / r``."""
         return self.alpha_of(module) / self.rank_of(module)
+
+
+def module_rank_fields(config: Mapping[str, Any], source: str, own_keys: frozenset[str]) -> dict[str, Any]:
+    """Return the checked fields of `ModuleRanks`; ``rank_pattern`` counts only if it is one of the type's `own_keys`.
+
+    Raises:
+        AdapterError: a value is missing or impossible.
+    """
+    read = ConfigReader(config, source)
+    patterns = read.mapping("rank_pattern") if "rank_pattern" in own_keys else []
+    return target_fields(config, source, own_keys) | {
+        "r": read.positive_int("r"),
+        "rank_pattern": {key: read.positive_int(key, value) for key, value in patterns},
+    }
 
 
 def rank_fields(
@@ -44,10 +64,8 @@ def rank_fields(
         AdapterError: a value is missing or impossible.
     """
     read = ConfigReader(config, source)
-    return target_fields(config, source, own_keys | RANK_KEYS | {alpha_key}) | {
-        "r": read.positive_int("r"),
+    return module_rank_fields(config, source, own_keys | RANK_KEYS | {alpha_key}) | {
         "alpha": read.number(alpha_key),
-        "rank_pattern": {key: read.positive_int(key, value) for key, value in read.mapping("rank_pattern")},
         "alpha_pattern": {key: read.number(key, value) for key, value in read.mapping("alpha_pattern")},
     }
 

@@ -23,7 +23,7 @@ class Delta(Protocol):
     """The matrix D, (out_features, in_features), whose numbers are in memory. Its parts are fp32 or fp64, on its device."""
 
     def part(self, outputs: slice, inputs: slice) -> torch.Tensor:
-        """Return a part of D, fp32, computed in PEFT's order. It may be overwritten."""
+        """Return a part of D, fp32, computed in PEFT's order. Both slices have a start and a stop."""
 
     def fixed(self, outputs: slice, inputs: slice) -> torch.Tensor:
         """Return the same part with the same bits on every machine, whatever the part: without sums in a BLAS's order."""
@@ -101,18 +101,18 @@ class LoadedAdditive:
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """Add the update in PEFT's order, in fp32: D, times scaling, plus W."""
-        outputs, inputs = self._place(rows)
+        outputs, inputs = self._place(block, rows)
         self._add(block, self.delta.part(outputs, inputs), scratch, sign=1)
         return b""
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
         """Subtract the update, with the same bits on every machine."""
-        outputs, inputs = self._place(rows)
+        outputs, inputs = self._place(block, rows)
         self._add(block, self.delta.fixed(outputs, inputs), scratch, sign=-1)
 
-    def _place(self, rows: range) -> tuple[slice, slice]:
+    def _place(self, block: torch.Tensor, rows: range) -> tuple[slice, slice]:
         """Return the outputs and inputs of D that are these rows of the stored matrix."""
-        few, every = slice(rows.start, rows.stop), slice(None)
+        few, every = slice(rows.start, rows.stop), slice(0, block.shape[1])
         return (every, few) if self.transposed else (few, every)
 
     def _add(self, block: torch.Tensor, part: torch.Tensor, scratch: torch.Tensor, *, sign: int) -> None:

@@ -1,4 +1,4 @@
-"""The update of LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098, proposition 1; LyCORIS, arXiv:2309.14859, section 3.2).
+"""The update of LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098, proposition 1; LyCORIS, arXiv:2309.14859).
 
 D is the Hadamard product of two low-rank products, ``(w1_a w1_b) * (w2_a w2_b)``, so that rank r gives it a rank up to r squared.
 """

@@ -1,4 +1,4 @@
-"""The update of LoKr (LyCORIS, arXiv:2309.14859, section 3.3): D is the Kronecker product of two small matrices.
+"""The update of LoKr (LyCORIS, arXiv:2309.14859): D is the Kronecker product of two small matrices.
 
 Each of w1 (a, c) and w2 (b, d) is stored whole, or as a product: ``w1_a w1_b``, ``w2_a w2_b``. D is (a b, c d).
 """
