@@ -26,6 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 EMBEDDING = "model.embed_tokens"
 ROWS = f"{PREFIX}{EMBEDDING}.token_adapter.trainable_tokens_delta"
 BIAS = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_B.bias"
+COPY = f"{PREFIX}lm_head.base_layer.weight"
 Tensors = dict[str, torch.Tensor]
 
 PLAIN: Tensors = {
@@ -217,6 +218,83 @@ def test_what_needs_the_old_rows_is_refused(
     shutil.rmtree(base)
     with pytest.raises(LoratoolError, match="token rows, which arithmetic alone cannot undo"):
         loratool.unmerge(merged, out=tmp_path / "out", approximate=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def with_copy(tiny_models: TinyModels, tmp_path: Path) -> Path:
+    """What PEFT saves when the head is adapted: its factors, and a copy of its own weight."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["lm_head", "q_proj"])
+    adapter = save_peft_adapter(load(tiny_models.folder("llama", "fp32"), "llama"), config, tmp_path / "with-copy")
+    assert COPY in load_file(adapter / WEIGHTS)
+    return adapter
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_a_copy_of_the_bases_head_beside_its_factors_is_where_the_update_begins(
+    dtype: str, with_copy: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("llama", dtype)
+    merged = loratool.merge(with_copy, into=base, out=tmp_path / "merged", undo=True)
+    theirs = merge_by_peft(load(base, "llama").float(), with_copy)  # in fp32, to be rounded once
+    ours = stored_tensors(merged.out)
+    assert torch.equal(as_torch(ours["lm_head.weight"]), as_torch(theirs["lm_head.weight"]).to(DTYPES[dtype]))
+    if dtype == "fp32":
+        assert_same_tensors(ours, theirs)
+        assert merged.undo_file is not None and merged.undo_file.stat().st_size < merged.plan.touched_bytes / 4
+    loratool.verify(merged.out)
+    back = loratool.unmerge(merged.out, out=tmp_path / "back").out
+    assert_same_tensors(stored_tensors(back), stored_tensors(base))
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+def test_a_bias_that_was_trained_twice_is_replaced_and_then_added_to(
+    dtype: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("qwen2", dtype)
+    adapter = tiny_adapters.folder("qwen2", lora_bias=True, bias="all", target_modules=["q_proj"])
+    merged = loratool.merge(adapter, into=base, out=tmp_path / "merged", undo=True).out
+    theirs = merge_by_peft(load(base, "qwen2").float(), adapter)  # in fp32, to be rounded once
+    ours = stored_tensors(merged)
+    assert all(torch.equal(as_torch(ours[name]), as_torch(theirs[name]).to(DTYPES[dtype])) for name in ours)
+    assert_same_tensors(stored_tensors(loratool.unmerge(merged, out=tmp_path / "back").out), stored_tensors(base))
+
+
+def test_a_copy_of_the_base_stays_with_what_is_made_of_its_adapter(
+    with_copy: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("llama", "fp32")
+    folder = loratool.export(loratool.export(with_copy, tmp_path / "single.st"), tmp_path / "folder")
+    tensors = load_file(with_copy / WEIGHTS)
+    assert load_file(folder / WEIGHTS).keys() == tensors.keys()
+    small = tmp_path / "small"
+    loratool.truncate(with_copy, rank=2, out=small)
+    assert torch.equal(load_file(small / WEIGHTS)[COPY], tensors[COPY])
+    theirs = merge_by_peft(load(base, "llama"), small, tmp_path / "peft")
+    assert_same_tensors(stored_tensors(loratool.merge(small, into=base, out=tmp_path / "merged").out), theirs)
+    other = save_peft_adapter(
+        load(base, "llama"), peft.LoraConfig(r=2, target_modules=["lm_head"]), tmp_path / "other", seed=5
+    )
+    two = loratool.merge([with_copy, other], into=base, out=tmp_path / "two", undo=True)
+    assert_same_tensors(stored_tensors(loratool.unmerge(two.out, out=tmp_path / "back").out), stored_tensors(base))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {COPY: t[COPY][:-1]}, r"is \[130, 64\] and its update fits \[131, 64\]"),
+        (lambda t: {n: v for n, v in t.items() if "lm_head.lora" not in n}, "no update of it, .* incomplete"),
+        (lambda t: t | {COPY: t[COPY] + 1}, "has other numbers; merge into the base that it was trained on"),
+        (lambda t: t | {COPY: t[COPY].half() * torch.nan}, "holds NaN or infinity"),
+        (lambda t: t | {COPY: t[COPY].int()}, "in I32, which PEFT would put in the place of the base's"),
+    ],
+)
+def test_a_damaged_copy_of_the_base_is_refused(
+    change: Callable[[Tensors], Tensors], message: str, with_copy: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    adapter = changed(with_copy, tmp_path / "damaged", change)
+    with pytest.raises(LoratoolError, match=message):
+        loratool.merge(adapter, into=tiny_models.folder("llama", "fp32"), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

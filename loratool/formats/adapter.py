@@ -43,6 +43,8 @@ class Adapter:
         notes: what a user should know about how it was read.
         layout: its file's layout, if loratool writes that layout; None for PEFT's layout.
         whole: the modules that its configuration lists as whole (``modules_to_save``).
+        own_base: the base's parameters that its file holds beside an update of them (PEFT's ``base_layer``). On loading, PEFT
+            replaces the base's by them before it applies the updates.
         states: states of its files when they were opened; empty for an adapter made in memory.
     """
 
@@ -57,6 +59,7 @@ class Adapter:
     notes: tuple[str, ...] = ()
     layout: Layout | None = None
     whole: tuple[str, ...] = ()
+    own_base: Mapping[str, TensorInfo] = field(default_factory=dict)
     states: tuple[FileState, ...] = ()
 
     @property
@@ -118,7 +121,8 @@ class Adapter:
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """The locations of its tensors."""
-        return tuple(info for update in self.changes.values() for info in update.tensors.values())
+        updates = (info for update in self.changes.values() for info in update.tensors.values())
+        return (*updates, *self.own_base.values())
 
     @property
     def factors(self) -> tuple[TensorInfo, ...]:

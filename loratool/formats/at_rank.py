@@ -52,4 +52,4 @@ def at_rank(adapter: Adapter, rank: int) -> Adapter:
         least, alpha = cut[module]
         divisor = math.sqrt(least) if lora.use_rslora else least
         updates[module] = LowRank(update.tensors["A"], update.tensors["B"], alpha / divisor, leading=least)
-    return replace(adapter, changes={**of_weights(updates), **adapter.replacements})
+    return replace(adapter, changes={**adapter.changes, **of_weights(updates)})

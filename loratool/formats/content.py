@@ -16,5 +16,5 @@ def content_of(adapter: Adapter) -> str:
         parameter if update.replaces else f"{module_of(parameter)}.{letter}": info
         for parameter, update in adapter.changes.items()
         for letter, info in update.tensors.items()
-    }
+    } | dict(adapter.own_base)
     return fingerprint(tensors, {name: hash_tensor(info) for name, info in tensors.items()})

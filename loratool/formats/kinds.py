@@ -196,9 +196,6 @@ FEATURES: Final = (
     Feature("MoE parameters (target_parameters)", "target_parameters", ("base_layer.lora_",)),
     Feature("layer_replication", "layer_replication"),
     Feature("Megatron layers (megatron_config)", "megatron_config"),
-    Feature("a copy of the base's own weights (save_embedding_layers)", parts=("base_layer.weight", "base_layer.bias"), why_not=(
-        "PEFT would replace the base's weights by it; save the adapter again with PEFT's "
-        "save_pretrained(..., save_embedding_layers=False), or merge it with PEFT")),
 )  # fmt: skip
 """Features in the order in which messages name them: the greatest obstacle first."""
 

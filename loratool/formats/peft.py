@@ -9,7 +9,7 @@ import re
 from dataclasses import replace
 from typing import Final
 
-from loratool.errors import AdapterError, UnsupportedError, quoted
+from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter, target_of
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.adapter_format import AdapterFormat, Description
@@ -20,7 +20,7 @@ from loratool.formats.describe import kind_of, parts_of, ranks_of
 from loratool.formats.kinds import KINDS, LORA, NEVER_ALONE, OF_PEFT, RECORDED, VARIANTS, Kind, kind_named
 from loratool.formats.loadable import loadable
 from loratool.formats.module_targets import other_type
-from loratool.formats.replacements import split_replacements
+from loratool.formats.replacements import split_own_base, split_replacements
 from loratool.formats.tensor_keys import PREFIX, split_peft
 
 
@@ -80,15 +80,12 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
         )
     adapter = builder.read(own, given)
     adapter = replace(adapter, changes={**adapter.changes, **changes_beside(beside, adapter)})
-    both = next(iter(sorted(adapter.changes.keys() & replaced.keys())), None)
-    if both is not None:
-        raise UnsupportedError(
-            f"{quoted(source)} holds {quoted(replaced[both].tensor.name)} beside an update of it, and loratool does not compute "
-            "both yet; merge it with PEFT"
-        )
+    own_base = split_own_base(adapter, replaced)
+    replaced = {name: each for name, each in replaced.items() if name not in own_base}
     return replace(
         adapter,
         changes={**adapter.changes, **replaced},
+        own_base=own_base,
         whole=tuple(config.get("modules_to_save") or ()),
         notes=(*notes, *adapter.notes),
     )

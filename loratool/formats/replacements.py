@@ -17,7 +17,8 @@ from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter
-from loratool.formats.tensor_keys import BASE_LAYER, PREFIX, adapters_in, split_peft
+from loratool.formats.tensor_keys import BASE_LAYER, PREFIX, TOKEN_ADAPTER, adapters_in, split_peft
+from loratool.updates import RowsUpdate
 from loratool.updates.replacement import Replacement
 
 HALVES: Final = {"weight": "bias", "bias": "weight"}
@@ -68,10 +69,38 @@ def split_replacements(
     return rest, {name: Replacement(info) for name, info in sorted(found.items())}
 
 
+def split_own_base(adapter: Adapter, replaced: Mapping[str, Replacement]) -> dict[str, TensorInfo]:
+    """Return the tensors of `replaced` that an adapter also updates: copies of the base's own, which PEFT saves beside them.
+
+    Raises:
+        AdapterError: the copy does not fit its update, or PEFT would ignore it because there is none.
+    """
+    found = {}
+    for name, each in replaced.items():
+        update, info = adapter.changes.get(name), each.tensor
+        if update is None and f".{BASE_LAYER}.weight" in info.name:
+            raise AdapterError(
+                f"{quoted(adapter.name)} holds {quoted(info.name)} and no update of it, so PEFT would ignore it; the file is "
+                "incomplete"
+            )
+        if update is None:
+            continue
+        fits = update.shape in (info.shape, info.shape[::-1])
+        if not fits and not (isinstance(update, RowsUpdate) and update.shape[1:] == info.shape[1:]):
+            raise AdapterError(
+                f"{quoted(info.name)} in {quoted(adapter.name)} is {list(info.shape)} and its update fits {list(update.shape)}; "
+                "was it saved from a sharded run without gathering?"
+            )
+        found[name] = info
+    return found
+
+
 def peft_name(name: str, adapter: Adapter) -> str:
     """Return the name under which PEFT loads a parameter that `adapter` contains whole."""
     module, _, leaf = name.rpartition(".")
     inner = f"{BASE_LAYER}." if module in adapter.modules else ""
+    if isinstance(adapter.changes.get(name), RowsUpdate):
+        inner = f"{TOKEN_ADAPTER}.{inner}"
     return f"{PREFIX}{module}.{inner}{leaf}"
 
 
@@ -131,7 +160,11 @@ def _name_in_base(key: str, adapters: Collection[str | None]) -> str | None:
     parts = key.removeprefix(PREFIX).split(".")
     name: list[str] = []
     for place, part in enumerate(parts):
-        if part in (_SAVED, _ORIGINAL) or (part == BASE_LAYER and parts[place + 1 :] == ["bias"]):
+        if part in (_SAVED, _ORIGINAL) or (
+            part in (BASE_LAYER, TOKEN_ADAPTER)
+            and len(parts) > place + 1
+            and all(each in (BASE_LAYER, *HALVES) for each in parts[place + 1 :])
+        ):
             continue
         if place and parts[place - 1] == _SAVED and place + 1 < len(parts) and part in adapters:
             continue

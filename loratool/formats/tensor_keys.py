@@ -25,7 +25,10 @@ BASE_LAYER: Final = "base_layer"
 _COPIES: Final = (BASE_LAYER, "modules_to_save", "original_module")
 """Name components under which PEFT keeps a whole tensor of the base."""
 
-_WRAPPERS: Final = (BASE_LAYER, "token_adapter")
+TOKEN_ADAPTER: Final = "token_adapter"
+"""Name component under which PEFT keeps trained rows of an embedding, and the embedding itself."""
+
+_WRAPPERS: Final = (BASE_LAYER, TOKEN_ADAPTER)
 """Name components that PEFT inserts between a module's name and its tensors."""
 
 
@@ -106,7 +109,7 @@ def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[
         else:
             found.setdefault(feature[0], (name, feature[1]))
     if found:
-        titles = [title for title in sorted(found, key=_ORDER.index) if title != _COPY or len(found) == 1]
+        titles = sorted(found, key=_ORDER.index)
         said = [f"{title} (tensor {quoted(found[title][0])})" for title in titles]
         raise UnsupportedError(f"{quoted(source)} uses {' and '.join(said[:3])}: {found[titles[0]][1]}")
     if strange and own:
@@ -115,9 +118,6 @@ def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[
             "program that trained it"
         )
 
-
-_COPY: Final = FEATURES[-1].title
-"""What PEFT saves with a LoRA on embeddings and heads: named only if there is no other obstacle."""
 
 _ORDER: Final = [feature.title for feature in FEATURES] + [kind.title for kind in KINDS.values()]
 

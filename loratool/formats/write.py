@@ -129,6 +129,7 @@ def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
             else:
                 key = keys.get(update.kind, BUILDERS[adapter.kind].key)
                 factors[key(module_of(name), letter)] = info
+    whole |= {peft_name(name, adapter): info for name, info in adapter.own_base.items()}
     return factors | whole
 
 

@@ -118,7 +118,8 @@ def prune(adapter: PathLike, *, budget: int | None = None, average_rank: float |
             facts[IMPORTANCE] = {module: list(scores) for module, scores in pruning.scores.items()}
         with Draft(scratch_folder(target)) as draft:
             made = (prune_triplets if as_ == "adalora" else prune_to_lora)(draft, source.adapter, pruning)
-            whole = replace(made, facts=facts, changes={**made.changes, **source.adapter.replacements})
+            changes = {**made.changes, **source.adapter.replacements}
+            whole = replace(made, facts=facts, changes=changes, own_base=source.adapter.own_base)
             child = Child(whole, target, chosen, details, named=name is not None)
             (added,) = bring_up([child], catalogue, "prune", [origin_of(source)], base=base_of([source]), force=force)
     return PruneResult(

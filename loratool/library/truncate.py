@@ -204,6 +204,9 @@ def _child(
     details = cut.figures | figures
     facts = child_facts(truncation.adapter.kind, "truncate", [source], details) | own
     adapter = replace(
-        truncation.adapter, facts=facts, changes={**truncation.adapter.changes, **source.adapter.replacements}
+        truncation.adapter,
+        facts=facts,
+        changes={**truncation.adapter.changes, **source.adapter.replacements},
+        own_base=source.adapter.own_base,
     )
     return Child(adapter, out, name, details)

@@ -22,10 +22,11 @@ from loratool.formats.module_targets import ALL_LINEAR
 from loratool.formats.names import SUFFIX, is_tied_head
 from loratool.formats.replacements import lost_biases, refuse_incomplete
 from loratool.merging.changed_files import FileChanges
+from loratool.merging.own_base import part_on_own_base, refuse_copy
 from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied, tied_copies
 from loratool.merging.vocabulary import misfit_advice
 from loratool.updates import RowsUpdate, Update
-from loratool.updates.part import part_of
+from loratool.updates.based import Based
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
 
@@ -147,8 +148,8 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         for parameter, update in weighted.adapter.changes.items():
             for place in landing.tensors[parameter]:
                 refuse_partial(place, parameter, weighted.adapter)
-                own = update if place.own == WHOLE else part_of(update, place.own)
-                planned = PlannedUpdate(index, parameter, own, weighted.weight, place.view)
+                based = part_on_own_base(parameter, update, weighted.adapter, place, base)
+                planned = PlannedUpdate(index, parameter, based, weighted.weight, place.view)
                 copies = tied_copies(place.name, base) if isinstance(update, RowsUpdate) else ()
                 both.update(copies)
                 for name in (place.name, *copies):
@@ -253,6 +254,9 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             f"{info.dtype} {list(info.shape)}; loratool changes {titles()} matrices"
         )
     _refuse_order(name, weight.shape, updates, adapters)
+    if isinstance(first, Based):
+        refuse_copy(first, weight, source)
+        first = first.update
     if isinstance(first, RowsUpdate):
         return _rows_target(weight, first, updates, source, orientation.architecture)
     if orientation.architecture.is_embedding(name):

@@ -88,6 +88,8 @@ def restore_by_undo(merged: Checkpoint, manifest: Manifest, device: str = "auto"
         raise RestoreError(f"the undo file {quoted(folder / UNDO_NAME)} is missing")
     try:
         adapters = [read_adapter(folder / adapter_file(index)) for index in range(len(manifest.adapters))]
+        # To revert an update is the same on an adapter's own copy of the base's parameter.
+        adapters = [replace(adapter, own_base={}) for adapter in adapters]
         targets = _targets_of(adapters, merged, manifest)
     except LoratoolError as error:
         raise RestoreError(f"the adapters beside the undo file cannot be used: {error}") from None

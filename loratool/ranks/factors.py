@@ -35,7 +35,7 @@ def load_factors(update: Factored) -> Factors:
 
 def refuse_replacements(adapter: Adapter) -> None:
     """Raise UnsupportedError if an adapter replaces a tensor whole, so that it has no weighted sum with others."""
-    for tensor in adapter.replacements:
+    for tensor in (*adapter.replacements, *adapter.own_base):
         raise UnsupportedError(
             f"{quoted(adapter.name)} replaces {quoted(tensor)} whole (modules_to_save), so there is no weighted sum with other "
             "adapters; combine adapters without such modules"

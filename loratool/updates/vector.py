@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.updates.low_rank import checked_scaling, read_factor
+from loratool.updates.part import Part
 from loratool.updates.zeros import only_zeros
 
 if TYPE_CHECKING:
@@ -17,11 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Vector:
-    """Adds ``scaling * v``. `v` may have more dimensions than one, if all but one are 1; `kind` is its method's name."""
+    """Adds ``scaling * v``, or some `elements` of it; `kind` is its method's name.
+
+    `v` may have more dimensions than one, if all but one are 1.
+    """
 
     kind: str
     v: TensorInfo
     scaling: float = 1.0
+    elements: slice = field(default_factory=lambda: slice(None))
     needs_weight: ClassVar[bool] = False
     needs_outputs: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
@@ -29,11 +34,15 @@ class Vector:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (math.prod(self.v.shape),)
+        return (len(range(math.prod(self.v.shape))[self.elements]),)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {"v": self.v}
+
+    def part(self, part: Part) -> Vector:
+        """Return the update of some elements."""
+        return replace(self, elements=part.outputs)
 
     def vanishes(self) -> bool:
         """Return whether its scaling or all numbers of v are zero."""
@@ -46,7 +55,7 @@ class Vector:
             AdapterError: a number is NaN or infinite, or the scaling exceeds fp32.
         """
         scaling = checked_scaling(self.scaling * weight, self.v)
-        return LoadedVector(read_factor(self.v).flatten().to(device) * scaling)
+        return LoadedVector(read_factor(self.v).flatten()[self.elements].to(device) * scaling)
 
 
 @dataclass(frozen=True, slots=True)
