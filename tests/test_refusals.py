@@ -85,7 +85,6 @@ HAND_WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
     "biases of no known sort": ({"bias": "some"}, "bias.*must be none, all or lora_only"),
     "aLoRA": ({"alora_invocation_tokens": [1]}, "alora"),
     "Arrow": ({"arrow_config": {"top_k": 2}}, "arrow"),
-    "MonteCLoRA": ({"monteclora_config": {"num_samples": 2}}, "monteclora"),
     "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "bdlora"),
     "KaSA": ({"kasa_config": {"beta": 0.1}}, "kasa"),
     "Megatron": ({"megatron_config": {"hidden_size": 64}}, "megatron"),
@@ -98,7 +97,6 @@ HAND_WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
         "corda",
         "loftq",
         "lora_ga",
-        "mica",
         "an_init_of_tomorrow",
     )
 }

@@ -99,7 +99,6 @@ _ROWS: Final = (
     Kind("bdlora", "BD-LoRA", None, "use_bdlora", (), _LORA_RANKS, NOT_YET),
     Kind("alora", "aLoRA", None, "alora_invocation_tokens", (), _LORA_RANKS, BY_INPUT),
     Kind("arrow", "Arrow", None, "arrow_config", (), _LORA_RANKS, BY_INPUT),
-    Kind("monteclora", "MonteCLoRA", None, "monteclora_config", ("lora_monteclora",), _LORA_RANKS, NOT_YET),
     Kind("tlora", "T-LoRA", other_parts=("q_layer", "p_layer", "lambda_layer"), why_not=BY_INPUT),
     Kind("xlora", "X-LoRA", "XLORA", parts=("xlora_", "internal_xlora_"), why_not=BY_INPUT),
     Kind("poly", "Poly", "POLY", parts=("poly_",), why_not=BY_INPUT),

@@ -28,13 +28,14 @@ LORA_BIAS: Final = "lora_bias"
 BIASES: Final = ("none", "all", "lora_only")
 """Values of ``bias``; with the last two PEFT trains and saves biases, which replace the base's."""
 
-HARMLESS_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal")
+HARMLESS_INITS: Final = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of init_lora_weights that only fill the factors. With others PEFT changes the base itself (pissa, olora, corda, loftq,
-lora_ga) or rounds the update differently (mica)."""
+lora_ga)."""
 
 _OTHER_KEYS: Final = """
     lora_alpha lora_dropout fan_in_fan_out bias use_rslora init_lora_weights megatron_core loftq_config eva_config corda_config
-    lora_ga_config velora_config qalora_group_size runtime_config ensure_weight_tying lora_bias trainable_token_indices
+    lora_ga_config velora_config monteclora_config qalora_group_size runtime_config ensure_weight_tying lora_bias
+    trainable_token_indices
 """
 KNOWN: Final = COMMON_KEYS.union(
     RANK_KEYS, REFUSED, _OTHER_KEYS.split(), (kind.setting for kind in VARIANTS if kind.setting)
@@ -103,6 +104,7 @@ def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
     init = config.get("init_lora_weights", True)
     if init and init not in HARMLESS_INITS:
         raise UnsupportedError(
-            f"{quoted(source)} was initialised with {quoted(init)}, so it is not an update of the original base; save it with "
-            "PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) to make it one"
+            f"{quoted(source)} was initialised with {quoted(init)}, which changes the base, so it is not an update of the "
+            "original one; in PEFT, load it as it was trained and call save_pretrained(FOLDER, "
+            "path_initial_model_for_weight_conversion=INITIAL), where INITIAL is the adapter's folder from before training"
         )

@@ -22,6 +22,7 @@ from loratool.formats.loadable import loadable
 from loratool.formats.module_targets import other_type
 from loratool.formats.replacements import split_own_base, split_replacements
 from loratool.formats.tensor_keys import PREFIX, split_peft
+from loratool.formats.training_only import without_training
 
 
 def _claims(files: AdapterFiles) -> bool:
@@ -59,6 +60,7 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
         AdapterError: it is damaged or incomplete, or does not state its alpha.
     """
     source = files.source
+    files, of_training = without_training(files)
     peft_type = _peft_type(files)
     kind, is_lora = kind_named(_kind(files)), peft_type == KINDS[LORA].peft_type
     is_other = is_lora and kind.peft_type not in (None, peft_type)
@@ -87,7 +89,7 @@ def read(files: AdapterFiles, given: Alpha | None) -> Adapter:
         changes={**adapter.changes, **replaced},
         own_base=own_base,
         whole=tuple(config.get("modules_to_save") or ()),
-        notes=(*notes, *adapter.notes),
+        notes=(*notes, *of_training, *adapter.notes),
     )
 
 
