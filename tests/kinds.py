@@ -83,6 +83,14 @@ def _bounded(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torc
     return pair | {"delora_lambda": torch.tensor([2.0]), "delora_w_norm": weight.norm(dim=0)}
 
 
+def _blocks(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    outputs, inputs = weight.shape
+    return {
+        "lora_A.weight": torch.randn(4, inputs // 2, generator=generator),
+        "lora_B.weight": 0.05 * torch.randn(outputs, 4, generator=generator),
+    }
+
+
 def _lora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     """LoRA, section 4.1."""
     return weight.double() + ALPHA / RANK * (of["lora_B.weight"].double() @ of["lora_A.weight"].double())
@@ -92,6 +100,13 @@ def _adalora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     """AdaLoRA, equation 3, with the scaling of its authors' code."""
     product = of["lora_B"].double() @ (of["lora_E"].double() * of["lora_A"].double())
     return weight.double() + ALPHA / (RANK + 1e-5) * product
+
+
+def _bdlora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """LoRA whose A has two blocks on its diagonal."""
+    upper, lower = of["lora_A.weight"].double().split(2)
+    a = torch.cat([torch.cat([upper, 0 * upper], 1), torch.cat([0 * lower, lower], 1)])
+    return weight.double() + ALPHA / 4 * (of["lora_B.weight"].double() @ a)
 
 
 def _dora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
@@ -126,6 +141,9 @@ CASES: Mapping[str, Case] = {
         Case("dylora", _factors, _lora, facts={"kind": "dylora"}),
         Case("adalora", _triplets, _adalora, {
             "peft_type": "ADALORA", "init_r": RANK, "target_r": RANK, "total_step": 1,
+        }),
+        Case("bdlora", _blocks, _bdlora, {
+            "peft_type": "LORA", "r": 4, "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["_proj"]},
         }),
         Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}),
         Case("lokr", _kronecker, _lokr, {"peft_type": "LOKR", "r": RANK, "alpha": ALPHA}),

@@ -21,7 +21,7 @@ from loratool.formats.read import read_adapter
 from loratool.formats.write import write_peft, write_single_file
 from loratool.updates import LoadedUpdate, Update
 
-OUTPUTS, INPUTS = 7, 5
+OUTPUTS, INPUTS = 7, 6
 CLOSE = 1e-5
 
 

@@ -53,11 +53,6 @@ LORA_FEATURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "lora_bias without biases": ("llama", {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}, "lora_bias"),
     "layer_replication": ("llama", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
     "aLoRA": ("llama", {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}, "alora"),
-    "BD-LoRA": (
-        "llama",
-        {"use_bdlora": peft.tuners.lora.BdLoraConfig(target_modules_bd_a=["q_proj"], nblocks=2, match_strict=False)},
-        "bdlora",
-    ),
     "KaSA": ("llama", {"kasa_config": peft.tuners.lora.KasaConfig()}, "kasa"),
 }
 
@@ -85,7 +80,7 @@ HAND_WRITTEN: dict[str, tuple[dict[str, Any], str]] = {
     "biases of no known sort": ({"bias": "some"}, "bias.*must be none, all or lora_only"),
     "aLoRA": ({"alora_invocation_tokens": [1]}, "alora"),
     "Arrow": ({"arrow_config": {"top_k": 2}}, "arrow"),
-    "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "bdlora"),
+    "BD-LoRA without blocks": ({"use_bdlora": {"nblocks": 2}}, "target_modules_bd_a"),
     "KaSA": ({"kasa_config": {"beta": 0.1}}, "kasa"),
     "Megatron": ({"megatron_config": {"hidden_size": 64}}, "megatron"),
 } | {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratool.formats import adalora, delora, dora, loha, lokr, lora
+from loratool.formats import adalora, bdlora, delora, dora, loha, lokr, lora
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
 
@@ -14,6 +14,7 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     LORA: lora.BUILDER,
     **{kind.name: lora.BUILDER for kind in RECORDED},
     adalora.NAME: adalora.BUILDER,
+    bdlora.NAME: bdlora.BUILDER,
     dora.NAME: dora.BUILDER,
     delora.NAME: delora.BUILDER,
     loha.NAME: loha.BUILDER,

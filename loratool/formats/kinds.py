@@ -96,7 +96,7 @@ _ROWS: Final = (
          other_parts=("magnitude", "dora_scale")),
     Kind("kasa", "KaSA", None, "kasa_config", ("lora_diag",), _LORA_RANKS, BY_BASE),
     Kind("qalora", "QALoRA", None, "use_qalora", (), _LORA_RANKS, UNDEFINED),
-    Kind("bdlora", "BD-LoRA", None, "use_bdlora", (), _LORA_RANKS, NOT_YET),
+    Kind("bdlora", "BD-LoRA", None, "use_bdlora", (), _LORA_RANKS),
     Kind("alora", "aLoRA", None, "alora_invocation_tokens", (), _LORA_RANKS, BY_INPUT),
     Kind("arrow", "Arrow", None, "arrow_config", (), _LORA_RANKS, BY_INPUT),
     Kind("tlora", "T-LoRA", other_parts=("q_layer", "p_layer", "lambda_layer"), why_not=BY_INPUT),
