@@ -33,6 +33,7 @@ class Case:
         tensors: those of a module, fp32, for a weight (outputs, inputs) that is given.
         wanted: W' of that weight, fp64.
         config: what its PEFT configuration has beside rank, alpha and targets.
+        alpha: the alpha of its configuration; None if it has none.
         facts: what loratool records beside it.
     """
 
@@ -41,6 +42,7 @@ class Case:
     wanted: Callable[[torch.Tensor, Tensors], torch.Tensor]
     config: Mapping[str, Any] = field(default_factory=lambda: {"peft_type": "LORA", "r": RANK})
     facts: Mapping[str, Any] = field(default_factory=dict)
+    alpha: float | None = ALPHA
 
 
 def _factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -134,6 +136,15 @@ def _delora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + bound / RANK * normed * of["delora_w_norm"].double()
 
 
+def _output_factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"ia3_l": 0.95 + 0.1 * torch.randn(len(weight), 1, generator=generator)}
+
+
+def _ia3(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """(IA)^3, section 3.3: each output times its factor."""
+    return of["ia3_l"].double() * weight.double()
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -148,6 +159,7 @@ CASES: Mapping[str, Case] = {
         Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}),
         Case("lokr", _kronecker, _lokr, {"peft_type": "LOKR", "r": RANK, "alpha": ALPHA}),
         Case("delora", _bounded, _delora, {"peft_type": "DELORA", "r": RANK}),
+        Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
     )
 }  # fmt: skip
@@ -161,7 +173,7 @@ def save_case(folder: Path, case: Case, weights: Mapping[str, torch.Tensor], see
     folder.mkdir(parents=True)
     save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
     targets = sorted({module.rpartition(".")[2] for module in weights})
-    alpha = {} if "alpha" in case.config else {"lora_alpha": ALPHA}
+    alpha = {} if "alpha" in case.config or case.alpha is None else {"lora_alpha": case.alpha}
     config = {**alpha, "target_modules": targets, **case.config}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     if case.facts:

@@ -120,9 +120,9 @@ class Adapter:
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """The locations of its tensors."""
+        """The locations of its tensors, each once."""
         updates = (info for update in self.changes.values() for info in update.tensors.values())
-        return (*updates, *self.own_base.values())
+        return tuple(dict.fromkeys((*updates, *self.own_base.values())))
 
     @property
     def factors(self) -> tuple[TensorInfo, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratool.formats import adalora, bdlora, delora, dora, loha, lokr, lora
+from loratool.formats import adalora, bdlora, delora, dora, ia3, loha, lokr, lora
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
 
@@ -19,5 +19,6 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     delora.NAME: delora.BUILDER,
     loha.NAME: loha.BUILDER,
     lokr.NAME: lokr.BUILDER,
+    ia3.NAME: ia3.BUILDER,
 })  # fmt: skip
 """The builder of every computed kind in `formats.kinds`, by name."""

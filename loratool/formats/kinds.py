@@ -136,7 +136,8 @@ _ROWS: Final = (
     Kind("supertuning", "Supertuning", "SUPERTUNING", parts=("supertuning_",), ranks=(("supertuning_lora_A", 0),),
          why_not=NOT_YET),
     # Factors and rotations
-    Kind("ia3", "IA3", "IA3", parts=("ia3_",), why_not=NOT_YET, other_parts=("on_input",)),
+    Kind("ia3", "IA3", "IA3", parts=("ia3_",), other_parts=("on_input",), article="an",
+         keys=frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})),
     Kind("oft", "OFT", "OFT", parts=("oft_",), why_not=NOT_YET),
     Kind("boft", "BOFT", "BOFT", parts=("boft_",), why_not=NOT_YET),
     Kind("hra", "HRA", "HRA", parts=("hra_",), ranks=(("hra_u", 1),), why_not=NOT_YET),

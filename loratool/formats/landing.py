@@ -24,6 +24,7 @@ from loratool.formats.names import (
     refuse_mixed_stacks,
     stack_of,
 )
+from loratool.updates.shapes import fits_turned
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class _Finder:
         landed = land_by_names(parameters, tensors)
         rest = {name: shape for name, shape in parameters.items() if name not in landed}
         for name, tensor in landed.items():
-            fits = len(parameters[name]) != STACKED and sorted(parameters[name]) == sorted(tensors[tensor].shape)
+            fits = len(parameters[name]) != STACKED and fits_turned(parameters[name], tensors[tensor].shape)
             self.places[name] = () if fits else places_by_tables(name, parameters[name], self._architecture)
             self.places[name] = self.places[name] or (Place(WHOLE, tensor, WHOLE),)
         try:

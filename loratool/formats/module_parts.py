@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final, Generic
 
@@ -51,6 +51,7 @@ class ModuleParts(Generic[Settings]):
         shared: the same for tensors that all modules share, by what PEFT calls them behind ``base_model.``.
         parse: parses and checks a configuration; the file's name is for messages.
         update: returns the update of a module, from its tensors and the settings. Raises UnfitError.
+        bias: returns the update of a module's bias that comes with that of its weight, or None.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class ModuleParts(Generic[Settings]):
     parse: Callable[[Mapping[str, Any], str], Settings]
     update: Callable[[str, Parts, Settings], Update]
     shared: Mapping[str, str] | None = None
+    bias: Callable[[Update], Update | None] | None = None
 
     def builder(self) -> Builder[Settings]:
         """Return the builder for `formats.builders`."""
@@ -85,7 +87,8 @@ class ModuleParts(Generic[Settings]):
                 )
         notes = _check_alpha(given, factors, settings, files.source, title)
         updates = self.updates(factors, settings)
-        return adapter_of(files, self.kind, files.config, settings, updates, notes)
+        adapter = adapter_of(files, self.kind, files.config, settings, updates, notes)
+        return replace(adapter, changes={**adapter.changes, **self._biases(updates)})
 
     def updates(self, factors: Factors, settings: Settings) -> dict[str, Update]:
         """Return the update of each module; raise AdapterError if its tensors do not fit."""
@@ -105,6 +108,10 @@ class ModuleParts(Generic[Settings]):
             except UnfitError as error:
                 raise AdapterError(f"{quoted(module)} in {quoted(source)} {error}; save it again") from None
         return found
+
+    def _biases(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+        found = {f"{module}.bias": self.bias(update) for module, update in updates.items()} if self.bias else {}
+        return {name: update for name, update in found.items() if update is not None}
 
     def key(self, module: str, letter: str) -> str:
         """Return PEFT's name of a module's tensor, or of one that all modules share."""

@@ -33,6 +33,7 @@ from typing import Final
 
 from loratool.architecture import Role, Shaped, any_model, module_of, same_part
 from loratool.errors import PlacementError, nearest, quoted
+from loratool.updates.shapes import fits_turned
 
 SUFFIX: Final = ".weight"
 KOHYA_PREFIX: Final = re.compile(r"lora_[a-z]+\d*_(?=[^.]+$)")
@@ -204,7 +205,7 @@ def _only_one(complete: list[Exchange], rest: Mapping[str, Shape],
     fitting = [
         exchange
         for exchange in complete
-        if all(sorted(tensors[str(exchange.rename(name))].shape) == sorted(shape) for name, shape in rest.items())
+        if all(fits_turned(shape, tensors[str(exchange.rename(name))].shape) for name, shape in rest.items())
     ]
     if len(complete) == 1:
         return complete[0]

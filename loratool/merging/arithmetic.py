@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
@@ -96,8 +97,8 @@ class BlockArithmetic:
                 for planned, region in zip(target.updates, regions, strict=True)
             ]
             self._kept = [b""] * len(self._updates)
+            self._plain = Rounding(target.seed, all_carry=not self._adds)
             self._calibrated = self._calibrated_by(target)
-            self._plain = Rounding(target.seed)
             self._begun: tuple[range, Rounding] = (self._segments[0], self._rounding_of(self._segments[0]))
 
     def _calibrated_by(self, target: Target) -> Rounding | None:
@@ -109,8 +110,8 @@ class BlockArithmetic:
             return None
         inputs = torch.from_numpy(np.load(target.inputs)).to(self._device)
         if self.weight.turned:  # a block covers only some of the inputs
-            return Rounding(target.seed, feedback=lambda few: Feedback(inputs[:, few.start : few.stop]))
-        return Rounding(target.seed, feedback=Feedback(inputs))
+            return replace(self._plain, feedback=lambda few: Feedback(inputs[:, few.start : few.stop]))
+        return replace(self._plain, feedback=Feedback(inputs))
 
     def _rounding(self, rows: range) -> Rounding:
         """Return how to round a block. Error compensation between outputs begins anew with each segment."""

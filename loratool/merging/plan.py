@@ -25,8 +25,9 @@ from loratool.merging.changed_files import FileChanges
 from loratool.merging.own_base import part_on_own_base, refuse_copy
 from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied, tied_copies
 from loratool.merging.vocabulary import misfit_advice
-from loratool.updates import RowsUpdate, Update
+from loratool.updates import BiasUpdate, RowsUpdate, Update
 from loratool.updates.based import Based
+from loratool.updates.shapes import ANY, fits, words
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
 
@@ -147,6 +148,8 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
         for parameter, update in weighted.adapter.changes.items():
             for place in landing.tensors[parameter]:
+                if place.name not in base.tensors and isinstance(update, BiasUpdate) and update.only_if_present:
+                    continue
                 refuse_partial(place, parameter, weighted.adapter)
                 based = part_on_own_base(parameter, update, weighted.adapter, place, base)
                 planned = PlannedUpdate(index, parameter, based, weighted.weight, place.view)
@@ -155,7 +158,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
                 for name in (place.name, *copies):
                     arriving.setdefault(name, []).append(planned)
     outputs = {
-        name: {planned.update.shape[0] for planned in updates}
+        name: {planned.update.shape[0] for planned in updates if planned.update.shape[0] != ANY}
         for name, updates in arriving.items()
         if all(planned.view.is_whole and _leads(planned.update) for planned in updates)
     }
@@ -270,10 +273,10 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
         updates = tuple(replace(each, view=replace(each.view, transposed=transposed)) for each in updates)
     for planned in updates:
         fitting = planned.view.shape_in(weight.shape)
-        if planned.update.shape != fitting:
+        if not fits(planned.update.shape, fitting):
             raise PlacementError(
                 f"{quoted(module_of(planned.parameter))} of {quoted(adapters[planned.adapter].adapter.name)} fits a matrix of "
-                f"shape {list(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; "
+                f"shape {words(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; "
                 + misfit_advice(name, planned.update.shape, fitting, orientation.architecture)
             )
         if planned.update.needs_outputs and planned.view.transposed != weight.turned:

@@ -27,7 +27,10 @@ class Update(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of its parameter: (out_features, in_features), or any shape if it `replaces` the parameter."""
+        """Shape of its parameter: (out_features, in_features), or any shape if it `replaces` the parameter.
+
+        A dimension that the adapter does not tell is `shapes.ANY`.
+        """
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -70,6 +73,15 @@ class RowsUpdate(Update, Protocol):
     @property
     def indices(self) -> tuple[int, ...]:
         """The rows that it changes, each once."""
+
+
+@runtime_checkable
+class BiasUpdate(Update, Protocol):
+    """An update of the bias of a module whose weight is updated as well."""
+
+    @property
+    def only_if_present(self) -> bool:
+        """Whether a module that has no bias in the base lacks nothing."""
 
 
 @runtime_checkable

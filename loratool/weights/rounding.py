@@ -36,6 +36,7 @@ class Rounding:
         seed: seed of the random numbers, below 2**64. It is derived from what is merged, so equal merges give equal bytes.
         feedback: error compensation between inputs, or a function that makes it for some inputs. It takes precedence.
         outputs: error compensation between outputs, which is used where the change is small.
+        all_carry: whether each code must carry its own change, because the change depends on the weights.
 
     The seed alone does not undo error compensation; an undo file holds the rest.
     """
@@ -43,6 +44,7 @@ class Rounding:
     seed: int
     feedback: Feedback | Callable[[range], Feedback] | None = None
     outputs: OutputFeedback | None = None
+    all_carry: bool = False
 
     def feedback_for(self, inputs: range) -> Feedback | None:
         """Return the error compensation for a block with these inputs, or None."""

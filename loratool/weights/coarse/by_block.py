@@ -43,7 +43,7 @@ class ByBlock:
         """Return the manner of a block. Its hint is the number of carriers in each column, int32, or one 0 for all codes."""
         sizes = self._sizes(block)
         words = rounding.words(block.area.rows, block.area.count, block.raw.device)
-        carriers, hint = self._carriers(block, sizes)
+        carriers, hint = (None, PLAIN) if rounding.all_carry else self._carriers(block, sizes)
         return Manner(words, self._mean_steps(sizes) <= LARGEST_CHANGE, hint, carriers)
 
     def origins(self, block: Block, rounding: Rounding, hint: bytes | None) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ class ByBlock:
             stayed.view(torch.int8).sub(torch.sign(shift).to(torch.int8)).clamp_(0, table.count - 1).view(torch.uint8)
         )
         from_there, from_itself = shift, shift
-        if self._short is not None and hint != PLAIN:
+        if self._short is not None and hint != PLAIN and not rounding.all_carry:
             level = self._short.level(self._sizes(block).amax(1))
             chosen = self._short.chosen(rows, block.raw, shift, level)
             counts = self._counts(hint, chosen.view(change.shape))

@@ -6,7 +6,8 @@ closer at zero than at the ends. So only the codes with short steps carry the up
 of `rows` rows carry, each carries ``rows / count`` times its own change.
 
 The choice depends on the weights and not on the update. What a row gains in one column and loses in another is therefore like
-noise, but only of variance ``delta^2``. With a quarter of the codes, total noise falls to two thirds.
+noise, but only of variance ``delta^2``. With a quarter of the codes, total noise falls to two thirds. An update that depends on
+the weights is carried by all codes, because its changes may be smaller where steps are short.
 
 Shares are balanced by column and not by row. A column whose weights are all small has only short steps, and its input is large
 in every token. Balanced by row, it would get more than its share.
