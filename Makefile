@@ -21,7 +21,7 @@ types: .venv/ready
 	$(BIN)/mypy
 
 tests: .venv/ready
-	$(BIN)/python -m pytest -n $(WORKERS) --durations=20
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 # Real signals to every command that writes, 50 times each at moments spread over its run; half an hour or so.
 interrupts: .venv/ready

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from forking import Forker
     from hub_stand_in import HubStandIn
     from other_adapters import PeftTypes
     from tiny_adapters import TinyAdapters
@@ -55,15 +54,6 @@ def signals_as_in_a_terminal() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="session")
-def forked() -> Iterator[Forker]:
-    """Runs files of tests as programs, in forks of one process that has imported torch."""
-    from forking import forker
-
-    with forker() as running:
-        yield running
 
 
 @pytest.fixture(scope="session")

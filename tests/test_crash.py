@@ -28,12 +28,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-
-if TYPE_CHECKING:
-    from forking import Forker
 
 SHAPES = {"layers.0.first": (70, 24), "layers.0.second": (24, 70), "layers.1.first": (70, 24)}
 
@@ -496,20 +493,17 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def run_server(tmp_path: Path, home_of_its_own: Path, forked: Forker) -> Callable[..., dict[str, Any]]:
+def run_server(tmp_path: Path, home_of_its_own: Path) -> Callable[..., dict[str, Any]]:
     """Run the server on a scenario; returns the trees before and after it and what came of each strike."""
 
     def run(name: str, strikes: str, *, step: int = 1, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
         _make_base(tmp_path / "work")
-        words = [__file__, name, str(tmp_path), strikes, str(step)]
-        if prefix:
-            root = Path(__file__).parents[1]
-            environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [*prefix, sys.executable, *words], env=environment, cwd=tmp_path, capture_output=True, text=True
-            )
-        else:
-            done = forked.run(*words, folder=tmp_path)
+        root = Path(__file__).parents[1]
+        environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*prefix, sys.executable, __file__, name, str(tmp_path), strikes, str(step)],
+            env=environment, cwd=tmp_path, capture_output=True, text=True,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         result: dict[str, Any] = json.loads(done.stdout)
         assert len(result["strikes"]) > 5, result

@@ -171,7 +171,12 @@ UNFIT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "B of another height": (instead(f"{Q_PROJ}.lora_B.weight", 65, 4), "fits a matrix of shape"),
     "A and B of different ranks": (instead(f"{Q_PROJ}.lora_A.weight", 5, 64), "do not fit together"),
     "a vector": (instead(f"{Q_PROJ}.lora_A.weight", 64), "must be a matrix"),
-    "a convolution": (instead(f"{Q_PROJ}.lora_A.weight", 4, 64, 1, 1), "must be a matrix"),
+    "a convolution": (instead(f"{Q_PROJ}.lora_A.weight", 4, 64, 1, 1), "do not fit together"),
+    "six dimensions": (instead(f"{Q_PROJ}.lora_A.weight", 4, 64, 1, 1, 1, 1), "must be a matrix"),
+    "both of an embedding and of a linear layer": (
+        instead("base_model.model.model.layers.0.self_attn.q_proj.lora_embedding_A", 4, 64),
+        "has no lora_embedding_B|as of an embedding and of a linear layer",
+    ),
     "no rows": (instead(f"{Q_PROJ}.lora_A.weight", 0, 64), "must be a matrix"),
     "whole numbers": (instead(f"{Q_PROJ}.lora_A.weight", 4, 64, dtype=torch.int32), "dtype I32"),
     "eight-bit floats": (instead(f"{Q_PROJ}.lora_A.weight", 4, 64, dtype=torch.float8_e4m3fn), "dtype F8_E4M3"),

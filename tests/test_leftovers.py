@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from test_crash import _make_base, die, start, strike_at, tree, wait
@@ -25,9 +26,6 @@ from loratool.checkpoint.staging import staged_file, staged_folder
 from loratool.checkpoint.unfinished import Note, noting_in, taken_over
 from loratool.errors import LoratoolError
 from registry import Registry
-
-if TYPE_CHECKING:
-    from forking import Forker
 
 KIND = OutputKind.MERGED_MODEL
 
@@ -282,12 +280,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_catalogue_is_right_wherever_a_command_is_killed(name: str, tmp_path: Path, forked: Forker) -> None:
+def test_the_catalogue_is_right_wherever_a_command_is_killed(name: str, tmp_path: Path, home_of_its_own: Path) -> None:
     """The next command enters what the killed one did not come to enter, and nothing that is not there."""
     _make_base(tmp_path / "work")
     (tmp_path / "home").mkdir()
-    home = {"LORATOOL_HOME": str(tmp_path / "home")}
-    done = forked.run(__file__, name, str(tmp_path), folder=tmp_path, environment=home)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "LORATOOL_HOME": str(tmp_path / "home")}
+    command = [sys.executable, __file__, name, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert result["before"][1] != result["after"][1]

@@ -6,10 +6,12 @@ The runs are forks of a process of its own, this file as a program, struck at ev
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -19,9 +21,6 @@ from tiny_adapters import save_plain_adapter
 import loratool
 from loratool.errors import LoratoolError
 from registry import RegistryError
-
-if TYPE_CHECKING:
-    from forking import Forker
 
 RANKS = (1, 3)
 OUTS = {"files": "cut.st", "folders": "cut"}
@@ -88,10 +87,12 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("form", "how"), [("files", "killed"), ("folders", "killed"), ("files", "disk full")])
 def test_of_several_outputs_each_is_whole_and_the_catalogue_knows_all_or_none(
-    form: str, how: str, tmp_path: Path, forked: Forker
+    form: str, how: str, tmp_path: Path
 ) -> None:
     save_plain_adapter(tmp_path / "adapter", {"layers.0.first": (24, 16), "layers.1.first": (24, 16)}, r=3)
-    done = forked.run(__file__, str(tmp_path), OUTS[form], how, folder=tmp_path)
+    command = [sys.executable, __file__, str(tmp_path), OUTS[form], how]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     strikes = json.loads(done.stdout)
     assert any(each["left"] for each in strikes) or how == "disk full", "no strike came between the outputs' names"

@@ -42,9 +42,6 @@ def expect_refusal(adapter: Path, base: Path, folder: Path, named: str, *, besid
 
 LORA_FEATURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "modules_to_save of a tied embedding": ("llama-tied", {"modules_to_save": ["embed_tokens"]}, "embed_tokens.*ties"),
-    "embeddings": ("llama", {"target_modules": ["embed_tokens"]}, "embed"),
-    "embeddings beside linears": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, "embed"),
-    "GPT-2 position embeddings": ("gpt2", {"target_modules": ["wpe", "c_attn"]}, "embed|wpe"),
     "target_parameters": (
         "llama",
         {"target_parameters": ["mlp.gate_proj.weight"], "target_modules": []},

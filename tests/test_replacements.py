@@ -449,12 +449,3 @@ def test_inner_copies_that_differ_are_refused(tiny_models: TinyModels, tmp_path:
     del tensors[f"{PREFIX}lm_head.weight"]
     save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
     assert list(read_adapter(adapter).replacements) == ["lm_head.weight", "model.embed_tokens.weight"]
-
-
-def test_lora_on_embeddings_is_called_that_and_no_copy(tiny_models: TinyModels, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])
-    adapter = save_peft_adapter(load(tiny_models.folder("llama"), "llama"), config, tmp_path / "adapter")
-    assert any("base_layer" in name for name in load_file(adapter / "adapter_model.safetensors"))
-    with pytest.raises(UnsupportedError, match="uses LoRA on embeddings") as raised:
-        read_adapter(adapter)
-    assert "copy" not in str(raised.value)

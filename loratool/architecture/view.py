@@ -29,8 +29,10 @@ class View:
         return self.expert is None and self.outputs == ALL
 
     def shape_in(self, stored: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape, outputs first, of this part of a parameter of the shape `stored`."""
+        """Return the shape, outputs first, of this part of a parameter of the shape `stored`; no outputs of a missing expert."""
         shape = tuple(stored) if self.expert is None else tuple(stored[1:])
+        if self.expert is not None and shape and self.expert >= stored[0]:
+            shape = tuple(0 for _ in shape)
         shape = shape[::-1] if self.transposed and len(shape) == 2 else shape
         return (len(range(shape[0])[self.outputs]), *shape[1:]) if shape else ()
 

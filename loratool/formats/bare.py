@@ -15,7 +15,7 @@ from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, metadata_sta
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.metadata_config import refuse_variants, statements
 from loratool.formats.scalar import read_scalar
-from loratool.formats.tensor_keys import alpha_tensors, pair_factors
+from loratool.formats.tensor_keys import alpha_tensors, pair_factors, rank_of
 
 SIXTEEN_BITS: Final = ("F16", "BF16")
 
@@ -29,7 +29,7 @@ def bare_config(files: AdapterFiles, given: Alpha | None, *,
     Raises:
         UnsupportedError, AdapterError: the tensors are not a LoRA's, or alpha is missing or contradictory.
     """
-    ranks = {module: a.shape[0] for module, (a, _) in pair_factors(files.tensors, files.source).items()}
+    ranks = {module: rank_of(pair) for module, pair in pair_factors(files.tensors, files.source).items()}
     stated, use_rslora = stated_alphas(files, ranks)
     beside = config_statement(files, ranks)
     if beside is not None:

@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024, arXiv:2402.09353) in PEFT's names: a LoRA with a ``lora_magnitude_vector`` for each module.
 
-PEFT 0.21 saves the magnitudes of a linear layer as (out_features,), without ``.weight`` at the end of the name. A saved model
-state has the suffix.
+PEFT 0.21 saves the magnitudes of a linear layer as (out,), of an embedding as (features,) and of a convolution as (1, out, 1...),
+without ``.weight`` at the end of the name. A saved model state has the suffix.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import replace
 from typing import Final
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.errors import AdapterError, UnsupportedError, quoted
+from loratool.errors import AdapterError, quoted
 from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import Alpha
 from loratool.formats.builder import Builder, Factors
 from loratool.formats.config_reader import ConfigReader
 from loratool.formats.kinds import KINDS
-from loratool.formats.lora import lora_settings, lora_updates, read_lora
+from loratool.formats.lora import lora_settings, read_lora
 from loratool.formats.lora_config import LoraConfig
+from loratool.formats.lora_product import product_of
 from loratool.formats.tensor_keys import PREFIX, peft_key
 from loratool.updates import Update
 from loratool.updates.dora import Dora
-from loratool.updates.low_rank import LowRank
 
 NAME: Final = "dora"
 _MAGNITUDE: Final = re.compile(
@@ -33,7 +33,7 @@ _MAGNITUDE: Final = re.compile(
 
 
 def read_dora(files: AdapterFiles, given: Alpha | None) -> Adapter:
-    """Read a DoRA of linear layers.
+    """Read a DoRA of linear layers, convolutions and embeddings.
 
     Raises:
         UnsupportedError: it uses another feature that loratool does not compute.
@@ -48,7 +48,7 @@ def read_dora(files: AdapterFiles, given: Alpha | None) -> Adapter:
         what = "no lora_magnitude_vector" if module in factors else "a lora_magnitude_vector and no factors"
         raise AdapterError(f"{quoted(module)} in {quoted(files.source)}, a DoRA, has {what}; the file is incomplete")
     for module, info in magnitudes.items():
-        _refuse_unfit(module, info, factors[module]["B"].shape[0], files.source)
+        _refuse_unfit(module, info, adapter.ranked[module].shape, files.source)
         factors[module]["m"] = info
     config = {**adapter.config, setting: True}
     updates = dora_updates(factors, lora_settings(adapter))
@@ -57,11 +57,7 @@ def read_dora(files: AdapterFiles, given: Alpha | None) -> Adapter:
 
 def dora_updates(factors: Factors, lora: LoraConfig) -> dict[str, Update]:
     """Return the update of each module."""
-    updates: dict[str, Update] = {}
-    for module, product in lora_updates(factors, lora).items():
-        assert isinstance(product, LowRank)
-        updates[module] = Dora(product, factors[module]["m"])
-    return updates
+    return {module: Dora(product_of(each, lora.scaling_of(module)), each["m"]) for module, each in factors.items()}
 
 
 def dora_key(module: str, letter: str) -> str:
@@ -84,13 +80,11 @@ def _split(tensors: Mapping[str, TensorInfo], source: str) -> tuple[dict[str, Te
     return magnitudes, rest
 
 
-def _refuse_unfit(module: str, info: TensorInfo, outputs: int, source: str) -> None:
-    if len(info.shape) > 2:
-        raise UnsupportedError(
-            f"{quoted(info.name)} in {quoted(source)} has shape {list(info.shape)}, that of a convolution's magnitudes: "
-            "loratool does not compute those yet; merge it with PEFT"
-        )
-    if info.shape not in ((outputs,), (outputs, 1)):
+def _refuse_unfit(module: str, info: TensorInfo, shape: tuple[int, ...], source: str) -> None:
+    """Raise AdapterError if the magnitudes do not fit a W of this shape."""
+    outputs, *others = shape
+    of_convolution = (1, outputs, *(1 for _ in others[1:]))
+    if info.shape not in ((outputs,), (outputs, 1), *((of_convolution,) if others[1:] else ())):
         raise AdapterError(
             f"the magnitudes of {quoted(module)} in {quoted(source)} are {list(info.shape)} and its factors have {outputs} "
             "outputs; was it saved from a sharded run without gathering?"

@@ -192,7 +192,6 @@ class Feature:
 
 
 FEATURES: Final = (
-    Feature("LoRA on embeddings", parts=("lora_embedding_",)),
     Feature("MoE parameters (target_parameters)", "target_parameters", ("base_layer.lora_",)),
     Feature("layer_replication", "layer_replication"),
     Feature("Megatron layers (megatron_config)", "megatron_config"),

@@ -13,10 +13,10 @@ from loratool.formats.bare import bare_config, stated_alphas, unstated
 from loratool.formats.builder import Builder, Factors
 from loratool.formats.kinds import LORA, RECORDED, kind_named
 from loratool.formats.lora_config import LoraConfig, lora_config
+from loratool.formats.lora_product import product_of
 from loratool.formats.module_targets import ModuleTargets
-from loratool.formats.tensor_keys import pair_factors, peft_key
+from loratool.formats.tensor_keys import pair_factors, peft_key, rank_of
 from loratool.updates import Update
-from loratool.updates.low_rank import LowRank
 
 
 def read_pairs(files: AdapterFiles, given: Alpha | None, *, absent_is_rank: bool = False) -> Adapter:
@@ -35,9 +35,9 @@ def read_lora(files: AdapterFiles, given: Alpha | None) -> Adapter:
 def _of_updates(files: AdapterFiles, config: Mapping[str, Any], notes: tuple[str, ...]) -> Adapter:
     lora = LoraConfig.parse(config, files.config_source if files.config else files.source)
     pairs = pair_factors(files.tensors, files.source)
-    for module, (a, _) in pairs.items():
-        _refuse_unfit(module, a.shape[0], lora, files.source)
-    updates = lora_updates({module: {"A": a, "B": b} for module, (a, b) in pairs.items()}, lora)
+    for module, pair in pairs.items():
+        _refuse_unfit(module, rank_of(pair), lora, files.source)
+    updates = lora_updates(pairs, lora)
     kind = next((kind.name for kind in RECORDED if files.facts.get("kind") == kind.name), LORA)
     return adapter_of(files, kind, config, lora, updates, notes)
 
@@ -48,7 +48,7 @@ def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, 
     lora = LoraConfig.parse(
         {"lora_alpha": 1, **{k: v for k, v in config.items() if v is not None}}, files.config_source
     )
-    ranks = {module: a.shape[0] for module, (a, _) in pair_factors(files.tensors, source).items()}
+    ranks = {module: rank_of(pair) for module, pair in pair_factors(files.tensors, source).items()}
     said, _ = stated_alphas(files, ranks)
     if config.get("lora_alpha") is not None:
         said = [Statement(CONFIGURATION, {module: float(lora.alpha_of(module)) for module in ranks}), *said]
@@ -75,7 +75,7 @@ def _refuse_unfit(module: str, rank: int, lora: LoraConfig, source: str) -> None
 
 def lora_updates(factors: Factors, lora: LoraConfig) -> dict[str, Update]:
     """Return the update of each module."""
-    return {module: LowRank(each["A"], each["B"], lora.scaling_of(module)) for module, each in factors.items()}
+    return {module: product_of(each, lora.scaling_of(module)) for module, each in factors.items()}
 
 
 def lora_settings(adapter: Adapter) -> LoraConfig:

@@ -12,9 +12,16 @@ from loratool.formats.kinds import FEATURES, KINDS
 
 PREFIX: Final = "base_model.model."
 _FACTOR: Final = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"(?:base_model\.model\.)?(?P<module>.+)\.lora_"
+    r"(?:(?P<factor>A|B|down|up)(?:\.(?P<adapter>[^.]+))?\.weight|(?P<of_embedding>embedding_[AB])(?:\.(?P<its_adapter>[^.]+))?)"
 )
+EMBEDDING: Final = "embedding_"
+"""Beginning of the letters of an embedding's factors."""
+
 ALPHA: Final = ".alpha"
+KERNELS: Final = (3, 4, 5)
+"""Dimensions of the factors of convolutions over one, two and three axes."""
+
 _LETTERS: Final = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _MARKS: Final = tuple(part for kind in KINDS.values() for part in kind.parts)
 """Beginnings of the name component that shows the kind of adapter."""
@@ -51,20 +58,25 @@ def split_peft(name: str) -> tuple[str, str] | None:
 def adapters_in(tensors: Iterable[str]) -> frozenset[str]:
     """Return the adapters' names that a saved model state has in its tensors' names; PEFT's default name always counts."""
     matches = (_FACTOR.fullmatch(name) for name in tensors)
-    return frozenset({"default", *(match["adapter"] for match in matches if match and match["adapter"])})
+    return frozenset({"default", *(name for match in matches if match and (name := _adapter(match)))})
 
 
 def peft_key(module: str, factor: str) -> str:
-    """Return PEFT's name of factor ``A`` or ``B`` of `module`."""
-    return f"{PREFIX}{module}.lora_{factor}.weight"
+    """Return PEFT's name of factor ``A`` or ``B`` of `module`, or ``embedding_A`` or ``embedding_B``."""
+    return f"{PREFIX}{module}.lora_{factor}" + ("" if factor.startswith(EMBEDDING) else ".weight")
 
 
-def pair_factors(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """Return the factors (A, B) of each module, sorted by module name; alphas among the tensors are ignored.
+def _adapter(match: re.Match[str]) -> str | None:
+    """Return the adapter's name in a factor's name, if it has one."""
+    return match["adapter"] or match["its_adapter"]
+
+
+def pair_factors(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, dict[str, TensorInfo]]:
+    """Return the factors of each module by their letters, A first, sorted by module name; alphas among the tensors are ignored.
 
     Raises:
         UnsupportedError: tensors belong to features that loratool does not compute; the message names all of these.
-        AdapterError: a factor is not a matrix or has no partner, or there are no factors.
+        AdapterError: a factor has the wrong shape or no partner, or there are no factors.
     """
     refuse_other_features(tensors, source, lambda name: name.endswith(ALPHA) or _FACTOR.fullmatch(name) is not None)
     factors: dict[str, dict[str, TensorInfo]] = {}
@@ -73,19 +85,24 @@ def pair_factors(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, tu
         match = _FACTOR.fullmatch(name)
         if match is None:
             continue
-        if len(info.shape) != 2 or 0 in info.shape:
+        letter = match["of_embedding"] or _LETTERS[match["factor"]]
+        if 0 in info.shape or not (len(info.shape) == 2 or (len(info.shape) in KERNELS and match["factor"])):
             raise _no_matrix(info, source)
         pair = factors.setdefault(match["module"], {})
-        letter = _LETTERS[match["factor"]]
         if letter in pair:
             raise AdapterError(f"{quoted(source)} holds lora_{letter} of {quoted(match['module'])} twice")
         pair[letter] = info
-        adapters.add(match["adapter"])
+        adapters.add(_adapter(match))
     if len(adapters) > 1:
         raise AdapterError(f"{quoted(source)} holds several adapters ({len(adapters)}); save each to a file of its own")
     if not factors:
         raise AdapterError(f"{quoted(source)} holds no LoRA tensors; is it an adapter?")
     return {module: _complete(module, pair, source) for module, pair in sorted(factors.items())}
+
+
+def rank_of(pair: Mapping[str, TensorInfo]) -> int:
+    """Return the rank of a module with these factors, A first."""
+    return next(iter(pair.values())).shape[0]
 
 
 def alpha_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -140,25 +157,26 @@ def _feature_of(name: str) -> tuple[str, str] | None:
 
 
 def _no_matrix(info: TensorInfo, source: str) -> AdapterError:
-    if len(info.shape) in (3, 4, 5):
-        return UnsupportedError(
-            f"{quoted(info.name)} in {quoted(source)} has shape {list(info.shape)}, that of a convolution, and must be a "
-            "matrix: loratool does not compute those yet; merge it with the program that trained it"
-        )
     return AdapterError(
-        f"{quoted(info.name)} in {quoted(source)} has shape {list(info.shape)} and must be a matrix; was it saved from a "
-        "sharded run without gathering?"
+        f"{quoted(info.name)} in {quoted(source)} has shape {list(info.shape)} and must be a matrix or a convolution's kernel; "
+        "was it saved from a sharded run without gathering?"
     )
 
 
-def _complete(module: str, pair: Mapping[str, TensorInfo], source: str) -> tuple[TensorInfo, TensorInfo]:
-    if set(pair) != {"A", "B"}:
-        missing = "B" if "A" in pair else "A"
-        raise AdapterError(f"{quoted(module)} in {quoted(source)} has no lora_{missing}; the file is incomplete")
-    a, b = pair["A"], pair["B"]
-    if a.shape[0] != b.shape[1]:
+def _complete(module: str, pair: Mapping[str, TensorInfo], source: str) -> dict[str, TensorInfo]:
+    start = EMBEDDING if any(letter.startswith(EMBEDDING) for letter in pair) else ""
+    letters = (f"{start}A", f"{start}B")
+    missing = [letter for letter in letters if letter not in pair]
+    if missing:
+        raise AdapterError(f"{quoted(module)} in {quoted(source)} has no lora_{missing[0]}; the file is incomplete")
+    if len(pair) > 2:
+        raise AdapterError(
+            f"{quoted(source)} holds factors of {quoted(module)} as of an embedding and of a linear layer"
+        )
+    a, b = (pair[letter] for letter in letters)
+    if a.shape[0] != b.shape[1] or len(a.shape) != len(b.shape) or any(side != 1 for side in b.shape[2:]):
         raise AdapterError(
             f"the factors of {quoted(module)} in {quoted(source)} do not fit together: "
-            f"lora_A is {list(a.shape)} and lora_B is {list(b.shape)}"
+            f"lora_{letters[0]} is {list(a.shape)} and lora_{letters[1]} is {list(b.shape)}"
         )
-    return a, b
+    return dict(zip(letters, (a, b), strict=True))

@@ -98,6 +98,11 @@ class BlockArithmetic:
             ]
             self._kept = [b""] * len(self._updates)
             self._plain = Rounding(target.seed, all_carry=not self._adds)
+            self._behind = [
+                update
+                for place, update in enumerate(self._updates)
+                if update.measures_block and any(update.overlaps(each) for each in self._updates[:place])
+            ]
             self._calibrated = self._calibrated_by(target)
             self._begun: tuple[range, Rounding] = (self._segments[0], self._rounding_of(self._segments[0]))
 
@@ -146,6 +151,20 @@ class BlockArithmetic:
 
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._cuda)
 
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` must see all blocks, in order, before the first `change`."""
+        return False
+
+    def measure(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        """Show the bytes of a block, as they are before the change, to the updates that depend on the whole matrix."""
+        with self._on_stream():
+            block, scratch = _room.take(self._device, len(rows), self.weight.columns)
+            self.codec.decode(rows, tuple(part.to(self._device) for part in parts), block)
+            for update in self._updates:
+                if update.measures_whole:
+                    update.measure(block, rows, scratch)
+
     def apply(self, rows: range, parts: tuple[torch.Tensor, ...]) -> bytes:
         """Add the updates to the matrix whose bytes are `parts`, in place; return the hint that `revert` needs."""
         if self._is_untouched(rows):
@@ -170,6 +189,8 @@ class BlockArithmetic:
             block.zero_()
         else:
             self.codec.decode(rows, parts, block)
+        for update in self._behind:
+            update.measure(block, rows, scratch)
         self._kept = [update.apply(block, rows, scratch) for update in self._updates]
         if takes_change and not self._adds:
             self.codec.decode(rows, parts, scratch)
@@ -246,6 +267,10 @@ class Merge(BlockArithmetic):
         super().__init__(target, device)
         self._keep = keep
 
+    @property
+    def measures(self) -> bool:
+        return any(update.measures_whole for update in self._updates)
+
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
         if self._keep is None:
             self.apply(rows, parts)
@@ -291,8 +316,9 @@ class ExactUnmerge(BlockArithmetic):
                 hint, rest = unpack_hint(rest, 4 * max(self.weight.rows, self.weight.columns))
             for place, update in enumerate(self._updates):
                 if update.keeps:
-                    self._kept[place], rest = unpack_hint(rest, 4 * len(rows))
-                    self._refuse_unfit(update.rows_kept(rows), self._kept[place])
+                    count = update.kept_count(rows)
+                    self._kept[place], rest = unpack_hint(rest, 4 * count)
+                    self._refuse_unfit(count, self._kept[place])
             self.revert(rows, parts, hint)
             for part, doubt in zip(parts, self.codec.doubt(merged, parts), strict=True):
                 rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)

@@ -161,8 +161,14 @@ def to_dense(weight: StoredWeight, *, turned: bool, updates: Target | None = Non
     return Conversion(weight, dense, turned != weight.turned, merge=_on(dense, updates, turned=weight.turned))
 
 
-def merged_only(weight: DenseWeight, updates: Target) -> Conversion:
+def merged_only(updates: Target) -> Conversion:
     """Return the conversion of a dense parameter that stays dense and is only merged into."""
+    weight = updates.weight
+    if not isinstance(weight, DenseWeight):
+        raise UnsupportedError(
+            f"{quoted(weight.name)} in {quoted(weight.tensors[0].file)} is stored {weight.words} and stays so; loratool merges "
+            "into dense weights while it changes the storage of others"
+        )
     return Conversion(weight, weight, merge=updates)
 
 
@@ -234,7 +240,7 @@ def plan_conversion(base: Checkpoint, change: StorageChange, merge: MergePlan | 
     alone = [name for name in targets if name not in named and base.tensors[name].nbytes]
     conversions = [
         *found,
-        *(merged_only(_dense(name, base), targets[name]) for name in alone),
+        *(merged_only(targets[name]) for name in alone),
     ]
     return ConversionPlan(base, change, tuple(sorted(conversions, key=lambda each: each.name)), config, merge)
 

@@ -268,12 +268,23 @@ class _Stream:
         if target is None:
             yield from self._blocks(digest=True)
             return
-        merge = Merge(target, choose_device(self._device))
+        merge = self._merge(target)
         for block in self._blocks(digest=True, cut=merge.blocks()):
             original = None if self._differs else block.dense.clone()
             merge.change(block.rows, (block.dense,))
             self._differs = original is None or not original.equal(block.dense)
             yield block
+
+    def _merge(self, target: Target) -> Merge:
+        """Return the arithmetic of the updates; if they depend on the whole intermediate matrix, read it once before."""
+        import torch
+
+        merge = Merge(target, choose_device(self._device))
+        if merge.measures:
+            for block in self._blocks(digest=False, cut=merge.blocks()):
+                numbers = elements(block.dense, self._conversion.dense).to(target.weight.dtype.as_torch())
+                merge.measure(block.rows, (numbers.view(torch.uint8),))
+        return merge
 
     def _blocks(self, *, digest: bool, cut: Iterable[range] | None = None) -> Iterator[_Block]:
         """Yield the intermediate matrix block by block, as in the base; with `digest`, hash the bytes read."""
@@ -302,7 +313,7 @@ class _Stream:
 
         target, dense = self._conversion.merge, self._conversion.dense
         assert target is not None
-        merge = Merge(target, choose_device(self._device))
+        merge = self._merge(target)
         for block in self._blocks(digest=digest, cut=merge.blocks()):
             originals = elements(block.dense, dense).float()
             numbers = originals.clone()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Final
 
 from blake3 import blake3
 
@@ -30,9 +29,6 @@ from loratool.updates.based import Based
 from loratool.updates.shapes import ANY, fits, words
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
-
-MATRIX: Final = 2
-"""The number of dimensions of a matrix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,25 +247,25 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
             f"{quoted(source.name)} changes {quoted(updates[0].parameter)} by {first.kind}, and the base has no such parameter, "
             "so PEFT could not merge it either; is it the right base?"
         )
-    if weight is None or any(_is_stored_otherwise(weight, planned) for planned in updates):
+    if weight is None or not weight.shape:
         raise UnsupportedError(
             f"{quoted(own)} of {quoted(source.name)} lands on {quoted(name)}, which is stored as "
-            f"{info.dtype} {list(info.shape)}; loratool changes {titles()} matrices"
+            f"{info.dtype} {list(info.shape)}; loratool changes {titles()} weights"
         )
-    _refuse_order(name, weight.shape, updates, adapters)
+    _refuse_beside(name, weight.shape, updates, adapters)
     if isinstance(first, Based):
         refuse_copy(first, weight, source)
         first = first.update
     if isinstance(first, RowsUpdate):
         return _rows_target(weight, first, updates, source, orientation.architecture)
-    if orientation.architecture.is_embedding(name):
-        raise UnsupportedError(
-            f"{quoted(own)} of {quoted(source.name)} lands on the embedding {quoted(name)}; "
-            "LoRA on embeddings is not supported yet"
+    if is_tied_embedding(name, base):
+        raise PlacementError(
+            f"{quoted(own)} of {quoted(source.name)} lands on the embedding {quoted(name)}, which the base ties to its output "
+            f"head; {how_to_untie(base)}"
         )
-    if len(weight.shape) <= MATRIX:
-        stored = False if weight.is_oriented or len(weight.shape) == 1 else orientation.transposed(name)
-        transposed = source.settings.fan_in_fan_out if stored is None else stored
+    if all(planned.view.expert is None for planned in updates):
+        weight = weight.by_output()
+        transposed = _is_transposed(name, weight, orientation, fan_in_fan_out=source.settings.fan_in_fan_out)
         updates = tuple(replace(each, view=replace(each.view, transposed=transposed)) for each in updates)
     for planned in updates:
         fitting = planned.view.shape_in(weight.shape)
@@ -279,18 +275,23 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
                 f"shape {words(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; "
                 + misfit_advice(name, planned.update.shape, fitting, orientation.architecture)
             )
-        if planned.update.needs_outputs and planned.view.transposed != weight.turned:
-            raise UnsupportedError(
-                f"{quoted(module_of(planned.parameter))} of {quoted(source.name)} is {planned.update.kind}, and {quoted(name)} "
-                "is stored as (in_features, out_features): loratool does not compute that yet; merge it with PEFT"
-            )
     return Target(weight, updates)
+
+
+def _is_transposed(name: str, weight: StoredWeight, orientation: Orientation, *, fan_in_fan_out: bool) -> bool:
+    """Return whether updates see the transpose of a parameter. An embedding (tokens, features) leads from tokens to features."""
+    if len(weight.shape) != 2:
+        return False
+    if orientation.architecture.is_embedding(name):
+        return True
+    stored = False if weight.is_oriented else orientation.transposed(name)
+    return fan_in_fan_out if stored is None else stored
 
 
 def _rows_target(weight: StoredWeight, update: RowsUpdate, updates: tuple[PlannedUpdate, ...], source: Adapter,
                  architecture: Architecture) -> Target:  # fmt: skip
     """Return the target of an update of some rows of a matrix, which has one row for each token."""
-    tokens, width = weight.shape
+    tokens, width = weight.shape if len(weight.shape) == len(update.shape) else (0, 0)
     if update.shape[1] != width:
         raise PlacementError(
             f"{quoted(source.name)} replaces rows of {quoted(weight.name)} by rows of {update.shape[1]} numbers, and the base's "
@@ -304,22 +305,16 @@ def _rows_target(weight: StoredWeight, update: RowsUpdate, updates: tuple[Planne
     return Target(weight, updates)
 
 
-def _is_stored_otherwise(weight: StoredWeight, planned: PlannedUpdate) -> bool:
-    """Return whether an update lands on something else than a matrix or a vector, or on one of these instead of the other."""
-    dimensions = len(planned.view.shape_in(weight.shape))
-    return dimensions != len(planned.update.shape) or dimensions > MATRIX
-
-
-def _refuse_order(name: str, shape: tuple[int, ...], updates: Sequence[PlannedUpdate],
-                  adapters: Sequence[WeightedAdapter]) -> None:  # fmt: skip
-    """Raise PlacementError if the order of several updates of one matrix would affect the result."""
-    needing = (planned for planned in updates if planned.update.needs_weight)
-    for planned in needing:
-        if any(other is not planned and other.view.overlaps(planned.view, shape) for other in updates):
+def _refuse_beside(name: str, shape: tuple[int, ...], updates: Sequence[PlannedUpdate],
+                   adapters: Sequence[WeightedAdapter]) -> None:  # fmt: skip
+    """Raise PlacementError if an update puts numbers of its own in the place of W, and another one changes W too."""
+    for planned in updates:
+        own = isinstance(planned.update, Based | RowsUpdate)
+        if own and any(other is not planned and other.view.overlaps(planned.view, shape) for other in updates):
             raise PlacementError(
-                f"{quoted(adapters[planned.adapter].adapter.name)} changes {quoted(name)} by {planned.update.kind}, which "
-                "depends on the current weights, and another update changes it too; merge one of them, and then the other "
-                "into the result"
+                f"{quoted(adapters[planned.adapter].adapter.name)} changes {quoted(name)} by {planned.update.kind}, which takes "
+                "the place of its numbers, and another update changes it too; merge one of them, and then the other into the "
+                "result"
             )
 
 

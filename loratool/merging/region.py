@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from loratool.architecture import View
 from loratool.checkpoint.blocks import BLOCK_ROWS, row_blocks
-from loratool.updates import LoadedUpdate
+from loratool.updates import Keeping, LoadedUpdate, Measuring
 from loratool.weights.stored import StoredWeight
 
 if TYPE_CHECKING:
@@ -122,10 +122,32 @@ class RegionalUpdate:
             whole[part.rows] = basis[part.own.start : part.own.stop]
         return whole
 
-    def rows_kept(self, rows: range) -> int:
-        """Return the number of its own rows in a block, the most numbers that `apply` may return for it."""
+    def kept_count(self, rows: range) -> int:
+        """Return the number of 32-bit numbers that `apply` returns for a block."""
         part = self.region.within(rows)
-        return 0 if part is None else len(part.own)
+        return self.update.kept_count(part.own) if part is not None and isinstance(self.update, Keeping) else 0
+
+    @property
+    def measures_whole(self) -> bool:
+        """Whether `measure` must see all blocks before the first `apply`."""
+        return isinstance(self.update, Measuring) and self.update.measures_whole
+
+    @property
+    def measures_block(self) -> bool:
+        """Whether `measure` must see a block before `apply` if another update comes before."""
+        return isinstance(self.update, Measuring) and not self.update.measures_whole
+
+    def overlaps(self, other: RegionalUpdate) -> bool:
+        """Return whether another update may change some of the same numbers."""
+        own, others = self.region.around, other.region.around
+        return max(own.start, others.start) < min(own.stop, others.stop)
+
+    def measure(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+        """Show the update its part of a block of W before any update, if it depends on that."""
+        part = self.region.within(rows)
+        if part is not None and isinstance(self.update, Measuring):
+            own = block[part.rows, part.columns].contiguous()
+            self.update.measure(own, part.own, _room_for(own, scratch))
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """Change the region's part of a block of rows in place, as `LoadedUpdate.apply` does with a whole block."""

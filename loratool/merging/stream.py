@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from blake3 import blake3
 
@@ -43,6 +43,18 @@ class Change(Protocol):
 
     def change(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
         """Change the bytes of a block in place: one uint8 CPU tensor for each extent of the stored matrix."""
+
+
+@runtime_checkable
+class MeasuringChange(Change, Protocol):
+    """A change that may depend on the whole matrix."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` must see all blocks, in order, before the first `change`."""
+
+    def measure(self, rows: range, parts: tuple[torch.Tensor, ...]) -> None:
+        """Look at the bytes of a block, which stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,8 @@ def _stream(target: Target, change: Change, places: Mapping[str, Place], known: 
     writers = {name: places[name].writer() for name in after if name in places}
     buffers: list[torch.Tensor] = []
     with opened({info.file for info in weight.tensors}) as sources:
+        if isinstance(change, MeasuringChange) and change.measures:
+            _measure(target, change, sources, stop)
         for rows in change.blocks():
             if stop.is_set():
                 break
@@ -129,6 +143,22 @@ def _stream(target: Target, change: Change, places: Mapping[str, Place], known: 
                 writer.close()
     found = {name: hasher.hexdigest() for name, hasher in before.items()}
     return {name: Digests(found.get(name) or known[name], hasher.hexdigest()) for name, hasher in after.items()}
+
+
+def _measure(target: Target, change: MeasuringChange, sources: Mapping[Path, int], stop: threading.Event) -> None:
+    """Read the whole matrix once for a change that depends on all of it."""
+    buffers: list[torch.Tensor] = []
+    for rows in change.blocks():
+        if stop.is_set():
+            break
+        extents = target.weight.extents(rows)
+        sizes = [end - start for _, start, end in extents]
+        if not buffers or any(len(buffer) < size for buffer, size in zip(buffers, sizes, strict=True)):
+            buffers = [change.buffer(size) for size in sizes]
+        parts = tuple(buffer[:size] for buffer, size in zip(buffers, sizes, strict=True))
+        for (info, start, _), part in zip(extents, parts, strict=True):
+            read_exactly(sources[info.file], bytes_of(part), start)
+        change.measure(rows, parts)
 
 
 def bytes_of(part: torch.Tensor) -> memoryview:

@@ -27,9 +27,9 @@ class Update(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of its parameter: (out_features, in_features), or any shape if it `replaces` the parameter.
+        """Shape of the part of a parameter that it changes: (out, in), (out, in, k...) of a convolution, (n,) of a bias.
 
-        A dimension that the adapter does not tell is `shapes.ANY`.
+        It is any shape if the update `replaces` the parameter. A dimension that the adapter does not tell is `shapes.ANY`.
         """
 
     @property
@@ -39,10 +39,6 @@ class Update(Protocol):
     @property
     def needs_weight(self) -> bool:
         """Whether W' - W depends on W."""
-
-    @property
-    def needs_outputs(self) -> bool:
-        """Whether each change depends on all weights of its output, so that a block must contain all of them."""
 
     @property
     def replaces(self) -> bool:
@@ -127,8 +123,35 @@ class LoadedUpdate(Protocol):
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """Change `block`, fp32, the `rows` of W, in place. `scratch` has the shape of `block` and may be overwritten.
 
-        Returns what it `keeps`: 32-bit numbers, at most one for each row.
+        A convolution's W has a row for each output, and a bias is one row. Returns what it `keeps`: 32-bit numbers.
         """
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes) -> None:
-        """Revert the change of `block` in place, as exactly as fp32 arithmetic can; `kept` is what `apply` returned."""
+        """Revert the change of `block` in place, as exactly as fp32 arithmetic can; `kept` is what `apply` returned.
+
+        Raises:
+            RestoreError: `kept` is damaged.
+        """
+
+
+@runtime_checkable
+class Measuring(LoadedUpdate, Protocol):
+    """A loaded update that depends on W as it was before any update."""
+
+    @property
+    def measures_whole(self) -> bool:
+        """Whether `measure` must see all blocks, in order, before the first `apply`.
+
+        If not, the block to `apply` is enough, and `measure` sees it only if another update comes before.
+        """
+
+    def measure(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+        """Note what `apply` needs of `block`, fp32, the `rows` of W before any update. `scratch` may be overwritten."""
+
+
+@runtime_checkable
+class Keeping(LoadedUpdate, Protocol):
+    """A loaded update that keeps something for its undo."""
+
+    def kept_count(self, rows: range) -> int:
+        """Return the number of 32-bit numbers that `apply` returns for these rows."""

@@ -36,7 +36,6 @@ class Additive(ABC):
     tensors: Mapping[str, TensorInfo]
     scaling: float = 1.0
     needs_weight: ClassVar[bool] = False
-    needs_outputs: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     scalable: ClassVar[bool] = True
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.updates import LoadedUpdate, Update
+from loratool.updates import Keeping, LoadedUpdate, Measuring, Update
 from loratool.updates.replacement import LoadedReplacement
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ class Based:
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {**self.update.tensors, "R": self.tensor}
-
-    @property
-    def needs_outputs(self) -> bool:
-        return self.update.needs_outputs
 
     @property
     def scalable(self) -> bool:
@@ -72,6 +68,20 @@ class LoadedBased:
     @property
     def keeps(self) -> bool:
         return self.update.keeps
+
+    @property
+    def measures_whole(self) -> bool:
+        return isinstance(self.update, Measuring) and self.update.measures_whole
+
+    def measure(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+        """Show the update the `rows` of R in the place of W."""
+        if isinstance(self.update, Measuring):
+            copy = block.clone()
+            self.copy.apply(copy, rows, scratch)
+            self.update.measure(copy, rows, scratch)
+
+    def kept_count(self, rows: range) -> int:
+        return self.update.kept_count(rows) if isinstance(self.update, Keeping) else 0
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         """Put the `rows` of R into `block`, and apply the update."""

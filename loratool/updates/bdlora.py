@@ -27,7 +27,6 @@ class BlockDiagonal:
     blocks_of_a: int = 1
     blocks_of_b: int = 1
     needs_weight: ClassVar[bool] = False
-    needs_outputs: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     scalable: ClassVar[bool] = True
 

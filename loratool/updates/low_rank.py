@@ -47,10 +47,6 @@ class LowRank:
         return False
 
     @property
-    def needs_outputs(self) -> bool:
-        return False
-
-    @property
     def replaces(self) -> bool:
         return False
 

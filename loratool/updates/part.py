@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.updates import LoadedUpdate, Update
+from loratool.updates import Keeping, LoadedUpdate, Measuring, Update
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +74,6 @@ class SomeOutputs:
         return self.whole.needs_weight
 
     @property
-    def needs_outputs(self) -> bool:
-        return self.whole.needs_outputs
-
-    @property
     def replaces(self) -> bool:
         return self.whole.replaces
 
@@ -121,6 +117,22 @@ class LoadedOutputs:
     @property
     def _slice(self) -> slice:
         return slice(self.own.start, self.own[-1] + 1, self.own.step)
+
+    @property
+    def measures_whole(self) -> bool:
+        return isinstance(self.whole, Measuring) and self.whole.measures_whole
+
+    def measure(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> None:
+        if not isinstance(self.whole, Measuring):
+            return
+        if self._is_run:
+            self.whole.measure(block, self._rows(rows), scratch)
+        else:
+            around, _ = self._around(block, rows)
+            self.whole.measure(around, self._rows(rows), around.new_empty(around.shape))
+
+    def kept_count(self, rows: range) -> int:
+        return self.whole.kept_count(self._rows(rows)) if isinstance(self.whole, Keeping) else 0
 
     def apply(self, block: torch.Tensor, rows: range, scratch: torch.Tensor) -> bytes:
         if self._is_run:

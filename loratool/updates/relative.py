@@ -34,7 +34,6 @@ class Relative(ABC):
 
     tensors: Mapping[str, TensorInfo]
     needs_weight: ClassVar[bool] = True
-    needs_outputs: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     scalable: ClassVar[bool] = False
 

@@ -26,10 +26,6 @@ class Replacement:
         return True
 
     @property
-    def needs_outputs(self) -> bool:
-        return False
-
-    @property
     def replaces(self) -> bool:
         return True
 

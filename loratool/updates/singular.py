@@ -40,10 +40,6 @@ class SingularValue:
         return False
 
     @property
-    def needs_outputs(self) -> bool:
-        return False
-
-    @property
     def replaces(self) -> bool:
         return False
 

@@ -23,7 +23,6 @@ class TokenRows:
     indices: tuple[int, ...]
     kind: ClassVar[str] = KIND
     needs_weight: ClassVar[bool] = True
-    needs_outputs: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     scalable: ClassVar[bool] = False
 

@@ -28,7 +28,6 @@ class Vector:
     scaling: float = 1.0
     elements: slice = field(default_factory=lambda: slice(None))
     needs_weight: ClassVar[bool] = False
-    needs_outputs: ClassVar[bool] = False
     replaces: ClassVar[bool] = False
     scalable: ClassVar[bool] = True
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from loratool.checkpoint.blocks import BLOCK_BYTES
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
-    """A parameter of any shape whose elements are the bytes of `tensor`. Its last dimension is a row of the matrix to cut."""
+    """A parameter of any shape whose elements are the bytes of `tensor`.
+
+    Its last dimension is a row of the matrix to cut. If `whole_outputs`, all of its dimensions but the first are.
+    """
 
     tensor: TensorInfo
+    whole_outputs: bool = False
 
     @property
     def name(self) -> str:
@@ -45,11 +50,11 @@ class DenseWeight:
 
     @property
     def rows(self) -> int:
-        return self.tensor.matrix[0]
+        return self.shape[0] if self.whole_outputs else self.tensor.matrix[0]
 
     @property
     def columns(self) -> int:
-        return self.tensor.matrix[1]
+        return math.prod(self.shape[1:]) if self.whole_outputs else self.tensor.matrix[1]
 
     @property
     def turned(self) -> bool:
@@ -106,6 +111,9 @@ class DenseWeight:
     @property
     def is_replaceable(self) -> bool:
         return True
+
+    def by_output(self) -> DenseWeight:
+        return replace(self, whole_outputs=True) if len(self.shape) > 2 else self
 
     def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
         row_bytes = self.tensor.nbytes // max(self.rows, 1)

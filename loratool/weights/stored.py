@@ -107,6 +107,9 @@ class StoredWeight(Protocol):
     def is_replaceable(self) -> bool:
         """Whether the same tensors can hold entirely different numbers."""
 
+    def by_output(self) -> StoredWeight:
+        """Return the same parameter, cut so that a row holds everything of an output, also of a convolution (out, in, k...)."""
+
     def extents(self, rows: range) -> tuple[tuple[TensorInfo, int, int], ...]:
         """Return the bytes that hold `rows`: for each part a tensor, and the start and end of the bytes in its file.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Final, Self
 
 from loratool.weights.stored import Given
 
@@ -15,6 +15,10 @@ class CoarseWeight:
     """The properties of `loratool.weights.stored.StoredWeight` for coarse parameters. A storage may override them."""
 
     __slots__ = ()
+
+    def by_output(self) -> Self:
+        """Return itself: coarse parameters are matrices, or stacks of them."""
+        return self
 
     @property
     def turned(self) -> bool:
