@@ -105,10 +105,9 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         with hold(sources.base.path, exclusive=options.changes_base):
             checkpoint = sources.base.open()
             plan, outcome = _plan(sources, checkpoint, target, options)
-            if options.changes_base:
-                done = finished_before(checkpoint, sources.weighted, catalogue, watcher)
-                if done is not None:
-                    return recorded(outcome.of(done, time.monotonic() - started, [FINISHED]), catalogue)
+            done = finished_before(checkpoint, sources.weighted, catalogue, watcher) if options.changes_base else None
+            if done is not None:
+                return recorded(outcome.of(done, time.monotonic() - started, [FINISHED]), catalogue)
             digests, notes = _check(sources, plan, catalogue, watcher, options)
             notes += outcome.tokenizer.notes
             if not in_place:
@@ -116,10 +115,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
             if dry_run:
                 known = fingerprint(checkpoint.tensors, digests) if digests else None
                 return outcome.expected(known, expected_seconds(plan, catalogue, in_place=in_place), notes)
-            with (
-                Promised(PromisedMerge.of(target, outcome.adapters, in_place=in_place), catalogue) as promised,
-                calibrated(plan, options.text, device, watcher) as plan,
-            ):
+            promise = PromisedMerge.of(target, outcome.adapters, in_place=in_place)
+            with Promised(promise, catalogue) as promised, calibrated(plan, options.text, device, watcher) as plan:
                 report = _apply(plan, outcome, BaseIdentity(sources.base.name, digests), options, watcher)
                 if not in_place and not digests:
                     remember(checkpoint, report.base_digests)

@@ -21,9 +21,9 @@ from loratool.library.places.user_path import exists, user_path
 from loratool.library.recording.new_adapter import facts_of
 from loratool.library.recording.opening import open_registry
 from loratool.library.reporting.adapter_json import adapter_json
-from loratool.library.training_runs.inputs import prepare, read_inputs
+from loratool.library.training_runs.inputs import TrainingInputs, prepare, read_inputs
 from loratool.library.training_runs.keeper import Bystander, Keeper
-from loratool.library.training_runs.output import TrainingOutput, publish
+from loratool.library.training_runs.output import Published, TrainingOutput, publish
 from loratool.library.training_runs.progress import SilentTraining, TrainProgress
 from loratool.running.model import quiet_libraries
 from loratool.training.processes import is_first
@@ -127,27 +127,33 @@ def train(base: PathLike | None = None, data: PathLike | None = None, *, name: s
                 training.load(state)
             elif is_first():
                 run.begin(request | {"base": inputs.reference})
-            outcome = _outcome(training, run, watcher, state, save_every)
+            outcome, published = _outcome(training, run, watcher, state, save_every), None
             if is_first():
                 run.record(run.recorded() | {"force": True})  # from here on, the output may be this run's own
                 published = publish(training, outcome, inputs, run, replace(output, force=True), catalogue)
                 run.remove()
             training.processes.wait()
-        if is_first():
-            record, picture, notes = published.record, published.picture, published.notes
-        else:
-            with open_registry(registry, read_only=True) as written:  # the first process may have created the catalogue
-                record, picture, notes = _as_published(name, output.adapter, written), None, ()
-        return TrainResult(
-            output.adapter,
-            output.log,
-            picture,
-            record,
-            inputs.reference,
-            inputs.recipe,
-            outcome,
-            (*inputs.notes, *notes),
-        )
+        return _result(name, output, inputs, outcome, published, registry)
+
+
+def _result(name: str, output: TrainingOutput, inputs: TrainingInputs, outcome: Outcome, published: Published | None,
+            registry: str | None) -> TrainResult:  # fmt: skip
+    """Return the result; in a process that is not the first, which publishes, with the entry that the first has made."""
+    if published is not None:
+        record, picture, notes = published.record, published.picture, published.notes
+    else:
+        with open_registry(registry, read_only=True) as written:  # the first process may have created the catalogue
+            record, picture, notes = _as_published(name, output.adapter, written), None, ()
+    return TrainResult(
+        output.adapter,
+        output.log,
+        picture,
+        record,
+        inputs.reference,
+        inputs.recipe,
+        outcome,
+        (*inputs.notes, *notes),
+    )
 
 
 def _as_published(name: str, out: Path, catalogue: Registry) -> AdapterRecord:
