@@ -32,6 +32,7 @@ class Case:
         name: a row's name in `loratool.formats.kinds`.
         tensors: those of a module, fp32, for a weight (outputs, inputs) that is given.
         wanted: W' of that weight, fp64.
+        beside: W' of a weight that other adapters have changed before, given the base's as well, if it depends on both.
         config: what its PEFT configuration has beside rank, alpha and targets.
         alpha: the alpha of its configuration; None if it has none.
         facts: what loratool records beside it.
@@ -42,6 +43,7 @@ class Case:
     wanted: Callable[[torch.Tensor, Tensors], torch.Tensor]
     config: Mapping[str, Any] = field(default_factory=lambda: {"peft_type": "LORA", "r": RANK})
     facts: Mapping[str, Any] = field(default_factory=dict)
+    beside: Callable[[torch.Tensor, torch.Tensor, Tensors], torch.Tensor] | None = None
     alpha: float | None = ALPHA
 
 
@@ -117,6 +119,12 @@ def _dora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return of["lora_magnitude_vector"].double()[:, None] * total / total.norm(dim=1, keepdim=True)
 
 
+def _dora_beside(weight: torch.Tensor, base: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """DoRA, equation 5. Its norms are the base's, as in PEFT: it was trained beside nothing else."""
+    norms = _lora(base, of).norm(dim=1, keepdim=True)
+    return of["lora_magnitude_vector"].double()[:, None] * _lora(weight, of) / norms
+
+
 def _loha(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     """LoHa: FedPara, proposition 1, times alpha over rank."""
     first, second = (of[f"hada_w{place}_a"].double() @ of[f"hada_w{place}_b"].double() for place in (1, 2))
@@ -156,7 +164,7 @@ CASES: Mapping[str, Case] = {
         Case("bdlora", _blocks, _bdlora, {
             "peft_type": "LORA", "r": 4, "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["_proj"]},
         }),
-        Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}),
+        Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}, beside=_dora_beside),
         Case("lokr", _kronecker, _lokr, {"peft_type": "LOKR", "r": RANK, "alpha": ALPHA}),
         Case("delora", _bounded, _delora, {"peft_type": "DELORA", "r": RANK}),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
