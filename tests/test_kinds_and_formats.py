@@ -132,9 +132,6 @@ def kind_and_all(found: Identity) -> tuple[Any, ...]:
 
 
 OTHERS: dict[str, tuple[Any, ...]] = {
-    "lycoris/loha.safetensors": ("lycoris", "loha", 2, 1.0, None),
-    "lycoris/lokr.safetensors": ("lycoris", "lokr", None, None, None),
-    "lycoris/locon.safetensors": ("lycoris", "lora", 2, 1.0, None),
     "lycoris/dora.safetensors": ("lycoris", "dora", 2, 1.0, None),
     "lycoris/full.safetensors": ("lycoris", "full", None, None, None),
     "lycoris/ia3.safetensors": ("lycoris", "ia3", None, None, None),
@@ -161,6 +158,21 @@ def test_what_another_program_saved_is_told(path: str) -> None:
     with pytest.raises(UnsupportedError, match="format") as raised:
         read_adapter(DATA / path)
     assert str(raised.value) == found.why_not
+
+
+@pytest.mark.parametrize(("name", "rank", "alpha"), [("loha", 2, 1.0), ("lokr", 3, 3.0)])
+def test_a_kind_whose_tensors_lycoris_names_as_peft_does_is_read(name: str, rank: int, alpha: float) -> None:
+    found = identify(DATA / "lycoris" / f"{name}.safetensors")
+    assert kind_and_all(found) == ("lycoris", name, rank, alpha, None)
+    assert found.adapter is not None
+    assert found.modules == ("lycoris_block_conv", "lycoris_block_q_proj")
+
+
+def test_convolutions_of_plain_layers_are_refused() -> None:
+    found = identify(DATA / "lycoris" / "locon.safetensors")
+    assert kind_and_all(found) == ("lycoris", "lora", 2, 1.0, None)
+    with pytest.raises(UnsupportedError, match="convolutions"):
+        read_adapter(DATA / "lycoris" / "locon.safetensors")
 
 
 def test_diffusers_own_file_is_read_with_the_alphas_of_its_metadata() -> None:

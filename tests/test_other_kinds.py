@@ -182,6 +182,41 @@ def test_without_a_configuration_it_is_told_what_it_is_and_that_it_needs_one(sav
         read_adapter(bare)
 
 
+class Convolved(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(8, 12, 3)
+
+
+CONVOLUTIONS: dict[str, peft.PeftConfig] = {
+    "loha": peft.LoHaConfig(r=3, alpha=5, target_modules=["conv"], init_weights=False),
+    "loha, Tucker": peft.LoHaConfig(r=3, alpha=5, target_modules=["conv"], use_effective_conv2d=True, init_weights=False),
+    "lokr": peft.LoKrConfig(r=9, alpha=5, target_modules=["conv"], init_weights=False),
+    "lokr, a product": peft.LoKrConfig(r=2, alpha=5, target_modules=["conv"], decompose_factor=2, init_weights=False),
+    "lokr, Tucker": peft.LoKrConfig(
+        r=2, alpha=5, target_modules=["conv"], decompose_factor=2, use_effective_conv2d=True, init_weights=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_rows_of_a_convolution_become_pefts_and_come_back(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Convolved(), CONVOLUTIONS[name])
+    layer = model.base_model.model.conv
+    model.save_pretrained(tmp_path / "adapter")
+    (update,) = read_adapter(tmp_path / "adapter").changes.values()
+    weight = layer.base_layer.weight.detach().flatten(1)
+    assert update.shape in (tuple(layer.base_layer.weight.shape), tuple(weight.shape))
+    loaded = update.load(transposed=False, weight=1.0, device="cpu")
+    wanted = weight + layer.get_delta_weight("default").detach().flatten(1)
+    for rows in (range(12), range(5, 9)):
+        block = weight[rows.start : rows.stop].clone()
+        loaded.apply(block, rows, torch.empty_like(block))
+        assert torch.equal(block, wanted[rows.start : rows.stop])
+        loaded.revert(block, rows, torch.empty_like(block), b"")
+        assert torch.allclose(block, weight[rows.start : rows.stop], atol=1e-6)
+
+
 def test_any_part_of_a_kronecker_product_is_that_part_of_the_whole() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 3, generator=generator), torch.randn(3, 2, generator=generator)

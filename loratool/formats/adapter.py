@@ -157,7 +157,7 @@ def path_of(module: str) -> tuple[str, ...]:
     A kohya name, which has ``_`` for every dot, is split only at the numbers inside it:
     ``("lora_te_text_model_encoder_layers", "0", "self_attn_q_proj")``.
     """
-    if "." in module or not module.startswith("lora_"):
+    if "." in module or not module.startswith(("lora_", "lycoris_")):
         return tuple(module.split("."))
     before = re.sub(r"_(\d+)(?=_)", r".\1", module)
     return tuple(re.sub(r"(\.\d+)_", r"\1.", before).split("."))

@@ -48,6 +48,7 @@ class Kind:
         advice: advice for people who have one.
         alpha_key: the key of alpha in its PEFT configuration, which may lack it.
         accompanies: whether its tensors may stand beside those of another kind without making a mixture.
+        in_lycoris: whether LyCORIS names its tensors as PEFT does, and stores an alpha for each module.
         indices: the letters of its tensors that hold whole numbers.
     """
 
@@ -66,6 +67,7 @@ class Kind:
     advice: str = ""
     alpha_key: str = "lora_alpha"
     accompanies: bool = False
+    in_lycoris: bool = False
     indices: frozenset[str] = frozenset()
 
     @property
@@ -123,9 +125,9 @@ _ROWS: Final = (
     Kind("osf", "OSF", "OSF", parts=("osf_svd_params", "osf_"), why_not=BY_BASE),
     Kind("frod", "FRoD", "FROD", parts=("frod_",), why_not=BY_BASE),
     # Products and other sums
-    Kind("loha", "LoHa", "LOHA", parts=("hada_",), ranks=(("hada_w1_b", 0),), keys=_LYCORIS, alpha_key="alpha"),
+    Kind("loha", "LoHa", "LOHA", parts=("hada_",), ranks=(("hada_w1_b", 0),), keys=_LYCORIS, alpha_key="alpha", in_lycoris=True),
     Kind("lokr", "LoKr", "LOKR", parts=("lokr_",), ranks=(("lokr_w2_b", 0), ("lokr_w1_b", 0)), alpha_key="alpha",
-         keys=_LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"}),
+         keys=_LYCORIS | {"decompose_both", "decompose_factor", "rank_dropout_scale"}, in_lycoris=True),
     Kind("glora", "GLoRA", "GLORA", parts=("glora_",), ranks=(("a2", 0), ("glora_A.Xu", 0)),
          why_not=NOT_YET, other_parts=("a1", "a2", "b1", "b2")),
     Kind("miss", "MiSS", "MISS", parts=("miss_",), why_not=NOT_YET),

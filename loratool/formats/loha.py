@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from loratool.errors import UnsupportedError, quoted
-from loratool.formats.kinds import KINDS, NOT_YET
+from loratool.formats.kinds import KINDS
 from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
 from loratool.formats.rank_config import RankConfig, rank_parser
 from loratool.updates import Update
-from loratool.updates.loha import Loha
+from loratool.updates.loha import CORES, Loha
 
 NAME: Final = "loha"
 FACTORS: Final = ("w1_a", "w1_b", "w2_a", "w2_b")
-CORES: Final = ("t1", "t2")
 _ROW: Final = KINDS[NAME]
 
 
@@ -21,19 +19,18 @@ def loha_update(module: str, parts: Parts, config: RankConfig) -> Update:
     """Return the update of a module.
 
     Raises:
-        UnsupportedError: it has Tucker cores, which only convolutions have.
         UnfitError: a factor is missing, or does not fit the others or the configuration.
     """
-    core = next((parts[letter] for letter in CORES if letter in parts), None)
-    if core is not None:
-        raise UnsupportedError(f"{quoted(core.name)} is the Tucker core of a LoHa on a convolution: {NOT_YET}")
     left, right, *_ = (letter_of(parts, letter, axes=2) for letter in FACTORS)
-    rank = left.shape[1]
+    cores = [letter_of(parts, letter, axes=4) for letter in CORES] if any(each in parts for each in CORES) else []
+    rank = left.shape[0 if cores else 1]
+    for core in cores:
+        refuse_shape(core, (rank, rank, *cores[0].shape[2:]))
     for letter, shape in zip(FACTORS, (left.shape, (rank, right.shape[1])) * 2, strict=True):
         refuse_shape(parts[letter], shape)
     if rank != config.rank_of(module):
         raise UnfitError(f"has rank {rank} and the configuration says {config.rank_of(module)}")
-    return Loha({letter: parts[letter] for letter in FACTORS}, config.scaling_of(module))
+    return Loha({letter: parts[letter] for letter in (*FACTORS, *CORES) if letter in parts}, config.scaling_of(module))
 
 
 BUILDER: Final = ModuleParts(

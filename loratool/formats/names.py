@@ -36,7 +36,7 @@ from loratool.errors import PlacementError, nearest, quoted
 from loratool.updates.shapes import fits_turned
 
 SUFFIX: Final = ".weight"
-KOHYA_PREFIX: Final = re.compile(r"lora_[a-z]+\d*_(?=[^.]+$)")
+KOHYA_PREFIX: Final = re.compile(r"(?:lora_[a-z]+\d*|lycoris)_(?=[^.]+$)")
 SHOWN: Final = 5
 
 Shape = tuple[int, ...]

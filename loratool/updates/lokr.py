@@ -1,23 +1,24 @@
 """The update of LoKr (LyCORIS, arXiv:2309.14859): D is the Kronecker product of two small matrices.
 
-Each of w1 (a, c) and w2 (b, d) is stored whole, or as a product: ``w1_a w1_b``, ``w2_a w2_b``. D is (a b, c d).
+Each of w1 (a, c) and w2 (b, d) is stored whole, or as a product: ``w1_a w1_b``, ``w2_a w2_b``. D is (a b, c d). For a
+convolution, w2 is (b, d, k, k), or (b, d k k), or a Tucker product of w2_a (r, b), w2_b (r, d) and a core t2 (r, r, k, k).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from operator import matmul
 from typing import TYPE_CHECKING, Final
 
 from loratool.updates.additive import Additive, Delta
-from loratool.updates.low_rank import fixed_product
+from loratool.updates.low_rank import fixed_product, fixed_tucker_product
 
 if TYPE_CHECKING:
     import torch
 
 SIDES: Final = ("w1", "w2")
+CORE: Final = "t2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,27 +32,39 @@ class Lokr(Additive):
         return f"lokr r={self.rank}"
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, ...]:
         (a, c), (b, d) = (self._shape_of(side) for side in SIDES)
-        return a * b, c * d
+        return a * b, c * d, *self._kernel
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        """The sizes of a convolution's kernel where a tensor shows them."""
+        kernels = (self.tensors.get(letter) for letter in (CORE, "w2"))
+        return next((info.shape[2:] for info in kernels if info is not None), ())
 
     def _shape_of(self, side: str) -> tuple[int, int]:
-        left, right = (self.tensors.get(f"{side}_{letter}", self.tensors.get(side)) for letter in "ab")
-        assert left is not None
-        assert right is not None
-        return left.shape[0], right.shape[1]
+        if side in self.tensors:
+            return self.tensors[side].shape[:2]  # type: ignore[return-value]
+        left, right = (self.tensors[f"{side}_{letter}"].shape for letter in "ab")
+        return left[1 if self._is_tucker(side) else 0], right[1]
+
+    def _is_tucker(self, side: str) -> bool:
+        return side == "w2" and CORE in self.tensors
 
     def delta(self, numbers: Mapping[str, torch.Tensor]) -> Delta:
-        """Return D from its factors."""
-        first, second = (
-            (numbers[side],) if side in numbers else (numbers[f"{side}_a"], numbers[f"{side}_b"]) for side in SIDES
-        )
+        """Return D from its factors; each row of a convolution's D holds the weights of one output."""
+        first, second = (tuple(numbers[letter] for letter in self._letters(side)) for side in SIDES)
         return KroneckerProduct(first, second)
+
+    def _letters(self, side: str) -> tuple[str, ...]:
+        if side in self.tensors:
+            return (side,)
+        return (f"{side}_a", f"{side}_b", *((CORE,) if self._is_tucker(side) else ()))
 
 
 @dataclass(frozen=True)
 class KroneckerProduct:
-    """``w1 x w2``, each of which is one matrix or the product of two."""
+    """``w1 x w2``: each is one matrix, the product of two, or the Tucker product of two and a core."""
 
     first: tuple[torch.Tensor, ...]
     second: tuple[torch.Tensor, ...]
@@ -64,15 +77,37 @@ class KroneckerProduct:
 
     @cached_property
     def _summed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return _product(self.first, matmul), _product(self.second, matmul)
+        return _summed(self.first), _summed(self.second)
 
     @cached_property
     def _fixed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return _product(self.first, fixed_product).double(), _product(self.second, fixed_product).double()
+        return _fixed(self.first), _fixed(self.second)
 
 
-def _product(factors: tuple[torch.Tensor, ...], multiply: Callable[..., torch.Tensor]) -> torch.Tensor:
-    return factors[0] if len(factors) == 1 else multiply(*factors)
+def _summed(factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return a factor of the Kronecker product as a matrix, computed in PEFT's order."""
+    import torch
+
+    match factors:
+        case (whole,):
+            return whole.flatten(1)
+        case (left, right):
+            return left @ right
+        case (left, right, core):
+            return torch.einsum("i j k l, i p, j r -> p r k l", core, left, right).flatten(1)
+    raise AssertionError(len(factors))
+
+
+def _fixed(factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Return the same, fp64, with the same bits on every machine."""
+    match factors:
+        case (whole,):
+            return whole.flatten(1).double()
+        case (left, right):
+            return fixed_product(left, right)
+        case (left, right, core):
+            return fixed_tucker_product(left, right, core).flatten(1)
+    raise AssertionError(len(factors))
 
 
 def _kronecker(first: torch.Tensor, second: torch.Tensor, outputs: slice, inputs: slice) -> torch.Tensor:

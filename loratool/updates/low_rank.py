@@ -205,6 +205,18 @@ def fixed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return FixedPointProduct(left, right).product(range(len(left)))
 
 
+def fixed_tucker_product(left: torch.Tensor, right: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """Return ``left^T core right``, fp64, with the same bits on every machine.
+
+    left (i, out), right (j, in) and core (i, j, k...) give (out, in, k...).
+    """
+    rank, width, kernel = len(left), left.shape[1], core.shape[2:]
+    first = fixed_product(left.T, core.reshape(rank, -1)).float()
+    by_place = first.view(width, len(right), -1).transpose(1, 2).reshape(-1, len(right))
+    second = fixed_product(by_place, right).view(width, -1, right.shape[1])
+    return second.transpose(1, 2).reshape(width, right.shape[1], *kernel)
+
+
 def checked_scaling(scaling: float, info: TensorInfo) -> float:
     """Return the factor of an update; raise AdapterError if fp32 cannot represent it. `info` is one of its tensors."""
     if abs(scaling) > LARGEST_SCALING:
