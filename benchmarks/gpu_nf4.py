@@ -33,7 +33,7 @@ class Matrix:
         info = TensorInfo("m", "U8", (rows * columns // 2, 1), Path(), 0, rows * columns // 2)
         state = QuantState("nf4", (rows, columns), BLOCKSIZE, "bfloat16")
         scales = torch.rand(rows * columns // BLOCKSIZE, device=device) * 0.1 + 0.05
-        self.codec = FourBitWeight("m", state, info, {}).loaded(scales)
+        self.stored = FourBitWeight("m", state, info, {}).loaded(scales)
         self.codes = torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device=device)
         a, b = torch.randn(RANK, columns, device=device) * 0.02, torch.randn(rows, RANK, device=device) * 0.02
         self.update = LoadedLowRank(a, b, 2.0, transposed=False)
@@ -50,14 +50,14 @@ class Matrix:
             block = torch.empty(len(rows), self.columns, device=self.codes.device)
             part, scratch = self.part(rows), torch.empty_like(block)
             self.update.apply(block.zero_(), rows, scratch)
-            self.hints.append(self.codec.encode(rows, block, part, Rounding(1)).hint)
+            self.hints.append(self.stored.encode(rows, block, part, Rounding(1)).hint)
 
     def unmerge(self) -> None:
         for rows, hint in zip(self.blocks, self.hints, strict=True):
             block = torch.empty(len(rows), self.columns, device=self.codes.device)
             part, scratch = self.part(rows), torch.empty_like(block)
             self.update.revert(block.zero_(), rows, scratch)
-            self.codec.recover(rows, block.neg_(), part, Rounding(1), hint)
+            self.stored.recover(rows, block.neg_(), part, Rounding(1), hint)
 
 
 def shapes(scale: int) -> list[tuple[int, int]]:

@@ -6,15 +6,14 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
+from loratool.merging.loaded_target import LoadedTarget
 from loratool.merging.plan import Target
-from loratool.merging.region import Region, RegionalUpdate, blocks_of, segments
+from loratool.merging.region import RegionalUpdate, blocks_of, segments
 from loratool.merging.residual import add_residual, pack_hint, residual, unpack_hint
 from loratool.merging.survival import SurvivalCount
-from loratool.weights.coarse.feedback import Feedback
 from loratool.weights.coarse.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding
 
@@ -73,50 +72,34 @@ _room: Final = _Room()
 
 
 class BlockArithmetic:
-    """One matrix's updates, loaded onto `device`, and buffers for its blocks. Each worker makes its own."""
+    """One parameter and its updates on `device`, and buffers for its blocks. Each worker makes its own.
 
-    def __init__(self, target: Target, device: str) -> None:
+    With `beside`, a CUDA device computes beside other workers' computations.
+    """
+
+    def __init__(self, target: Target | LoadedTarget, device: str, *, beside: bool = True) -> None:
         import torch
 
         self.weight = target.weight
         self.survival = SurvivalCount()
         self._cuda = device.startswith("cuda")
         self._device = torch.device(device)
-        self._stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self._device) if self._cuda and beside else None  # type: ignore[no-untyped-call]
         block_bytes = CUDA_BLOCK_BYTES if self._cuda else self.weight.block_bytes
-        regions = [Region.of(planned.view, self.weight) for planned in target.updates]
-        self._segments = segments(regions, self.weight)
-        self._blocks = list(blocks_of(self._segments, regions, self.weight.columns, block_bytes))
-        self._adds = all(not planned.update.needs_weight for planned in target.updates)
         with self._on_stream():
-            self.codec = target.weight.load(device)
-            self._updates = [
-                RegionalUpdate(
-                    planned.update.load(transposed=region.transposed, weight=planned.weight, device=device), region
-                )
-                for planned, region in zip(target.updates, regions, strict=True)
-            ]
+            loaded = target if isinstance(target, LoadedTarget) else LoadedTarget.of(target, device)
+            self.stored, self._updates, self._adds = loaded.stored, loaded.updates, loaded.adds
+            self._plain = loaded.rounding
+            regions = [update.region for update in self._updates]
+            self._segments = segments(regions, self.weight)
+            self._blocks = list(blocks_of(self._segments, regions, self.weight.columns, block_bytes))
             self._kept = [b""] * len(self._updates)
-            self._plain = Rounding(target.seed, all_carry=not self._adds)
             self._behind = [
                 update
                 for place, update in enumerate(self._updates)
                 if update.measures_block and any(update.overlaps(each) for each in self._updates[:place])
             ]
-            self._calibrated = self._calibrated_by(target)
             self._begun: tuple[range, Rounding] = (self._segments[0], self._rounding_of(self._segments[0]))
-
-    def _calibrated_by(self, target: Target) -> Rounding | None:
-        """Return how to round with calibration inputs, or None without them."""
-        import numpy as np
-        import torch
-
-        if target.inputs is None:
-            return None
-        inputs = torch.from_numpy(np.load(target.inputs)).to(self._device)
-        if self.weight.turned:  # a block covers only some of the inputs
-            return replace(self._plain, feedback=lambda few: Feedback(inputs[:, few.start : few.stop]))
-        return replace(self._plain, feedback=Feedback(inputs))
 
     def _rounding(self, rows: range) -> Rounding:
         """Return how to round a block. Error compensation between outputs begins anew with each segment."""
@@ -129,9 +112,7 @@ class BlockArithmetic:
         """Return how to round a segment: error-compensated by calibration inputs, else by its updates' output directions."""
         import torch
 
-        if self._calibrated is not None:
-            return self._calibrated
-        if self.weight.takes == "sum" or not self._adds:
+        if self._plain.feedback is not None or self.weight.takes == "sum" or not self._adds:
             return self._plain
         directions = [
             each.directions(segment, turned=self.weight.turned) for each in self._updates if each.touches(segment)
@@ -160,7 +141,7 @@ class BlockArithmetic:
         """Show the bytes of a block, as they are before the change, to the updates that depend on the whole matrix."""
         with self._on_stream():
             block, scratch = _room.take(self._device, len(rows), self.weight.columns)
-            self.codec.decode(rows, tuple(part.to(self._device) for part in parts), block)
+            self.stored.decode(rows, tuple(part.to(self._device) for part in parts), block)
             for update in self._updates:
                 if update.measures_whole:
                     update.measure(block, rows, scratch)
@@ -175,7 +156,7 @@ class BlockArithmetic:
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
             self._update(rows, on_device, block, scratch)
             self._refuse_overflow(block, rows, on_device, scratch)
-            moves = self.codec.encode(rows, block, on_device, self._rounding(rows))
+            moves = self.stored.encode(rows, block, on_device, self._rounding(rows))
             self._bring_back(on_device, parts)
             if moves is None:
                 return b""
@@ -188,12 +169,12 @@ class BlockArithmetic:
         if takes_change and self._adds:
             block.zero_()
         else:
-            self.codec.decode(rows, parts, block)
+            self.stored.decode(rows, parts, block)
         for update in self._behind:
             update.measure(block, rows, scratch)
         self._kept = [update.apply(block, rows, scratch) for update in self._updates]
         if takes_change and not self._adds:
-            self.codec.decode(rows, parts, scratch)
+            self.stored.decode(rows, parts, scratch)
             block.sub_(scratch)
 
     def _refuse_overflow(
@@ -203,7 +184,7 @@ class BlockArithmetic:
         least, most = block.aminmax()
         if bool(most < self.weight.limit) and bool(least > -self.weight.limit):
             return
-        self.codec.decode(rows, originals, scratch)
+        self.stored.decode(rows, originals, scratch)
         if scratch.isfinite().all():
             raise overflow(self.weight.name, rows, self.weight.storage)
 
@@ -223,13 +204,13 @@ class BlockArithmetic:
             if takes_change and self._adds:
                 block.zero_()
             else:
-                self.codec.decode(rows, on_device, block)
+                self.stored.decode(rows, on_device, block)
             merged = block.clone() if takes_change and not self._adds else None
             for update, kept in zip(reversed(self._updates), reversed(self._kept), strict=True):
                 update.revert(block, rows, scratch, kept)
             if takes_change:  # the added change: W' minus the best estimate of W
                 block.neg_() if merged is None else torch.sub(merged, block, out=block)
-            self.codec.recover(rows, block, on_device, self._rounding(rows), hint)
+            self.stored.recover(rows, block, on_device, self._rounding(rows), hint)
             self._bring_back(on_device, parts)
 
     def _is_untouched(self, rows: range) -> bool:
@@ -263,7 +244,7 @@ def overflow(name: str, rows: range, storage: str) -> AdapterError:
 class Merge(BlockArithmetic):
     """W -> W + updates. `keep` receives, for each block, what arithmetic alone cannot restore."""
 
-    def __init__(self, target: Target, device: str, keep: Keep | None = None) -> None:
+    def __init__(self, target: Target | LoadedTarget, device: str, keep: Keep | None = None) -> None:
         super().__init__(target, device)
         self._keep = keep
 
@@ -279,7 +260,7 @@ class Merge(BlockArithmetic):
         hint = self.apply(rows, parts)
         predicted = tuple(part.clone() for part in parts)
         self.revert(rows, predicted, hint)
-        doubts = self.codec.doubt(parts, predicted)
+        doubts = self.stored.doubt(parts, predicted)
         each = zip(originals, predicted, doubts, strict=True)
         width, level = self.weight.element_bytes, self.weight.undo_level
         missing = b"".join(residual(o.numpy(), p.numpy(), d.numpy(), width, level) for o, p, d in each)
@@ -320,7 +301,7 @@ class ExactUnmerge(BlockArithmetic):
                     self._kept[place], rest = unpack_hint(rest, 4 * count)
                     self._refuse_unfit(count, self._kept[place])
             self.revert(rows, parts, hint)
-            for part, doubt in zip(parts, self.codec.doubt(merged, parts), strict=True):
+            for part, doubt in zip(parts, self.stored.doubt(merged, parts), strict=True):
                 rest = add_residual(part.numpy(), doubt.numpy(), rest, self.weight.element_bytes)
             if len(rest):
                 raise RestoreError("a block of the undo file holds more than it should")

@@ -23,11 +23,11 @@ class Reader:
 
     def __init__(self, conversion: Conversion, sources: Mapping[Path, int], digest: blake3 | None) -> None:
         self._conversion, self._sources, self._digest = conversion, sources, digest
-        self._codec = None if is_dense(conversion.source) else conversion.source.load("cpu")
+        self._stored_weight = None if is_dense(conversion.source) else conversion.source.load("cpu")
 
     def rows(self, rows: range) -> torch.Tensor:
         """Read some rows, as uint8 bytes."""
-        if self._codec is not None:
+        if self._stored_weight is not None:
             return self._decoded(rows)
         if self._conversion.turned:
             return self._turned_columns(rows)
@@ -61,10 +61,10 @@ class Reader:
     def _decoded(self, rows: range) -> torch.Tensor:
         import torch
 
-        assert self._codec is not None
+        assert self._stored_weight is not None
         dense = self._conversion.dense
         block = torch.empty(len(rows), dense.columns)
-        self._codec.decode(rows, self._stored(rows), block)
+        self._stored_weight.decode(rows, self._stored(rows), block)
         raw = torch.empty(block.numel() * dense.element_bytes, dtype=torch.uint8)
         elements(raw, dense).copy_(block.view(-1))
         return raw

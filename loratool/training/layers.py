@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loratool.training.merged_weight import MergedWeight
+from loratool.merging.live_weight import LiveWeight
 from loratool.training.targets import is_conv1d
 from loratool.updates import LoadedUpdate
 from loratool.updates.low_rank import LoadedLowRank
@@ -35,7 +35,7 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.in_features, self.out_features = _features(base)
         self.dropout = dropout
-        self._merged_weight: MergedWeight | None = None
+        self._live_weight: LiveWeight | None = None
         self.train(base.training)
 
     def leading_product(self) -> tuple[Tensor, Tensor, float]:
@@ -45,7 +45,7 @@ class AdaptedLinear(nn.Module):
     @property
     def merged(self) -> bool:
         """Whether the base's weight contains the update."""
-        return self._merged_weight is not None
+        return self._live_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., out_features) of x (..., in_features), in the dtype of the base's output."""
@@ -64,14 +64,14 @@ class AdaptedLinear(nn.Module):
 
     def merge(self) -> None:
         """Add the current update to the base's weight, rounded once. From then on only the base computes."""
-        if self._merged_weight is None:
-            self._merged_weight = MergedWeight(self.weight, self.loaded_update())
+        if self._live_weight is None:
+            self._live_weight = LiveWeight(self.weight, self.loaded_update(), transposed=is_conv1d(self.base))
 
     def unmerge(self) -> None:
         """Restore the base's weight bit for bit."""
-        if self._merged_weight is not None:
-            self._merged_weight.restore()
-            self._merged_weight = None
+        if self._live_weight is not None:
+            self._live_weight.restore()
+            self._live_weight = None
 
     @torch.no_grad()
     def loaded_update(self) -> LoadedUpdate:
