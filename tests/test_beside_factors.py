@@ -212,7 +212,7 @@ def test_what_needs_the_old_rows_is_refused(
     adapter = tiny_adapters.folder("llama", trainable_token_indices=[5, 1], target_modules=["q_proj"])
     with pytest.raises(LoratoolError, match=r"token rows, which needs a weight of 1"):
         loratool.merge([(adapter, 0.5)], into=base, out=tmp_path / "out")
-    with pytest.raises(LoratoolError, match=r"'token rows', which is not a product of factors"):
+    with pytest.raises(LoratoolError, match=r"'token rows', which is not a product of two matrices"):
         loratool.truncate(adapter, rank=2, out=tmp_path / "out")
     merged = loratool.merge(adapter, into=base, out=tmp_path / "merged").out
     shutil.rmtree(base)

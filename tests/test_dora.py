@@ -153,7 +153,7 @@ def test_a_damaged_one_is_refused_before_anything_is_written(
 
 def test_what_it_cannot_do_is_refused(trained: Path, tiny_models: TinyModels, tmp_path: Path) -> None:
     base, out = tiny_models.folder("llama", "bf16"), tmp_path / "out"
-    with pytest.raises(UnsupportedError, match=r"dora r=5'?, which is not a product of factors"):
+    with pytest.raises(UnsupportedError, match=r"dora r=5'?, which is not a product of two matrices"):
         loratool.truncate(trained, rank=2, out=out)
     assert not out.exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import loratool
-from loratool.errors import PlacementError
+from loratool.errors import PlacementError, UnsupportedError
 from loratool.formats.read import read_adapter
 from loratool.formats.write import write_single_file
 
@@ -292,3 +293,17 @@ def test_adapters_of_all_layers_are_written_and_read_alike(tmp_path: Path) -> No
         assert [again.changes[name].shape for name in again.changes] == [
             each.shape for each in adapter.changes.values()
         ]
+
+
+@pytest.mark.parametrize("layer", ["image", "embed_tokens"])
+def test_ranks_of_other_layers_than_linear_ones_are_not_cut(layer: str, tmp_path: Path) -> None:
+    adapter = save_adapter(tmp_path / "adapter", (layer, "linear"))
+    (adapter / "loratool.json").write_text(json.dumps({"kind": "dylora", "scaling": "paper"}))
+    base = save_base(tmp_path / "base", "bf16")
+    message = rf"'{layer}'.*'lora r=4 of an? \w+', which is not a product of two matrices"
+    with pytest.raises(UnsupportedError, match=message):
+        loratool.merge(f"{adapter}@rank=2", base, out=tmp_path / "out")
+    with pytest.raises(UnsupportedError, match=message):
+        loratool.truncate(adapter, rank=2, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    loratool.merge(adapter, base, out=tmp_path / "out")

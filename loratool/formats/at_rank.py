@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from loratool.errors import AdapterError, quoted
+from loratool.errors import AdapterError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.kinds import KINDS, kind_named
 from loratool.formats.lora import lora_settings
 from loratool.formats.scaling_law import ScalingLaw, alpha_at, scaling_law
-from loratool.updates import Update
+from loratool.updates import Factored, Update
 from loratool.updates.low_rank import LowRank
 
 
@@ -37,6 +37,7 @@ def at_rank(adapter: Adapter, rank: int) -> Adapter:
 
     Raises:
         AdapterError: it is not a DyLoRA, or `rank` is not among the ranks 1..r.
+        UnsupportedError: it changes a convolution or an embedding.
     """
     kind = kind_named(adapter.kind)
     if not kind.nested:
@@ -49,6 +50,11 @@ def at_rank(adapter: Adapter, rank: int) -> Adapter:
     cut = module_alphas(adapter, rank, scaling_law(adapter.facts, adapter.name))
     updates: dict[str, Update] = {}
     for module, update in adapter.ranked.items():
+        if not isinstance(update, Factored):
+            raise UnsupportedError(
+                f"the update of {quoted(module)} in {quoted(adapter.name)} is {quoted(update.kind)}, which is not a product of "
+                "two matrices and acts at its own rank only; merge the adapter without a rank"
+            )
         least, alpha = cut[module]
         divisor = math.sqrt(least) if lora.use_rslora else least
         updates[module] = LowRank(update.tensors["A"], update.tensors["B"], alpha / divisor, leading=least)

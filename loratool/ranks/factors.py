@@ -43,10 +43,10 @@ def refuse_replacements(adapter: Adapter) -> None:
 
 
 def factored(adapter: Adapter) -> dict[str, Factored]:
-    """Return the updates of an adapter that are products of factors, by module. Replacements are left out.
+    """Return the updates of an adapter that are products of two matrices, by module. Replacements are left out.
 
     Raises:
-        UnsupportedError: another update is not a product of factors.
+        UnsupportedError: another update is not such a product.
     """
     found: dict[str, Factored] = {}
     for parameter, update in adapter.changes.items():
@@ -55,6 +55,6 @@ def factored(adapter: Adapter) -> dict[str, Factored]:
         elif not update.replaces:
             raise UnsupportedError(
                 f"the update of {quoted(module_of(parameter))} in {quoted(adapter.name)} is {quoted(update.kind)}, which is "
-                "not a product of factors and has no ranks"
+                "not a product of two matrices, so its rank cannot change"
             )
     return found

@@ -48,7 +48,7 @@ class Convolution:
 
     @property
     def kind(self) -> str:
-        return f"lora r={self.rank}"
+        return f"lora r={self.rank} of a convolution"
 
     @property
     def shape(self) -> tuple[int, ...]:
