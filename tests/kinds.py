@@ -153,6 +153,32 @@ def _ia3(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return of["ia3_l"].double() * weight.double()
 
 
+TOKENS = (6, 1)
+"""The rows that are trained."""
+
+
+def _rows(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"trainable_tokens_delta": 0.5 * weight[list(TOKENS)]}
+
+
+def _tokens(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    changed = weight.double().clone()
+    changed[list(TOKENS)] = of["trainable_tokens_delta"].double()
+    return changed
+
+
+def _norm(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"ln_tuning_layers.weight": weight + torch.randn(weight.shape, generator=generator)}
+
+
+def _tuned(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """LayerNorm tuning, section 2: the whole parameter is another."""
+    return of["ln_tuning_layers.weight"].double()
+
+
+VECTORS = frozenset({"beft"})
+"""Kinds that change vectors only, which `test_beside_factors.py` merges."""
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -169,6 +195,8 @@ CASES: Mapping[str, Case] = {
         Case("delora", _bounded, _delora, {"peft_type": "DELORA", "r": RANK}),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
+        Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),
+        Case("ln_tuning", _norm, _tuned, {"peft_type": "LN_TUNING"}),
     )
 }  # fmt: skip
 

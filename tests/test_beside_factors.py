@@ -57,6 +57,84 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def same(tensors: Tensors) -> Tensors:
+    return tensors
+
+
+ALONE: dict[str, tuple[str, peft.PeftConfig]] = {
+    "BEFT": ("qwen2", peft.BeftConfig(target_modules=["q_proj", "k_proj"])),
+    "BEFT beside a head": ("bert", peft.BeftConfig(target_modules=["query", "dense"], modules_to_save=["classifier"])),
+    "RMS norms": ("llama", peft.LNTuningConfig(target_modules=["input_layernorm", "model.norm"])),
+    "layer norms with biases": ("gpt2", peft.LNTuningConfig(target_modules=["ln_1", "ln_f"])),
+    "tokens of an untied embedding": ("llama", peft.TrainableTokensConfig(token_indices=[5, 1])),
+    "tokens of a tied embedding": ("llama-tied", peft.TrainableTokensConfig(token_indices=[5, 1])),
+    "tokens of GPT-2": ("gpt2", peft.TrainableTokensConfig(token_indices=[0, 130])),
+}
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("case", ALONE)
+def test_what_is_trained_alone_has_pefts_bytes_and_comes_out_again_bit_for_bit(
+    case: str, dtype: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    architecture, config = ALONE[case]
+    base = tiny_models.folder(architecture, dtype)
+    model = load(tiny_models.folder(architecture, "fp32"), architecture)
+    adapter = save_peft_adapter(model, config, tmp_path / "adapter", save_embedding_layers=False)
+    record = loratool.add(adapter, name="mine").record
+    assert (record.kind, record.rank, record.alpha) == (str(config.peft_type.value).lower(), None, None)
+    merged = loratool.merge("mine", into=base, out=tmp_path / "merged", undo=True).out
+    theirs = merge_by_peft(load(base, architecture), adapter)
+    before, ours = stored_tensors(base), stored_tensors(merged)
+    for name, tensor in ours.items():
+        expected = next(
+            theirs[each] for each in (name, f"{name.rpartition('.')[0]}.modules_to_save.default") if each in theirs
+        )
+        assert torch.equal(as_torch(tensor), as_torch(expected).to(DTYPES[dtype])), name
+    assert {name for name in ours if ours[name] != before[name]} == set(read_adapter(adapter).changes)
+    assert_same_tensors(stored_tensors(loratool.unmerge(merged, out=tmp_path / "back").out), before)
+    folder = loratool.export(loratool.export(adapter, tmp_path / "single.st"), tmp_path / "folder")
+    assert_same_tensors(stored_tensors(loratool.merge(folder, into=base, out=tmp_path / "again").out), ours)
+    again = merge_by_peft(load(base, architecture), folder)
+    assert all(torch.equal(as_torch(again[name]), as_torch(tensor)) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "config", "message"),
+    [
+        ("BEFT", lambda t: {n: v[:, :-1] for n, v in t.items()}, {}, r"shape \[27\], but .* has \[28\]"),
+        ("BEFT", lambda t: {n: v.repeat(2, 1) for n, v in t.items()}, {}, "must be one vector"),
+        ("BEFT", lambda t: {n: v * torch.nan for n, v in t.items()}, {}, "holds NaN or infinity"),
+        ("RMS norms", lambda t: {n: v[:-1] for n, v in t.items()}, {}, r"shape \[63\], which has \[64\] there"),
+        (
+            "layer norms with biases",
+            lambda t: {n: v for n, v in t.items() if "bias" in n},
+            {},
+            "no .*weight; .* incomplete",
+        ),
+        ("tokens of an untied embedding", same, {"token_indices": [5, 5]}, "lists the row 5 twice"),
+        ("tokens of an untied embedding", same, {"token_indices": [5, 131]}, "row 131 .* which has 131 rows"),
+        ("tokens of an untied embedding", same, {"token_indices": [5]}, "token_indices lists 1 rows"),
+        ("tokens of an untied embedding", same, {"token_indices": None}, "must be a list of row numbers"),
+    ],
+)
+def test_a_damaged_one_that_was_trained_alone_is_refused(
+    case: str,
+    change: Callable[[Tensors], Tensors],
+    config: dict[str, Any],
+    message: str,
+    tiny_models: TinyModels,
+    tmp_path: Path,
+) -> None:
+    architecture, trained = ALONE[case]
+    model = load(tiny_models.folder(architecture, "fp32"), architecture)
+    whole = save_peft_adapter(model, trained, tmp_path / "adapter", save_embedding_layers=False)
+    damaged, base = changed(whole, tmp_path / "damaged", change, **config), tiny_models.folder(architecture)
+    with pytest.raises(LoratoolError, match=message):
+        loratool.merge(damaged, into=base, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 @pytest.mark.parametrize("case", CASES)
 def test_a_merge_has_pefts_bytes_and_comes_out_again_bit_for_bit(
@@ -150,10 +228,6 @@ def changed(folder: Path, out: Path, change: Callable[[Tensors], Tensors], **con
     copy_with(folder, out, **config)
     save_file({name: t.contiguous() for name, t in change(load_file(folder / WEIGHTS)).items()}, out / WEIGHTS)
     return out
-
-
-def same(tensors: Tensors) -> Tensors:
-    return tensors
 
 
 DAMAGED: dict[str, tuple[str, Callable[[Tensors], Tensors], dict[str, Any], str]] = {

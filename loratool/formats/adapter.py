@@ -16,6 +16,7 @@ from loratool.checkpoint.header import TensorInfo
 from loratool.formats.kinds import kind_named
 from loratool.formats.module_targets import ModuleTargets
 from loratool.updates import Ranked, Update
+from loratool.updates.replacement import WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +99,8 @@ class Adapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that it changes without replacing them, in the order of `changes`."""
-        return tuple(dict.fromkeys(module_of(name) for name, update in self.changes.items() if not update.replaces))
+        """The modules that its method changes, without those that it holds whole beside them, in the order of `changes`."""
+        return tuple(dict.fromkeys(module_of(name) for name, update in self.changes.items() if update.kind != WHOLE))
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -109,7 +110,7 @@ class Adapter:
     @property
     def dtype(self) -> str:
         """The dtype of its factors in safetensors' spelling, or ``mixed``."""
-        updates = [update for update in self.changes.values() if not update.replaces]
+        updates = [update for update in self.changes.values() if update.kind != WHOLE]
         dtypes = {info.dtype for update in updates for info in self._numbers(update)}
         return dtypes.pop() if len(dtypes) == 1 else "mixed"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratool.formats import adalora, bdlora, delora, dora, ia3, loha, lokr, lora
+from loratool.formats import adalora, bdlora, beft, delora, dora, ia3, ln_tuning, loha, lokr, lora, trainable_tokens
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
 
@@ -20,5 +20,8 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     loha.NAME: loha.BUILDER,
     lokr.NAME: lokr.BUILDER,
     ia3.NAME: ia3.BUILDER,
+    ln_tuning.NAME: ln_tuning.BUILDER,
+    beft.NAME: beft.BUILDER,
+    trainable_tokens.NAME: trainable_tokens.BUILDER,
 })  # fmt: skip
 """The builder of every computed kind in `formats.kinds`, by name."""

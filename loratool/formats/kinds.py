@@ -145,10 +145,10 @@ _ROWS: Final = (
     Kind("hra", "HRA", "HRA", parts=("hra_",), ranks=(("hra_u", 1),), why_not=NOT_YET),
     Kind("road", "RoAd", "ROAD", parts=("road_",), why_not=NOT_YET),
     # Parts of the base itself
-    Kind("ln_tuning", "tuned layer norms", "LN_TUNING", parts=("ln_tuning_",), why_not=NOT_YET, accompanies=True),
-    Kind("beft", "BEFT", "BEFT", parts=("beft_",), why_not=NOT_YET),
+    Kind("ln_tuning", "tuned layer norms", "LN_TUNING", parts=("ln_tuning_",), accompanies=True),
+    Kind("beft", "BEFT", "BEFT", parts=("beft_",), keys=frozenset({"init_weights"})),
     Kind("trainable_tokens", "trainable tokens", "TRAINABLE_TOKENS", parts=("trainable_tokens_", "token_adapter"),
-         why_not=NOT_YET, accompanies=True),
+         keys=frozenset({"token_indices", "init_weights"}), accompanies=True),
     Kind("full", "full weights", why_not=NOT_YET, other_parts=("diff", "set_weight", "w_norm", "b_norm"), accompanies=True),
     # Added layers and tokens
     Kind("prompt_tuning", "prompt tuning", "PROMPT_TUNING", parts=("prompt_embeddings",), why_not=BESIDE),

@@ -49,6 +49,7 @@ class ModuleParts(Generic[Settings]):
         kind: the row's name in `formats.kinds`.
         letters: the letter of each tensor, by what PEFT calls it behind the module's name.
         shared: the same for tensors that all modules share, by what PEFT calls them behind ``base_model.``.
+        leaf: the parameter of a module that is updated: ``weight`` or ``bias``.
         parse: parses and checks a configuration; the file's name is for messages.
         update: returns the update of a module, from its tensors and the settings. Raises UnfitError.
         bias: returns the update of a module's bias that comes with that of its weight, or None.
@@ -60,6 +61,7 @@ class ModuleParts(Generic[Settings]):
     update: Callable[[str, Parts, Settings], Update]
     shared: Mapping[str, str] | None = None
     bias: Callable[[Update], Update | None] | None = None
+    leaf: str = "weight"
 
     def builder(self) -> Builder[Settings]:
         """Return the builder for `formats.builders`."""
@@ -78,7 +80,7 @@ class ModuleParts(Generic[Settings]):
                 f"{quoted(files.source)} holds {title} tensors and no configuration; put its {CONFIG_NAME} beside it"
             )
         settings = self.parse(files.config, files.config_source)
-        factors = self._collected(files)
+        factors = self.collected(files)
         for module in factors:
             if module and not settings.targets(module):
                 raise AdapterError(
@@ -88,7 +90,8 @@ class ModuleParts(Generic[Settings]):
         notes = _check_alpha(given, factors, settings, files.source, title)
         updates = self.updates(factors, settings)
         adapter = adapter_of(files, self.kind, files.config, settings, updates, notes)
-        return replace(adapter, changes={**adapter.changes, **self._biases(updates)})
+        weights = {f"{module}.{self.leaf}": update for module, update in updates.items()}
+        return replace(adapter, changes={**weights, **self._biases(updates)})
 
     def updates(self, factors: Factors, settings: Settings) -> dict[str, Update]:
         """Return the update of each module; raise AdapterError if its tensors do not fit."""
@@ -120,7 +123,7 @@ class ModuleParts(Generic[Settings]):
                 return f"{SHARED_PREFIX}{name}"
         return f"{PREFIX}{module}.{next(name for name, each in self.letters.items() if each == letter)}"
 
-    def _collected(self, files: AdapterFiles) -> dict[str, dict[str, TensorInfo]]:
+    def collected(self, files: AdapterFiles) -> dict[str, dict[str, TensorInfo]]:
         """Return the tensors of each module by letter, sorted by module; the shared ones have the module ``""``.
 
         Raises:

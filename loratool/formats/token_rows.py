@@ -17,7 +17,7 @@ from loratool.formats.feature_beside import FeatureBeside
 from loratool.formats.loadable import whole
 from loratool.formats.tensor_keys import PREFIX
 from loratool.updates import Update
-from loratool.updates.token_rows import TokenRows
+from loratool.updates.token_rows import KIND, TokenRows
 
 SETTING: Final = "trainable_token_indices"
 ROWS: Final = "trainable_tokens_delta"
@@ -25,7 +25,7 @@ MOST_TOKENS: Final = 1 << 31
 _ROWS: Final = re.compile(rf"(?:base_model\.model\.)?(?P<module>.+)\.token_adapter\.{ROWS}(?:\.(?P<adapter>[^.]+))?")
 
 
-def rows_update(info: TensorInfo, listed: object, setting: str, source: str) -> TokenRows:
+def rows_update(info: TensorInfo, listed: object, setting: str, source: str, *, kind: str = KIND) -> TokenRows:
     """Return the update of one module.
 
     Raises:
@@ -51,7 +51,7 @@ def rows_update(info: TensorInfo, listed: object, setting: str, source: str) -> 
             f"{quoted(info.name)} in {quoted(source)} has shape {list(info.shape)}, and {setting} lists {len(numbers)} rows; the "
             "file is incomplete, or the configuration is another's"
         )
-    return TokenRows(info, tuple(numbers))
+    return TokenRows(info, tuple(numbers), kind)
 
 
 def _changes(rows: Mapping[str, TensorInfo], adapter: Adapter) -> dict[str, Update]:

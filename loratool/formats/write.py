@@ -31,6 +31,7 @@ from loratool.formats.facts import with_files
 from loratool.formats.read import read_adapter
 from loratool.formats.replacements import peft_name
 from loratool.formats.table import format_named
+from loratool.updates.replacement import WHOLE
 
 
 def write_peft(adapter: Adapter, out: Path, *, force: bool = False, keep_metadata: bool = True,
@@ -124,11 +125,12 @@ def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
     factors, whole = {}, {}
     for name, update in sorted(adapter.changes.items()):
         for letter, info in update.tensors.items():
-            if update.replaces:
+            if update.kind == WHOLE:
                 whole[peft_name(name, adapter)] = info
             else:
                 key = keys.get(update.kind, BUILDERS[adapter.kind].key)
-                factors[key(module_of(name), letter)] = info
+                part = name.rpartition(".")[2] if update.replaces else letter
+                factors[key(module_of(name), part)] = info
     whole |= {peft_name(name, adapter): info for name, info in adapter.own_base.items()}
     return factors | whole
 

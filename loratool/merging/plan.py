@@ -302,7 +302,12 @@ def _rows_target(weight: StoredWeight, update: RowsUpdate, updates: tuple[Planne
             f"{quoted(source.name)} replaces row {update.shape[0] - 1} of {quoted(weight.name)}, which has {tokens} rows; "
             + misfit_advice(weight.name, update.shape, weight.shape, architecture)
         )
-    return Target(weight, updates)
+    if not weight.is_replaceable:
+        raise UnsupportedError(
+            f"{quoted(source.name)} replaces rows of {quoted(weight.name)}, which the base stores {weight.words}; merge into the "
+            f"dense base instead{quantize_hint(weight)}"
+        )
+    return Target(weight, tuple(replace(each, view=WHOLE) for each in updates))
 
 
 def _refuse_beside(name: str, shape: tuple[int, ...], updates: Sequence[PlannedUpdate],

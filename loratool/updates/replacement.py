@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from loratool.checkpoint.blocks import read_columns, read_exactly
 from loratool.checkpoint.dtypes import DTYPES
@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     import torch
 
 
+WHOLE: Final = "replacement"
+"""The kind of a parameter that an adapter holds whole beside its updates; a method that replaces parameters has its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replacement:
     """Replaces W by `tensor`, fp32, fp16 or bf16; a tensor that is not a matrix is treated as one."""
 
     tensor: TensorInfo
+    kind: str = WHOLE
 
     @property
     def needs_weight(self) -> bool:
@@ -32,10 +37,6 @@ class Replacement:
     @property
     def scalable(self) -> bool:
         return False
-
-    @property
-    def kind(self) -> str:
-        return "replacement"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.updates.low_rank import read_factor
@@ -12,16 +12,19 @@ from loratool.updates.low_rank import read_factor
 if TYPE_CHECKING:
     import torch
 
-KIND = "token rows"
+KIND: Final = "token rows"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """Replaces the rows `indices` of W, (tokens, width), by those of `rows`, (len(indices), width)."""
+    """Replaces the rows `indices` of W, (tokens, width), by those of `rows`, (len(indices), width).
+
+    `kind` is its method's name.
+    """
 
     rows: TensorInfo
     indices: tuple[int, ...]
-    kind: ClassVar[str] = KIND
+    kind: str = KIND
     needs_weight: ClassVar[bool] = True
     replaces: ClassVar[bool] = False
     scalable: ClassVar[bool] = False
