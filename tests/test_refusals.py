@@ -48,7 +48,11 @@ LORA_FEATURES: dict[str, tuple[str, dict[str, Any], str]] = {
         "target_parameters",
     ),
     "lora_bias without biases": ("llama", {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}, "lora_bias"),
-    "layer_replication": ("llama", {"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+    "layer_replication": (
+        "llama",
+        {"layer_replication": [[0, 2], [1, 2]]},
+        r"layer_replication \(.*0, 2.*1, 2.*\): .*passthrough merge",
+    ),
     "aLoRA": ("llama", {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}, "alora"),
     "KaSA": ("llama", {"kasa_config": peft.tuners.lora.KasaConfig()}, "kasa"),
 }

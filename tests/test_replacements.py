@@ -165,6 +165,32 @@ def save_plain(folder: Path, biases: dict[str, torch.Tensor], **config: Any) -> 
     return folder
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("saved", ["embed_tokens", "lm_head"])
+def test_a_tied_embedding_that_is_trained_as_one_with_its_head_stays_tied(
+    saved: str, dtype: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    base = tiny_models.folder("llama-tied", dtype)
+    adapter = tiny_adapters.folder("llama-tied", modules_to_save=[saved], ensure_weight_tying=True)
+    assert set(read_adapter(adapter).replacements) == {"lm_head.weight", "model.embed_tokens.weight"}
+    theirs = merge_by_peft(load(base, "llama-tied"), adapter, tmp_path / "peft")
+    merged = loratool.merge(adapter, into=base, out=tmp_path / "merged", undo=True)
+    assert_same_tensors(stored_tensors(merged.out), theirs)
+    assert_same_tensors(stored_tensors(loratool.unmerge(merged.out, out=tmp_path / "back").out), stored_tensors(base))
+    twice = shutil.copytree(base, tmp_path / "twice")
+    tensors = load_file(twice / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, twice / "model.safetensors", {"format": "pt"})
+    both = stored_tensors(loratool.merge(adapter, into=twice, out=tmp_path / "both").out)
+    assert both["lm_head.weight"].data == both["model.embed_tokens.weight"].data
+    assert both["model.embed_tokens.weight"] == theirs["model.embed_tokens.weight"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    other = shutil.copytree(adapter, tmp_path / "other")
+    tensors[f"{PREFIX}lm_head.weight"] += 1
+    save_file(tensors, other / "adapter_model.safetensors", {"format": "pt"})
+    refuses("'lm_head.weight' .* which the base lacks", [other], base, tmp_path / "none")
+
+
 def changed(source: Path, folder: Path, name: str, tensor: torch.Tensor | None, **config: Any) -> Path:
     """A copy of an adapter with one tensor replaced, or taken out."""
     copy = copy_with(source, folder, **config)
@@ -314,7 +340,8 @@ def test_a_module_that_the_base_lacks_is_refused(
     adapter = tiny_adapters.folder(
         "bert", modules_to_save=["classifier"], auto=transformers.AutoModelForSequenceClassification
     )
-    refuses(r"'classifier.bias' .* which the base lacks", [adapter], tiny_models.folder("bert-headless"), tmp_path)
+    how = r"which the base lacks.*AutoModelForSequenceClassification.from_pretrained\(BASE, num_labels=3\)"
+    refuses(rf"'classifier.bias' .* {how}", [adapter], tiny_models.folder("bert-headless"), tmp_path)
 
 
 def test_a_classifier_that_peft_lists_and_the_model_has_under_another_name_is_not_missed(tmp_path: Path) -> None:

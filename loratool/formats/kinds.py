@@ -195,7 +195,9 @@ class Feature:
 
 FEATURES: Final = (
     Feature("MoE parameters (target_parameters)", "target_parameters", ("base_layer.lora_",)),
-    Feature("layer_replication", "layer_replication"),
+    Feature("layer_replication", "layer_replication", why_not=(
+        "it repeats these ranges of its base's layers, one after the other; make that larger model first (a passthrough merge of "
+        "mergekit, with a slice for each range), remove layer_replication from the configuration, and merge into that")),
     Feature("Megatron layers (megatron_config)", "megatron_config"),
 )  # fmt: skip
 """Features in the order in which messages name them: the greatest obstacle first."""

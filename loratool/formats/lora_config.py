@@ -97,7 +97,8 @@ def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
         raise other_type(peft_type, source)
     for key, (feature, why_not) in REFUSED.items():
         if config.get(key):
-            raise UnsupportedError(f"{quoted(source)} uses {feature}: {why_not}")
+            said = f" ({quoted(config[key], 60)})" if isinstance(config[key], list) else ""
+            raise UnsupportedError(f"{quoted(source)} uses {feature}{said}: {why_not}")
     bias = config.get("bias") or "none"
     if bias not in BIASES:
         raise AdapterError(f"'bias' in {quoted(source)} is {quoted(bias, 40)} and must be none, all or lora_only")

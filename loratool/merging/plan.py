@@ -10,7 +10,17 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from loratool.architecture import WHOLE, Architecture, Orientation, Place, View, architecture_of, module_of
+from loratool.architecture import (
+    WHOLE,
+    Architecture,
+    Orientation,
+    Place,
+    Role,
+    View,
+    any_model,
+    architecture_of,
+    module_of,
+)
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.file_role import holds_weights
 from loratool.checkpoint.model import Checkpoint
@@ -22,8 +32,15 @@ from loratool.formats.names import SUFFIX, is_tied_head
 from loratool.formats.replacements import lost_biases, refuse_incomplete
 from loratool.merging.changed_files import FileChanges
 from loratool.merging.own_base import part_on_own_base, refuse_copy
-from loratool.merging.ties import how_to_untie, is_tied_embedding, refuse_tied, tied_copies
-from loratool.merging.vocabulary import misfit_advice
+from loratool.merging.ties import (
+    goes_with_embedding,
+    how_to_untie,
+    is_tied_embedding,
+    keeps_tie,
+    refuse_tied,
+    tied_copies,
+)
+from loratool.merging.vocabulary import how_to_add_classifier, misfit_advice
 from loratool.updates import BiasUpdate, RowsUpdate, Update
 from loratool.updates.based import Based
 from loratool.updates.shapes import ANY, fits, words
@@ -143,13 +160,16 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
     both: set[str] = set()  # tied tensors that change with their embedding
     for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
         for parameter, update in weighted.adapter.changes.items():
+            if goes_with_embedding(weighted.adapter, parameter, base):
+                continue
             for place in landing.tensors[parameter]:
                 if place.name not in base.tensors and isinstance(update, BiasUpdate) and update.only_if_present:
                     continue
                 refuse_partial(place, parameter, weighted.adapter)
                 based = part_on_own_base(parameter, update, weighted.adapter, place, base)
                 planned = PlannedUpdate(index, parameter, based, weighted.weight, place.view)
-                copies = tied_copies(place.name, base) if isinstance(update, RowsUpdate) else ()
+                is_shared = isinstance(update, RowsUpdate) or keeps_tie(weighted.adapter, parameter)
+                copies = tied_copies(place.name, base) if is_shared else ()
                 both.update(copies)
                 for name in (place.name, *copies):
                     arriving.setdefault(name, []).append(planned)
@@ -350,6 +370,8 @@ def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpda
         there = f"which has {list(found.shape)} there" if found else "which the base lacks"
         tied = found is None and is_tied_head(own, base.tensors)
         advice = f"it seems to tie it to its input embedding: {how_to_untie(base)}" if tied else "is it the right base?"
+        if found is None and any_model().role(own) is Role.CLASSIFIER:
+            advice = how_to_add_classifier(adapter.config.get("task_type"), shape[0] if shape else 1)
         if found is not None:
             advice = misfit_advice(name, shape, found.shape, architecture_of(base.config, base.tensors))
         raise PlacementError(
@@ -359,7 +381,7 @@ def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpda
         raise PlacementError(
             f"{quoted(adapter.name)} replaces {quoted(name)}, which another update changes as well; merge one of them"
         )
-    if is_tied_embedding(name, base):
+    if is_tied_embedding(name, base) and not keeps_tie(adapter, own):
         raise PlacementError(
             f"{quoted(adapter.name)} replaces the embedding {quoted(name)}, which the base ties to its output head; "
             f"{how_to_untie(base)}"

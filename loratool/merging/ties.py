@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from loratool.architecture import Architecture, Role, architecture_of
+from loratool.architecture import Architecture, Role, any_model, architecture_of
 from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.header import TensorInfo
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import PlacementError, quoted
+from loratool.formats.adapter import Adapter
+from loratool.updates import Update
 
 UNTIE: Final = "--untie"
 
@@ -71,6 +73,31 @@ def tied_copies(name: str, base: Checkpoint) -> tuple[str, ...]:
         return ()
     heads = tied(architecture.weights(Role.HEAD), base, architecture)
     return tuple(head for head, embedding in heads.items() if embedding == name)
+
+
+def keeps_tie(adapter: Adapter, parameter: str) -> bool:
+    """Return whether an adapter replaces an embedding together with the head that is tied to it (``ensure_weight_tying``)."""
+    asked = bool(adapter.config.get("ensure_weight_tying"))
+    return asked and adapter.changes[parameter].replaces and any_model().role(parameter) is Role.TOKENS
+
+
+def goes_with_embedding(adapter: Adapter, parameter: str, base: Checkpoint) -> bool:
+    """Return whether a head that an adapter replaces is the embedding's own, since both are tied in `base`.
+
+    PEFT saves such a head again beside the embedding (``ensure_weight_tying``).
+    """
+    update = adapter.changes[parameter]
+    if not update.replaces or any_model().role(parameter) is not Role.HEAD:
+        return False
+    embeddings = (name for name in adapter.changes if name.endswith(".weight") and keeps_tie(adapter, name))
+    twins = [adapter.changes[name] for name in embeddings]
+    architecture = architecture_of(base.config, base.tensors)
+    is_tied = any(is_tied_embedding(name, base) for name in architecture.weights(Role.TOKENS))
+    return is_tied and any(_digests(twin) == _digests(update) for twin in twins)
+
+
+def _digests(update: Update) -> list[str]:
+    return [hash_tensor(info) for info in update.tensors.values()]
 
 
 def is_tied_embedding(name: str, base: Checkpoint) -> bool:

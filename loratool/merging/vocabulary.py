@@ -1,13 +1,31 @@
-"""Advice for an embedding or a head with more or fewer rows than the base's, because the vocabularies differ in size."""
+"""Advice for an embedding or a head that the base has with more or fewer rows, or not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from loratool.architecture import Architecture, Role
 
 ROLES = frozenset({Role.TOKENS, Role.HEAD})
 """Roles of parameters with one row or one number for each token."""
+
+
+_CLASSES: Final = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""transformers' class for each of PEFT's task types with a classifier."""
+
+
+def how_to_add_classifier(task: object, labels: int) -> str:
+    """Return advice on a base that lacks the classifier of an adapter for `task`, PEFT's ``task_type``."""
+    class_name = _CLASSES.get(str(task), _CLASSES["SEQ_CLS"])
+    return (
+        f"load the base in transformers as a classifier ({class_name}.from_pretrained(BASE, num_labels={labels})), save it with "
+        "save_pretrained, and merge into that"
+    )
 
 
 def misfit_advice(name: str, trained: Sequence[int], found: Sequence[int], architecture: Architecture) -> str:
