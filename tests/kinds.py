@@ -179,6 +179,68 @@ def _tuned(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
 VECTORS = frozenset({"beft"})
 """Kinds that change vectors only, which `test_beside_factors.py` merges."""
 
+
+def _triangles(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    n = _block(weight)
+    return {"oft_R.weight": 0.05 * torch.randn(weight.shape[1] // n, n * (n - 1) // 2, generator=generator)}
+
+
+def _block(weight: torch.Tensor) -> int:
+    return 3 if weight.shape[1] % 3 == 0 else 4
+
+
+def _cayley(q: torch.Tensor) -> torch.Tensor:
+    identity = torch.eye(q.shape[-1]).double()
+    return (identity - q) @ torch.linalg.inv(identity + q)
+
+
+def _oft(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """OFT, section 3.3: each block of inputs is rotated by Cayley's transform of a skew-symmetric matrix."""
+    r, n = of["oft_R.weight"].double(), _block(weight)
+    q = torch.zeros(len(r), n, n).double()
+    upper = torch.triu_indices(n, n, 1)
+    q[:, upper[0], upper[1]] = r
+    return weight.double() @ torch.block_diag(*_cayley(q - q.mT)).T
+
+
+def _blocks_and_factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    n = _block(weight)
+    return {
+        "boft_R": 0.05 * torch.randn(1, weight.shape[1] // n, n, n, generator=generator),
+        "boft_s": 0.95 + 0.05 * torch.randn(len(weight), 1, generator=generator),
+    }
+
+
+def _boft(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """BOFT, section 4, with one butterfly factor and the factors of PEFT."""
+    r = of["boft_R"][0].double()
+    return of["boft_s"].double() * (weight.double() @ torch.block_diag(*_cayley(0.5 * (r - r.mT))).T)
+
+
+def _reflections(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    u = torch.randn(weight.shape[1], 1, generator=generator)
+    return {"hra_u": torch.cat([u, u + 0.05 * torch.randn(u.shape, generator=generator)], 1)}
+
+
+def _hra(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """HRA, equation 3."""
+    for u in of["hra_u"].double().T:
+        weight = weight.double() @ (torch.eye(len(u)).double() - 2 * torch.outer(u, u) / (u @ u))
+    return weight
+
+
+def _shares(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        "hira_A": 0.5 * torch.randn(RANK, weight.shape[1], generator=generator),
+        "hira_B": 0.05 * torch.randn(len(weight), RANK, generator=generator),
+    }
+
+
+def _hira(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """HiRA, equation 4."""
+    return weight.double() * (1 + of["hira_B"].double() @ of["hira_A"].double())
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -193,6 +255,10 @@ CASES: Mapping[str, Case] = {
         Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}, beside=_dora_beside),
         Case("lokr", _kronecker, _lokr, {"peft_type": "LOKR", "r": RANK, "alpha": ALPHA}),
         Case("delora", _bounded, _delora, {"peft_type": "DELORA", "r": RANK}),
+        Case("oft", _triangles, _oft, {"peft_type": "OFT", "use_cayley_neumann": False}, alpha=None),
+        Case("boft", _blocks_and_factors, _boft, {"peft_type": "BOFT"}, alpha=None),
+        Case("hra", _reflections, _hra, {"peft_type": "HRA", "r": 2}, alpha=None),
+        Case("hira", _shares, _hira, {"peft_type": "HIRA", "r": RANK}, alpha=None),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
         Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_other_kinds import WEIGHTS, Change, first, saying, with_last_cut, with_nan
+from test_other_kinds import WEIGHTS, Change, first, saying, with_last_cut, with_nan, without
 from tiny_adapters import merge_by_peft, save_peft_adapter
 from tiny_models import DTYPES, TinyModels, as_torch, assert_same_tensors, load, stored_tensors
 
@@ -22,6 +22,8 @@ from loratool.errors import LoratoolError
 from loratool.formats.identify import identify
 from loratool.formats.read import read_adapter
 from loratool.formats.write import write_peft
+from loratool.updates.oft import neumann, neumann_inverse
+from loratool.updates.rotation import Rotation, cayley, cayley_inverse, inverted
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ CONFIGS: dict[str, Saved] = {
         peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
         "gpt2", IA3,
     ),
+    "oft": Saved(peft.OFTConfig(target_modules=LLAMA, oft_block_size=4)),
+    "oft-cayley": Saved(peft.OFTConfig(target_modules=["q_proj"], oft_block_size=32, use_cayley_neumann=False)),
+    "oft-shared": Saved(peft.OFTConfig(target_modules=LLAMA, oft_block_size=4, block_share=True, num_cayley_neumann_terms=3)),
+    "oft-whole": Saved(peft.OFTConfig(target_modules=["down_proj"], r=1, oft_block_size=0)),
+    "boft": Saved(peft.BOFTConfig(target_modules=LLAMA, boft_block_size=4), around_1=("boft_s",)),
+    "hra": Saved(peft.HRAConfig(target_modules=LLAMA, r=4)),
+    "hra-gram-schmidt": Saved(peft.HRAConfig(target_modules=["q_proj", "down_proj"], r=3, apply_GS=True)),
+    "hira": Saved(
+        peft.HiraConfig(target_modules=LLAMA, r=4, rank_pattern={"layers.1.self_attn.v_proj": 2}), once=False
+    ),
+    "hira-conv1d": Saved(peft.HiraConfig(target_modules=["c_attn"], r=3, fan_in_fan_out=True), "gpt2", once=False),
 }  # fmt: skip
 
 
@@ -84,8 +97,9 @@ def merged_by_peft(name: str, base: Path, adapter: Path, out: Path) -> Mapping[s
     exact = merge_by_peft(load(base, model).float(), adapter, out)
     dtypes = {key: as_torch(each).dtype for key, each in stored_tensors(base).items()}
     rounded = {key: as_torch(each).to(dtypes[key]) for key, each in exact.items()}
-    save_file(rounded, out / "rounded.safetensors")
-    return stored_tensors(out / "rounded.safetensors")
+    (out / "rounded").mkdir()
+    save_file(rounded, out / "rounded" / "model.safetensors")
+    return stored_tensors(out / "rounded")
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
@@ -104,13 +118,14 @@ def test_a_merge_has_pefts_bytes_and_is_taken_out_bit_for_bit(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_undo_is_a_fraction_of_the_touched_bytes(
+def test_an_undo_has_less_than_the_touched_bytes(
     name: str, adapters: Adapters, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     base = tiny_models.folder(CONFIGS[name].model, "bf16")
     merged = loratool.merge(adapters.folder(name), base, out=tmp_path / "merged", undo=True)
     assert merged.undo_file is not None
-    assert merged.undo_file.stat().st_size < 0.5 * merged.plan.touched_bytes
+    share = merged.undo_file.stat().st_size / merged.plan.touched_bytes
+    assert share < (0.65 if name == "oft-whole" else 0.45)  # random numbers turn a whole matrix far
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -143,12 +158,48 @@ def with_vector(part: str) -> Change:
     return flat
 
 
+def with_first_cut(part: str) -> Change:
+    """The tensor has one number less along its first axis."""
+
+    def cut(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        name = first(tensors, part)
+        tensors[name] = tensors[name][:-1].contiguous()
+
+    return cut
+
+
+def with_shape(part: str, *shape: int) -> Change:
+    return lambda tensors, config: tensors.update({first(tensors, part): torch.zeros(shape)})
+
+
 BROKEN: dict[str, tuple[str, Change, str]] = {
     "ia3: another length": ("ia3", with_last_cut("down_proj.ia3_l"), r"fits a matrix of shape \[any, \d+\]"),
     "ia3: a vector": ("ia3", with_vector("ia3_l"), "neither a row nor a column"),
     "ia3: NaN": ("ia3", with_nan("ia3_l"), "NaN"),
     "ia3: other feed-forward modules": ("ia3", saying(feedforward_modules=[]), "says that it is none of them"),
     "ia3: not a target": ("ia3", saying(target_modules=["q_proj"]), "does not target"),
+    "oft: no triangles": ("oft", with_last_cut("oft_R"), "holds no upper triangles"),
+    "oft: fewer blocks": ("oft", with_first_cut("oft_R"), r"fits a matrix of shape \[any, \d+\]"),
+    "oft: many blocks for all": ("oft", saying(block_share=True), "share one"),
+    "oft: shared blocks of another width": ("oft-shared", with_shape("oft_R", 1, 10), "do not divide"),
+    "oft: constrained": ("oft", saying(coft=True), "set coft to False"),
+    "oft: NaN": ("oft", with_nan("oft_R"), "NaN"),
+    "oft: text as terms": (
+        "oft",
+        saying(num_cayley_neumann_terms="5"),
+        "'num_cayley_neumann_terms' in .* the text '5'",
+    ),
+    "oft: too many terms": ("oft", saying(num_cayley_neumann_terms=10**6), "1000 are the most"),
+    "boft: no factors": ("boft", without("boft_s"), "has no boft_s; the file is incomplete"),
+    "boft: a butterfly": ("boft", with_shape("down_proj.boft_R", 2, 43, 4, 4), "2 butterfly factors"),
+    "boft: other outputs": ("boft", with_first_cut("boft_s"), r"fits a matrix of shape"),
+    "boft: NaN": ("boft", with_nan("boft_R"), "NaN"),
+    "hra: another rank": ("hra", with_last_cut("hra_u"), "has rank 3 and the configuration says 4"),
+    "hra: other inputs": ("hra", with_first_cut("hra_u"), r"fits a matrix of shape \[any, \d+\]"),
+    "hra: NaN": ("hra", with_nan("hra_u"), "NaN"),
+    "hira: no partner": ("hira", without("hira_B"), "has no hira_B; the file is incomplete"),
+    "hira: another rank": ("hira", saying(r=5), "the configuration says 5"),
+    "hira: NaN": ("hira", with_nan("hira_A"), "NaN"),
     "ia3: nothing": ("ia3", lambda tensors, config: tensors.clear(), "holds no IA3 tensors"),
 }
 
@@ -171,3 +222,56 @@ def test_a_broken_adapter_is_refused_with_a_sentence_and_nothing_is_written(
     with pytest.raises(LoratoolError, match=message):
         loratool.merge(folder, tiny_models.folder(CONFIGS[name].model, "fp32"), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_oft_of_peft_0_15_is_the_rotation_that_boft_computes(
+    adapters: Adapters, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """PEFT 0.21 does not load these files. Their formula is BOFT's, with which it merges the same numbers."""
+    base, boft = tiny_models.folder("llama", "bf16"), adapters.folder("boft")
+    (tmp_path / "oft").mkdir()
+    renamed = {
+        key.replace("boft_", "oft_").replace("oft_R", "oft_r"): each[0] if "boft_R" in key else each
+        for key, each in load_file(boft / WEIGHTS).items()
+    }
+    save_file(renamed, tmp_path / "oft" / WEIGHTS, {"format": "pt"})
+    config = {
+        "peft_type": "OFT",
+        "target_modules": LLAMA,
+        "r": 0,
+        "oft_block_size": 4,
+        "coft": False,
+        "block_share": False,
+    }
+    (tmp_path / "oft" / "adapter_config.json").write_text(json.dumps(config))
+    merged = loratool.merge(tmp_path / "oft", base, out=tmp_path / "merged").out
+    theirs = merge_by_peft(load(base, "llama"), boft, tmp_path / "peft")
+    assert_same_tensors(stored_tensors(merged), stored_tensors(base) | theirs)
+    assert read_adapter(tmp_path / "oft").kind == "oft"
+
+    without_s = {key: each for key, each in renamed.items() if "oft_s" not in key}
+    save_file(without_s, tmp_path / "oft" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(LoratoolError, match=r"before PEFT 0\.14, OFT rotated outputs"):
+        loratool.merge(tmp_path / "oft", base, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("n", "inputs"), [(32, 768), (128, 1024)])
+def test_blocks_of_any_size_have_the_bits_of_the_whole_product(n: int, inputs: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    blocks = torch.randn(inputs // n, n, n, generator=generator)
+    weight = torch.randn(128, inputs, generator=generator)
+    rotation = Rotation(blocks, blocks.double)
+    for start in range(0, 128, 64):
+        block = weight[start : start + 64].clone()
+        rotation.change(block, range(start, start + 64), torch.empty_like(block))
+        whole = torch.mm(torch.block_diag(*blocks), weight.T).T
+        assert torch.equal(block, whole[start : start + 64])
+
+
+def test_inverses_of_rotations_are_exact_to_fp64() -> None:
+    q = 0.3 * torch.randn(3, 7, 7, generator=torch.Generator().manual_seed(0))
+    q = q - q.mT
+    identity = torch.eye(7).double()
+    assert torch.allclose(cayley(q).double() @ cayley_inverse(q), identity, atol=1e-6)
+    assert torch.allclose(neumann(q, 5).double() @ neumann_inverse(q, 5), identity, atol=1e-5)
+    assert torch.allclose(inverted(identity + q.double()) @ (identity + q.double()), identity, atol=1e-12)

@@ -6,7 +6,23 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratool.formats import adalora, bdlora, beft, delora, dora, ia3, ln_tuning, loha, lokr, lora, trainable_tokens
+from loratool.formats import (
+    adalora,
+    bdlora,
+    beft,
+    boft,
+    delora,
+    dora,
+    hira,
+    hra,
+    ia3,
+    ln_tuning,
+    loha,
+    lokr,
+    lora,
+    oft,
+    trainable_tokens,
+)
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
 
@@ -23,5 +39,9 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     ln_tuning.NAME: ln_tuning.BUILDER,
     beft.NAME: beft.BUILDER,
     trainable_tokens.NAME: trainable_tokens.BUILDER,
+    oft.NAME: oft.BUILDER,
+    boft.NAME: boft.BUILDER,
+    hra.NAME: hra.BUILDER,
+    hira.NAME: hira.BUILDER,
 })  # fmt: skip
 """The builder of every computed kind in `formats.kinds`, by name."""

@@ -174,7 +174,7 @@ def fused_has_the_bits(rows: int, columns: int, rank: int, scaling: float) -> bo
 
 
 class FixedPointProduct:
-    """``left right`` in a form that every machine computes to the same bits: left (rows, r), right (r, columns).
+    """``left right`` in a form that every machine computes to the same bits: left (rows, r), right (r, columns), or stacks.
 
     A BLAS may sum a product in any order, so its last bits depend on the machine. Here both factors are rounded to multiples
     of a power of two, one for each row of left and each column of right. The steps are coarse enough that every sum is an
@@ -183,12 +183,12 @@ class FixedPointProduct:
     """
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        self.bits = (52 - max(left.shape[1] - 1, 1).bit_length()) // 2
-        self._left, self._right = left, self._rounded(right, 0)
+        self.bits = (52 - max(left.shape[-1] - 1, 1).bit_length()) // 2
+        self._left, self._right = left, self._rounded(right, -2)
 
     def product(self, rows: range) -> torch.Tensor:
         """Return the `rows` of the product, fp64, (rows, columns)."""
-        return self._rounded(self._left[rows.start : rows.stop], 1) @ self._right
+        return self._rounded(self._left[..., rows.start : rows.stop, :], -1) @ self._right
 
     def _rounded(self, factor: torch.Tensor, dim: int) -> torch.Tensor:
         """Return `factor`, fp64, rounded to whole steps that are relative to its largest number along `dim`."""
@@ -197,12 +197,12 @@ class FixedPointProduct:
         exponent = torch.frexp(factor.abs().amax(dim, keepdim=True)).exponent.long() - self.bits
         # Build 2**exponent from its bits (IEEE 754 binary64): exp2 is not exact on every machine.
         step = ((exponent + 1023) << 52).view(torch.float64)
-        return factor.double().div_(step).round_().mul_(step)
+        return factor.double().div(step).round_().mul_(step)
 
 
 def fixed_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Return ``left right``, fp64, with the same bits on every machine."""
-    return FixedPointProduct(left, right).product(range(len(left)))
+    return FixedPointProduct(left, right).product(range(left.shape[-2]))
 
 
 def fixed_tucker_product(left: torch.Tensor, right: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
