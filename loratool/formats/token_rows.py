@@ -7,6 +7,7 @@ has their numbers: a list for the input embedding, or a list for each module by 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -40,7 +41,7 @@ def rows_update(info: TensorInfo, listed: object, setting: str, source: str, *, 
         raise AdapterError(
             f"{quoted(setting)} in {quoted(source)} is {quoted(listed, 40)} and must be a list of row numbers, each at least 0"
         )
-    repeated = next((number for place, number in enumerate(numbers) if number in set(numbers[:place])), None)
+    repeated = next((number for number, count in Counter(numbers).items() if count > 1), None)
     if repeated is not None:
         raise AdapterError(
             f"{quoted(setting)} in {quoted(source)} lists the row {repeated} twice, and only one of them can be kept; train it "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from loratool.checkpoint.header import TensorInfo
@@ -51,7 +54,7 @@ class TokenRows:
         return LoadedTokenRows(read_factor(self.rows).to(device), self.indices, transposed)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LoadedTokenRows:
     """The new rows of W, or columns if it is stored transposed, fp32, on one device."""
 
@@ -73,11 +76,16 @@ class LoadedTokenRows:
         if self.transposed:
             block[:, list(self.indices)] = self.rows.T[rows.start : rows.stop]
             return b""
-        places = [(place, row - rows.start) for place, row in enumerate(self.indices) if row in rows]
-        if places:
-            new, old = zip(*places, strict=True)
-            block[list(old)] = self.rows[list(new)]
+        first, last = (bisect_left(self._in_order, row, key=itemgetter(0)) for row in (rows.start, rows.stop))
+        if first < last:
+            old, new = zip(*self._in_order[first:last], strict=True)
+            block[[row - rows.start for row in old]] = self.rows[list(new)]
         return b""
+
+    @cached_property
+    def _in_order(self) -> list[tuple[int, int]]:
+        """Each row of W that changes, in order, with its place among the new rows."""
+        return sorted((row, place) for place, row in enumerate(self.indices))
 
     def revert(self, block: torch.Tensor, rows: range, scratch: torch.Tensor, kept: bytes = b"") -> None:
         """Do nothing: the old rows cannot be computed from the new ones, so an undo file holds them."""
