@@ -106,7 +106,6 @@ def test_every_kind_has_a_builder_or_says_why_it_has_none() -> None:
 VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "aLoRA": ("llama", {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}, "alora"),
     "KaSA": ("llama", {"kasa_config": peft.tuners.lora.KasaConfig()}, "kasa"),
-    "experts": ("llama", {"target_parameters": ["mlp.gate_proj.weight"], "target_modules": []}, "lora"),
 }
 
 

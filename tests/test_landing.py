@@ -15,11 +15,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_adapters import ADAPTER_PREFIX, copy_with, merge_by_peft, save_peft_adapter, save_plain_adapter
-from tiny_models import as_torch, assert_same_tensors, rewrite_tensors, stored_tensors
+from tiny_models import as_stored, as_torch, assert_same_tensors, rewrite_tensors, stored_in_file, stored_tensors
 
 import loratool
 from loratool.architecture import Architecture, Spelling, View, architecture_of
 from loratool.errors import LoratoolError
+from loratool.formats.read import read_adapter
+from loratool.formats.write import write_peft, write_single_file
 
 IMAGE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
          "image_size": 8, "patch_size": 4}  # fmt: skip
@@ -273,3 +275,208 @@ def test_an_update_of_one_expert_lands_in_its_part_of_a_stack(model_class: str, 
     if undo:
         loratool.unmerge(tmp_path / "out", out=tmp_path / "again")
         assert_same_tensors(stored_tensors(tmp_path / "again"), stored_tensors(fused))
+
+
+TARGETED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "MixtralForCausalLM": ("MixtralConfig", MOE, "mlp"),
+    "Qwen2MoeForCausalLM": ("Qwen2MoeConfig", MOE | {"shared_expert_intermediate_size": 20}, "mlp"),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", MOE, "mlp"),
+    "GptOssForCausalLM": ("GptOssConfig", MOE, "mlp"),
+    "Llama4ForCausalLM": ("Llama4TextConfig", MOE | {"intermediate_size_mlp": 24}, "feed_forward"),
+    "OlmoeForCausalLM": ("OlmoeConfig", MOE, "mlp"),
+    "GraniteMoeForCausalLM": ("GraniteMoeConfig", MOE, "block_sparse_moe"),
+    "PhimoeForCausalLM": ("PhimoeConfig", MOE, "mlp"),
+    "Glm4MoeForCausalLM": (
+        "Glm4MoeConfig",
+        MOE | {"n_routed_experts": 3, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1},
+        "mlp",
+    ),
+    "DeepseekV3ForCausalLM": (
+        "DeepseekV3Config",
+        MOE
+        | {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8,
+           "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+        "mlp",
+    ),
+}  # fmt: skip
+"""Models with experts, and the module that holds them."""
+
+
+@pytest.mark.parametrize("model_class", TARGETED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factors_of_a_stack_of_experts_land_as_peft_merges_them(
+    model_class: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config, sizes, block = TARGETED[model_class]
+    base, full = tmp_path / "base", tmp_path / "full"
+    save_base(model_class, config, sizes, base, dtype)
+    lora = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        target_modules=["q_proj", "q_b_proj"],
+        target_parameters=[f"{block}.experts.down_proj", f"{block}.experts.gate_up_proj"],
+        rank_pattern={"experts.down_proj": 4},
+    )
+    adapter = save_peft_adapter(load_base(model_class, base, torch.float32), lora, tmp_path / "adapter")
+    assert any(".experts.base_layer.lora_A." in name for name in stored_tensors(adapter))
+    loratool.merge([adapter], into=base, out=tmp_path / "out", undo=True)
+    # PEFT rounds the change of a stack to a half type before it adds it, so its merge in fp32 is rounded once.
+    load_base(model_class, base, torch.float32).save_pretrained(full)
+    merge_by_peft(load_base(model_class, full, torch.float32), adapter, tmp_path / "theirs")
+    theirs = {name: as_stored(as_torch(each).to(dtype)) for name, each in stored_tensors(tmp_path / "theirs").items()}
+    ours = stored_tensors(tmp_path / "out")
+    assert_same_tensors(ours, theirs)
+    assert sum(ours[name] != each for name, each in stored_tensors(base).items()) >= 3
+    loratool.unmerge(tmp_path / "out", out=tmp_path / "again")
+    assert_same_tensors(stored_tensors(tmp_path / "again"), stored_tensors(base))
+
+
+def stacked_adapter(folder: Path, version: str | None, shapes: dict[str, tuple[int, int]], experts: int = 3) -> Path:
+    """Write factors of stacks of experts by hand: for each parameter the columns of A and the rows of B."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for level, (columns, rows) in zip(("experts.base_layer", "experts"), shapes.values(), strict=True):
+        name = f"{ADAPTER_PREFIX}model.layers.0.mlp.{level}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(experts * 2, columns, generator=generator)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, experts * 2, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    facts = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 2,
+        "target_parameters": [f"mlp.experts.{name}" for name in shapes],
+    }
+    (folder / "adapter_config.json").write_text(
+        json.dumps(facts | ({} if version is None else {"peft_version": version}))
+    )
+    return folder
+
+
+SQUARE = MOE | {"intermediate_size": 16, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("model_class", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("version", ["0.17.1", "0.18.1", "0.19.0", "0.19.1", "0.21.0.dev0"])
+def test_the_version_of_peft_decides_about_square_experts(model_class: str, version: str, tmp_path: Path) -> None:
+    """Up to 0.18.1 in and out were never swapped, 0.19.0 swapped them in transposed stacks, and later ones in the others."""
+    base = tmp_path / "base"
+    save_base(model_class, TARGETED[model_class][0], SQUARE, base, torch.float32)
+    is_transposed = model_class == "GptOssForCausalLM"
+    swapped = {"0.17.1": False, "0.18.1": False, "0.19.0": is_transposed}.get(version, not is_transposed)
+    sides = (16, 32) if swapped != is_transposed else (32, 16)
+    adapter = stacked_adapter(tmp_path / "adapter", version, {"gate_up_proj": sides, "down_proj": (16, 16)})
+    loratool.merge([adapter], into=base, out=tmp_path / "out")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    expected = load_base(model_class, base, torch.float32)
+    experts = expected.model.layers[0].mlp.experts
+    for name, level in (("gate_up_proj", "experts.base_layer"), ("down_proj", "experts")):
+        a, b = (factors[f"{ADAPTER_PREFIX}model.layers.0.mlp.{level}.lora_{letter}.weight"] for letter in "AB")
+        a, b = a.reshape(3, 2, -1), b.reshape(len(b), 2, 3)
+        delta = torch.einsum("o r e, e r i -> e o i" if swapped else "o r e, e r i -> e i o", b, a)
+        getattr(experts, name).data += delta
+    expected.save_pretrained(tmp_path / "theirs")
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("version", [None, "", "unknown"])
+def test_square_experts_of_an_unknown_version_of_peft_are_refused(version: str | None, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base("GptOssForCausalLM", "GptOssConfig", SQUARE, base, torch.float32)
+    adapter = stacked_adapter(tmp_path / "adapter", version, {"gate_up_proj": (16, 32), "down_proj": (16, 16)})
+    with pytest.raises(LoratoolError, match=r"experts\.down_proj.*depends on the version of PEFT.*peft_version"):
+        loratool.merge([adapter], into=base, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_class", ["MixtralForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize(("experts", "message"), [(2, "and the base has more"), (4, "and the base has less")])
+def test_a_stack_of_more_or_fewer_experts_is_refused(
+    model_class: str, experts: int, message: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    save_base(model_class, TARGETED[model_class][0], MOE, base, torch.float32)
+    shapes = {"gate_up_proj": (16, 48), "down_proj": (24, 16)}
+    adapter = stacked_adapter(tmp_path / "adapter", "0.21.0", shapes, experts)
+    with pytest.raises(LoratoolError, match=message):
+        loratool.merge([adapter], into=base, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "message"),
+    [
+        ({"gate_up_proj": (16, 48), "down_proj": (25, 16)}, {}, "fits a matrix of shape"),
+        ({"gate_up_proj": (17, 48), "down_proj": (24, 16)}, {}, "fits a matrix of shape"),
+        ({"gate_up_proj": (16, 48), "down_proj": (24, 16)}, {"r": 4}, "is no multiple of the rank 4"),
+        ({"gate_up_proj": (16, 48), "down_proj": (24, 16)}, {"target_parameters": ["experts.down_proj"]},
+         "factors for 2 parameters of .* names 1"),
+        ({"gate_up_proj": (16, 48), "down_proj": (24, 16)}, {"target_parameters": None}, "names 0"),
+        ({"gate_up_proj": (16, 48), "down_proj": (24, 16)}, {"target_parameters": 7}, "must be a list of names"),
+        ({"gate_up_proj": (16, 48), "w": (24, 16)}, {}, "in which order"),
+    ],
+)  # fmt: skip
+def test_factors_of_experts_that_contradict_the_base_or_their_configuration_are_refused(
+    shapes: dict[str, tuple[int, int]], config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    save_base("Qwen3MoeForCausalLM", "Qwen3MoeConfig", MOE, base, torch.float32)
+    adapter = copy_with(stacked_adapter(tmp_path / "one", "0.21.0", shapes), tmp_path / "adapter", **config)
+    with pytest.raises(LoratoolError, match=message):
+        loratool.merge([adapter], into=base, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stack_lands_below_a_prefix_that_the_adapter_lacks(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base("Qwen3MoeForCausalLM", "Qwen3MoeConfig", MOE, base, torch.float32)
+    adapter = stacked_adapter(tmp_path / "adapter", "0.21.0", {"gate_up_proj": (16, 48), "down_proj": (24, 16)})
+    loratool.merge([adapter], into=base, out=tmp_path / "out")
+    around = "model.language_model."
+    rewrite_tensors(base, lambda name: name.replace("model.", around))
+    loratool.merge([adapter], into=base, out=tmp_path / "around")
+    ours = {name.replace(around, "model."): each for name, each in stored_tensors(tmp_path / "around").items()}
+    assert_same_tensors(ours, stored_tensors(tmp_path / "out"))
+
+
+def test_a_parameter_of_a_linear_layer_is_targeted_as_the_layer_itself(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base("Phi3ForCausalLM", "Phi3Config", PHI, base, torch.bfloat16)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["o_proj"], target_parameters=["mlp.down_proj.weight"])
+    adapter = save_peft_adapter(load_base("Phi3ForCausalLM", base, torch.float32), lora, tmp_path / "adapter")
+    loratool.merge([adapter], into=base, out=tmp_path / "out")
+    load_base("Phi3ForCausalLM", base, torch.float32).save_pretrained(tmp_path / "full")
+    merge_by_peft(load_base("Phi3ForCausalLM", tmp_path / "full", torch.float32), adapter, tmp_path / "theirs")
+    theirs = stored_tensors(tmp_path / "theirs").items()
+    assert_same_tensors(
+        stored_tensors(tmp_path / "out"), {name: as_stored(as_torch(each).bfloat16()) for name, each in theirs}
+    )
+
+
+def test_a_parameter_of_a_transposed_linear_layer_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_base(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2},
+        base,
+        torch.float32,
+    )
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=["attn.c_proj.weight"])
+    adapter = save_peft_adapter(load_base("GPT2LMHeadModel", base, torch.float32), lora, tmp_path / "adapter")
+    with pytest.raises(LoratoolError, match="target_parameters"):
+        loratool.merge([adapter], into=base, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_experts_is_written_as_it_was_read_and_has_no_singular_values_to_cut(tmp_path: Path) -> None:
+    shapes = {"gate_up_proj": (16, 48), "down_proj": (24, 16)}
+    adapter = stacked_adapter(tmp_path / "adapter", "0.21.0", shapes)
+    write_peft(read_adapter(adapter), tmp_path / "folder")
+    write_single_file(read_adapter(adapter), tmp_path / "one.safetensors")
+    expected = stored_tensors(adapter)
+    assert_same_tensors(stored_tensors(tmp_path / "folder"), expected)
+    assert_same_tensors(stored_in_file(tmp_path / "one.safetensors"), expected)
+    with pytest.raises(LoratoolError, match=r"lora r=2 of 3 experts.*not a product of two matrices"):
+        loratool.truncate(adapter, rank=1, out=tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()

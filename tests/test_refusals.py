@@ -42,11 +42,6 @@ def expect_refusal(adapter: Path, base: Path, folder: Path, named: str, *, besid
 
 LORA_FEATURES: dict[str, tuple[str, dict[str, Any], str]] = {
     "modules_to_save of a tied embedding": ("llama-tied", {"modules_to_save": ["embed_tokens"]}, "embed_tokens.*ties"),
-    "target_parameters": (
-        "llama",
-        {"target_parameters": ["mlp.gate_proj.weight"], "target_modules": []},
-        "target_parameters",
-    ),
     "lora_bias without biases": ("llama", {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]}, "lora_bias"),
     "layer_replication": (
         "llama",

@@ -200,7 +200,6 @@ class Feature:
 
 
 FEATURES: Final = (
-    Feature("MoE parameters (target_parameters)", "target_parameters", ("base_layer.lora_",)),
     Feature("layer_replication", "layer_replication", why_not=(
         "it repeats these ranges of its base's layers, one after the other; make that larger model first (a passthrough merge of "
         "mergekit, with a slice for each range), remove layer_replication from the configuration, and merge into that")),

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 
-from loratool.architecture import ALL, WHOLE, Architecture, Place, View, module_of
-from loratool.errors import PlacementError, quoted
+from loratool.architecture import ALL, WHOLE, Architecture, Matrix, Place, View, module_of
+from loratool.errors import AdapterError, PlacementError, quoted
 from loratool.formats.names import (
     Exchange,
     NotAllLandError,
@@ -21,9 +21,11 @@ from loratool.formats.names import (
     find_exchanges,
     land_by_names,
     loose_place,
+    not_landed,
     refuse_mixed_stacks,
     stack_of,
 )
+from loratool.updates.expert_factors import Stacked
 from loratool.updates.shapes import fits_turned
 
 
@@ -74,7 +76,8 @@ class Landing:
 
 
 def land(parameters: Mapping[str, Shape], architecture: Architecture, source: str,
-         replaced: Mapping[str, Shape] = MappingProxyType({})) -> Landing:  # fmt: skip
+         replaced: Mapping[str, Shape] = MappingProxyType({}),
+         stacks: Mapping[str, Stacked] = MappingProxyType({})) -> Landing:  # fmt: skip
     """Find the places of the parameters of the adapter `source`.
 
     Args:
@@ -89,6 +92,7 @@ def land(parameters: Mapping[str, Shape], architecture: Architecture, source: st
     """
     found = _Finder(architecture, source)
     found.land(parameters)
+    found.land_stacks(stacks)
     landing = Landing(found.places, tuple(dict.fromkeys(found.exchanges)), tuple(found.by_tables))
     whole, by_tables = _land_replaced(replaced, landing, architecture)
     landing = replace(landing, tensors={**landing.tensors, **whole}, by_tables=(*landing.by_tables, *by_tables))
@@ -125,6 +129,100 @@ class _Finder:
             except NotAllLandError as of_rest:
                 self._by_tables_and_exchange(rest, of_rest if self.by_tables else error)
         self.by_names = landed
+
+    def land_stacks(self, stacks: Mapping[str, Stacked]) -> None:
+        """Land updates of stacks: one place, or several, for each expert.
+
+        Raises:
+            PlacementError: the checkpoint lacks some of the experts, or has more.
+            AdapterError: whether a square matrix is the transpose of the update's product cannot be known.
+        """
+        known = self._architecture
+        matrices = {name: self._matrices_of(name, stack) for name, stack in stacks.items()}
+        names = {each.name: each.name for found in matrices.values() for each in found}
+        names |= self._renamed({name: each for name, each in matrices.items() if not self._holds(name, each)}, stacks)
+        places = {}
+        for name, stack in stacks.items():
+            found = [Place(each.view, *known.holders[names[each.name]]) for each in matrices[name]]
+            self._refuse_more_experts(name, stack, names[matrices[name][-1].name], matrices[name][-1].name)
+            places[name] = tuple(self._oriented(name, stack, place) for place in joined(found, known))
+        self.places |= places
+        self.by_tables += [name for name, found in places.items() if any(place.name != name for place in found)]
+
+    def _matrices_of(self, name: str, stack: Stacked) -> tuple[Matrix, ...]:
+        """Return the matrices of a stack, by the orientation under which most of them fit the checkpoint's."""
+        experts, rows, columns = stack.shape
+        known = self._architecture
+
+        def fitting(matrices: Iterable[Matrix], shape: Shape) -> int:
+            held = ((each, known.holders.get(each.name)) for each in matrices)
+            return sum(
+                each.view.shape_in(shape) == at[1].shape_in(known.tensors[at[0]].shape) for each, at in held if at
+            )
+
+        shapes = ((experts, rows, columns), (experts, columns, rows))
+        found = [known.matrices(name, shape) for shape in shapes]
+        best = max(range(2), key=lambda index: fitting(found[index], shapes[index]))
+        return found[best]
+
+    def _holds(self, name: str, matrices: Sequence[Matrix]) -> bool:
+        """Return whether the checkpoint holds the matrices of a stack under these names."""
+        holders = self._architecture.holders
+        if matrices[0].view.expert is None:
+            return False
+        held = [each.name in holders for each in matrices]
+        if held[0] and not held[-1]:
+            raise PlacementError(
+                f"{quoted(name)} of {quoted(self._source)} has {matrices[-1].view.expert or 0} experts or more, and the base has "
+                f"less, as in {quoted(holders[matrices[0].name][0])}; is it the right base?"
+            )
+        return all(held)
+
+    def _renamed(self, matrices: Mapping[str, Sequence[Matrix]], stacks: Mapping[str, Stacked]) -> dict[str, str]:
+        """Return the names that the matrices of these stacks have by an exchange of prefixes."""
+        holders, tensors = self._architecture.holders, self._architecture.tensors
+        if not matrices:
+            return {}
+        stored = {name: _Part(view.shape_in(tensors[at].shape)) for name, (at, view) in holders.items()}
+        own = {each.name: each.view.shape_in(stacks[name].shape) for name, found in matrices.items() for each in found}
+        try:
+            exchanges = find_exchanges(own, stored, self._source)
+        except NotAllLandError:
+            exchanges = {}
+        if not exchanges or any(found[0].view.expert is None for found in matrices.values()):
+            raise not_landed({name: stacks[name].shape for name in matrices}, None, tensors, self._source)
+        return {name: exchange.rename(name) or name for name, exchange in exchanges.items()}
+
+    def _refuse_more_experts(self, name: str, stack: Stacked, last: str, own: str) -> None:
+        """Raise PlacementError if the checkpoint has more experts than an update.
+
+        `last` is the checkpoint's name of the last matrix, and `own` the adapter's.
+        """
+        experts, rows, columns = stack.shape
+        more = self._architecture.matrices(name, (experts + 1, rows, columns))[-1].name.split(".")
+        tail = next((len(more) - at for at, part in enumerate(own.split(".")) if part != more[at]), 0)
+        next_one = ".".join([*last.split(".")[:-tail], *more[-tail:]])
+        if next_one in self._architecture.holders:
+            raise PlacementError(
+                f"{quoted(name)} of {quoted(self._source)} has {experts} experts, and the base has more, as in "
+                f"{quoted(self._architecture.holders[next_one][0])}; is it the right base?"
+            )
+
+    def _oriented(self, name: str, stack: Stacked, place: Place) -> Place:
+        """Return the place of a matrix, with `own` as a part of the update's product."""
+        shape = replace(place.view, outputs=ALL).shape_in(self._architecture.tensors[place.name].shape)
+        if place.own.outputs != ALL:  # a part of the matrix, with all of its inputs
+            sides, inputs = list(stack.shape[1:]), shape[-1]
+            if inputs in sides:
+                sides.remove(inputs)
+            shape = (sides[0], inputs)
+        turned = stack.is_turned(shape, transposed=place.own.transposed)
+        if turned is None:
+            raise AdapterError(
+                f"{quoted(name)} of {quoted(self._source)} changes square matrices, whose orientation depends on the version of "
+                'PEFT that trained it; add that to its configuration, such as "peft_version": "0.19.1"'
+            )
+        return replace(place, own=replace(place.own, transposed=turned))
 
     def _by_exchange(self, rest: Mapping[str, Shape]) -> dict[str, str]:
         """Land parameters by exchanges of prefixes and return their tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from loratool.errors import AdapterError, quoted
@@ -11,6 +12,7 @@ from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, settled
 from loratool.formats.bare import bare_config, stated_alphas, unstated
 from loratool.formats.builder import Builder, Factors
+from loratool.formats.expert_factors import split_parameters
 from loratool.formats.kinds import LORA, RECORDED, kind_named
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.lora_product import product_of
@@ -34,12 +36,14 @@ def read_lora(files: AdapterFiles, given: Alpha | None) -> Adapter:
 
 def _of_updates(files: AdapterFiles, config: Mapping[str, Any], notes: tuple[str, ...]) -> Adapter:
     lora = LoraConfig.parse(config, files.config_source if files.config else files.source)
-    pairs = pair_factors(files.tensors, files.source)
+    found = pair_factors(files.tensors, files.source)
+    pairs, parameters = split_parameters(found, lora, config, files.source)
     for module, pair in pairs.items():
         _refuse_unfit(module, rank_of(pair), lora, files.source)
     updates = lora_updates(pairs, lora)
     kind = next((kind.name for kind in RECORDED if files.facts.get("kind") == kind.name), LORA)
-    return adapter_of(files, kind, config, lora, updates, notes)
+    adapter = adapter_of(files, kind, config, lora, updates, notes)
+    return replace(adapter, changes={**adapter.changes, **parameters}) if parameters else adapter
 
 
 def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:

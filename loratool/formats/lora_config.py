@@ -24,6 +24,7 @@ REFUSED: Final[Mapping[str, tuple[str, str]]] = {
 """Configuration keys of features that are not computed, each with the feature's name and the reason."""
 
 LORA_BIAS: Final = "lora_bias"
+TARGET_PARAMETERS: Final = "target_parameters"
 
 BIASES: Final = ("none", "all", "lora_only")
 """Values of ``bias``; with the last two PEFT trains and saves biases, which replace the base's."""
@@ -35,7 +36,7 @@ lora_ga)."""
 _OTHER_KEYS: Final = """
     lora_alpha lora_dropout fan_in_fan_out bias use_rslora init_lora_weights megatron_core loftq_config eva_config corda_config
     lora_ga_config velora_config monteclora_config qalora_group_size runtime_config ensure_weight_tying lora_bias
-    trainable_token_indices
+    trainable_token_indices target_parameters
 """
 KNOWN: Final = COMMON_KEYS.union(
     RANK_KEYS, REFUSED, _OTHER_KEYS.split(), (kind.setting for kind in VARIANTS if kind.setting)
@@ -48,9 +49,10 @@ _OTHER_KINDS_KEYS: Final = frozenset[str]().union(*(kind.keys for kind in KINDS.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig(RankConfig):
-    """Ranks, scalings and targets of a LoRA."""
+    """Ranks, scalings and targets of a LoRA. `target_parameters` are the ends of the names of parameters that it changes."""
 
     use_rslora: bool
+    target_parameters: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], source: str) -> Self:
@@ -61,8 +63,12 @@ class LoraConfig(RankConfig):
             AdapterError: a value is missing or impossible.
         """
         _refuse_unsupported(config, source)
-        use_rslora = ConfigReader(config, source).flag("use_rslora")
-        return cls(**rank_fields(config, source, ALPHA_KEY, KNOWN), use_rslora=use_rslora)
+        read = ConfigReader(config, source)
+        return cls(
+            **rank_fields(config, source, ALPHA_KEY, KNOWN),
+            use_rslora=read.flag("use_rslora"),
+            target_parameters=read.strings(TARGET_PARAMETERS),
+        )
 
     def scaling_of(self, module: str) -> float:
         """Return the scaling: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732)."""

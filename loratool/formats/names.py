@@ -158,7 +158,7 @@ def _find_exchange(rest: Mapping[str, Shape], tensors: Mapping[str, Shaped], sou
         if complete:
             return _only_one(complete, rest, tensors, source)
         best = max([best, *counted], key=lambda pair: pair[0])
-    raise _not_landed(rest, best[1] or Exchange("", ""), tensors, source)
+    raise not_landed(rest, best[1] or Exchange("", ""), tensors, source)
 
 
 def _prefixes(parameters: list[str]) -> Iterator[str]:
@@ -224,9 +224,11 @@ TIED_ADVICE: Final = (
 )
 
 
-def _not_landed(rest: Mapping[str, Shape], exchange: Exchange,
-                tensors: Mapping[str, Shaped], source: str) -> NotAllLandError:  # fmt: skip
-    missing = [name for name in rest if exchange.rename(name) not in tensors]
+def not_landed(rest: Mapping[str, Shape], exchange: Exchange | None,
+               tensors: Mapping[str, Shaped], source: str) -> NotAllLandError:  # fmt: skip
+    """Return the error for parameters that land nowhere, also by the best exchange; None if none of `rest` lands."""
+    missing = [name for name in rest if exchange is None or exchange.rename(name) not in tensors]
+    exchange = exchange or Exchange("", "")
     lines = []
     for name in missing[:SHOWN]:
         near = nearest(exchange.rename(name) or module_of(name), tensors)

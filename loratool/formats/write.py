@@ -27,6 +27,7 @@ from loratool.formats.adapter_names import (
 )
 from loratool.formats.beside import BESIDE
 from loratool.formats.builders import BUILDERS
+from loratool.formats.expert_factors import wrapping_modules
 from loratool.formats.facts import with_files
 from loratool.formats.read import read_adapter
 from loratool.formats.replacements import peft_name
@@ -122,7 +123,7 @@ def _fill_file(file: Path, adapter: Adapter) -> None:
 
 def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
     keys = {name: feature.key for name, feature in BESIDE.items()}
-    factors, whole = {}, {}
+    modules, factors, whole = wrapping_modules(adapter), {}, {}
     for name, update in sorted(adapter.changes.items()):
         for letter, info in update.tensors.items():
             if update.kind == WHOLE:
@@ -130,7 +131,7 @@ def _tensors(adapter: Adapter) -> dict[str, TensorInfo]:
             else:
                 key = keys.get(update.kind, BUILDERS[adapter.kind].key)
                 part = name.rpartition(".")[2] if update.replaces else letter
-                factors[key(module_of(name), part)] = info
+                factors[key(modules.get(name) or module_of(name), part)] = info
     whole |= {peft_name(name, adapter): info for name, info in adapter.own_base.items()}
     return factors | whole
 

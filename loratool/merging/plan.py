@@ -27,6 +27,7 @@ from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.landing import Landing, land
+from loratool.formats.lora_config import LoraConfig
 from loratool.formats.module_targets import ALL_LINEAR
 from loratool.formats.names import SUFFIX, is_tied_head
 from loratool.formats.replacements import lost_biases, refuse_incomplete
@@ -43,6 +44,7 @@ from loratool.merging.ties import (
 from loratool.merging.vocabulary import how_to_add_classifier, misfit_advice
 from loratool.updates import BiasUpdate, RowsUpdate, Update
 from loratool.updates.based import Based
+from loratool.updates.expert_factors import Stacked
 from loratool.updates.shapes import ANY, fits, words
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
@@ -196,10 +198,12 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
 
 def _landing(adapter: Adapter, architecture: Architecture) -> Landing:
     """Return where all parameters of an adapter land. Whole ones, vectors and rows follow the matrices, if there are any."""
-    shapes = {name: update.shape for name, update in adapter.changes.items()}
-    leading = {name: shape for name, shape in shapes.items() if _leads(adapter.changes[name])} or shapes
+    stacks = {name: update for name, update in adapter.changes.items() if isinstance(update, Stacked)}
+    shapes = {name: update.shape for name, update in adapter.changes.items() if name not in stacks}
+    leading = {name: shape for name, shape in shapes.items() if _leads(adapter.changes[name])}
+    leading = leading if leading or stacks else shapes
     following = {name: shape for name, shape in shapes.items() if name not in leading}
-    return land(leading, architecture, adapter.name, following)
+    return land(leading, architecture, adapter.name, following, stacks)
 
 
 def _leads(update: Update) -> bool:
@@ -288,6 +292,7 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
         transposed = _is_transposed(name, weight, orientation, fan_in_fan_out=source.settings.fan_in_fan_out)
         updates = tuple(replace(each, view=replace(each.view, transposed=transposed)) for each in updates)
     for planned in updates:
+        _refuse_transposed_parameter(planned, name, adapters[planned.adapter].adapter)
         fitting = planned.view.shape_in(weight.shape)
         if not fits(planned.update.shape, fitting):
             raise PlacementError(
@@ -328,6 +333,22 @@ def _rows_target(weight: StoredWeight, update: RowsUpdate, updates: tuple[Planne
             f"dense base instead{quantize_hint(weight)}"
         )
     return Target(weight, tuple(replace(each, view=WHOLE) for each in updates))
+
+
+def _refuse_transposed_parameter(planned: PlannedUpdate, name: str, adapter: Adapter) -> None:
+    """Raise UnsupportedError if PEFT would add an update to a matrix as it is stored, which is (in_features, out_features)."""
+    settings = adapter.settings
+    targeted = settings.target_parameters if isinstance(settings, LoraConfig) else ()
+    parameter = f".{planned.parameter}"
+    if (
+        planned.view.transposed
+        and planned.view.expert is None
+        and any(parameter.endswith(f".{each}") for each in targeted)
+    ):
+        raise UnsupportedError(
+            f"{quoted(adapter.name)} changes {quoted(planned.parameter)} by target_parameters, and {quoted(name)} is stored as "
+            "(in_features, out_features): loratool does not compute that yet; merge it with PEFT"
+        )
 
 
 def _refuse_beside(name: str, shape: tuple[int, ...], updates: Sequence[PlannedUpdate],
