@@ -173,14 +173,14 @@ def ways(name: str, scorer: Scorer, dense: Path, image: Path) -> Iterator[Way]:
         shutil.rmtree(out, ignore_errors=True)
         result = loratool.merge([adapter], **{"into": image} | options, out=out)
         scorer.load(out)
-        return None if result.survival is None else result.survival.changed
+        return None if result.delivery is None else result.delivery.changed
 
     def merged_with(seed: str | None) -> float | None:
         shutil.rmtree(out, ignore_errors=True)
         plan = plan_merge([WeightedAdapter(read_adapter(adapter))], Checkpoint.open(image), seed)
-        survival = apply_merge(plan, out, BaseIdentity("image")).manifest.survival_of_all
+        delivery = apply_merge(plan, out, BaseIdentity("image")).manifest.delivery_of_all
         scorer.load(out)
-        return None if survival is None else survival.changed
+        return None if delivery is None else delivery.changed
 
     for seed in SEEDS:
         changed = merged_with(seed)

@@ -563,17 +563,18 @@ def test_json_of_a_merge_and_back(catalogued: Run, tmp_path: Path) -> None:
     assert not out.exists()
     merged = catalogued(*words).json()
     keys = {
-        "out", "base", "base_fingerprint", "adapters", "output_fingerprint", "undo_file", "tensors", "survival",
+        "out", "base", "base_fingerprint", "adapters", "output_fingerprint", "undo_file", "tensors", "delivery",
         "touched_bytes", "size_bytes", "output_size_bytes", "quantize", "base_as", "dequantize", "seconds", "dry_run",
         "notes", "changed_tensors", "unchanged", "tokenizer",
     }  # fmt: skip
     assert merged.keys() == planned.keys() == keys
+    assert all(tensor.pop("delivery")["share"] > 0.9 for tensor in merged["tensors"])
     assert merged["tensors"] == planned["tensors"]
     assert merged["adapters"][0].keys() == {"adapter", "sha256", "weight"}
     assert (merged["adapters"][0]["adapter"], merged["adapters"][0]["weight"]) == ("pirate@1", 0.5)
     verified = catalogued("verify", out, "--json").json()
     assert verified.keys() == {
-        "path", "output_fingerprint", "tensors", "files", "replayed", "survival", "survivals", "notes", "edited", "added",
+        "path", "output_fingerprint", "tensors", "files", "replayed", "delivery", "deliveries", "notes", "edited", "added",
     }  # fmt: skip
     assert verified["output_fingerprint"] == merged["output_fingerprint"]
     back = catalogued("unmerge", out, "--json").json()

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from synthetic_storages import EVEN, LEVELS, TILES, Floats, Synthetic, mixed, synthetic
 
 from loratool.errors import CheckpointError
+from loratool.merging.delivery import DeliveryCount
 from loratool.merging.residual import add_residual, residual
-from loratool.merging.survival import SurvivalCount
 from loratool.weights.coarse.feedback import Feedback
 from loratool.weights.coarse.output_feedback import OutputFeedback
 from loratool.weights.code_moves import Moves
@@ -185,10 +185,10 @@ def test_most_of_an_update_is_delivered(name: str) -> None:
         content, moves = merged(storage, change, rounding)
         after = storage.decoded((content,))
         shares.append(float((after - before).double().mul(change).sum() / change.double().square().sum()))
-        count = SurvivalCount()
+        count = DeliveryCount()
         count.add_moves(change, moves)
-        assert count.survival().share == pytest.approx(shares[-1], abs=1e-4)
-        assert count.survival().changed == pytest.approx(float((after != before).double().mean()), abs=1e-6)
+        assert count.delivery().share == pytest.approx(shares[-1], abs=1e-4)
+        assert count.delivery().changed == pytest.approx(float((after != before).double().mean()), abs=1e-6)
     assert np.mean(shares) == pytest.approx(1, abs=0.06)
 
 

@@ -64,8 +64,8 @@ def test_both_devices_move_nearly_all_codes_alike(base: Path, adapter: Path, tmp
     outputs = []
     for device in ("cpu", "cuda"):
         result = loratool.merge([adapter], into=base, out=tmp_path / device, device=device)
-        assert result.survival is not None
-        assert result.survival.share > 0.9
+        assert result.delivery is not None
+        assert result.delivery.share > 0.9
         outputs.append(stored_tensors(tmp_path / device))
     for name in SHAPES:
         one, other = (tensors[f"{name}.weight"].data for tensors in outputs)

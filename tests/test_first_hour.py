@@ -220,10 +220,10 @@ def test_facts_are_wrapped_between_words_and_a_command_is_not(
     command = f"loratool merge {'x' * 70} --into y"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
-    print_facts([("delivered", "99.1% of the update; 13.5% of codes changed"), ("next", command)])
+    print_facts([("delivered", "99.1% of the update; 13.5% of elements changed"), ("next", command)])
     assert ESCAPES.sub("", capsys.readouterr().out).splitlines() == [
         "  delivered  99.1% of the update; 13.5%",
-        "             of codes changed",
+        "             of elements changed",
         f"  next       {command}",
     ]
 

@@ -207,8 +207,8 @@ def test_a_merge_keeps_the_scales_and_delivers_the_update(fp8: Callable[..., Pat
         old, new = (decoded(matrix(folder, name)).double() for folder in (base, result.out))
         sums += torch.stack([((new - old) * delta).sum(), (delta.double() ** 2).sum()])
     assert float(sums[0] / sums[1]) == pytest.approx(1, abs=0.03)
-    assert result.survival is not None
-    assert result.survival.share == pytest.approx(float(sums[0] / sums[1]), abs=1e-3)
+    assert result.delivery is not None
+    assert result.delivery.share == pytest.approx(float(sums[0] / sums[1]), abs=1e-3)
     assert (
         load(result.out, "llama", auto=transformers.AutoModelForCausalLM)(torch.arange(9)[None]).logits.isfinite().all()
     )
@@ -262,7 +262,7 @@ def test_dense_modules_of_an_fp8_model_are_merged_into_densely(fp8: Callable[...
     result = loratool.merge(adapter, fp8(), out=tmp_path / "out")
     before, after = stored_tensors(fp8()), stored_tensors(result.out)
     assert [name for name in before if before[name] != after[name]] == ["lm_head.weight"]
-    assert result.survival is None
+    assert set(result.deliveries) == {"lm_head.weight"}
 
 
 def test_no_code_becomes_nan_and_zeros_keep_their_sign(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ import loratool
 from loratool.checkpoint.blocks import row_blocks
 from loratool.checkpoint.model import Checkpoint
 from loratool.cli import cli
-from loratool.errors import CheckpointError, LoratoolError, UnsupportedError, VerificationError
-from loratool.merging.survival import SurvivalCount
+from loratool.errors import CheckpointError, LoratoolError, NoChangeError, UnsupportedError, VerificationError
+from loratool.merging.delivery import DeliveryCount
 from loratool.merging.workers import cpu_workers
 from loratool.weights.coarse.output_feedback import OutputFeedback
 from loratool.weights.coarse.short_steps import MOST_ROWS
@@ -357,13 +357,13 @@ def test_what_survived_is_what_numpy_says(four_bit: Quantize, tiny_adapters: Tin
         old, new = (by_bitsandbytes(tensors, target.name).double().numpy() for tensors in (before, after))
         change = new - old
         each = np.array([(change * delta).sum(), (delta**2).sum(), ((change - delta) ** 2).sum(), (old**2).sum()])
-        survival = result.survivals[target.name]
-        assert survival.share == pytest.approx(each[0] / each[1], rel=1e-3)
-        assert survival.noise == pytest.approx(np.sqrt(each[2] / each[3]), rel=1e-3)
-        assert survival.changed == pytest.approx((old != new).mean(), abs=1e-6)
+        delivery = result.deliveries[target.name]
+        assert delivery.share == pytest.approx(each[0] / each[1], rel=1e-3)
+        assert delivery.noise == pytest.approx(np.sqrt(each[2] / each[3]), rel=1e-3)
+        assert delivery.changed == pytest.approx((old != new).mean(), abs=1e-6)
         sums += each
-    assert result.survival is not None
-    assert result.survival.share == pytest.approx(sums[0] / sums[1], rel=1e-3)
+    assert result.delivery is not None
+    assert result.delivery.share == pytest.approx(sums[0] / sums[1], rel=1e-3)
 
 
 def test_what_survived_of_an_update_that_codes_carry_exactly(tmp_path: Path) -> None:
@@ -377,19 +377,19 @@ def test_what_survived_of_an_update_that_codes_carry_exactly(tmp_path: Path) -> 
     factors = load_file(adapter / "adapter_model.safetensors")
     ends = {key: -2 * column if "lora_B" in key else row for key in factors}
     save_file(ends, adapter / "adapter_model.safetensors")
-    survival = loratool.merge(adapter, base, out=tmp_path / "merged").survival
-    assert survival is not None
-    assert survival.share == pytest.approx(1, abs=1e-6)
-    assert survival.noise < 1e-3
+    delivery = loratool.merge(adapter, base, out=tmp_path / "merged").delivery
+    assert delivery is not None
+    assert delivery.share == pytest.approx(1, abs=1e-6)
+    assert delivery.noise < 1e-3
 
 
 def test_what_survives_whole_has_no_noise_whichever_way_its_sums_are_rounded() -> None:
     for seed in range(20):
         delta = torch.randn(64, 1000, generator=torch.Generator().manual_seed(seed))
-        count = SurvivalCount()
+        count = DeliveryCount()
         count.add_moves(delta, Moves(torch.arange(delta.numel()), delta.view(-1).clone(), float(delta.numel()), b""))
-        assert count.survival().share == pytest.approx(1, abs=1e-6)
-        assert count.survival().noise < 1e-3
+        assert count.delivery().share == pytest.approx(1, abs=1e-6)
+        assert count.delivery().noise < 1e-3
 
 
 def test_equal_merges_give_equal_bytes(four_bit: Quantize, tiny_adapters: TinyAdapters, tmp_path: Path) -> None:
@@ -443,10 +443,10 @@ def test_the_undo_file_is_small(tmp_path: Path) -> None:
     base = save_plain_model(tmp_path / "base", tensors)
     adapter = save_plain_adapter(tmp_path / "adapter", {"m": (512, 1024)}, r=8, lora_alpha=1)
     result = loratool.merge(adapter, base, out=tmp_path / "merged", undo=True)
-    assert result.survival is not None
+    assert result.delivery is not None
     assert result.undo_file is not None
-    assert 0.03 < result.survival.changed < 0.3
-    assert result.undo_file.stat().st_size < 0.3 * result.survival.changed * codes.numel()
+    assert 0.03 < result.delivery.changed < 0.3
+    assert result.undo_file.stat().st_size < 0.3 * result.delivery.changed * codes.numel()
 
 
 def test_a_merge_in_place_is_taken_out_in_place(
@@ -476,7 +476,7 @@ def test_verify_replays_a_merge_and_finds_a_moved_code(
     loratool.merge(tiny_adapters.folder("llama-many-blocks"), four_bit(), out=merged, undo=True)
     result = loratool.verify(merged)
     assert result.replayed == "base"
-    assert result.survival is not None
+    assert result.delivery is not None
     file = merged / "model.safetensors"
     tensors = load_file(file)
     name = next(name for name in sorted(tensors) if name.endswith("q_proj.weight"))
@@ -491,9 +491,14 @@ def test_a_merge_that_loses_its_update_is_warned_of(four_bit: Quantize, tmp_path
     base = four_bit()
     shape = matrix(base, "model.layers.0.mlp.up_proj.weight").shape
     adapter = save_plain_adapter(tmp_path / "huge", {"model.layers.0.mlp.up_proj": shape}, lora_alpha=4000)
-    result = loratool.merge(adapter, base, out=tmp_path / "merged")
-    assert result.survival is not None
-    assert result.survival.share < 0.9
+    with pytest.raises(
+        NoChangeError, match=r"of the update would be left in the nf4 weights.*--quantize nf4.*--calibrate"
+    ):
+        loratool.merge(adapter, base, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    result = loratool.merge(adapter, base, out=tmp_path / "merged", allow_no_op=True)
+    assert result.delivery is not None
+    assert result.delivery.share < 0.5
     assert any("of the update is left" in note for note in result.notes)
 
 
@@ -502,11 +507,11 @@ def test_merge_show_and_verify_say_what_was_delivered(
 ) -> None:
     loratool.add(tiny_adapters.folder("llama-many-blocks"), name="pirate")
     result = loratool.merge("pirate", four_bit(), out=tmp_path / "merged")
-    assert result.survival is not None
-    assert loratool.show("pirate").to_json()["merges"][0]["survival"] == result.survival.to_json()
-    share = f"{result.survival.share:.1%} of the update"
-    both = f"delivered {share}; {result.survival.changed:.1%} of codes changed"
-    noisy = f"{both}; noise {result.survival.noise:.1%} of the weights"
+    assert result.delivery is not None
+    assert loratool.show("pirate").to_json()["merges"][0]["delivery"] == result.delivery.to_json()
+    share = f"{result.delivery.share:.1%} of the update"
+    both = f"delivered {share}; {result.delivery.changed:.1%} of elements changed"
+    noisy = f"{both}; noise {result.delivery.noise:.1%} of the weights"
     again = ["merge", "pirate", "--into", str(four_bit()), "--out", str(tmp_path / "again")]
     for words, expected in (
         (["show", "pirate"], both),

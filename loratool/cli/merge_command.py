@@ -82,13 +82,11 @@ if TYPE_CHECKING:
 @click.option("--untie", is_flag=True, help="Give a head that the base ties to its embedding its own tensor.")
 @click.option("--undo", is_flag=True, help="Keep an undo file, to take the merge out without the base.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and check everything; write nothing.")
-@click.option(
-    "--verbose", is_flag=True, help="List every tensor, and print the noise of a merge into quantized weights."
-)
+@click.option("--verbose", is_flag=True, help="List every tensor, and print the noise of the merge.")
 @force_option
 @any_base_option
 @click.option("--again", is_flag=True, help="Merge an adapter again that is in the base already.")
-@click.option("--allow-no-op", is_flag=True, help="Continue if an adapter or the whole merge changes nothing.")
+@click.option("--allow-no-op", is_flag=True, help="Continue if a merge changes nothing or loses most of its update.")
 @click.option(
     "--without-extras",
     is_flag=True,
@@ -247,7 +245,7 @@ def _print_result(result: MergeResult, *, in_place: bool, verbose: bool) -> None
             ("changed", _changed(result)),
             ("stored anew", _stored_anew(result)),
             ("tokenizer", shown(result.tokenizer.source or "")),
-            ("delivered", delivered(result.survival, verbose=verbose) if result.survival else ""),
+            ("delivered", delivered(result.delivery, verbose=verbose) if result.delivery else ""),
             ("time", duration(result.seconds)),
             ("undo", _undo(result)),
             ("check it", to_paste("loratool verify PATH", near(result.out), "")),

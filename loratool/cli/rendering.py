@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-    from loratool.merging.survival import Survival
+    from loratool.merging.delivery import Delivery
     from registry import AdapterSummary
 
 
@@ -95,13 +95,13 @@ def percent(share: float, digits: int = 3) -> str:
     return f"<{least:.{digits}%}" if 0 < share < least else f"{share:.{digits}%}"
 
 
-def delivered(survival: Survival, *, verbose: bool = False) -> str:
-    """Return the share of an update that quantized weights carry: ``98.3% of the update; 7.1% of codes changed``.
+def delivered(delivery: Delivery, *, verbose: bool = False) -> str:
+    """Return the share of an update that the stored numbers carry: ``98.3% of the update; 7.1% of elements changed``.
 
     With `verbose`, the noise is added: ``; noise 5.5% of the weights``.
     """
-    noise = f"; noise {survival.noise:.1%} of the weights" if verbose else ""
-    return f"{survival.share:.1%} of the update; {survival.changed:.1%} of codes changed{noise}"
+    noise = f"; noise {delivery.noise:.1%} of the weights" if verbose else ""
+    return f"{delivery.share:.1%} of the update; {delivery.changed:.1%} of elements changed{noise}"
 
 
 def bar(share: float, cells: int) -> str:

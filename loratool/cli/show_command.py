@@ -191,10 +191,10 @@ def _training(recipe: Mapping[str, Any]) -> str:
 
 def _merge(merge: MergeRecord) -> str:
     """Return a merge's output and state, and for quantized weights the delivered share of the update."""
-    from loratool.library.show import survival_of
+    from loratool.library.show import delivery_of
 
-    survival = survival_of(merge)
-    share = "" if survival is None else f", delivered {delivered(survival)}"
+    delivery = delivery_of(merge)
+    share = "" if delivery is None else f", delivered {delivered(delivery)}"
     return f"{shown_path(merge.output)} ({merge.state}{share})"
 
 

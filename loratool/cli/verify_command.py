@@ -29,7 +29,7 @@ WORDS = {
 
 @click.command("verify", **example("loratool verify smollm2-pirate"))
 @click.argument("merged")
-@click.option("--verbose", is_flag=True, help="Print the noise of a merge into quantized weights, too.")
+@click.option("--verbose", is_flag=True, help="Print the noise of the merge, too.")
 @json_option
 @click.pass_obj
 def command(registry: str | None, merged: str, verbose: bool, as_json: bool) -> None:
@@ -53,7 +53,7 @@ def command(registry: str | None, merged: str, verbose: bool, as_json: bool) -> 
                 "edited",
                 ", ".join(result.edited) + ", which do not affect its results" if result.edited else "",
             ),
-            ("delivered", delivered(result.survival, verbose=verbose) if result.survival else ""),
+            ("delivered", delivered(result.delivery, verbose=verbose) if result.delivery else ""),
             ("least delivered", _least(result)),
             ("replay", WORDS.get(result.replayed, "")),
             ("fingerprint", result.fingerprint[:16] + "…"),
@@ -63,8 +63,8 @@ def command(registry: str | None, merged: str, verbose: bool, as_json: bool) -> 
 
 
 def _least(result: VerifyResult) -> str:
-    """Format the quantized matrix that carries the smallest share of its update."""
-    if not result.survivals:
+    """Format the parameter that carries the smallest share of its update."""
+    if not result.deliveries:
         return ""
-    name, survival = min(result.survivals.items(), key=lambda item: item[1].share)
-    return f"{survival.share:.1%} in {name}"
+    name, delivery = min(result.deliveries.items(), key=lambda item: item[1].share)
+    return f"{delivery.share:.1%} in {name}"

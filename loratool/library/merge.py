@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +21,8 @@ from loratool.formats.adapter_names import SINGLE_FILE_SUFFIXES
 from loratool.formats.alpha import Alpha
 from loratool.formats.finite import refuse_not_finite
 from loratool.library.checking.already_merged import refuse_again
-from loratool.library.checking.no_change import refuse_no_change, refuse_unchanged
+from loratool.library.checking.delivery import delivery_check
+from loratool.library.checking.no_change import refuse_no_change
 from loratool.library.checking.right_base import check_base
 from loratool.library.checking.trained_beside import refuse_trained_beside
 from loratool.library.merges.calibration import calibrated
@@ -78,7 +78,8 @@ def merge(adapters: Sequence[AdapterSpec] | PathLike, into: PathLike | None = No
         force: replace a merged model that loratool wrote.
         any_base: merge into another base than an adapter records, or into one that has changed since it was catalogued.
         again: merge an adapter that is in the base's weights already.
-        allow_no_op: continue if an adapter, or the whole merge, changes nothing.
+        allow_no_op: continue if an adapter, or the whole merge, changes nothing, or if less than half of the update is
+            delivered.
         without_extras: leave out weights that were trained with an adapter but are in files of their own beside it.
         tokenizer: ``base``, or ``adapter``: that of the first adapter that has one. By default the adapter's if it trained
             token embeddings, or if its tokenizer or chat template differs from the base's.
@@ -219,7 +220,7 @@ def _apply(plan: MergePlan, outcome: Outcome, identity: BaseIdentity, options: M
            watcher: Progress) -> MergeReport:  # fmt: skip
     """Write the planned model: in another storage, in place, or to a new folder."""
     allowed, device, progress = options.allowed, options.device, watcher.advance
-    check = partial(refuse_unchanged, plan=plan, allow=allowed.no_op)
+    check = delivery_check(plan, outcome.conversion, allow=allowed.no_op)
     if outcome.conversion is not None:
         watcher.begin("merging", outcome.conversion.read_bytes)
         return apply_conversion(outcome.conversion, outcome.out, identity, device=device, force=allowed.force, check=check,

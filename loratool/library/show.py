@@ -21,7 +21,7 @@ from loratool.library.recording.opening import open_registry
 from loratool.library.reporting.adapter_json import adapter_json
 from loratool.library.resolving.adapter_entry import find_adapter_entry
 from loratool.library.resolving.resolve import FoundAdapter, adapter_of_entry, find_adapter
-from loratool.merging.survival import Survival
+from loratool.merging.delivery import Delivery
 from registry import AdapterRecord, BaseRecord, LineageRecord, MergeRecord, Registry, RegistryError
 
 
@@ -80,20 +80,21 @@ class ShowResult:
 
 
 def _merge_json(merge: MergeRecord) -> dict[str, Any]:
-    survival = survival_of(merge)
+    delivery = delivery_of(merge)
     return {
         "output": str(merge.output),
         "base": merge.base,
         "state": merge.state,
         "created_at": merge.created_at.isoformat(),
-        "survival": None if survival is None else survival.to_json(),
+        "delivery": None if delivery is None else delivery.to_json(),
     }
 
 
-def survival_of(merge: MergeRecord) -> Survival | None:
-    """Return what a merge into quantized weights delivered of the update, or None if the catalogue has no record of it."""
+def delivery_of(merge: MergeRecord) -> Delivery | None:
+    """Return what a merge delivered of the update, or None if the catalogue has no record of it."""
+    options = merge.options or {}
     try:
-        return Survival.from_json((merge.options or {})["survival"])
+        return Delivery.from_json(options.get("delivery") or options["survival"])  # its name in earlier versions
     except (KeyError, TypeError, ValueError):
         return None
 

@@ -16,8 +16,8 @@ from loratool.library.recording.opening import open_registry
 from loratool.library.reporting.progress import Progress, Silent
 from loratool.library.resolving.resolve import resolve_merged
 from loratool.merging.arithmetic import choose_device
+from loratool.merging.delivery import Delivery
 from loratool.merging.manifest import KINDS, Manifest, read_manifest
-from loratool.merging.survival import Survival
 from loratool.merging.unmerge import (
     restore_by_undo,
 )
@@ -36,8 +36,8 @@ class VerifyResult:
         files: number of other files that are as the manifest records them.
         replayed: how the merge was replayed: ``base``, ``undo``, or "" if neither was available.
         notes: notes for the user.
-        survival: for a merge into quantized matrices, the delivered share of the update in total.
-        survivals: the same for each matrix, by name.
+        delivery: how much of the update the stored numbers carry, in total; None if only whole parameters were replaced.
+        deliveries: the same for each parameter, by name.
         edited: files that a user may change, such as a card or a chat template, and did.
         added: files that were added to the folder after the merge.
     """
@@ -48,16 +48,16 @@ class VerifyResult:
     files: int
     replayed: str
     notes: tuple[str, ...]
-    survival: Survival | None = None
-    survivals: Mapping[str, Survival] = field(default_factory=dict)
+    delivery: Delivery | None = None
+    deliveries: Mapping[str, Delivery] = field(default_factory=dict)
     edited: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the result for ``--json``."""
         return {
-            "survival": None if self.survival is None else self.survival.to_json(),
-            "survivals": {name: survival.to_json() for name, survival in self.survivals.items()},
+            "delivery": None if self.delivery is None else self.delivery.to_json(),
+            "deliveries": {name: delivery.to_json() for name, delivery in self.deliveries.items()},
             "path": str(self.path),
             "output_fingerprint": self.fingerprint,
             "tensors": self.tensors,
@@ -99,8 +99,8 @@ def verify(
         content.files,
         replayed,
         (*(f"the file {quoted(name)} was added after the merge" for name in content.added), *notes),
-        manifest.survival_of_all,
-        manifest.survival,
+        manifest.delivery_of_all,
+        manifest.delivery,
         content.edited,
         content.added,
     )
@@ -118,7 +118,8 @@ def _replay(
         except NotFoundError as error:
             return "", (f"the merge was not replayed: {error}",)
         changing = sum(merged.tensors[name].nbytes for name in manifest.changed)
-        twice = sum(base.tensors[name].nbytes for name in manifest.survival if name in base.tensors)
+        quantized = () if "dequantize" in manifest.options else manifest.delivery
+        twice = sum(base.tensors[name].nbytes for name in quantized if name in base.tensors)
         watcher.begin(f"replaying the {manifest.kind}", base.nbytes + twice if manifest.converted else changing)
         try:
             differing = replay(base, manifest, adapters, progress=watcher.advance)

@@ -32,10 +32,10 @@ from loratool.merging.changed_files import FileChanges
 from loratool.merging.contents import contents_of_base
 from loratool.merging.conversion_plan import ConversionPlan
 from loratool.merging.conversion_stream import write_converted
+from loratool.merging.delivery import Delivery, DeliveryCount
 from loratool.merging.manifest import MANIFEST_NAME, MAX_PREVIOUS_BYTES, Manifest, MergedAdapter, Untied
 from loratool.merging.plan import MergePlan, Target, WeightedAdapter
 from loratool.merging.stream import Digests, Place, Progress, stream
-from loratool.merging.survival import Survival, SurvivalCount
 from loratool.merging.undo import UNDO_NAME, UndoWriter, adapter_file
 from loratool.merging.untied import NewWeights, UntiedCheckpoint, keep_heads, sizes_of, stored_of, untied_files
 from loratool.merging.workers import Job
@@ -135,7 +135,7 @@ def apply_conversion(plan: ConversionPlan, out: Path, base: BaseIdentity, *, dev
             unchanged=converted.unchanged,
             earlier=contents_of_base(plan.base.folder, before),
             changed_files=files.recorded(plan.base.folder),
-            **_survival(converted.survival),
+            **_delivery(converted.delivery),
         )
         refuse_changed_meanwhile(sources)
         check(manifest)
@@ -212,14 +212,13 @@ def _merge(plan: MergePlan, output: _Output, base: BaseIdentity, *, device: str,
     digests = {name: digest for name, digest in known.items() if name not in plan.touched}
     unknown = [info for name, info in plan.base.tensors.items() if name not in plan.touched and name not in digests]
     previous = _previous_manifest(plan.base)
-    survival: dict[str, SurvivalCount] = {}  # keeping the Merge objects would keep their scales and factors in memory
+    delivery: dict[str, DeliveryCount] = {}  # keeping the Merge objects would keep their scales and factors in memory
     undo_folder = f"{UNDO_FOLDER}/{_undo_id(plan, previous)}" if undo else None
     with _undo_writer(plan, output.folder, undo_folder) as writer:
 
         def change(target: Target) -> Merge:
             merge = Merge(target, choose_device(device), writer.keeper(target.name) if writer else None)
-            if target.weight.takes == "change":
-                survival[target.name] = merge.survival
+            delivery[target.name] = merge.delivery
             return merge
 
         changed = stream(
@@ -241,7 +240,7 @@ def _merge(plan: MergePlan, output: _Output, base: BaseIdentity, *, device: str,
         fingerprint=fingerprint(plan.base.tensors, after),
         adapters=tuple(_merged_adapter(weighted) for weighted in plan.adapters),
         options={"device": _kind_of_device(device)}
-        | ({"seed": plan.seed} if survival else {})
+        | ({"seed": plan.seed} if any(target.weight.takes == "change" for target in plan.targets) else {})
         | ({"calibration": plan.calibration} if plan.calibration else {}),
         versions=_versions(),
         changed=changed,
@@ -255,7 +254,7 @@ def _merge(plan: MergePlan, output: _Output, base: BaseIdentity, *, device: str,
         unchanged=tuple(target.name for target in plan.targets if _is_unchanged(target, changed)),
         changed_files=plan.files.recorded(plan.base.folder),
         untied=_untied(plan.base),
-        **_survival(survival),
+        **_delivery(delivery),
     )
     return MergeReport(manifest, before)
 
@@ -268,16 +267,17 @@ def _is_unchanged(target: Target, digests: Mapping[str, Digests]) -> bool:
     return all(digests[info.name].before == digests[info.name].after for info in target.weight.tensors)
 
 
-class _SurvivalFields(TypedDict):
-    survival: dict[str, Survival]
-    survival_of_all: Survival | None
+class _DeliveryFields(TypedDict):
+    delivery: dict[str, Delivery]
+    delivery_of_all: Delivery | None
 
 
-def _survival(counts: Mapping[str, SurvivalCount]) -> _SurvivalFields:
-    """Return the delivered shares that a manifest records, for each quantized matrix and for all together."""
+def _delivery(counts: Mapping[str, DeliveryCount]) -> _DeliveryFields:
+    """Return the delivered shares that a manifest records, for each parameter that was measured and for all together."""
+    known = {name: count for name, count in sorted(counts.items()) if count.is_known}
     return {
-        "survival": {name: count.survival() for name, count in sorted(counts.items())},
-        "survival_of_all": SurvivalCount.of_all(counts.values()).survival() if counts else None,
+        "delivery": {name: count.delivery() for name, count in known.items()},
+        "delivery_of_all": DeliveryCount.of_all(known.values()).delivery() if known else None,
     }
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from loratool.errors import AdapterError, LoratoolError, RestoreError, quoted
+from loratool.merging.delivery import DeliveryCount, measured_rows
 from loratool.merging.loaded_target import LoadedTarget
 from loratool.merging.plan import Target
 from loratool.merging.region import RegionalUpdate, blocks_of, segments
 from loratool.merging.residual import add_residual, pack_hint, residual, unpack_hint
-from loratool.merging.survival import SurvivalCount
 from loratool.weights.coarse.output_feedback import OutputFeedback
 from loratool.weights.rounding import Rounding
 
@@ -81,7 +81,6 @@ class BlockArithmetic:
         import torch
 
         self.weight = target.weight
-        self.survival = SurvivalCount()
         self._cuda = device.startswith("cuda")
         self._device = torch.device(device)
         self._stream = torch.cuda.Stream(self._device) if self._cuda and beside else None  # type: ignore[no-untyped-call]
@@ -99,7 +98,17 @@ class BlockArithmetic:
                 for place, update in enumerate(self._updates)
                 if update.measures_block and any(update.overlaps(each) for each in self._updates[:place])
             ]
+            self._measured = self._rows_to_measure(target)
             self._begun: tuple[range, Rounding] = (self._segments[0], self._rounding_of(self._segments[0]))
+
+    def _rows_to_measure(self, target: Target | LoadedTarget) -> Mapping[range, range]:
+        """Begin to count what is delivered. Return the rows to measure, by block, unless the storage counts its moves."""
+        self.delivery, counts_moves = DeliveryCount(), self.weight.takes == "change"
+        if counts_moves or isinstance(target, LoadedTarget) or all(each.update.replaces for each in target.updates):
+            return {}
+        changing = [rows for rows in self._blocks if not self._is_untouched(rows)]
+        self.delivery = DeliveryCount(sum(map(len, changing)) * self.weight.columns)
+        return measured_rows(self.weight.name, changing)
 
     def _rounding(self, rows: range) -> Rounding:
         """Return how to round a block. Error compensation between outputs begins anew with each segment."""
@@ -156,12 +165,26 @@ class BlockArithmetic:
             on_device = tuple(part.to(self._device, non_blocking=True) for part in parts)
             self._update(rows, on_device, block, scratch)
             self._refuse_overflow(block, rows, on_device, scratch)
+            measured = self._measured.get(rows)
+            before = None if measured is None else self._decoded(measured, rows, on_device)
             moves = self.stored.encode(rows, block, on_device, self._rounding(rows))
             self._bring_back(on_device, parts)
+            if measured is not None and before is not None:
+                wanted = block[measured.start - rows.start : measured.stop - rows.start]
+                self.delivery.add(before, wanted, self._decoded(measured, rows, on_device))
             if moves is None:
                 return b""
-            self.survival.add_moves(block, moves)
+            self.delivery.add_moves(block, moves)
             return moves.hint
+
+    def _decoded(self, some: range, rows: range, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Decode some of the rows of a block whose bytes lie row by row, into new memory."""
+        import torch
+
+        within = slice(some.start - rows.start, some.stop - rows.start)
+        out = torch.empty(len(some), self.weight.columns, device=self._device)
+        self.stored.decode(some, tuple(part.view(len(rows), -1)[within].view(-1) for part in parts), out)
+        return out
 
     def _update(self, rows: range, parts: tuple[torch.Tensor, ...], block: torch.Tensor, scratch: torch.Tensor) -> None:
         """Fill `block` with the new W, or with only the change if the storage takes the change."""

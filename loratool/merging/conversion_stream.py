@@ -27,10 +27,10 @@ from loratool.errors import CheckpointError, quoted
 from loratool.merging.arithmetic import Merge, choose_device, overflow
 from loratool.merging.conversion_plan import Conversion, ConversionPlan
 from loratool.merging.converted_writer import ConvertedWriter
+from loratool.merging.delivery import DeliveryCount
 from loratool.merging.dense_reader import Reader, elements, turned
 from loratool.merging.plan import Target
 from loratool.merging.stream import Progress, opened
-from loratool.merging.survival import SurvivalCount
 from loratool.merging.workers import Job, cpu_workers, work_through
 from loratool.weights.making import Quantizer
 
@@ -48,13 +48,13 @@ class Converted:
 
     Attributes:
         before, after: BLAKE3 digests of the base's tensors and of the new model's, by name.
-        survival: counts for each matrix that is merged into and quantized, by name.
+        delivery: counts for each matrix that is merged into, by name.
         unchanged: the matrices whose bytes the merge did not change.
     """
 
     before: Mapping[str, str]
     after: Mapping[str, str]
-    survival: Mapping[str, SurvivalCount]
+    delivery: Mapping[str, DeliveryCount]
     unchanged: tuple[str, ...] = ()
 
 
@@ -87,7 +87,7 @@ def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Map
     """Convert every matrix while the other tensors are copied and hashed; without `new`, only hash."""
     conversions = sorted(plan.conversions, key=lambda conversion: -conversion.nbytes)
     before, after = dict(known), dict[str, str]()
-    survival: dict[str, SurvivalCount] = {}
+    delivery: dict[str, DeliveryCount] = {}
     unchanged: list[str] = []
     digested = {name for conversion in conversions for name in conversion.digested}
     unknown = [info for name, info in plan.base.tensors.items() if name not in known and name not in digested]
@@ -100,8 +100,8 @@ def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Map
         with suppress(_Stopped), _Stream(conversion, plan.layout, new, device, progress, stop) as stream:
             stream.store()
             after.update(stream.digests())
-            if stream.survival is not None:
-                survival[conversion.name] = stream.survival
+            if stream.delivery is not None:
+                delivery[conversion.name] = stream.delivery
             if stream.unchanged:
                 unchanged.append(conversion.name)
             for name in conversion.digested:
@@ -113,7 +113,7 @@ def _convert(plan: ConversionPlan, new: NewFiles | None, device: str, known: Map
     computing = any(conversion.twice for conversion in conversions)
     work_through(tasks, workers=cpu_workers(computing=computing), beside=jobs, files=files)
     kept = {name: before[name] for name in plan.layout.kept}
-    return Converted(before, after | kept, survival, tuple(sorted(unchanged)))
+    return Converted(before, after | kept, delivery, tuple(sorted(unchanged)))
 
 
 class _Stopped(Exception):  # noqa: N818 (nothing is wrong with this matrix)
@@ -125,7 +125,7 @@ class _Stream:
 
     def __init__(self, conversion: Conversion, layout: Layout, new: NewFiles | None, device: str, progress: Progress,
                  stop: threading.Event) -> None:  # fmt: skip
-        self.survival: SurvivalCount | None = None
+        self.delivery: DeliveryCount | None = None
         self._differs = False
         self._conversion, self._device = conversion, device
         self._progress, self._stop = progress, stop
@@ -145,8 +145,7 @@ class _Stream:
     @property
     def unchanged(self) -> bool:
         """Whether the matrix was merged into without changing the bytes written."""
-        differs = self._differs if self.survival is None else self.survival.moved
-        return self._conversion.merge is not None and not differs
+        return self._conversion.merge is not None and not self._differs
 
     def source_digest(self) -> str:
         """The digest of the bytes read, once all are read."""
@@ -203,20 +202,21 @@ class _Stream:
         first = self._stretches(self._merged(digest=True), quantizer.unit)
         measured = [self._measured(quantizer, stretch) for stretch in first]
         scales = quantizer.scales(self._write_parts(quantizer, torch.cat(measured)))
-        self.survival = SurvivalCount()
+        self.delivery = DeliveryCount()
         second = self._stretches(self._merged(digest=False), quantizer.unit)
         for stretch, here in zip(second, torch.split(scales, [len(each) for each in measured]), strict=True):
             codes = quantizer.codes(stretch.numbers, here)
             self._outlet.append(self._codes, codes)
-            self._count(self.survival, quantizer, stretch, codes, here)
+            self._count(self.delivery, quantizer, stretch, codes, here)
+        self._differs = self.delivery.moved
 
-    def _count(self, survival: SurvivalCount, quantizer: Quantizer, stretch: _Stretch, codes: torch.Tensor,
+    def _count(self, delivery: DeliveryCount, quantizer: Quantizer, stretch: _Stretch, codes: torch.Tensor,
                scales: torch.Tensor) -> None:  # fmt: skip
         """Compare the codes of a stretch with those that it would have without the merge, under the same scales."""
         count = len(stretch.originals)
         image = quantizer.decode(quantizer.codes(stretch.originals, scales), scales, count)
         wanted = stretch.numbers.sub(stretch.originals).add_(image)
-        survival.add(image[None], wanted[None], quantizer.decode(codes, scales, count)[None])
+        delivery.add(image[None], wanted[None], quantizer.decode(codes, scales, count)[None])
 
     def _store_merged_image(self, quantizer: Quantizer, target: Target) -> None:
         """Quantize the matrix, then change its codes as a merge into the quantized model would.
@@ -236,7 +236,7 @@ class _Stream:
         for rows, part in zip(blocks, _recut(codes, sizes), strict=True):
             merge.change(rows, (part,))
             self._outlet.append(self._codes, part)
-        self.survival = merge.survival
+        self.delivery, self._differs = merge.delivery, merge.delivery.moved
 
     @property
     def _codes(self) -> str:
@@ -274,6 +274,7 @@ class _Stream:
             merge.change(block.rows, (block.dense,))
             self._differs = original is None or not original.equal(block.dense)
             yield block
+        self.delivery = merge.delivery
 
     def _merge(self, target: Target) -> Merge:
         """Return the arithmetic of the updates; if they depend on the whole intermediate matrix, read it once before."""

@@ -21,8 +21,8 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.at_rank import at_rank
 from loratool.formats.kinds import kind_named
 from loratool.merging.changed_files import ChangedFile, may_change
+from loratool.merging.delivery import Delivery
 from loratool.merging.stream import Digests
-from loratool.merging.survival import Survival
 
 MANIFEST_NAME: Final = "loratool.json"
 SCHEMA: Final = 1
@@ -118,8 +118,8 @@ class Manifest:
         previous: content of the base's manifest, if the base was itself merged. It is stored as
           base64 of Zstandard, because manifests within manifests would double in size with every merge.
         in_place: whether the base's own files were changed.
-        survival: how much of the update each quantized matrix received.
-        survival_of_all: the same for all of them together; None if there are none.
+        delivery: how much of the update each parameter received, but for replaced ones.
+        delivery_of_all: the same for all of them together; None if none was measured.
         kind: ``merge``, or ``quantization``, which has no adapters.
         untied: how the head was untied from the embedding; None if it was not.
         changed_files: the files beside the weights that differ from the base's, by name, such as an adapter's tokenizer.
@@ -139,8 +139,8 @@ class Manifest:
     undo_adapters: tuple[str, ...] = ()
     previous: bytes | None = None
     in_place: bool = False
-    survival: Mapping[str, Survival] = field(default_factory=dict)
-    survival_of_all: Survival | None = None
+    delivery: Mapping[str, Delivery] = field(default_factory=dict)
+    delivery_of_all: Delivery | None = None
     kind: str = "merge"
     unchanged: tuple[str, ...] = ()
     earlier: tuple[HeldAdapter, ...] = ()
@@ -193,9 +193,9 @@ class Manifest:
             value["changed_files"] = {name: asdict(each) for name, each in self.changed_files.items()}
         if self.untied is not None:
             value["untied"] = asdict(self.untied)
-        if self.survival_of_all is not None:
-            each = {name: survival.to_json() for name, survival in self.survival.items()}
-            value["survival"] = {"all": self.survival_of_all.to_json(), "tensors": each}
+        if self.delivery_of_all is not None:
+            each = {name: delivery.to_json() for name, delivery in self.delivery.items()}
+            value["delivery"] = {"all": self.delivery_of_all.to_json(), "tensors": each}
         return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -232,7 +232,7 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
     base = value["base"]
     if not value["changed"].keys() <= value["tensors"].keys():
         raise ValueError("changed")
-    survival = value.get("survival", {})
+    delivery = value.get("delivery") or value.get("survival", {})  # its name in earlier versions
     undo_adapters = tuple(_digest(digest) for digest in value.get("undo_adapters", ()))
     if undo_adapters and len(undo_adapters) != len(value["adapters"]):
         raise ValueError("undo_adapters")
@@ -251,8 +251,8 @@ def _from_json(value: Mapping[str, Any]) -> Manifest:
         undo_adapters=undo_adapters,
         previous=None if value["previous"] is None else _unpack(_text(value["previous"])),
         in_place=_truth(value.get("in_place", False)),
-        survival={_text(name): Survival.from_json(entry) for name, entry in survival.get("tensors", {}).items()},
-        survival_of_all=Survival.from_json(survival["all"]) if survival else None,
+        delivery={_text(name): Delivery.from_json(entry) for name, entry in delivery.get("tensors", {}).items()},
+        delivery_of_all=Delivery.from_json(delivery["all"]) if delivery else None,
         kind=_text(value["kind"]),
         unchanged=tuple(_text(name) for name in value.get("unchanged", ())),
         earlier=tuple(_held(entry) for entry in value.get("earlier", ())),

@@ -44,7 +44,7 @@ def _record(result: MergeResult, catalogue: Registry) -> None:
         options={
             "seconds": result.seconds,
             **({} if result.conversion is None else result.conversion.change.to_options()),
-            **({} if result.survival is None else {"survival": result.survival.to_json()}),
+            **({} if result.delivery is None else {"delivery": result.delivery.to_json()}),
             "size_bytes": result.plan.touched_bytes if result.in_place else result.plan.base.nbytes,
         },
     )

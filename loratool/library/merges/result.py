@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loratool.library.checking.delivery import delivery_notes
 from loratool.library.checking.no_change import unchanged_notes
 from loratool.library.merges.tokenizer_choice import TokenizerChoice
 from loratool.merging.conversion_plan import ConversionPlan
+from loratool.merging.delivery import Delivery
 from loratool.merging.manifest import Manifest
 from loratool.merging.plan import MergePlan
-from loratool.merging.survival import LEAST_SHARE, Survival
 from loratool.merging.undo import UNDO_NAME
 from registry import MergedAdapter
 
@@ -29,8 +30,8 @@ class MergeResult:
         output_fingerprint: of the merged model; None in a dry run.
         undo_file: the undo file, if one was kept.
         plan: the matrices that change.
-        survival: for a merge into quantized matrices, the delivered share of the update in total.
-        survivals: the same for each matrix, by name.
+        delivery: how much of the update the stored numbers carry, in total; None if only whole parameters were replaced.
+        deliveries: the same for each parameter, by name.
         unchanged: names of planned tensors that kept the base's bytes, since their update is zero or was lost by rounding.
         seconds: the time taken, or expected.
         conversion: what is stored differently than in the base; None if nothing is.
@@ -47,8 +48,8 @@ class MergeResult:
     notes: tuple[str, ...]
     seconds: float
     dry_run: bool
-    survival: Survival | None = None
-    survivals: Mapping[str, Survival] = field(default_factory=dict)
+    delivery: Delivery | None = None
+    deliveries: Mapping[str, Delivery] = field(default_factory=dict)
     conversion: ConversionPlan | None = None
     unchanged: tuple[str, ...] = ()
     in_place: bool = False
@@ -81,11 +82,11 @@ class MergeResult:
                     "codec": target.weight.storage,
                     "shape": list(target.weight.shape),
                     "size_bytes": target.nbytes,
-                    **({"survival": self.survivals[target.name].to_json()} if target.name in self.survivals else {}),
+                    **({"delivery": self.deliveries[target.name].to_json()} if target.name in self.deliveries else {}),
                 }
                 for target in self.plan.targets
             ],
-            "survival": None if self.survival is None else self.survival.to_json(),
+            "delivery": None if self.delivery is None else self.delivery.to_json(),
             "changed_tensors": self.changed_tensors,
             "unchanged": list(self.unchanged),
             "touched_bytes": self.plan.touched_bytes,
@@ -123,13 +124,17 @@ class Outcome:
             output_fingerprint=manifest.fingerprint,
             undo_file=None if manifest.undo is None else self.out / manifest.undo / UNDO_NAME,
             plan=self.plan,
-            notes=(*notes, *unchanged_notes(manifest.unchanged, self.plan), *_survival_notes(manifest.survival_of_all)),
+            notes=(
+                *notes,
+                *unchanged_notes(manifest.unchanged, self.plan),
+                *delivery_notes(manifest, self.plan, self.conversion),
+            ),
             seconds=seconds,
             dry_run=False,
             in_place=self.in_place,
             tokenizer=self.tokenizer,
-            survival=manifest.survival_of_all,
-            survivals=manifest.survival,
+            delivery=manifest.delivery_of_all,
+            deliveries=manifest.delivery,
             conversion=self.conversion,
             unchanged=manifest.unchanged,
         )
@@ -151,12 +156,3 @@ class Outcome:
             conversion=self.conversion,
             tokenizer=self.tokenizer,
         )
-
-
-def _survival_notes(survival: Survival | None) -> tuple[str, ...]:
-    if survival is None or survival.share >= LEAST_SHARE:
-        return ()
-    return (
-        f"only {survival.share:.0%} of the update is left in the quantized weights; merge into the full-precision base with "
-        "--out instead, or keep the adapter beside the model",
-    )

@@ -77,7 +77,7 @@ class PromisedMerge(Promise):
         known = catalogue.merges.of_output(out)
         if known and (known[0].state, known[0].output_fingerprint) == ("merged", manifest.fingerprint):
             return
-        survival = manifest.survival_of_all
+        delivery = manifest.delivery_of_all
         catalogue.merges.record(
             out,
             base_fingerprint=manifest.base_fingerprint,
@@ -87,7 +87,7 @@ class PromisedMerge(Promise):
             output_fingerprint=manifest.fingerprint,
             undo_file=None if manifest.undo is None else out / manifest.undo / UNDO_NAME,
             in_place=self.in_place,
-            options={} if survival is None else {"survival": survival.to_json()},
+            options={} if delivery is None else {"delivery": delivery.to_json()},
         )
 
 
