@@ -148,6 +148,20 @@ def test_a_module_without_a_bias_lacks_nothing(adapters: Adapters, tiny_models: 
     assert "model.layers.0.self_attn.o_proj.bias" in set(changes) - changed
 
 
+def test_a_matrix_that_is_stored_transposed_is_refused_for_rotations(
+    adapters: Adapters, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    rotation = broken(adapters, "hra", saying(target_modules=["c_attn"]), tmp_path / "hra")
+    u = torch.ones(64, 4)
+    tensors = {
+        f"base_model.model.transformer.h.{layer}.attn.c_attn.hra_u": u + torch.eye(64)[:, :4] for layer in range(2)
+    }
+    save_file(tensors, rotation / WEIGHTS, {"format": "pt"})
+    with pytest.raises(LoratoolError, match=r"stored as \(in_features, out_features\)"):
+        loratool.merge(rotation, tiny_models.folder("gpt2"), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def with_vector(part: str) -> Change:
     """The tensor has lost its axis of length 1."""
 

@@ -42,7 +42,7 @@ from loratool.merging.ties import (
     tied_copies,
 )
 from loratool.merging.vocabulary import how_to_add_classifier, misfit_advice
-from loratool.updates import BiasUpdate, RowsUpdate, Update
+from loratool.updates import BiasUpdate, OutputwiseUpdate, RowsUpdate, Update
 from loratool.updates.based import Based
 from loratool.updates.expert_factors import Stacked
 from loratool.updates.shapes import ANY, fits, words
@@ -300,7 +300,18 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
                 f"shape {words(planned.update.shape)}, but {quoted(name)} has {list(fitting)}; "
                 + misfit_advice(name, planned.update.shape, fitting, orientation.architecture)
             )
+        _refuse_turned(name, planned, weight, adapters[planned.adapter].adapter)
     return Target(weight, updates)
+
+
+def _refuse_turned(name: str, planned: PlannedUpdate, weight: StoredWeight, adapter: Adapter) -> None:
+    """Raise UnsupportedError if an update needs all inputs of an output, and blocks of the stored matrix do not hold them."""
+    update = planned.update
+    if isinstance(update, OutputwiseUpdate) and update.needs_outputs and planned.view.transposed != weight.turned:
+        raise UnsupportedError(
+            f"{quoted(module_of(planned.parameter))} of {quoted(adapter.name)} is {update.kind}, and {quoted(name)} is stored as "
+            "(in_features, out_features): loratool does not compute that; merge it with PEFT into the dense base"
+        )
 
 
 def _is_transposed(name: str, weight: StoredWeight, orientation: Orientation, *, fan_in_fan_out: bool) -> bool:

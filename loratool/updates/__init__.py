@@ -81,6 +81,15 @@ class BiasUpdate(Update, Protocol):
 
 
 @runtime_checkable
+class OutputwiseUpdate(Update, Protocol):
+    """An update that may need all inputs of an output at once."""
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether each block must hold all weights of its outputs, so that W cannot be stored as (in_features, out_features)."""
+
+
+@runtime_checkable
 class Ranked(Update, Protocol):
     """An update that has a rank."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from loratool.checkpoint.header import TensorInfo
-from loratool.updates.relative import Relative
+from loratool.updates.relative import Relative, refuse_transposed
 from loratool.updates.rotation import Rotation, cayley, cayley_inverse
 from loratool.updates.shapes import ANY
 
@@ -44,7 +44,7 @@ class Boft(Relative):
 
     def changer(self, numbers: Mapping[str, torch.Tensor], *, transposed: bool) -> Rotation:
         """Return the rotation and the factors."""
-        assert not transposed
+        refuse_transposed(self, transposed=transposed)
         n = self._r.shape[-1]
         r = numbers["R"].view(-1, n, n)
         q = 0.5 * (r - r.transpose(1, 2))

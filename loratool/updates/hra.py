@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from loratool.updates.low_rank import FIXED_ROWS, fixed_product
-from loratool.updates.relative import Relative
+from loratool.updates.relative import Relative, refuse_transposed
 from loratool.updates.shapes import ANY
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Hra(Relative):
 
     def changer(self, numbers: Mapping[str, torch.Tensor], *, transposed: bool) -> Reflections:
         """Return H."""
-        assert not transposed
+        refuse_transposed(self, transposed=transposed)
         return Reflections(numbers["u"], orthogonal=self.orthogonal)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.updates.low_rank import fixed_product
-from loratool.updates.relative import Relative
+from loratool.updates.relative import Relative, refuse_transposed
 from loratool.updates.rotation import Rotation, cayley, cayley_inverse, inverted
 from loratool.updates.shapes import ANY
 
@@ -49,7 +49,7 @@ class Oft(Relative):
         """Return the rotation."""
         import torch
 
-        assert not transposed
+        refuse_transposed(self, transposed=transposed)
         r, n = numbers["R"], self.n
         q = r.new_zeros(len(r), n, n)
         upper = torch.triu_indices(n, n, 1, device=r.device)

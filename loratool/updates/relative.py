@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from loratool.checkpoint.header import TensorInfo
+from loratool.errors import AdapterError, quoted
 from loratool.updates.low_rank import read_factor
 
 if TYPE_CHECKING:
@@ -64,6 +65,16 @@ class Relative(ABC):
         assert weight == 1
         numbers = {letter: read_factor(info).to(device) for letter, info in self.tensors.items()}
         return LoadedRelative(self.changer(numbers, transposed=transposed))
+
+
+def refuse_transposed(update: Relative, *, transposed: bool) -> None:
+    """Raise AdapterError if W is stored as (in_features, out_features) and its blocks do not hold all inputs of an output."""
+    if transposed:
+        tensor = next(iter(update.tensors.values()))
+        raise AdapterError(
+            f"{quoted(tensor.name)} in {quoted(tensor.file)} is {update.kind}, and the base stores its matrix as (in_features, "
+            "out_features), for which neither PEFT nor loratool computes it; is it the right base?"
+        )
 
 
 @dataclass(frozen=True, slots=True)
