@@ -144,6 +144,27 @@ def _delora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + bound / RANK * normed * of["delora_w_norm"].double()
 
 
+def _tile(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"miss_block": 0.1 * torch.randn(RANK, len(weight), generator=generator)}
+
+
+def _miss(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """MiSS: B^T beside itself, as often as it fits, and cut."""
+    tile, inputs = of["miss_block"].double().T, weight.shape[1]
+    return weight.double() + tile.repeat(1, -(-inputs // RANK))[:, :inputs]
+
+
+def _places(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    chosen = torch.randperm(weight.numel(), generator=generator)[: weight.numel() // 2]
+    indices = torch.stack([chosen // weight.shape[1], chosen % weight.shape[1]]).int()
+    return {"shira_weight": 0.1 * torch.randn(len(chosen), generator=generator), "shira_indices": indices}
+
+
+def _shira(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """SHiRA: values added at their indices."""
+    return weight.double().index_put(tuple(of["shira_indices"].long()), of["shira_weight"].double(), accumulate=True)
+
+
 def _output_factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"ia3_l": 0.95 + 0.1 * torch.randn(len(weight), 1, generator=generator)}
 
@@ -254,6 +275,8 @@ CASES: Mapping[str, Case] = {
         }),
         Case("dora", _with_magnitudes, _dora, {"peft_type": "LORA", "r": RANK, "use_dora": True}, beside=_dora_beside),
         Case("lokr", _kronecker, _lokr, {"peft_type": "LOKR", "r": RANK, "alpha": ALPHA}),
+        Case("miss", _tile, _miss, {"peft_type": "MISS", "r": RANK}, alpha=None),
+        Case("shira", _places, _shira, {"peft_type": "SHIRA", "r": 1}, alpha=None),
         Case("delora", _bounded, _delora, {"peft_type": "DELORA", "r": RANK}),
         Case("oft", _triangles, _oft, {"peft_type": "OFT", "use_cayley_neumann": False}, alpha=None),
         Case("boft", _blocks_and_factors, _boft, {"peft_type": "BOFT"}, alpha=None),

@@ -20,7 +20,7 @@ from loratool.formats.kinds import KINDS
 from loratool.formats.read import read_adapter
 from loratool.formats.write import write_peft, write_single_file
 from loratool.updates import LoadedUpdate, Measuring, OutputwiseUpdate, RowsUpdate, Update
-from loratool.updates.shapes import fits
+from loratool.updates.shapes import fits, sized
 
 OUTPUTS, INPUTS = 7, 6
 CLOSE = 1e-5
@@ -52,8 +52,8 @@ def wanted(case: Case, weight: torch.Tensor) -> torch.Tensor:
     return case.wanted(weight, tensors)
 
 
-def only_update(adapter: Adapter) -> Update:
-    return adapter.changes[f"{MODULE}.weight"]
+def only_update(adapter: Adapter, shape: tuple[int, int] = (OUTPUTS, INPUTS)) -> Update:
+    return sized(adapter.changes[f"{MODULE}.weight"], shape)
 
 
 def blocks(rows: int) -> Iterator[range]:
@@ -192,7 +192,7 @@ def test_4_bits_carry_the_change_and_give_it_back(case: Case, tmp_path: Path) ->
     folder = save_plain_model(tmp_path / "dense", {f"{MODULE}.weight": dense[MODULE]})
     base = loratool.quantize(folder, out=tmp_path / "base").out
     tensors = save_case(tmp_path / "adapter", case, {MODULE: dense[MODULE].float()})[MODULE]
-    update = only_update(read_adapter(tmp_path / "adapter"))
+    update = only_update(read_adapter(tmp_path / "adapter"), (64, 128))
     if update.replaces or isinstance(update, RowsUpdate):
         with pytest.raises(LoratoolError, match="merge into the dense base instead"):
             loratool.merge(tmp_path / "adapter", base, out=tmp_path / "merged")

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_layers import Net, by_peft, save_base
 from tiny_adapters import merge_by_peft, save_peft_adapter
 from tiny_models import DTYPES, TinyModels, as_stored, as_torch, assert_same_tensors, load, stored_tensors
 
@@ -33,6 +34,11 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "lokr-both": peft.LoKrConfig(r=2, alpha=5, target_modules=TARGETS, decompose_both=True, decompose_factor=8),
     "lokr-whole": peft.LoKrConfig(r=64, alpha=32, target_modules=TARGETS, alpha_pattern={"v_proj": 3}),
     "delora": peft.DeloraConfig(r=3, delora_lambda=4, target_modules=TARGETS, rank_pattern={"v_proj": 2}),
+    "miss": peft.MissConfig(r=3, target_modules=TARGETS),
+    "miss-whole": peft.MissConfig(r=4, target_modules=TARGETS),
+    "miss-mini": peft.MissConfig(r=3, target_modules=TARGETS, init_weights="mini", mini_r=2),
+    "miss-bat": peft.MissConfig(r=4, target_modules=TARGETS, init_weights="bat"),
+    "shira": peft.ShiraConfig(r=2, target_modules=TARGETS, random_seed=1),
 }
 ROUNDED_TWICE = {"delora"}
 """Configurations whose update PEFT rounds to the base's type before adding it; loratool rounds PEFT's merge over fp32 once."""
@@ -141,6 +147,25 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
         r"of shape \[2\], which must be \[1\]",
     ),
     "NaN in a norm": ("delora", with_nan("delora_w_norm"), "NaN"),
+    "a tile of another rank": ("miss", saying(r=5), "has rank 3 and the configuration says 5"),
+    "a mode of tomorrow": ("miss", saying(init_weights="maxi"), "'init_weights' in .* is 'maxi' and must be"),
+    "blocks that are not square": ("miss-bat", with_last_cut("miss_block"), r"which must be \[\d+, 4, 4\]"),
+    "tiles for another base": (
+        "miss-mini",
+        lambda t, c: (t.update({n: torch.ones(3, 7) for n in t}), c.update(mini_r=7)),
+        "cannot be repeated over",
+    ),
+    "indices without values": ("shira", without("shira_weight"), "has no shira_weight; the file is incomplete"),
+    "fewer values than indices": ("shira", with_last_cut("shira_weight"), r"shira_indices' of shape .* must be \[2, "),
+    "an index outside": ("shira", lambda t, c: t[first(t, "indices")][0].fill_(9999), "names places outside a matrix"),
+    "a negative index": ("shira", lambda t, c: t[first(t, "indices")][1, 0].fill_(-1), "names places outside a matrix"),
+    "an index twice": ("shira", lambda t, c: t[first(t, "indices")].fill_(1), "names a place twice"),
+    "indices of another dtype": (
+        "shira",
+        lambda t, c: t.update({(n := first(t, "indices")): t[n].half()}),
+        "dtype F16, which must be I32",
+    ),
+    "NaN in values": ("shira", with_nan("shira_weight"), "NaN"),
     "NaN": ("loha", with_nan("hada_w2_a"), "NaN"),
     "another rank": ("loha", saying(r=4), "has rank 3 and the configuration says 4"),
     "no rank": ("loha", saying(r=0), "'r' in"),
@@ -215,6 +240,38 @@ def test_rows_of_a_convolution_become_pefts_and_come_back(name: str, tmp_path: P
         assert torch.equal(block, wanted[rows.start : rows.stop])
         loaded.revert(block, rows, torch.empty_like(block), b"")
         assert torch.allclose(block, weight[rows.start : rows.stop], atol=1e-6)
+
+
+LAYERS = ["wave", "image", "point", "linear"]
+WHOLE: dict[str, peft.PeftConfig] = {
+    "loha": peft.LoHaConfig(r=3, alpha=5, target_modules=LAYERS),
+    "loha, Tucker": peft.LoHaConfig(r=3, alpha=5, target_modules=LAYERS, use_effective_conv2d=True),
+    "lokr": peft.LoKrConfig(r=16, alpha=24, target_modules=LAYERS[1:]),
+    "lokr, Tucker": peft.LoKrConfig(
+        r=2, alpha=5, target_modules=LAYERS, decompose_factor=2, decompose_both=True, use_effective_conv2d=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("name", WHOLE)
+def test_convolutions_are_merged_to_pefts_bytes_and_come_back_bit_for_bit(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", dtype)
+    adapter = save_peft_adapter(Net(), WHOLE[name], tmp_path / "adapter", seed=4)
+    merged = loratool.merge(adapter, base, out=tmp_path / "merged", undo=True).out
+    before, after = stored_tensors(base), stored_tensors(merged)
+    assert_same_tensors(after, by_peft(base, adapter))
+    if dtype == "fp32":
+        changed = {each.removesuffix(".weight") for each in before if after[each] != before[each]}
+        assert changed == set(WHOLE[name].target_modules)
+    assert_same_tensors(stored_tensors(loratool.unmerge(merged, out=tmp_path / "back").out), before)
+
+
+def test_a_whole_second_factor_on_a_conv1d_is_refused(tmp_path: Path) -> None:
+    adapter = save_peft_adapter(Net(), peft.LoKrConfig(r=64, target_modules=["wave"]), tmp_path / "adapter")
+    with pytest.raises(LoratoolError, match="on a Conv1d, whose product each program lays out differently"):
+        read_adapter(adapter)
 
 
 def test_any_part_of_a_kronecker_product_is_that_part_of_the_whole() -> None:

@@ -20,7 +20,9 @@ from loratool.formats import (
     loha,
     lokr,
     lora,
+    miss,
     oft,
+    shira,
     trainable_tokens,
 )
 from loratool.formats.builder import Builder
@@ -43,5 +45,7 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     boft.NAME: boft.BUILDER,
     hra.NAME: hra.BUILDER,
     hira.NAME: hira.BUILDER,
+    miss.NAME: miss.BUILDER,
+    shira.NAME: shira.BUILDER,
 })  # fmt: skip
 """The builder of every computed kind in `formats.kinds`, by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from loratool.errors import UnsupportedError, quoted
 from loratool.formats.kinds import KINDS
 from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
 from loratool.formats.rank_config import RankConfig, rank_parser
@@ -12,8 +13,9 @@ from loratool.updates.lokr import CORE, SIDES, Lokr
 
 NAME: Final = "lokr"
 LETTERS: Final = (*SIDES, "w1_a", "w1_b", "w2_a", "w2_b", CORE)
-KERNELS: Final = (3, 4, 5)
-"""Numbers of axes of a convolution's weights."""
+CONV1D: Final = 3
+KERNELS: Final = (4, 5)
+"""Numbers of axes of the weights of convolutions of two and three dimensions."""
 
 _ROW: Final = KINDS[NAME]
 
@@ -22,6 +24,7 @@ def lokr_update(module: str, parts: Parts, config: RankConfig) -> Update:
     """Return the update of a module.
 
     Raises:
+        UnsupportedError: it is of a Conv1d, with a whole second factor.
         UnfitError: a factor is missing or there twice, or does not fit the others or the configuration.
     """
     rank = config.rank_of(module)
@@ -31,6 +34,11 @@ def lokr_update(module: str, parts: Parts, config: RankConfig) -> Update:
             _refuse_unfit_product(parts, side, rank)
         elif any(letter in parts for letter in pair) or (side == "w2" and CORE in parts):
             raise UnfitError(f"has {side} both whole and as a product")
+        elif side == "w2" and len(parts[side].shape) == CONV1D:
+            raise UnsupportedError(
+                f"{quoted(parts[side].name)} is the whole second factor of a LoKr on a Conv1d, whose product each program lays "
+                "out differently; merge it with the program that trained it"
+            )
         elif side == "w1" or len(parts[side].shape) not in KERNELS:
             letter_of(parts, side, axes=2)
     tensors = {letter: parts[letter] for letter in LETTERS if letter in parts}

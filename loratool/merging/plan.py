@@ -45,7 +45,7 @@ from loratool.merging.vocabulary import how_to_add_classifier, misfit_advice
 from loratool.updates import BiasUpdate, OutputwiseUpdate, RowsUpdate, Update
 from loratool.updates.based import Based
 from loratool.updates.expert_factors import Stacked
-from loratool.updates.shapes import ANY, fits, words
+from loratool.updates.shapes import ANY, fits, sized, words
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
 
@@ -301,6 +301,7 @@ def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[We
                 + misfit_advice(name, planned.update.shape, fitting, orientation.architecture)
             )
         _refuse_turned(name, planned, weight, adapters[planned.adapter].adapter)
+    updates = tuple(replace(each, update=sized(each.update, each.view.shape_in(weight.shape))) for each in updates)
     return Target(weight, updates)
 
 

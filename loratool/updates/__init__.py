@@ -72,6 +72,18 @@ class RowsUpdate(Update, Protocol):
 
 
 @runtime_checkable
+class SizedUpdate(Update, Protocol):
+    """An update that must know the whole shape of its parameter, which its adapter does not tell."""
+
+    def sized(self, shape: tuple[int, ...]) -> Update:
+        """Return the update of a parameter of this shape.
+
+        Raises:
+            AdapterError: it fits no parameter of this shape.
+        """
+
+
+@runtime_checkable
 class BiasUpdate(Update, Protocol):
     """An update of the bias of a module whose weight is updated as well."""
 

@@ -239,15 +239,26 @@ def read_factor(info: TensorInfo) -> torch.Tensor:
         raise AdapterError(
             f"{quoted(info.name)} in {quoted(info.file)} has dtype {info.dtype}, which a factor cannot have"
         )
-    factor = torch.empty(info.shape, dtype=DTYPES[info.dtype].as_torch())
-    with open(info.file, "rb") as stream:
-        stream.seek(info.start)
-        buffer: Any = factor.view(-1).view(torch.uint8).numpy()
-        if stream.readinto(buffer) != info.nbytes:
-            raise AdapterError(f"{quoted(info.file)} became shorter while it was read; run the command again")
-    factor = factor.float()
+    factor = read_tensor(info).float()
     if not torch.isfinite(factor).all():
         raise AdapterError(
             f"{quoted(info.name)} in {quoted(info.file)} holds NaN or infinity; the training of this adapter failed"
         )
     return factor
+
+
+def read_tensor(info: TensorInfo) -> torch.Tensor:
+    """Read a tensor of an adapter file, in its own dtype, on the CPU.
+
+    Raises:
+        AdapterError: the file became shorter.
+    """
+    import torch
+
+    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype].as_torch())
+    with open(info.file, "rb") as stream:
+        stream.seek(info.start)
+        buffer: Any = tensor.view(-1).view(torch.uint8).numpy()
+        if stream.readinto(buffer) != info.nbytes:
+            raise AdapterError(f"{quoted(info.file)} became shorter while it was read; run the command again")
+    return tensor
