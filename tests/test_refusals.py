@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_adapters import copy_with, merge_by_peft, save_peft_adapter
-from tiny_models import ARCHITECTURES, assert_same_tensors, digest, load, stored_tensors
+from tiny_models import ARCHITECTURES, assert_same_tensors, digest, load, save_plain_model, stored_tensors
 
 import loratool
 from loratool.errors import LoratoolError
@@ -100,6 +100,13 @@ def test_a_config_that_asks_for_more_than_plain_lora_is_refused_by_name(
     entries, named = HAND_WRITTEN[feature]
     adapter = copy_with(tiny_adapters.folder("llama"), tmp_path / "adapter", **entries)
     expect_refusal(adapter, tiny_models.folder("llama"), tmp_path / "work", named)
+
+
+def test_multi_head_attention_is_refused_as_what_it_is(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"mha": torch.nn.MultiheadAttention(16, 2), "out": torch.nn.Linear(16, 16)})
+    adapter = save_peft_adapter(model, peft.LoraConfig(r=4, target_modules=["mha"]), tmp_path / "adapter")
+    base = save_plain_model(tmp_path / "base", dict(model.state_dict()))
+    expect_refusal(adapter, base, tmp_path / "work", r"'mha', an nn\.MultiheadAttention.*twice")
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from loratool.errors import AdapterError, quoted
+from loratool.errors import AdapterError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter, of_weights
 from loratool.formats.adapter_files import AdapterFiles
 from loratool.formats.alpha import CONFIGURATION, Alpha, Statement, settled
@@ -17,8 +17,11 @@ from loratool.formats.kinds import LORA, RECORDED, kind_named
 from loratool.formats.lora_config import LoraConfig, lora_config
 from loratool.formats.lora_product import product_of
 from loratool.formats.module_targets import ModuleTargets
-from loratool.formats.tensor_keys import pair_factors, peft_key, rank_of
+from loratool.formats.tensor_keys import BASE_LAYER, pair_factors, peft_key, rank_of
 from loratool.updates import Update
+
+OUTPUT_OF_ATTENTION: Final = f".{BASE_LAYER}.out_proj"
+"""The place of an nn.MultiheadAttention's output projection, which PEFT adapts together with the packed input projections."""
 
 
 def read_pairs(files: AdapterFiles, given: Alpha | None, *, absent_is_rank: bool = False) -> Adapter:
@@ -64,7 +67,13 @@ def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, 
 
 
 def _refuse_unfit(module: str, rank: int, lora: LoraConfig, source: str) -> None:
-    """Raise AdapterError if the configuration contradicts the tensors of a module."""
+    """Raise an error if the tensors are those of an unknown kind of module, or the configuration contradicts them."""
+    if module.endswith(OUTPUT_OF_ATTENTION):
+        raise UnsupportedError(
+            f"{quoted(source)} holds a LoRA of {quoted(module.removesuffix(OUTPUT_OF_ATTENTION))}, an nn.MultiheadAttention, "
+            "which loratool does not compute yet; PEFT's merge_and_unload adds the update of its output projection twice, so "
+            "keep the adapter unmerged, or train one on a model with separate projections"
+        )
     if not lora.targets(module):
         raise AdapterError(
             f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so "
