@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 from loratool.checkpoint.header import TensorInfo
@@ -113,14 +113,13 @@ def read_adalora(files: AdapterFiles, given: Alpha | None) -> Adapter:
     if not files.config:  # check its alpha before its ranks
         settled({ALL: 1}, stated, given, source, unstated=unstated(files))
     config = files.config or bare_adalora_config(files.tensors, source)
-    written = files.config_source
-    init_r = AdaLoraConfig.parse({"lora_alpha": 1, **config}, written).init_r
+    adalora = AdaLoraConfig.parse({"lora_alpha": 1, **config}, files.config_source)
     if files.config.get("lora_alpha") is not None:
-        stated = [Statement(CONFIGURATION, {ALL: AdaLoraConfig.parse(config, written).alpha}), *stated]
-    alphas, notes = settled({ALL: init_r}, stated, given, source, unstated=unstated(files))
+        stated = [Statement(CONFIGURATION, {ALL: adalora.alpha}), *stated]
+    alphas, notes = settled({ALL: adalora.init_r}, stated, given, source, unstated=unstated(files))
     if not files.config or not stated or alphas[ALL] != config["lora_alpha"]:
         config = {**config, "lora_alpha": alphas[ALL]}
-    adalora = AdaLoraConfig.parse(config, written)
+        adalora = replace(adalora, alpha=alphas[ALL])
     triplets = _triplets(files.tensors, source)
     for module, triplet in triplets.items():
         _refuse_other(module, triplet, adalora, source)

@@ -33,7 +33,8 @@ def bare_config(files: AdapterFiles, given: Alpha | None, *,
     stated, use_rslora = stated_alphas(files, ranks)
     beside = config_statement(files, ranks)
     if beside is not None:
-        stated, use_rslora = [beside, *stated], LoraConfig.parse(files.config, files.config_source).use_rslora
+        statement, lora = beside
+        stated, use_rslora = [statement, *stated], lora.use_rslora
     alphas, notes = settled(ranks, stated, given, files.source, absent_is_rank=absent_is_rank, unstated=unstated(files))
     modules = {module: (rank, alphas[module]) for module, rank in ranks.items()}
     targets = sorted({target_of(module) for module in modules})
@@ -58,8 +59,10 @@ def stated_alphas(files: AdapterFiles, ranks: Mapping[str, int]) -> tuple[list[S
     ], use_rslora  # fmt: skip
 
 
-def config_statement(files: AdapterFiles, ranks: Mapping[str, int]) -> Statement | None:
-    """Return what a PEFT configuration beside tensors in another format states; None if it is absent or states no alpha.
+def config_statement(files: AdapterFiles, ranks: Mapping[str, int]) -> tuple[Statement, LoraConfig] | None:
+    """Return the alphas that a PEFT configuration beside tensors in another format states, and the configuration, parsed.
+
+    None if it is absent or states no alpha.
 
     Raises:
         UnsupportedError, AdapterError: it asks for an uncomputed feature, or has a pattern that matches no module.
@@ -75,7 +78,7 @@ def config_statement(files: AdapterFiles, ranks: Mapping[str, int]) -> Statement
             f"alpha_pattern in {quoted(files.config_source)} gives some module the alpha {min(lost):g}, but matches none in "
             f"{quoted(files.source)}; save the adapter again"
         )
-    return Statement(CONFIGURATION, alphas)
+    return Statement(CONFIGURATION, alphas), lora
 
 
 def described_alpha(files: AdapterFiles, ranks: Mapping[str, int]) -> float | None:

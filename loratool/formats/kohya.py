@@ -128,7 +128,7 @@ def _of_configurations(files: AdapterFiles, ranks: Mapping[str, int]) -> list[St
             "again in PEFT's format"
         )
     beside = config_statement(files, ranks)
-    return configured if beside is None else [beside, *configured]
+    return configured if beside is None else [beside[0], *configured]
 
 
 def _is_varied(metadata: Mapping[str, Any]) -> bool:

@@ -27,18 +27,18 @@ OUTPUT_OF_ATTENTION: Final = f".{BASE_LAYER}.out_proj"
 def read_pairs(files: AdapterFiles, given: Alpha | None, *, absent_is_rank: bool = False) -> Adapter:
     """Read factors that have no PEFT configuration, with any module names; raises like `peft.read`."""
     config, notes = bare_config(files, given, absent_is_rank=absent_is_rank)
-    return _of_updates(files, config, notes)
+    lora = LoraConfig.parse(config, files.config_source if files.config else files.source)
+    return _of_updates(files, config, lora, notes)
 
 
 def read_lora(files: AdapterFiles, given: Alpha | None) -> Adapter:
     if not files.config:
         return read_pairs(files, given)
-    config, notes = _with_alpha(files, given)
-    return _of_updates(files, config, notes)
+    config, lora, notes = _with_alpha(files, given)
+    return _of_updates(files, config, lora, notes)
 
 
-def _of_updates(files: AdapterFiles, config: Mapping[str, Any], notes: tuple[str, ...]) -> Adapter:
-    lora = LoraConfig.parse(config, files.config_source if files.config else files.source)
+def _of_updates(files: AdapterFiles, config: Mapping[str, Any], lora: LoraConfig, notes: tuple[str, ...]) -> Adapter:
     found = pair_factors(files.tensors, files.source)
     pairs, parameters = split_parameters(found, lora, config, files.source)
     for module, pair in pairs.items():
@@ -49,8 +49,11 @@ def _of_updates(files: AdapterFiles, config: Mapping[str, Any], notes: tuple[str
     return replace(adapter, changes={**adapter.changes, **parameters}) if parameters else adapter
 
 
-def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """Return the configuration with the alpha of every module; if it states none, alpha comes from elsewhere or the user."""
+def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, Any], LoraConfig, tuple[str, ...]]:
+    """Return the configuration with the alpha of every module, as it is and parsed, and notes.
+
+    If it states no alpha, that comes from elsewhere or the user.
+    """
     source, config = files.source, files.config
     lora = LoraConfig.parse(
         {"lora_alpha": 1, **{k: v for k, v in config.items() if v is not None}}, files.config_source
@@ -61,9 +64,9 @@ def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, 
         said = [Statement(CONFIGURATION, {module: float(lora.alpha_of(module)) for module in ranks}), *said]
     alphas, notes = settled(ranks, said, given, source, unstated=unstated(files))
     if config.get("lora_alpha") is not None and all(alphas[module] == lora.alpha_of(module) for module in ranks):
-        return config, notes
+        return config, lora, notes
     modules = {module: (rank, alphas[module]) for module, rank in ranks.items()}
-    return lora_config(modules, config, use_rslora=lora.use_rslora), notes
+    return lora_config(modules, config, use_rslora=lora.use_rslora), lora.for_modules(modules), notes
 
 
 def _refuse_unfit(module: str, rank: int, lora: LoraConfig, source: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 from loratool.errors import AdapterError, UnsupportedError, quoted
@@ -75,6 +75,11 @@ class LoraConfig(RankConfig):
         alpha, rank = self.alpha_of(module), self.rank_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    def for_modules(self, modules: Mapping[str, tuple[int, float]]) -> Self:
+        """Return these settings with the rank and alpha of each of `modules`."""
+        r, alpha, ranks, alphas = _by_module(modules)
+        return replace(self, r=r, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas)
+
 
 def lora_config(
     modules: Mapping[str, tuple[int, float]], source: Mapping[str, Any], *, use_rslora: bool = False
@@ -84,17 +89,28 @@ def lora_config(
     The largest rank and its alpha become ``r`` and ``lora_alpha``. If all modules have the same scaling, programs that ignore
     the patterns then still use it. `source` may be another kind's configuration.
     """
-    r, alpha = max(modules.values())
+    r, alpha, ranks, alphas = _by_module(modules)
     kept = {key: value for key, value in source.items() if key not in _OTHER_KINDS_KEYS}
-    keys = {module: f"^{re.escape(module)}" for module in sorted(modules)}
     return kept | {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,
-        "rank_pattern": {key: modules[module][0] for module, key in keys.items() if modules[module][0] != r},
-        "alpha_pattern": {key: modules[module][1] for module, key in keys.items() if modules[module][1] != alpha},
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }
+
+
+def _by_module(modules: Mapping[str, tuple[int, float]]) -> tuple[int, float, dict[str, int], dict[str, float]]:
+    """Return the largest rank and its alpha, and patterns for the modules that have others."""
+    r, alpha = max(modules.values())
+    keys = {module: f"^{re.escape(module)}" for module in sorted(modules)}
+    return (
+        r,
+        alpha,
+        {key: modules[module][0] for module, key in keys.items() if modules[module][0] != r},
+        {key: modules[module][1] for module, key in keys.items() if modules[module][1] != alpha},
+    )
 
 
 def _refuse_unsupported(config: Mapping[str, Any], source: str) -> None:
