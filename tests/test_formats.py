@@ -407,9 +407,9 @@ def test_factors_that_do_not_fit_together_are_refused(
 @pytest.mark.parametrize(
     ("key", "feature"),
     [
-        ("lora_unet_down_blocks_0.hada_w1_a", "LoHa"),
+        ("q_proj.psoft_R", "PSOFT"),
         ("q_proj.lora_diag", "KaSA"),
-        ("q_proj.ia3_l", "IA3"),
+        ("q_proj.lily_A", "Lily"),
     ],
 )
 def test_a_bare_file_of_another_format_is_refused_by_its_name(key: str, feature: str, tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def without_training(files: AdapterFiles) -> tuple[AdapterFiles, tuple[str, ...]
         own = [name for name in tensors if _belongs(name, way)]
         for name in own:
             del tensors[name]
-        if config.pop(way.setting, None) or own:
+        if config.get(way.setting) or own:
+            config.pop(way.setting, None)
             ignored = f", of which {len(own)} tensors ({quoted(own[0])}, ...) were ignored" if own else ""
             notes.append(f"it was trained by {way.title}{ignored}; it is merged as a LoRA, as PEFT does")
     return replace(files, tensors=tensors, config=config), tuple(notes)
