@@ -23,6 +23,7 @@ from loratool.architecture import (
 )
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.file_role import holds_weights
+from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
@@ -39,6 +40,7 @@ from loratool.merging.ties import (
     is_tied_embedding,
     keeps_tie,
     refuse_tied,
+    stored_twin,
     tied_copies,
 )
 from loratool.merging.vocabulary import how_to_add_classifier, misfit_advice
@@ -167,6 +169,11 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
             for place in landing.tensors[parameter]:
                 if place.name not in base.tensors and isinstance(update, BiasUpdate) and update.only_if_present:
                     continue
+                twin = _twin(place, update, base, architecture)
+                if twin is not None:
+                    if _holds_twin(twin, update, weighted.adapter, landing):
+                        continue
+                    place = replace(place, name=twin)
                 refuse_partial(place, parameter, weighted.adapter)
                 based = part_on_own_base(parameter, update, weighted.adapter, place, base)
                 planned = PlannedUpdate(index, parameter, based, weighted.weight, place.view)
@@ -194,6 +201,29 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         notes += lost_biases(weighted.adapter, landing.names, base.tensors)
         notes += _landing_notes(weighted.adapter, landing, orientation.architecture)
     return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
+
+
+def _twin(place: Place, update: Update, base: Checkpoint, architecture: Architecture) -> str | None:
+    """Return the tensor that a whole parameter lands on which the base stores under another name only."""
+    return stored_twin(place.name, base, architecture) if update.replaces and place.name not in base.tensors else None
+
+
+def _holds_twin(twin: str, update: Update, adapter: Adapter, landing: Landing) -> bool:
+    """Return whether an adapter holds a parameter under both of its names, with equal bytes.
+
+    Raises:
+        PlacementError: it holds two versions.
+    """
+    own = next((name for name, places in landing.names.items() if twin in places), None)
+    if own is None:
+        return False
+    (first,), (second,) = (each.tensors.values() for each in (adapter.changes[own], update))
+    if not adapter.changes[own].replaces or hash_tensor(first) != hash_tensor(second):
+        raise PlacementError(
+            f"{quoted(adapter.name)} holds {quoted(first.name)} and {quoted(second.name)}, two versions of {quoted(twin)}, "
+            "which the base stores once; is it the right base?"
+        )
+    return True
 
 
 def _landing(adapter: Adapter, architecture: Architecture) -> Landing:

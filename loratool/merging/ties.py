@@ -100,6 +100,18 @@ def _digests(update: Update) -> list[str]:
     return [hash_tensor(info) for info in update.tensors.values()]
 
 
+def stored_twin(name: str, base: Checkpoint, architecture: Architecture) -> str | None:
+    """Return the stored tensor that has the values of a parameter which the base lacks, as of the second name of a head's bias.
+
+    None if there is none, or if it is an embedding, which has another use.
+    """
+    twins = architecture.tied(name)
+    return next((
+        stored for stored in base.tensors
+        if architecture.canonical(stored) in twins and not architecture.is_embedding(stored)
+    ), None) if twins else None  # fmt: skip
+
+
 def is_tied_embedding(name: str, base: Checkpoint) -> bool:
     """Return whether `name` is an input embedding that the model also uses as its output head.
 
