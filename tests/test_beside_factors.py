@@ -381,3 +381,26 @@ def test_a_file_with_rows_in_float16_is_rounded_once(tiny_models: TinyModels, tm
     merged = loratool.merge(tmp_path / "adapter", into=base, out=tmp_path / "merged").out
     assert torch.equal(as_torch(stored_tensors(merged)[f"{EMBEDDING}.weight"])[2], row[0].bfloat16())
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"] == [2]
+
+
+@pytest.mark.parametrize("case", ["lora_bias", "rows of a tied embedding"])
+def test_the_commands_merge_and_take_out_what_is_beside_the_factors(
+    case: str, tiny_models: TinyModels, tiny_adapters: TinyAdapters, tmp_path: Path
+) -> None:
+    architecture, options = CASES[case]
+    adapter, base = tiny_adapters.folder(architecture, **options), tiny_models.folder(architecture, "bf16")
+    out, back = tmp_path / "merged", tmp_path / "back"
+    words = ["merge", str(adapter), "--into", str(base), "--out", str(out), "--undo", "--json"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    assert_same_tensors(stored_tensors(out), merge_by_peft(load(base, architecture), adapter, tmp_path / "peft"))
+    assert CliRunner().invoke(cli, ["verify", str(out)]).exit_code == 0
+    assert CliRunner().invoke(cli, ["unmerge", str(out), "--out", str(back)]).exit_code == 0
+    assert_same_tensors(stored_tensors(back), stored_tensors(base))
+    tensors = load_file(adapter / WEIGHTS)
+    broken = changed(adapter, tmp_path / "broken", lambda t: {n: v * torch.nan for n, v in tensors.items()})
+    refused = CliRunner().invoke(cli, ["merge", str(broken), "--into", str(base), "--out", str(tmp_path / "none")])
+    assert refused.exit_code == 1
+    assert isinstance(refused.exception, LoratoolError)
+    assert "holds NaN or infinity" in str(refused.exception)
+    assert not (tmp_path / "none").exists()
