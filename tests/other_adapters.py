@@ -161,12 +161,6 @@ BY_NAME: dict[str, tuple[dict[str, tuple[int, ...]], tuple[Any, ...], tuple[str,
         ("loralib", "lora", 2, None, None),
         ("attn",),
     ),
-    "LoCon": (
-        {"lora_unet_conv_in.lora_down.weight": (2, 4, 3, 3), "lora_unet_conv_in.lora_up.weight": (4, 2, 1, 1),
-         "lora_unet_conv_in.alpha": ()},
-        ("kohya", "lora", 2, 1.0, None),
-        ("lora_unet_conv_in",),
-    ),
     "a DoRA of diffusers": (
         {"transformer.blocks.0.attn1.to_q.lora_A.weight": (2, 6), "transformer.blocks.0.attn1.to_q.lora_B.weight": (4, 2),
          "transformer.blocks.0.attn1.to_q.lora_magnitude_vector": (4,)},

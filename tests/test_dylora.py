@@ -19,7 +19,7 @@ from tiny_models import DTYPES, as_torch, assert_same_tensors, digest, load, sto
 
 import loratool
 from loratool.cli import cli
-from loratool.errors import AdapterError, LoratoolError, UnsupportedError
+from loratool.errors import AdapterError, LoratoolError
 from loratool.formats.at_rank import at_rank
 from loratool.formats.read import read_adapter
 
@@ -248,15 +248,15 @@ def save_file_with(
 
 FLAT = f"lora_te_{MODULES[0].replace('.', '_')}"
 BAD_FILES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
-    "a convolution among linear layers": (
+    "a convolution whose factors do not fit together": (
         lambda t: (
             t
             | {
                 "lora_unet_c.lora_down.weight": torch.ones(R, 4, 3, 3),
-                "lora_unet_c.lora_up.weight": torch.ones(4, R, 1, 1),
+                "lora_unet_c.lora_up.weight": torch.ones(4, R, 3, 3),
             }
         ),
-        "adapts convolutions too",
+        "do not fit together",
     ),
     "layers of several ranks": (
         lambda t: t | {"lora_te_x.lora_down.weight": torch.ones(2, 4), "lora_te_x.lora_up.weight": torch.ones(4, 2)},
@@ -325,9 +325,3 @@ def test_a_law_that_is_unknown_is_refused(dylora: Path, tiny_models: TinyModels,
     (dylora / "loratool.json").write_text(json.dumps(facts))
     with pytest.raises(AdapterError, match="mine"):
         loratool.merge([f"{dylora}@rank=2"], into=tiny_models.folder("llama", "fp32"), out=tmp_path / "out")
-
-
-def test_convolutions_are_refused_as_unsupported(kohya: Path, tmp_path: Path) -> None:
-    change, _ = BAD_FILES["a convolution among linear layers"]
-    with pytest.raises(UnsupportedError):
-        read_adapter(save_file_with(kohya, tmp_path / "conv.safetensors", change=change))

@@ -307,3 +307,19 @@ def test_ranks_of_other_layers_than_linear_ones_are_not_cut(layer: str, tmp_path
         loratool.truncate(adapter, rank=2, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     loratool.merge(adapter, base, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kohyas_locon_has_the_bytes_of_the_same_factors_in_peft(dtype: str, tmp_path: Path) -> None:
+    layers = ("wave", "image", "point", "volume", "linear")
+    base, adapter = save_base(tmp_path / "base", dtype), save_adapter(tmp_path / "adapter", layers)
+    tensors = {f"lora_unet_{layer}.alpha": torch.tensor(6.0) for layer in layers}
+    for name, factor in load_file(adapter / WEIGHTS).items():
+        layer, _, part = name.removeprefix(ADAPTER_PREFIX).partition(".")
+        tensors[f"lora_unet_{layer}.lora_{'down' if 'A' in part else 'up'}.weight"] = factor
+    save_file(tensors, tmp_path / "locon.safetensors", {"ss_network_module": "lycoris.kohya"})
+    record = loratool.add(tmp_path / "locon.safetensors").record
+    assert (record.format, record.kind, record.rank, record.alpha) == ("kohya", "lora", 4, 6.0)
+    merged = loratool.merge(tmp_path / "locon.safetensors", base, out=tmp_path / "merged", undo=True).out
+    assert_same_tensors(stored_tensors(merged), by_peft(base, adapter))
+    assert_same_tensors(stored_tensors(loratool.unmerge(merged, out=tmp_path / "back").out), stored_tensors(base))

@@ -24,14 +24,18 @@ from loratool.formats.describe import Split, kind_of, parts_of, ranks_of
 from loratool.formats.kinds import LORA, NESTED_LORA, NOT_YET, kind_named
 from loratool.formats.lora import lora_settings
 from loratool.formats.lora_config import LoraConfig, lora_config
+from loratool.formats.lora_product import product_of
 from loratool.formats.metadata_config import statements
 from loratool.formats.scalar import read_scalar
-from loratool.updates.low_rank import LowRank
+from loratool.formats.tensor_keys import KERNELS
 
 NAME: Final = "kohya"
 TITLE: Final = "kohya"
 NETWORK_KEY: Final = "ss_network_module"
 DYLORA_NETWORK: Final = "networks.dylora"
+MATRIX: Final = 2
+"""The number of dimensions of a linear layer's factor."""
+
 _TENSOR: Final = re.compile(r"(?P<module>[^.]+)\.(?:(?P<factor>lora_down|lora_up)\.weight|(?P<alpha>alpha))")
 ALPHA: Final = "alpha"
 _NAME: Final = re.compile(r"(?P<module>[^.]+)\.(?P<part>lora_(?:down|up)\.weight|lora_[AB]\.\d+|alpha)")
@@ -70,10 +74,10 @@ def describe_kohya(files: AdapterFiles, split: Split = split_kohya) -> Descripti
 
 
 def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
-    """Read a LoRA or DyLoRA of linear layers.
+    """Read a LoRA or DyLoRA of linear layers and convolutions (LoCon).
 
     Raises:
-        UnsupportedError: it has convolutions, or tensors of another method.
+        UnsupportedError: it has tensors of another method.
         AdapterError: a tensor is missing or does not fit its partner; the layers of a DyLoRA have several ranks; or the
           stated alphas contradict each other or `given`.
     """
@@ -99,7 +103,12 @@ def read_kohya(files: AdapterFiles, given: Alpha | None) -> Adapter:
         files.file,
         files.sha256(),
         NESTED_LORA if facts.get("kind") == NESTED_LORA else LORA,
-        of_weights({module: LowRank(down, up, alphas[module] / ranks[module]) for module, (down, up) in pairs.items()}),
+        of_weights(
+            {
+                module: product_of({"A": down, "B": up}, alphas[module] / ranks[module])
+                for module, (down, up) in pairs.items()
+            }
+        ),
         config,
         LoraConfig.parse(config, source),
         facts,
@@ -193,12 +202,8 @@ def _refuse_unfit(module: str, parts: Mapping[str, TensorInfo], source: str) -> 
     if missing:
         raise AdapterError(f"{quoted(module)} in {quoted(source)} has no {missing[0]}; the file is incomplete")
     down, up = parts["lora_down"].shape, parts["lora_up"].shape
-    if len(down) == 4 or len(up) == 4:
-        raise UnsupportedError(
-            f"{quoted(source)} adapts convolutions too (LoCon): {quoted(parts['lora_down'].name)} has shape {list(down)}; "
-            "loratool computes linear layers only: merge it with the program that trained it"
-        )
-    if len(down) != 2 or len(up) != 2 or 0 in down or 0 in up or down[0] != up[1]:
+    are_kernels = len(down) == len(up) and len(down) in (MATRIX, *KERNELS) and all(side == 1 for side in up[MATRIX:])
+    if not are_kernels or 0 in down or 0 in up or down[0] != up[1]:
         raise AdapterError(
             f"the factors of {quoted(module)} in {quoted(source)} do not fit together: "
             f"lora_down is {list(down)} and lora_up is {list(up)}"
