@@ -172,6 +172,22 @@ def test_a_fused_linear_layer_stored_in_parts_gets_each_part_of_its_update(tmp_p
     assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(theirs))
 
 
+@pytest.mark.parametrize("feedforward", [["gate_up_proj"], []])
+def test_a_vector_over_inputs_or_outputs_of_a_fused_layer_reaches_its_parts(
+    feedforward: list[str], tmp_path: Path
+) -> None:
+    fused = tmp_path / "fused"
+    save_base("Phi3ForCausalLM", "Phi3Config", PHI, fused, torch.float32)
+    config = peft.IA3Config(target_modules=["qkv_proj", "gate_up_proj"], feedforward_modules=feedforward)
+    adapter = save_peft_adapter(load_base("Phi3ForCausalLM", fused, torch.float32), config, tmp_path / "adapter")
+    merge_by_peft(load_base("Phi3ForCausalLM", fused, torch.float32), adapter, tmp_path / "theirs")
+    split = divided(fused, tmp_path / "split")
+    loratool.merge([adapter], into=split, out=tmp_path / "out")
+    theirs = divided(tmp_path / "theirs", tmp_path / "theirs in parts")
+    assert_same_tensors(stored_tensors(tmp_path / "out"), stored_tensors(theirs))
+    assert stored_tensors(theirs) != stored_tensors(split)
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_layers_that_a_checkpoint_fuses_get_their_updates_side_by_side(use_dora: bool, tmp_path: Path) -> None:
     """The reverse: an adapter of the parts, in a checkpoint that fuses them. Its undo restores the base."""

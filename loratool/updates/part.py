@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.updates import Keeping, LoadedUpdate, Measuring, Update
+from loratool.updates.shapes import ANY
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,9 @@ def part_of(update: Update, part: Part) -> Update:
         return update.part(part)
     assert part.expert is None
     assert not part.transposed
-    return update if part.outputs == slice(None) else SomeOutputs(update, part.outputs)
+    if part.outputs == slice(None) or update.shape[0] == ANY:  # it does the same to all outputs
+        return update
+    return SomeOutputs(update, part.outputs)
 
 
 @dataclass(frozen=True)
