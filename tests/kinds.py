@@ -6,6 +6,7 @@ A new kind is one more row of `CASES`; `test_every_kind.py` holds what must be t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -262,6 +263,32 @@ def _hira(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() * (1 + of["hira_B"].double() @ of["hira_A"].double())
 
 
+def _kernels(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    outputs, inputs = weight.shape
+    size = math.gcd(outputs, inputs)
+    return {"c3a_kernel": inputs * 0.1 * torch.randn(outputs // size, inputs // size, size, generator=generator)}
+
+
+def _c3a(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """C3A, section 3.2: blocks whose rows are turned by one place each."""
+    kernel = of["c3a_kernel"].double() / weight.shape[1]
+    size = kernel.shape[2]
+    blocks = torch.stack([kernel.roll(turn, 2) for turn in range(size)], 1)
+    return weight.double() + blocks.reshape(-1, *blocks.shape[2:]).reshape(weight.shape)
+
+
+def _frequencies(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"fourierft_spectrum": 0.05 * weight.numel() * torch.randn(10, generator=generator)}
+
+
+def _fourierft(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """FourierFT, equation 4, with the places that PEFT draws."""
+    spectrum = torch.zeros(weight.numel()).double()
+    places = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(3))[:10]
+    spectrum[places] = of["fourierft_spectrum"].double()
+    return weight.double() + 0.5 * torch.fft.ifft2(spectrum.view(weight.shape)).real
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -282,6 +309,10 @@ CASES: Mapping[str, Case] = {
         Case("boft", _blocks_and_factors, _boft, {"peft_type": "BOFT"}, alpha=None),
         Case("hra", _reflections, _hra, {"peft_type": "HRA", "r": 2}, alpha=None),
         Case("hira", _shares, _hira, {"peft_type": "HIRA", "r": RANK}, alpha=None),
+        Case("c3a", _kernels, _c3a, {"peft_type": "C3A", "block_size": 1, "block_size_pattern": {"q_proj": 64}}, alpha=None),
+        Case("fourierft", _frequencies, _fourierft, {
+            "peft_type": "FOURIERFT", "n_frequency": 10, "random_loc_seed": 3, "scaling": 0.5,
+        }, alpha=None),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
         Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),

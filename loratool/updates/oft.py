@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratool.checkpoint.header import TensorInfo
+from loratool.errors import AdapterError, quoted
 from loratool.updates.low_rank import fixed_product
 from loratool.updates.relative import Relative, refuse_transposed
 from loratool.updates.rotation import Rotation, cayley, cayley_inverse, inverted
@@ -44,6 +45,16 @@ class Oft(Relative):
     @property
     def shape(self) -> tuple[int, ...]:
         return ANY, ANY if self.shares else self.tensors["R"].shape[0] * self.n
+
+    def sized(self, shape: tuple[int, ...]) -> Self:
+        """Return itself; raise AdapterError if a shared block does not divide the inputs of a matrix of this shape."""
+        if self.shares and shape[1] % self.n:
+            tensor = self.tensors["R"]
+            raise AdapterError(
+                f"{quoted(tensor.name)} in {quoted(tensor.file)} has blocks of {self.n} inputs, which do not divide the "
+                f"{shape[1]} of the base; is it the right base?"
+            )
+        return self
 
     def changer(self, numbers: Mapping[str, torch.Tensor], *, transposed: bool) -> Rotation:
         """Return the rotation."""
