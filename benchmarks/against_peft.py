@@ -153,7 +153,10 @@ def _saved_adapter(model: nn.Module, config: peft.PeftConfig, folder: Path) -> P
         for _, parameter in sorted(wrapped.named_parameters()):
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.add_((SPREAD * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
-    wrapped.save_pretrained(folder)
+    try:
+        wrapped.save_pretrained(folder)
+    except NotImplementedError:  # a model that does not tell its embeddings
+        wrapped.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
