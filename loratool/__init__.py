@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from loratool.library.truncate import truncate
     from loratool.library.unmerge import unmerge
     from loratool.library.verify import verify
+    from loratool.library.verify_delivery import verify_delivery
 
     eval = evaluate  # noqa: A001
     list = list_adapters  # noqa: A001
@@ -83,6 +84,7 @@ __all__ = [
     "truncate",
     "unmerge",
     "verify",
+    "verify_delivery",
 ]
 
 _FUNCTIONS: Final = {
@@ -116,6 +118,7 @@ _FUNCTIONS: Final = {
     "truncate": ("truncate", "truncate"),
     "unmerge": ("unmerge", "unmerge"),
     "verify": ("verify", "verify"),
+    "verify_delivery": ("verify_delivery", "verify_delivery"),
 }
 
 
