@@ -289,6 +289,26 @@ def _fourierft(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + 0.5 * torch.fft.ifft2(spectrum.view(weight.shape)).real
 
 
+def _coefficients(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"waveft_spectrum": torch.randn(weight.numel() // 3, generator=generator)}
+
+
+def _waveft(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """WaveFT, section 3, with Haar's wavelet and the places that PEFT draws."""
+    outputs, inputs = weight.shape
+    height, width = -(-outputs // 2), -(-inputs // 2)
+    places = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(3))[: weight.numel() // 3]
+    quarters = torch.zeros(2 * height, 2 * width).double()
+    quarters[places // inputs, places % inputs] = of["waveft_spectrum"].double()
+    mean, across, along, both = (quarters[r : r + height, c : c + width] for r in (0, height) for c in (0, width))
+    signs = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))  # of the squares' four numbers
+    squares = [
+        sum(sign * each for sign, each in zip(row, (mean, along, across, both), strict=True)) / 2 for row in signs
+    ]
+    found = torch.stack(squares, -1).view(height, width, 2, 2).permute(0, 2, 1, 3).reshape(2 * height, 2 * width)
+    return weight.double() + 0.5 * found[:outputs, :inputs]
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -312,6 +332,9 @@ CASES: Mapping[str, Case] = {
         Case("c3a", _kernels, _c3a, {"peft_type": "C3A", "block_size": 1, "block_size_pattern": {"q_proj": 64}}, alpha=None),
         Case("fourierft", _frequencies, _fourierft, {
             "peft_type": "FOURIERFT", "n_frequency": 10, "random_loc_seed": 3, "scaling": 0.5,
+        }, alpha=None),
+        Case("waveft", _coefficients, _waveft, {
+            "peft_type": "WAVEFT", "n_frequency": 10, "proportional_parameters": True, "random_loc_seed": 3, "scaling": 0.5,
         }, alpha=None),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),

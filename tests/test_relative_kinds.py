@@ -71,6 +71,11 @@ CONFIGS: dict[str, Saved] = {
     "fourierft-conv1d": Saved(
         peft.FourierFTConfig(target_modules=["c_attn"], n_frequency=50, random_loc_seed=5, fan_in_fan_out=True), "gpt2"
     ),
+    "waveft": Saved(peft.WaveFTConfig(target_modules=LLAMA, n_frequency=2000, n_frequency_pattern={"v_proj": 20})),
+    "waveft-direct": Saved(peft.WaveFTConfig(target_modules=["q_proj"], n_frequency=30, use_idwt=False, scaling=2.0)),
+    "waveft-conv1d": Saved(
+        peft.WaveFTConfig(target_modules=["c_attn"], n_frequency=50, random_loc_seed=5, fan_in_fan_out=True), "gpt2"
+    ),
     "hira-conv1d": Saved(peft.HiraConfig(target_modules=["c_attn"], r=3, fan_in_fan_out=True), "gpt2", once=False),
 }  # fmt: skip
 
@@ -237,6 +242,10 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "fourierft: NaN": ("fourierft", with_nan("fourierft_spectrum"), "NaN"),
     "fourierft: no seed": ("fourierft", saying(random_loc_seed=None), "without the right seed"),
     "fourierft: text as scaling": ("fourierft", saying(scaling="1"), "'scaling' in"),
+    "waveft: a number less": ("waveft", with_last_cut("q_proj.waveft_spectrum"), "has 1999 coefficients"),
+    "waveft: NaN": ("waveft", with_nan("waveft_spectrum"), "NaN"),
+    "waveft: another wavelet": ("waveft", saying(wavelet_family="db2"), r"Haar's \(db1\) only"),
+    "waveft: no seed": ("waveft", saying(random_loc_seed=-1), "without the right seed"),
     "ia3: nothing": ("ia3", lambda tensors, config: tensors.clear(), "holds no IA3 tensors"),
 }
 

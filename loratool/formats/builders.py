@@ -26,6 +26,7 @@ from loratool.formats import (
     oft,
     shira,
     trainable_tokens,
+    waveft,
 )
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
@@ -49,6 +50,7 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     hira.NAME: hira.BUILDER,
     c3a.NAME: c3a.BUILDER,
     fourierft.NAME: fourierft.BUILDER,
+    waveft.NAME: waveft.BUILDER,
     miss.NAME: miss.BUILDER,
     shira.NAME: shira.BUILDER,
 })  # fmt: skip
