@@ -37,6 +37,7 @@ class Case:
         config: what its PEFT configuration has beside rank, alpha and targets.
         alpha: the alpha of its configuration; None if it has none.
         facts: what loratool records beside it.
+        shared: the names of tensors that all modules share, which are the same for every weight.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     facts: Mapping[str, Any] = field(default_factory=dict)
     beside: Callable[[torch.Tensor, torch.Tensor, Tensors], torch.Tensor] | None = None
     alpha: float | None = ALPHA
+    shared: frozenset[str] = frozenset()
 
 
 def _factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -164,6 +166,23 @@ def _places(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch
 def _shira(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     """SHiRA: values added at their indices."""
     return weight.double().index_put(tuple(of["shira_indices"].long()), of["shira_weight"].double(), accumulate=True)
+
+
+def _projected(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The projections are those of a larger module, too."""
+    shared = torch.Generator().manual_seed(9)
+    return {
+        "vera_A": torch.randn(RANK, 130, generator=shared),
+        "vera_B": torch.randn(70, RANK, generator=shared),
+        "vera_lambda_b": 0.2 * torch.randn(len(weight), generator=generator),
+        "vera_lambda_d": 0.2 * torch.randn(RANK, generator=generator),
+    }
+
+
+def _vera(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """VeRA, equation 2, with the leading rows of B and columns of A."""
+    b, a = of["vera_B"].double()[: len(weight)], of["vera_A"].double()[:, : weight.shape[1]]
+    return weight.double() + of["vera_lambda_b"].double().diag() @ b @ of["vera_lambda_d"].double().diag() @ a
 
 
 def _output_factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -336,6 +355,7 @@ CASES: Mapping[str, Case] = {
         Case("waveft", _coefficients, _waveft, {
             "peft_type": "WAVEFT", "n_frequency": 10, "proportional_parameters": True, "random_loc_seed": 3, "scaling": 0.5,
         }, alpha=None),
+        Case("vera", _projected, _vera, {"peft_type": "VERA", "r": RANK}, alpha=None, shared=frozenset({"vera_A", "vera_B"})),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
         Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),
@@ -348,7 +368,11 @@ def save_case(folder: Path, case: Case, weights: Mapping[str, torch.Tensor], see
     """Write an adapter of the weights of modules, as PEFT would; return the tensors of each module."""
     generator = torch.Generator().manual_seed(seed)
     found = {module: case.tensors(weight, generator) for module, weight in weights.items()}
-    named = {f"{PREFIX}{module}.{name}": each for module, of in found.items() for name, each in of.items()}
+    named = {
+        f"base_model.{name}" if name in case.shared else f"{PREFIX}{module}.{name}": each
+        for module, of in found.items()
+        for name, each in of.items()
+    }
     folder.mkdir(parents=True)
     save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
     targets = sorted({module.rpartition(".")[2] for module in weights})

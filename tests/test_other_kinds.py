@@ -39,6 +39,8 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "miss-mini": peft.MissConfig(r=3, target_modules=TARGETS, init_weights="mini", mini_r=2),
     "miss-bat": peft.MissConfig(r=4, target_modules=TARGETS, init_weights="bat"),
     "shira": peft.ShiraConfig(r=2, target_modules=TARGETS, random_seed=1),
+    "vera": peft.VeraConfig(r=3, target_modules=TARGETS),
+    "vera-drawn": peft.VeraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
 }
 ROUNDED_TWICE = {"delora"}
 """Configurations whose update PEFT rounds to the base's type before adding it; loratool rounds PEFT's merge over fp32 once."""
@@ -166,6 +168,45 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
         "dtype F16, which must be I32",
     ),
     "NaN in values": ("shira", with_nan("shira_weight"), "NaN"),
+    "no shared projection": (
+        "vera",
+        lambda t, c: t.pop("base_model.vera_A"),
+        r"has no base_model\.vera_A; the file is incom",
+    ),
+    "a projection that is too narrow": (
+        "vera",
+        lambda t, c: t.update({"base_model.vera_A": t["base_model.vera_A"][:, :20].clone()}),
+        r"vera_A' .* shape \[3, 20\], and a module has \d+ inputs",
+    ),
+    "a projection that is too short": (
+        "vera",
+        lambda t, c: t.update({"base_model.vera_B": t["base_model.vera_B"][:20].clone()}),
+        r"has \d+ outputs and .*vera_B' has 20 rows",
+    ),
+    "a projection of another rank": (
+        "vera",
+        lambda t, c: t.update({"base_model.vera_B": t["base_model.vera_B"][:, :2].clone()}),
+        r"vera_B' of shape .* must be \[\d+, 3\]",
+    ),
+    "a vector of another rank": (
+        "vera",
+        with_last_cut("lambda_d"),
+        "lambda_d of 2 numbers and the configuration says 3",
+    ),
+    "no vector": ("vera", without("vera_lambda_b"), "has no vera_lambda_b; the file is incomplete"),
+    "no seed": ("vera-drawn", saying(projection_prng_key=None), "'projection_prng_key' is 'None'; it must be"),
+    "a seed that is no number": (
+        "vera-drawn",
+        saying(projection_prng_key="7"),
+        "'projection_prng_key' is '7'; it must be",
+    ),
+    "projections beside a seed": ("vera", saying(save_projection=False), "which PEFT would ignore because"),
+    "drawn projections, and a module left out": (
+        "vera-drawn",
+        lambda t, c: [t.pop(n) for n in list(t) if "layers.0.mlp" in n],
+        "lacks the tensors of 'model.layers.0.mlp.down_proj'",
+    ),
+    "NaN in a projection": ("vera", with_nan("vera_A"), "NaN"),
     "NaN": ("loha", with_nan("hada_w2_a"), "NaN"),
     "another rank": ("loha", saying(r=4), "has rank 3 and the configuration says 4"),
     "no rank": ("loha", saying(r=0), "'r' in"),

@@ -27,6 +27,7 @@ from loratool.formats import (
     shira,
     trainable_tokens,
     waveft,
+    vera,
 )
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
@@ -53,5 +54,6 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     waveft.NAME: waveft.BUILDER,
     miss.NAME: miss.BUILDER,
     shira.NAME: shira.BUILDER,
+    vera.NAME: vera.BUILDER,
 })  # fmt: skip
 """The builder of every computed kind in `formats.kinds`, by name."""

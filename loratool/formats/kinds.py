@@ -85,6 +85,9 @@ _LORA_RANKS: Final = (
 _LYCORIS: Final = frozenset({"alpha", "rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"})
 """Keys that PEFT's types from LyCORIS share."""
 
+_PROJECTED: Final = frozenset({"r", "projection_prng_key", "save_projection", "fan_in_fan_out", "bias", "init_weights"})
+"""Keys of PEFT's types whose modules share random projections."""
+
 _ROWS: Final = (
     # Low rank
     Kind("adalora", "AdaLoRA", "ADALORA", parts=("lora_E", "ranknum"), ranks=(("lora_A", 0),), article="an",
@@ -112,7 +115,8 @@ _ROWS: Final = (
          keys=frozenset({"r", "rank_pattern", "delora_lambda", "lambda_pattern", "module_dropout", "bias", "init_weights"})),
     Kind("hira", "HiRA", "HIRA", parts=("hira_",), ranks=(("hira_A", 0), ("hira_embedding_A", 0)),
          keys=frozenset({"r", "rank_pattern", "hira_dropout", "fan_in_fan_out", "init_weights"})),
-    Kind("vera", "VeRA", "VERA", parts=("vera_",), ranks=(("vera_lambda_d", 0),), why_not=NOT_YET),
+    Kind("vera", "VeRA", "VERA", parts=("vera_",), ranks=(("vera_lambda_d", 0),),
+         keys=_PROJECTED | {"vera_dropout", "d_initial"}),
     Kind("pvera", "PVeRA", "PVERA", parts=("pvera_",), ranks=(("pvera_lambda_b", 1),), why_not=NOT_YET),
     Kind("vblora", "VB-LoRA", "VBLORA", parts=("vblora_",), ranks=(("vblora_logits_A", 0),), why_not=NOT_YET),
     Kind("unilora", "UniLoRA", "UNILORA", parts=("unilora_",), why_not=NOT_YET),

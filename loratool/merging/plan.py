@@ -29,10 +29,10 @@ from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quo
 from loratool.formats.adapter import Adapter
 from loratool.formats.landing import Landing, land
 from loratool.formats.lora_config import LoraConfig
-from loratool.formats.module_targets import ALL_LINEAR
-from loratool.formats.names import SUFFIX, is_tied_head
+from loratool.formats.names import is_tied_head
 from loratool.formats.replacements import lost_biases, refuse_incomplete
 from loratool.merging.changed_files import FileChanges
+from loratool.merging.landing_notes import landing_notes, left_out
 from loratool.merging.own_base import part_on_own_base, refuse_copy
 from loratool.merging.ties import (
     goes_with_embedding,
@@ -44,7 +44,7 @@ from loratool.merging.ties import (
     tied_copies,
 )
 from loratool.merging.vocabulary import how_to_add_classifier, misfit_advice
-from loratool.updates import BiasUpdate, OutputwiseUpdate, RowsUpdate, Update
+from loratool.updates import BiasUpdate, DrawnUpdate, OutputwiseUpdate, Places, RowsUpdate, Update
 from loratool.updates.based import Based
 from loratool.updates.expert_factors import Stacked
 from loratool.updates.shapes import ANY, fits, sized, words
@@ -193,13 +193,16 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         replace(_target(name, tuple(updates), adapters, base, orientation), seed=_seed_of(seed, name))
         for name, updates in sorted(arriving.items(), key=_in_order)
     )
-    for weighted, landing in zip(adapters, landings, strict=True):
+    for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
+        targets = _drawn(
+            index, weighted.adapter, targets, left_out(weighted.adapter, landing, orientation.architecture)
+        )
         refuse_incomplete(weighted.adapter, landing.names, base.tensors)
     refuse_tied([target.name for target in targets if target.name not in both], base, orientation.architecture)
     notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
         notes += lost_biases(weighted.adapter, landing.names, base.tensors)
-        notes += _landing_notes(weighted.adapter, landing, orientation.architecture)
+        notes += landing_notes(weighted.adapter, landing, orientation.architecture)
     return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
 
 
@@ -345,6 +348,33 @@ def _refuse_turned(name: str, planned: PlannedUpdate, weight: StoredWeight, adap
         )
 
 
+def _drawn(index: int, adapter: Adapter, targets: tuple[Target, ...], without: Sequence[str]) -> tuple[Target, ...]:
+    """Tell the updates of one adapter whose numbers are drawn for all of its parameters which these are.
+
+    Raises:
+        PlacementError: the adapter lacks tensors of some of the modules `without`, so that these are unknown.
+    """
+    all_of = [(target, planned) for target in targets for planned in target.updates if planned.adapter == index]
+    if not any(isinstance(planned.update, DrawnUpdate) for _, planned in all_of):
+        return targets
+    if without:
+        raise PlacementError(
+            f"{quoted(adapter.name)} does not hold its projections, drawn for the largest of all its modules, and lacks "
+            f"the tensors of {quoted(without[0])}, which it targets too; save it again with its projections (save_projection)"
+        )
+    shapes = [planned.view.shape_in(target.weight.shape) for target, planned in all_of]
+    matrices = [shape for shape in shapes if len(shape) > 1]
+    dtypes = frozenset(target.weight.dtype for target, _ in all_of)
+    places = Places(max(shape[0] for shape in matrices), max(shape[1] for shape in matrices), dtypes)
+
+    def told(planned: PlannedUpdate) -> PlannedUpdate:
+        if planned.adapter != index or not isinstance(planned.update, DrawnUpdate):
+            return planned
+        return replace(planned, update=planned.update.among(places))
+
+    return tuple(replace(target, updates=tuple(told(planned) for planned in target.updates)) for target in targets)
+
+
 def _is_transposed(name: str, weight: StoredWeight, orientation: Orientation, *, fan_in_fan_out: bool) -> bool:
     """Return whether updates see the transpose of a parameter. An embedding (tokens, features) leads from tokens to features."""
     if len(weight.shape) != 2:
@@ -466,47 +496,3 @@ def _in_order(arriving: tuple[str, Sequence[PlannedUpdate]]) -> tuple[bool, tupl
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     """Return a sort key that puts ``layers.2`` before ``layers.10``."""
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in name.split("."))
-
-
-def _landing_notes(adapter: Adapter, landing: Landing, architecture: Architecture) -> list[str]:
-    notes = [
-        f"{quoted(adapter.name)} names its modules {quoted(exchange.old + '…')} and the base "
-        f"{quoted(exchange.new + '…')}: matched by that exchange of prefixes"
-        for exchange in landing.exchanges
-    ]
-    notes += _table_notes(adapter, landing, architecture)
-    config = adapter.settings
-    if config.target_modules not in (None, ALL_LINEAR):
-        landed = {name for names in landing.names.values() for name in names}
-        matrices = (
-            name
-            for name, info in architecture.tensors.items()
-            if len(info.shape) == 2 and name.endswith(SUFFIX) and name not in landed
-        )
-        parameters = {landing.parameter(name): name for name in matrices}
-        without = sorted(
-            module_of(parameter)
-            for parameter, name in parameters.items()
-            if parameter is not None
-            and parameter not in adapter.changes
-            and config.targets(module_of(parameter))
-            and not architecture.is_embedding(name)
-        )
-        if without:
-            notes.append(
-                f"{quoted(adapter.name)} targets {len(without)} more modules of the base without holding tensors for them "
-                f"({quoted(without[0])}, ...): they stay as they are, as in PEFT"
-            )
-    return notes
-
-
-def _table_notes(adapter: Adapter, landing: Landing, architecture: Architecture) -> list[str]:
-    """Return a note on parameters whose places are known from the tables of the base's architecture."""
-    if not landing.by_tables:
-        return []
-    first = landing.by_tables[0]
-    others = f" and {len(landing.by_tables) - 1} more" if landing.by_tables[1:] else ""
-    return [
-        f"{quoted(first)}{others} of {quoted(adapter.name)} land under other names, as {quoted(landing.names[first][0])}: "
-        f"matched by what is known of models of type {quoted(architecture.config.get('model_type'), 40)}"
-    ]

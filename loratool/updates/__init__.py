@@ -10,12 +10,23 @@ A new kind of adapter is one new module here.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from loratool.checkpoint.dtypes import Dtype
 from loratool.checkpoint.header import TensorInfo
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The parameters that an adapter changes: the most outputs and inputs that one has, and the dtypes that they decode to."""
+
+    outputs: int
+    inputs: int
+    dtypes: frozenset[Dtype]
 
 
 class Update(Protocol):
@@ -81,6 +92,14 @@ class SizedUpdate(Update, Protocol):
         Raises:
             AdapterError: it fits no parameter of this shape.
         """
+
+
+@runtime_checkable
+class DrawnUpdate(Update, Protocol):
+    """An update from numbers that are drawn from a seed for all parameters that its adapter changes."""
+
+    def among(self, places: Places) -> Update:
+        """Return the update of one of these parameters."""
 
 
 @runtime_checkable

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.updates import Keeping, LoadedUpdate, Measuring, Update
 from loratool.updates.replacement import LoadedReplacement
+from loratool.updates.shapes import sized
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,10 @@ class Based:
     @property
     def scalable(self) -> bool:
         return self.update.scalable
+
+    def sized(self, shape: tuple[int, ...]) -> Self:
+        """Return it with an update of a parameter of this shape."""
+        return replace(self, update=sized(self.update, shape))
 
     def vanishes(self) -> bool:
         """Return False: it replaces all of W."""

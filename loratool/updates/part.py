@@ -6,12 +6,12 @@ An update of one matrix need not know of its parts. It sees the rows that belong
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.updates import Keeping, LoadedUpdate, Measuring, Update
-from loratool.updates.shapes import ANY
+from loratool.updates.shapes import ANY, sized
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +83,10 @@ class SomeOutputs:
     @property
     def scalable(self) -> bool:
         return self.whole.scalable
+
+    def sized(self, shape: tuple[int, ...]) -> Self:
+        """Return it for a part of this shape."""
+        return replace(self, whole=sized(self.whole, (self.whole.shape[0], *shape[1:])))
 
     def vanishes(self) -> bool:
         """Return whether the update of the whole matrix is zero."""
