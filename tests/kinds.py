@@ -185,6 +185,19 @@ def _vera(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + of["vera_lambda_b"].double().diag() @ b @ of["vera_lambda_d"].double().diag() @ a
 
 
+def _projected_mean(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    found = {f"p{name}": each for name, each in _projected(weight, generator).items()}
+    for name in ("pvera_lambda_d", "pvera_A"):
+        found[name] = torch.cat([found[name], 7 + found[name]])
+    return found
+
+
+def _pvera(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """PVeRA at its mean: VeRA by the first halves of A and lambda_d."""
+    mean = {name[1:]: each[:RANK] if name in ("pvera_lambda_d", "pvera_A") else each for name, each in of.items()}
+    return _vera(weight, mean)
+
+
 def _output_factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"ia3_l": 0.95 + 0.1 * torch.randn(len(weight), 1, generator=generator)}
 
@@ -356,6 +369,8 @@ CASES: Mapping[str, Case] = {
             "peft_type": "WAVEFT", "n_frequency": 10, "proportional_parameters": True, "random_loc_seed": 3, "scaling": 0.5,
         }, alpha=None),
         Case("vera", _projected, _vera, {"peft_type": "VERA", "r": RANK}, alpha=None, shared=frozenset({"vera_A", "vera_B"})),
+        Case("pvera", _projected_mean, _pvera, {"peft_type": "PVERA", "r": RANK}, alpha=None,
+             shared=frozenset({"pvera_A", "pvera_B"})),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
         Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),

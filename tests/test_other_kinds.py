@@ -40,6 +40,8 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "miss-bat": peft.MissConfig(r=4, target_modules=TARGETS, init_weights="bat"),
     "shira": peft.ShiraConfig(r=2, target_modules=TARGETS, random_seed=1),
     "vera": peft.VeraConfig(r=3, target_modules=TARGETS),
+    "pvera": peft.PveraConfig(r=3, target_modules=TARGETS),
+    "pvera-drawn": peft.PveraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
     "vera-drawn": peft.VeraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
 }
 ROUNDED_TWICE = {"delora"}
@@ -194,6 +196,12 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
         "lambda_d of 2 numbers and the configuration says 3",
     ),
     "no vector": ("vera", without("vera_lambda_b"), "has no vera_lambda_b; the file is incomplete"),
+    "half a vector": ("pvera", with_last_cut("lambda_d"), "lambda_d of 5 numbers and the configuration says 6"),
+    "no shared variance": (
+        "pvera",
+        lambda t, c: t.pop("base_model.pvera_B"),
+        r"has no base_model\.pvera_B; the file is",
+    ),
     "no seed": ("vera-drawn", saying(projection_prng_key=None), "'projection_prng_key' is 'None'; it must be"),
     "a seed that is no number": (
         "vera-drawn",

@@ -24,6 +24,7 @@ from loratool.formats import (
     lora,
     miss,
     oft,
+    pvera,
     shira,
     trainable_tokens,
     waveft,
@@ -55,5 +56,6 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     miss.NAME: miss.BUILDER,
     shira.NAME: shira.BUILDER,
     vera.NAME: vera.BUILDER,
+    pvera.NAME: pvera.BUILDER,
 })  # fmt: skip
 """The builder of every computed kind in `formats.kinds`, by name."""
