@@ -198,6 +198,25 @@ def _pvera(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return _vera(weight, mean)
 
 
+def _chosen(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Vectors of one number, chosen from a bank of eight."""
+    outputs, inputs = weight.shape
+    return {
+        "vblora_vector_bank": 0.6 * torch.randn(8, 1, generator=torch.Generator().manual_seed(9)),
+        "vblora_logits_A": torch.randn(RANK, inputs, 8, generator=generator),
+        "vblora_logits_B": torch.randn(outputs, RANK, 8, generator=generator),
+    }
+
+
+def _vblora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """VB-LoRA, equation 3: means of the two vectors with the largest logits."""
+    bank, found = of["vblora_vector_bank"].double()[:, 0], []
+    for letter in "AB":
+        largest = of[f"vblora_logits_{letter}"].double().topk(2)
+        found.append((largest.values.softmax(-1) * bank[largest.indices]).sum(-1))
+    return weight.double() + found[1] @ found[0]
+
+
 def _output_factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"ia3_l": 0.95 + 0.1 * torch.randn(len(weight), 1, generator=generator)}
 
@@ -371,6 +390,9 @@ CASES: Mapping[str, Case] = {
         Case("vera", _projected, _vera, {"peft_type": "VERA", "r": RANK}, alpha=None, shared=frozenset({"vera_A", "vera_B"})),
         Case("pvera", _projected_mean, _pvera, {"peft_type": "PVERA", "r": RANK}, alpha=None,
              shared=frozenset({"pvera_A", "pvera_B"})),
+        Case("vblora", _chosen, _vblora, {
+            "peft_type": "VBLORA", "r": RANK, "num_vectors": 8, "vector_length": 1, "topk": 2,
+        }, alpha=None, shared=frozenset({"vblora_vector_bank"})),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
         Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),

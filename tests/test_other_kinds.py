@@ -40,6 +40,10 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "miss-bat": peft.MissConfig(r=4, target_modules=TARGETS, init_weights="bat"),
     "shira": peft.ShiraConfig(r=2, target_modules=TARGETS, random_seed=1),
     "vera": peft.VeraConfig(r=3, target_modules=TARGETS),
+    "vblora": peft.VBLoRAConfig(r=3, num_vectors=10, vector_length=4, topk=3, target_modules=TARGETS),
+    "vblora-topk": peft.VBLoRAConfig(
+        r=3, num_vectors=10, vector_length=4, topk=3, target_modules=TARGETS, save_only_topk_weights=True
+    ),
     "pvera": peft.PveraConfig(r=3, target_modules=TARGETS),
     "pvera-drawn": peft.PveraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
     "vera-drawn": peft.VeraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
@@ -202,6 +206,38 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
         lambda t, c: t.pop("base_model.pvera_B"),
         r"has no base_model\.pvera_B; the file is",
     ),
+    "no bank": (
+        "vblora",
+        lambda t, c: t.pop("base_model.vblora_vector_bank"),
+        r"has no base_model\.vblora_vector_bank; the",
+    ),
+    "a bank of another size": (
+        "vblora",
+        saying(num_vectors=9),
+        r"vector_bank' of shape \[10, 4\], which must be \[9, 4\]",
+    ),
+    "logits for another bank": (
+        "vblora",
+        with_last_cut("logits_B"),
+        r"logits_B' of shape .* which must be \[\d+, 3, 10\]",
+    ),
+    "more vectors than there are": (
+        "vblora",
+        saying(topk=11),
+        "'topk' in .* is 11, more than the 10 vectors of the bank",
+    ),
+    "logits where weights are meant": (
+        "vblora",
+        saying(save_only_topk_weights=True),
+        "its save_only_topk_weights is true",
+    ),
+    "indices outside the bank": (
+        "vblora-topk",
+        lambda t, c: t[first(t, "topk_indices")].view(-1)[0].fill_(10),
+        "names vectors outside a bank of 10",
+    ),
+    "weights above 1": ("vblora-topk", lambda t, c: t[first(t, "topk_weights")].fill_(0.6), "that are no shares of 1"),
+    "NaN in a bank": ("vblora", with_nan("vector_bank"), "NaN"),
     "no seed": ("vera-drawn", saying(projection_prng_key=None), "'projection_prng_key' is 'None'; it must be"),
     "a seed that is no number": (
         "vera-drawn",

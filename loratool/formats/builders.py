@@ -28,6 +28,7 @@ from loratool.formats import (
     shira,
     trainable_tokens,
     waveft,
+    vblora,
     vera,
 )
 from loratool.formats.builder import Builder
@@ -57,5 +58,6 @@ BUILDERS: Final[Mapping[str, Builder[Any]]] = MappingProxyType({
     shira.NAME: shira.BUILDER,
     vera.NAME: vera.BUILDER,
     pvera.NAME: pvera.BUILDER,
+    vblora.NAME: vblora.BUILDER,
 })  # fmt: skip
 """The builder of every computed kind in `formats.kinds`, by name."""
