@@ -1,8 +1,10 @@
-"""Notes on where an adapter lands in a base."""
+"""Notes of a plan: where an adapter lands in a base, and what it leaves as it is."""
 
 from __future__ import annotations
 
 from loratool.architecture import Architecture, module_of
+from loratool.checkpoint.file_role import holds_weights
+from loratool.checkpoint.model import Checkpoint
 from loratool.errors import quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.landing import Landing
@@ -58,4 +60,14 @@ def _table_notes(adapter: Adapter, landing: Landing, architecture: Architecture)
     return [
         f"{quoted(first)}{others} of {quoted(adapter.name)} land under other names, as {quoted(landing.names[first][0])}: "
         f"matched by what is known of models of type {quoted(architecture.config.get('model_type'), 40)}"
+    ]
+
+
+def other_weights(base: Checkpoint) -> list[str]:
+    """Return a note on weight files in the base's folder that are not part of its model and are copied unchanged."""
+    others = [str(name) for name in base.other_files() if holds_weights(name)]
+    if not others:
+        return []
+    return [
+        f"the base also holds {quoted(others[0])}{' and more weights' if others[1:] else ''}: copied without the adapter"
     ]

@@ -22,7 +22,6 @@ from loratool.architecture import (
     module_of,
 )
 from loratool.checkpoint.dtypes import DENSE
-from loratool.checkpoint.file_role import holds_weights
 from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.model import Checkpoint
 from loratool.errors import LoratoolError, PlacementError, UnsupportedError, quoted
@@ -32,7 +31,7 @@ from loratool.formats.lora_config import LoraConfig
 from loratool.formats.names import is_tied_head
 from loratool.formats.replacements import lost_biases, refuse_incomplete
 from loratool.merging.changed_files import FileChanges
-from loratool.merging.landing_notes import landing_notes, left_out
+from loratool.merging.landing_notes import landing_notes, left_out, other_weights
 from loratool.merging.own_base import part_on_own_base, refuse_copy
 from loratool.merging.ties import (
     goes_with_embedding,
@@ -47,6 +46,7 @@ from loratool.merging.vocabulary import how_to_add_classifier, misfit_advice
 from loratool.updates import BiasUpdate, DrawnUpdate, OutputwiseUpdate, Places, RowsUpdate, Update
 from loratool.updates.based import Based
 from loratool.updates.expert_factors import Stacked
+from loratool.updates.places import among, whole_of
 from loratool.updates.shapes import ANY, fits, sized, words
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
@@ -199,7 +199,7 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         )
         refuse_incomplete(weighted.adapter, landing.names, base.tensors)
     refuse_tied([target.name for target in targets if target.name not in both], base, orientation.architecture)
-    notes = [note for weighted in adapters for note in weighted.adapter.notes] + _other_weights(base)
+    notes = [note for weighted in adapters for note in weighted.adapter.notes] + other_weights(base)
     for weighted, landing in zip(adapters, landings, strict=True):
         notes += lost_biases(weighted.adapter, landing.names, base.tensors)
         notes += landing_notes(weighted.adapter, landing, orientation.architecture)
@@ -262,16 +262,6 @@ def _seed(adapters: Sequence[WeightedAdapter]) -> str:
 def _seed_of(seed: str, name: str) -> int:
     """Return the seed, below 2**64, of the matrix `name`."""
     return int.from_bytes(blake3(f"{seed} {name}".encode()).digest(8), "little")
-
-
-def _other_weights(base: Checkpoint) -> list[str]:
-    """Return a note on weight files in the base's folder that are not part of its model and are copied unchanged."""
-    others = [str(name) for name in base.other_files() if holds_weights(name)]
-    if not others:
-        return []
-    return [
-        f"the base also holds {quoted(others[0])}{' and more weights' if others[1:] else ''}: copied without the adapter"
-    ]
 
 
 def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
@@ -355,24 +345,22 @@ def _drawn(index: int, adapter: Adapter, targets: tuple[Target, ...], without: S
         PlacementError: the adapter lacks tensors of some of the modules `without`, so that these are unknown.
     """
     all_of = [(target, planned) for target in targets for planned in target.updates if planned.adapter == index]
-    if not any(isinstance(planned.update, DrawnUpdate) for _, planned in all_of):
+    drawn = [whole_of(planned.update) for _, planned in all_of if isinstance(whole_of(planned.update), DrawnUpdate)]
+    if not drawn:
         return targets
     if without:
         raise PlacementError(
             f"{quoted(adapter.name)} does not hold its projections, drawn for the largest of all its modules, and lacks "
             f"the tensors of {quoted(without[0])}, which it targets too; save it again with its projections (save_projection)"
         )
-    shapes = [planned.view.shape_in(target.weight.shape) for target, planned in all_of]
-    matrices = [shape for shape in shapes if len(shape) > 1]
-    dtypes = frozenset(target.weight.dtype for target, _ in all_of)
-    places = Places(max(shape[0] for shape in matrices), max(shape[1] for shape in matrices), dtypes)
-
-    def told(planned: PlannedUpdate) -> PlannedUpdate:
-        if planned.adapter != index or not isinstance(planned.update, DrawnUpdate):
-            return planned
-        return replace(planned, update=planned.update.among(places))
-
-    return tuple(replace(target, updates=tuple(told(planned) for planned in target.updates)) for target in targets)
+    outputs, inputs = (max(update.shape[axis] for update in drawn) for axis in (0, 1))
+    places = Places(outputs, inputs, frozenset(target.weight.dtype for target, _ in all_of))
+    return tuple(
+        replace(target, updates=tuple(
+            replace(each, update=among(each.update, places)) if each.adapter == index else each for each in target.updates
+        ))
+        for target in targets
+    )  # fmt: skip
 
 
 def _is_transposed(name: str, weight: StoredWeight, orientation: Orientation, *, fan_in_fan_out: bool) -> bool:
