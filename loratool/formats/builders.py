@@ -27,9 +27,9 @@ from loratool.formats import (
     pvera,
     shira,
     trainable_tokens,
-    waveft,
     vblora,
     vera,
+    waveft,
 )
 from loratool.formats.builder import Builder
 from loratool.formats.kinds import LORA, RECORDED
