@@ -360,6 +360,25 @@ def _waveft(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + 0.5 * found[:outputs, :inputs]
 
 
+def _numbers_and_product(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    factors = _factors(weight, generator)
+    count = weight.numel() // 3
+    return {
+        "supertuning_values": 0.2 * torch.randn(count, generator=generator),
+        "supertuning_indices": torch.randperm(weight.numel(), generator=generator)[:count].int(),
+        "supertuning_lora_A.weight": factors["lora_A.weight"],
+        "supertuning_lora_B.weight": factors["lora_B.weight"],
+    }
+
+
+def _supertuning(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """Super-Tuning with its low-rank part, as PEFT's documentation describes it."""
+    added = torch.zeros(weight.numel()).double()
+    added[of["supertuning_indices"].long()] = of["supertuning_values"].double()
+    product = of["supertuning_lora_B.weight"].double() @ of["supertuning_lora_A.weight"].double()
+    return weight.double() + added.view(weight.shape) + ALPHA / RANK * product
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -393,6 +412,7 @@ CASES: Mapping[str, Case] = {
         Case("vblora", _chosen, _vblora, {
             "peft_type": "VBLORA", "r": RANK, "num_vectors": 8, "vector_length": 1, "topk": 2,
         }, alpha=None, shared=frozenset({"vblora_vector_bank"})),
+        Case("supertuning", _numbers_and_product, _supertuning, {"peft_type": "SUPERTUNING", "r": RANK}),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
         Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),

@@ -76,6 +76,10 @@ CONFIGS: dict[str, Saved] = {
     "waveft-conv1d": Saved(
         peft.WaveFTConfig(target_modules=["c_attn"], n_frequency=50, random_loc_seed=5, fan_in_fan_out=True), "gpt2"
     ),
+    "supertuning": Saved(peft.SupertuningConfig(target_modules=LLAMA, sparsity=0.9), once=False),
+    "supertuning-supra": Saved(
+        peft.SupertuningConfig(target_modules=LLAMA, sparsity=0.9, r=3, lora_alpha=5, select_top=False), once=False
+    ),
     "hira-conv1d": Saved(peft.HiraConfig(target_modules=["c_attn"], r=3, fan_in_fan_out=True), "gpt2", once=False),
 }  # fmt: skip
 
@@ -206,6 +210,10 @@ def with_shape(part: str, *shape: int) -> Change:
     return lambda tensors, config: tensors.update({first(tensors, part): torch.zeros(shape)})
 
 
+def with_first_index(index: int) -> Change:
+    return lambda tensors, config: tensors[first(tensors, "q_proj.supertuning_indices")][:1].fill_(index)
+
+
 BROKEN: dict[str, tuple[str, Change, str]] = {
     "ia3: another length": ("ia3", with_last_cut("down_proj.ia3_l"), r"fits a matrix of shape \[any, \d+\]"),
     "ia3: a vector": ("ia3", with_vector("ia3_l"), "neither a row nor a column"),
@@ -246,6 +254,17 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "waveft: NaN": ("waveft", with_nan("waveft_spectrum"), "NaN"),
     "waveft: another wavelet": ("waveft", saying(wavelet_family="db2"), r"Haar's \(db1\) only"),
     "waveft: no seed": ("waveft", saying(random_loc_seed=-1), "without the right seed"),
+    "supertuning: no places": (
+        "supertuning",
+        without("q_proj.supertuning_indices"),
+        "set save_precomputed_indices, and",
+    ),
+    "supertuning: a value less": ("supertuning", with_last_cut("q_proj.supertuning_values"), "which must be"),
+    "supertuning: a place outside": ("supertuning", with_first_index(10**6), "places outside a matrix"),
+    "supertuning: NaN": ("supertuning", with_nan("supertuning_values"), "NaN"),
+    "supertuning: no partner": ("supertuning-supra", without("lora_B"), "the file is incomplete"),
+    "supertuning: another rank": ("supertuning-supra", saying(r=2), "which must be"),
+    "supertuning: no rank": ("supertuning-supra", saying(r=None), "has factors, and the configuration has no r"),
     "ia3: nothing": ("ia3", lambda tensors, config: tensors.clear(), "holds no IA3 tensors"),
 }
 

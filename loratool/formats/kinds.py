@@ -150,7 +150,8 @@ _ROWS: Final = (
     Kind("shira", "SHiRA", "SHIRA", parts=("shira_",), indices=frozenset({"indices"}),
          keys=frozenset({"r", "mask_type", "random_seed", "fan_in_fan_out", "init_weights"})),
     Kind("supertuning", "Supertuning", "SUPERTUNING", parts=("supertuning_",), ranks=(("supertuning_lora_A", 0),),
-         why_not=NOT_YET),
+         keys=frozenset({"sparsity", "select_top", "r", "lora_alpha", "lora_dropout", "init_weights",
+                         "save_precomputed_indices"}), indices=frozenset({"indices"})),
     # Factors and rotations
     Kind("ia3", "IA3", "IA3", parts=("ia3_",), other_parts=("on_input",), article="an",
          keys=frozenset({"feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})),
