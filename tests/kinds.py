@@ -379,6 +379,24 @@ def _supertuning(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + added.view(weight.shape) + ALPHA / RANK * product
 
 
+def _terms(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    outputs, inputs = weight.shape
+    return {
+        "glora_A.Xd": -0.05 * torch.randn(outputs, RANK, generator=generator).abs(),
+        "glora_A.Xu": torch.randn(RANK, inputs, generator=generator).abs(),
+        "glora_B.X": 0.1 * torch.randn(outputs, 1, generator=generator),
+        "glora_C.zeros": torch.zeros(inputs, 1),
+        "glora_D.zeros": torch.zeros(outputs),
+        "glora_E.zeros": torch.zeros(outputs),
+    }
+
+
+def _glora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """GLoRA, equation 11."""
+    factors = of["glora_A.Xd"].double() @ of["glora_A.Xu"].double()
+    return weight.double() + weight.double() * factors + of["glora_B.X"].double()
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -413,6 +431,7 @@ CASES: Mapping[str, Case] = {
             "peft_type": "VBLORA", "r": RANK, "num_vectors": 8, "vector_length": 1, "topk": 2,
         }, alpha=None, shared=frozenset({"vblora_vector_bank"})),
         Case("supertuning", _numbers_and_product, _supertuning, {"peft_type": "SUPERTUNING", "r": RANK}),
+        Case("glora", _terms, _glora, {"peft_type": "GLORA"}, alpha=None),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
         Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),

@@ -80,6 +80,16 @@ CONFIGS: dict[str, Saved] = {
     "supertuning-supra": Saved(
         peft.SupertuningConfig(target_modules=LLAMA, sparsity=0.9, r=3, lora_alpha=5, select_top=False), once=False
     ),
+    "glora": Saved(peft.GloraConfig(target_modules=LLAMA, r=3), once=False),
+    "glora-vectors": Saved(
+        peft.GloraConfig(
+            target_modules=["q_proj", "o_proj"], config_A_B="vector", config_C="none", config_D_E="vector"
+        ), "qwen2", once=False,
+    ),
+    "glora-numbers": Saved(
+        peft.GloraConfig(target_modules=["k_proj"], config_A_B="constant", config_C="none", config_D_E="constant"),
+        "qwen2", once=False,
+    ),
     "hira-conv1d": Saved(peft.HiraConfig(target_modules=["c_attn"], r=3, fan_in_fan_out=True), "gpt2", once=False),
 }  # fmt: skip
 
@@ -214,6 +224,14 @@ def with_first_index(index: int) -> Change:
     return lambda tensors, config: tensors[first(tensors, "q_proj.supertuning_indices")][:1].fill_(index)
 
 
+def renamed(part: str, other: str) -> Change:
+    def rename(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        name = first(tensors, part)
+        tensors[name.replace(part, other)] = tensors.pop(name)
+
+    return rename
+
+
 BROKEN: dict[str, tuple[str, Change, str]] = {
     "ia3: another length": ("ia3", with_last_cut("down_proj.ia3_l"), r"fits a matrix of shape \[any, \d+\]"),
     "ia3: a vector": ("ia3", with_vector("ia3_l"), "neither a row nor a column"),
@@ -265,6 +283,12 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "supertuning: no partner": ("supertuning-supra", without("lora_B"), "the file is incomplete"),
     "supertuning: another rank": ("supertuning-supra", saying(r=2), "which must be"),
     "supertuning: no rank": ("supertuning-supra", saying(r=None), "has factors, and the configuration has no r"),
+    "glora: no partner": ("glora", without("glora_A.Xu"), r"has no glora_A\.Xu"),
+    "glora: no term": ("glora", without("glora_D"), "has no glora_D"),
+    "glora: other inputs": ("glora", with_last_cut("down_proj.glora_A.Xu"), "A and B of different sizes"),
+    "glora: another rank": ("glora", with_last_cut("glora_B.Xd"), "do not fit together"),
+    "glora: a bias by the weight": ("glora", renamed("glora_C.zeros", "glora_C.X"), r"config_C"),
+    "glora: NaN": ("glora", with_nan("glora_B.Xd"), "NaN"),
     "ia3: nothing": ("ia3", lambda tensors, config: tensors.clear(), "holds no IA3 tensors"),
 }
 
