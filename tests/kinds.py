@@ -217,6 +217,61 @@ def _vblora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + found[1] @ found[0]
 
 
+def _random_products(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The shared projections are those of a larger module, too."""
+    shared, least = torch.Generator().manual_seed(9), min(weight.shape)
+    count = -(-least // RANK)
+    return {
+        "randlora_A": torch.randn(RANK, 1, 70, generator=shared),
+        "randlora_B": torch.randn(130, 24, RANK, generator=shared),
+        "randlora_lambda": 0.2 * torch.randn(RANK, count, generator=generator),
+        "randlora_gamma": 0.2 * torch.randn(count, least, generator=generator),
+    }
+
+
+def _randlora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """RandLoRA, section 4.1, on the smaller side, in the order in which PEFT takes the ranks of both projections."""
+    scales, gamma = of["randlora_lambda"].double(), of["randlora_gamma"].double()
+    small = (scales[:, :, None] * of["randlora_A"].double()[:, :, : gamma.shape[1]] * gamma).flatten(0, 1)
+    large = of["randlora_B"].double()[: max(weight.shape), : len(gamma)].flatten(1)
+    product = large @ small
+    return weight.double() + ALPHA / RANK * (product.T if weight.shape[0] < weight.shape[1] else product)
+
+
+def _granular(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One block, which any matrix has; configurations in ``test_other_kinds.py`` have more."""
+    outputs, inputs = weight.shape
+    shapes = {
+        "A": (1, inputs, RANK),
+        "B": (1, RANK, outputs),
+        "A_general.weight": (2, inputs),
+        "B_general.weight": (outputs, 2),
+    }
+    return {f"gralora_{name}": 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def _gralora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """GraLoRA of one block, and the LoRA of its hybrid."""
+    a, b, left, right = (of[f"gralora_{name}"].double() for name in ("A", "B", "A_general.weight", "B_general.weight"))
+    return weight.double() + ALPHA / (RANK + 2) * (b[0].T @ a[0].T + right @ left)
+
+
+def _shared_numbers(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    outputs, inputs = weight.shape
+    found = {"unilora_theta_d": torch.randn(11, generator=torch.Generator().manual_seed(9))}
+    for letter, shape in {"A": (RANK, inputs), "B": (outputs, RANK)}.items():
+        found[f"unilora_indices_{letter}"] = torch.randint(0, 11, shape, generator=generator)
+        found[f"unilora_scales_{letter}"] = 0.2 + 0.2 * torch.rand(shape, generator=generator)
+    return found
+
+
+def _unilora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """Uni-LoRA: both factors are scaled numbers of one vector."""
+    theta = of["unilora_theta_d"].double()
+    a, b = (theta[of[f"unilora_indices_{letter}"]] * of[f"unilora_scales_{letter}"].double() for letter in "AB")
+    return weight.double() + b @ a
+
+
 def _output_factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"ia3_l": 0.95 + 0.1 * torch.randn(len(weight), 1, generator=generator)}
 
@@ -425,6 +480,13 @@ CASES: Mapping[str, Case] = {
             "peft_type": "WAVEFT", "n_frequency": 10, "proportional_parameters": True, "random_loc_seed": 3, "scaling": 0.5,
         }, alpha=None),
         Case("vera", _projected, _vera, {"peft_type": "VERA", "r": RANK}, alpha=None, shared=frozenset({"vera_A", "vera_B"})),
+        Case("randlora", _random_products, _randlora, {"peft_type": "RANDLORA", "r": RANK, "randlora_alpha": ALPHA},
+             shared=frozenset({"randlora_A", "randlora_B"})),
+        Case("gralora", _granular, _gralora, {
+            "peft_type": "GRALORA", "r": RANK, "alpha": ALPHA, "gralora_k": 1, "hybrid_r": 2,
+        }),
+        Case("unilora", _shared_numbers, _unilora, {"peft_type": "UNILORA", "r": RANK, "save_indices": True}, alpha=None,
+             shared=frozenset({"unilora_theta_d"})),
         Case("pvera", _projected_mean, _pvera, {"peft_type": "PVERA", "r": RANK}, alpha=None,
              shared=frozenset({"pvera_A", "pvera_B"})),
         Case("vblora", _chosen, _vblora, {

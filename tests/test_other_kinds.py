@@ -21,6 +21,7 @@ import loratool
 from loratool.errors import AdapterError, LoratoolError
 from loratool.formats.identify import identify
 from loratool.formats.read import read_adapter
+from loratool.updates.gralora import Granular
 from loratool.updates.lokr import KroneckerProduct
 
 WEIGHTS = "adapter_model.safetensors"
@@ -44,11 +45,16 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "vblora-topk": peft.VBLoRAConfig(
         r=3, num_vectors=10, vector_length=4, topk=3, target_modules=TARGETS, save_only_topk_weights=True
     ),
+    "randlora": peft.RandLoraConfig(r=3, randlora_alpha=5, target_modules=TARGETS),
+    "randlora-sparse": peft.RandLoraConfig(r=4, randlora_alpha=2, target_modules=TARGETS, very_sparse=True),
+    "gralora": peft.GraloraConfig(r=4, alpha=3, gralora_k=2, target_modules=TARGETS),
+    "gralora-hybrid": peft.GraloraConfig(r=8, alpha=3, gralora_k=4, hybrid_r=3, target_modules=TARGETS),
+    "unilora": peft.UniLoraConfig(r=3, theta_d_length=40, target_modules=TARGETS, save_indices=True),
     "pvera": peft.PveraConfig(r=3, target_modules=TARGETS),
     "pvera-drawn": peft.PveraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
     "vera-drawn": peft.VeraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
 }
-ROUNDED_TWICE = {"delora"}
+ROUNDED_TWICE = {"randlora", "randlora-sparse", "delora"}
 """Configurations whose update PEFT rounds to the base's type before adding it; loratool rounds PEFT's merge over fp32 once."""
 
 
@@ -238,6 +244,65 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     ),
     "weights above 1": ("vblora-topk", lambda t, c: t[first(t, "topk_weights")].fill_(0.6), "that are no shares of 1"),
     "NaN in a bank": ("vblora", with_nan("vector_bank"), "NaN"),
+    "no shared projection of RandLoRA": (
+        "randlora",
+        lambda t, c: t.pop("base_model.randlora_B"),
+        r"no base_model\.randlora_B;",
+    ),
+    "RandLoRA's projections drawn": (
+        "randlora",
+        saying(save_projection=False),
+        "without its projections .* save it again",
+    ),
+    "a diagonal of another length": (
+        "randlora",
+        with_last_cut("gamma"),
+        "randlora_gamma' .* does not fit a matrix of shape",
+    ),
+    "RandLoRA of another rank": ("randlora", saying(r=4), "has rank 3 and the configuration says 4"),
+    "a copy of another shape": (
+        "randlora",
+        with_last_cut("down_proj.randlora_A"),
+        "randlora_A' of shape .* which must be",
+    ),
+    "NaN in a diagonal": ("randlora", with_nan("gamma"), "NaN"),
+    "blocks that do not divide the rank": ("gralora", saying(r=5), "'r' in .* is 5, which gralora_k=2 does not divide"),
+    "blocks of another number": ("gralora", saying(gralora_k=4), r"gralora_A' of shape .* which must be \[4, \d+, 4\]"),
+    "half of GraLoRA": ("gralora", without("gralora_B"), "has no gralora_B; the file is incomplete"),
+    "a hybrid without its LoRA": (
+        "gralora",
+        saying(hybrid_r=2),
+        r"has no gralora_A_general\.weight; the file is incomplete",
+    ),
+    "the LoRA of no hybrid": ("gralora-hybrid", saying(hybrid_r=0), "has the LoRA of a hybrid, and its hybrid_r is 0"),
+    "NaN in a block": ("gralora", with_nan("gralora_A"), "NaN"),
+    "no shared vector": (
+        "unilora",
+        lambda t, c: t.pop("base_model.unilora_theta_d"),
+        r"has no base_model\.unilora_theta_d; the",
+    ),
+    "Uni-LoRA without indices": (
+        "unilora",
+        saying(save_indices=False),
+        "without its indices .* save it again with save_indices",
+    ),
+    "scales without indices": (
+        "unilora",
+        without("unilora_indices_B"),
+        "has no unilora_indices_B; the file is incomplete",
+    ),
+    "fewer scales than indices": (
+        "unilora",
+        with_last_cut("scales_A"),
+        r"scales_A' of shape .* which must be \[3, \d+\]",
+    ),
+    "an index outside the vector": (
+        "unilora",
+        lambda t, c: t[first(t, "indices_A")].fill_(40),
+        "outside a vector of 40",
+    ),
+    "Uni-LoRA of another rank": ("unilora", saying(r=4), "has rank 3 and the configuration says 4"),
+    "NaN in the shared vector": ("unilora", with_nan("theta_d"), "NaN"),
     "no seed": ("vera-drawn", saying(projection_prng_key=None), "'projection_prng_key' is 'None'; it must be"),
     "a seed that is no number": (
         "vera-drawn",
@@ -367,6 +432,19 @@ def test_any_part_of_a_kronecker_product_is_that_part_of_the_whole() -> None:
     for rows, columns in itertools.product(spans, spans):
         assert torch.equal(product.part(rows, columns), whole[rows, columns])
         assert torch.equal(product.fixed(rows, columns).float(), whole[rows, columns])
+
+
+def test_any_part_of_granular_blocks_is_that_part_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (2, 3, 4), "B": (2, 4, 5), "general_A": (2, 6), "general_B": (10, 2)}
+    a, b, left, right = (torch.randn(shape, generator=generator) for shape in shapes.values())
+    blocks = Granular(a, b, (right, left))
+    whole = blocks.part(slice(0, 10), slice(0, 6))
+    for rows, columns in itertools.product(itertools.combinations(range(11), 2), itertools.combinations(range(7), 2)):
+        assert torch.equal(blocks.part(slice(*rows), slice(*columns)), whole[slice(*rows), slice(*columns)])
+        assert torch.allclose(
+            blocks.fixed(slice(*rows), slice(*columns)).float(), whole[slice(*rows), slice(*columns)], atol=1e-5
+        )
 
 
 def test_modules_saved_whole_beside_it_replace_the_bases(saved: Saved, tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -73,3 +73,13 @@ def rank_fields(
 def rank_parser(alpha_key: str, own_keys: frozenset[str]) -> Callable[[Mapping[str, Any], str], RankConfig]:
     """Return the parser of a type that has ranks and alphas and nothing else that changes numbers."""
     return lambda config, source: RankConfig(**rank_fields(config, source, alpha_key, own_keys))
+
+
+def without_patterns(config: Mapping[str, Any], source: str, alpha_key: str, own_keys: frozenset[str]) -> RankConfig:
+    """Parse a type that has one rank and one alpha for all modules, so that PEFT ignores patterns."""
+    patterns = RANK_KEYS - {"r"}
+    fields = rank_fields(
+        {key: value for key, value in config.items() if key not in patterns}, source, alpha_key, own_keys
+    )
+    ignored = (*fields["unknown"], *(key for key in config if key in patterns))
+    return RankConfig(**{**fields, "unknown": tuple(sorted(ignored))})

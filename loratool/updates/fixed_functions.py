@@ -1,4 +1,4 @@
-"""Elementary functions with the same bits on every machine: made of fp64 sums and products, each of them rounded by itself.
+"""The exponential with the same bits on every machine: made of fp64 sums and products, each of them rounded by itself.
 
 The functions of a mathematical library differ in their last bits from one processor to the next.
 """
@@ -16,8 +16,6 @@ LOG_2: Final = (0.6931471803691238, 1.9082149292705877e-10)
 """The natural logarithm of 2 in two parts, the first of which has few enough bits that its multiples are exact."""
 
 EXP: Final = tuple(1 / math.factorial(power) for power in range(14))
-COS: Final = tuple((-1) ** place / math.factorial(2 * place) for place in range(9))
-SIN: Final = tuple((-1) ** place / math.factorial(2 * place + 1) for place in range(9))
 LEAST_EXPONENT: Final = -1000
 
 
@@ -30,20 +28,6 @@ def fixed_exp(numbers: torch.Tensor) -> torch.Tensor:
     rest = numbers - powers * LOG_2[0] - powers * LOG_2[1]
     scale = ((powers.long() + 1023) << 52).view(torch.float64)
     return _polynomial(EXP, rest) * scale
-
-
-def fixed_turn(places: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine, fp64, of whole numbers of `count`-th parts of a turn, from 0 to count - 1."""
-    import torch
-
-    quarter = (8 * places + count) // (2 * count)
-    angle = (4 * places - quarter * count).double() / count * (math.pi / 2)
-    square = angle * angle
-    cosine, sine = _polynomial(COS, square), _polynomial(SIN, square) * angle
-    for step in range(4):
-        turned = quarter > step
-        cosine, sine = torch.where(turned, -sine, cosine), torch.where(turned, cosine, sine)
-    return cosine, sine
 
 
 def _polynomial(coefficients: Sequence[float], numbers: torch.Tensor) -> torch.Tensor:
