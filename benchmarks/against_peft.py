@@ -1,7 +1,8 @@
 """One adapter merged twice, by PEFT and by loratool, and how the bytes of the two models compare.
 
 PEFT saves the adapter and, with `merge_and_unload` and `save_pretrained`, the merged model. In half types loratool must write
-either these bytes or those of PEFT's merge over the base in fp32, rounded once.
+either these bytes or those of PEFT's merge over the base in fp32, rounded once. PEFT computes on torch's default number of threads: on one
+a BLAS may sum the products of small matrices in another order.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import against_peft
 import peft
-import torch
 import transformers
 from against_peft import DTYPES, MEANING, STATES, Fault, Outcome
 from case_workers import run_cases
@@ -127,7 +126,6 @@ def lost(case: Case, why: str) -> Outcome:
 def main() -> None:
     asked = arguments()
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     start = time.monotonic()
     found: dict[Case, Outcome] = {}
     for case, each in run_cases(chosen(asked), outcome, lost, workers=asked.workers, seconds=SECONDS):

@@ -21,7 +21,6 @@ from typing import Final
 
 import against_peft
 import peft
-import torch
 import transformers
 from against_peft import DTYPES, MEANING, STATES, Outcome
 from case_workers import run_cases
@@ -118,7 +117,6 @@ def reasons(found: Mapping[Case, Outcome]) -> str:
 def main() -> None:
     asked = arguments()
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     wanted = chosen(asked)
     found = {case: each for case, each in known(asked.outcomes) if each.state != asked.again} if asked.resume else {}
     found = {case: each for case, each in found.items() if case in set(wanted)}
