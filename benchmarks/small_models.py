@@ -78,9 +78,11 @@ def small_model(model_type: str, class_name: str) -> transformers.PreTrainedMode
         try:
             config = _config(CONFIG_MAPPING[model_type], factor, few_layers)
             with torch.device("meta"):
-                count = sum(each.numel() for each in model_class._from_config(config).parameters())
-            if count > MOST_PARAMETERS:
-                raise NotBuiltError(f"{count / 1e6:.0f} M parameters")
+                sizes = [each.numel() for each in model_class._from_config(config).parameters()]
+            if sum(sizes) > MOST_PARAMETERS:
+                raise NotBuiltError(f"{sum(sizes) / 1e6:.0f} M parameters")
+            if 0 in sizes:
+                raise NotBuiltError("a parameter is empty")
             torch.manual_seed(0)
             return model_class._from_config(_config(CONFIG_MAPPING[model_type], factor, few_layers)).eval()
         except Exception as error:
