@@ -32,6 +32,9 @@ NOT_BUILT: Final = "NOT BUILT"
 SECONDS: Final = 150.0
 """How long one class may take."""
 
+LENGTH: Final = 120
+"""Characters of a reason in the table."""
+
 MANY: Final = 12
 """Model types that a row of the table names."""
 
@@ -102,8 +105,8 @@ def reasons(found: Mapping[Case, Outcome]) -> str:
     types: dict[tuple[str, str], set[str]] = defaultdict(set)
     count: Counter[tuple[str, str]] = Counter()
     for case, each in found.items():
-        if each.state not in ("EQUAL", NOT_BUILT):
-            reason = each.state, re.sub(r"'[^']*'|\b\d+\b", "…", each.detail)[:150].replace("|", "/")
+        if each.state not in ("EQUAL", "PEFT FAILS", NOT_BUILT):
+            reason = each.state, re.sub(r"'[^']*'|\b\d+\b", "…", each.detail)[:LENGTH].replace("|", "/")
             count[reason] += 1
             types[reason].add(case.model_type)
     rows = []
