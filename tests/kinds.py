@@ -304,8 +304,8 @@ def _tuned(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return of["ln_tuning_layers.weight"].double()
 
 
-VECTORS = frozenset({"beft"})
-"""Kinds that change vectors only, which `test_beside_factors.py` merges."""
+VECTORS = frozenset({"beft", "bitfit"})
+"""Kinds that change vectors only, which `test_beside_factors.py` and `test_bitfit.py` merge."""
 
 
 def _triangles(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:

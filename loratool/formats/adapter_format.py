@@ -57,6 +57,7 @@ class AdapterFormat:
         write: returns the tensors (or the bytes of one fp32 number) and the metadata of a file in the format; None if loratool
           does not write it.
         has_names_of_base: whether modules are named like the base's tensors, up to a leading prefix.
+        stands_alone: whether it claims whole files only, because beside others its tensors may belong to them.
     """
 
     name: str
@@ -68,3 +69,4 @@ class AdapterFormat:
     why_not: str = ""
     write: Callable[[Adapter], tuple[Mapping[str, TensorInfo | bytes], dict[str, str]]] | None = None
     has_names_of_base: bool = False
+    stands_alone: bool = False

@@ -173,6 +173,7 @@ _ROWS: Final = (
     # Parts of the base itself
     Kind("ln_tuning", "tuned layer norms", "LN_TUNING", parts=("ln_tuning_",), accompanies=True),
     Kind("beft", "BEFT", "BEFT", parts=("beft_",), keys=frozenset({"init_weights"})),
+    Kind("bitfit", "trained biases and norms"),
     Kind("trainable_tokens", "trainable tokens", "TRAINABLE_TOKENS", parts=("trainable_tokens_", "token_adapter"),
          keys=frozenset({"token_indices", "init_weights"}), accompanies=True),
     Kind("full", "full weights", why_not=NOT_YET, other_parts=("diff", "set_weight", "w_norm", "b_norm"), accompanies=True),

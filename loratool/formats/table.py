@@ -9,6 +9,7 @@ from loratool.errors import AdapterError, quoted
 from loratool.formats import (
     adapterhub,
     bfl_control,
+    bitfit,
     diffusers,
     diffusers_old,
     dotted,
@@ -41,6 +42,7 @@ FORMATS: Final[tuple[AdapterFormat, ...]] = (
     loralib.FORMAT,
     dotted.DOTTED,
     peft.FORMAT,
+    bitfit.FORMAT,
 )
 
 OWN: Final = peft.FORMAT
@@ -66,7 +68,7 @@ def format_of(files: AdapterFiles) -> AdapterFormat:
         raise AdapterError(f"{quoted(files.source)} {what}; is it an adapter?")
     rest = {name: info for name, info in files.tensors.items() if found.split(name) is None}
     other = _claimant(replace(files, tensors=rest, config={}, metadata={}, container="safetensors")) if rest else None
-    if other is not None and other is not found:
+    if other is not None and other is not found and not other.stands_alone:
         raise AdapterError(
             f"{quoted(files.source)} mixes two formats: some of its tensors are in the {found.title} format, others in the "
             f"{other.title} format ({quoted(next(iter(sorted(rest))))}); give each adapter a file of its own"

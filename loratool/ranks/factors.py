@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loratool.architecture import module_of
 from loratool.errors import UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
+from loratool.formats.kinds import kind_named
 from loratool.updates import Factored
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def factored(adapter: Adapter) -> dict[str, Factored]:
     """Return the updates of an adapter that are products of two matrices, by module. Replacements are left out.
 
     Raises:
-        UnsupportedError: another update is not such a product.
+        UnsupportedError: another update is not such a product, or there is none.
     """
     found: dict[str, Factored] = {}
     for parameter, update in adapter.changes.items():
@@ -57,4 +58,8 @@ def factored(adapter: Adapter) -> dict[str, Factored]:
                 f"the update of {quoted(module_of(parameter))} in {quoted(adapter.name)} is {quoted(update.kind)}, which is "
                 "not a product of two matrices, so its rank cannot change"
             )
+    if not found:
+        raise UnsupportedError(
+            f"{quoted(adapter.name)} ({kind_named(adapter.kind).title}) holds no product of two matrices, so it has no rank"
+        )
     return found
