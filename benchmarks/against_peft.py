@@ -1,8 +1,8 @@
 """One adapter merged twice, by PEFT and by loratool, and how the bytes of the two models compare.
 
 PEFT saves the adapter and, with `merge_and_unload` and `save_pretrained`, the merged model. In half types loratool must write
-either these bytes or those of PEFT's merge over the base in fp32, rounded once. PEFT computes on torch's default number of
-threads: on one, a BLAS may sum the products of small matrices in another order.
+either these bytes or those of PEFT's merge over the base in fp32, rounded once. PEFT's bytes depend on torch's number of threads
+where matrices are tiny, since a BLAS then sums in another order: those on all threads and those on one are both PEFT's.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def _compare(build: Callable[[], nn.Module], config: Callable[[], peft.PeftConfi
         return Outcome("CRASH", last_line(error))
     ours, before = _stored(folder / "ours"), _stored(folder / "base")
     failure, found = "", []
-    for name, model in _oracles(base, dtype):
+    for name, model, threads in _oracles(base, dtype):
         try:
-            theirs = _merged(model, adapter, folder / name, before)
+            with _threads(threads):
+                theirs = _merged(model, adapter, folder / name, before)
         except Exception as error:
             failure = failure or f"to merge it, and loratool merges: {last_line(error)}"
             continue
@@ -146,10 +147,22 @@ def _refused(base: nn.Module, adapter: Path, why: str, folder: Path) -> Outcome:
     return Outcome("REFUSED", why)
 
 
-def _oracles(base: nn.Module, dtype: str) -> Iterator[tuple[str, nn.Module]]:
-    yield "theirs", copy.deepcopy(base)
-    if dtype != "fp32":
-        yield "theirs-fp32", copy.deepcopy(base).float()
+def _oracles(base: nn.Module, dtype: str) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield names, bases and numbers of threads of the merges by PEFT of which one must be loratool's."""
+    for threads in dict.fromkeys((torch.get_num_threads(), 1)):
+        yield f"theirs-{threads}", copy.deepcopy(base), threads
+        if dtype != "fp32":
+            yield f"theirs-fp32-{threads}", copy.deepcopy(base).float(), threads
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _save(model: nn.Module, folder: Path) -> None:
