@@ -13,16 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kind_sizes import ALPHA, RANK, Tensors
 from safetensors.torch import save_file
+from shared_kinds import (
+    chosen,
+    projected,
+    projected_mean,
+    pvera,
+    randlora,
+    random_products,
+    shared_numbers,
+    tiny,
+    tinylora,
+    unilora,
+    vblora,
+    vera,
+)
 
 PREFIX = "base_model.model."
 MODULE = "model.layers.0.self_attn.q_proj"
 OTHER = "model.layers.0.self_attn.v_proj"
-RANK = 3
-ALPHA = 5.0
-
-Tensors = Mapping[str, torch.Tensor]
-"""The tensors of one module, by PEFT's names for them behind the module's."""
 
 
 @dataclass(frozen=True)
@@ -168,76 +178,6 @@ def _shira(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double().index_put(tuple(of["shira_indices"].long()), of["shira_weight"].double(), accumulate=True)
 
 
-def _projected(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The projections are those of a larger module, too."""
-    shared = torch.Generator().manual_seed(9)
-    return {
-        "vera_A": torch.randn(RANK, 130, generator=shared),
-        "vera_B": torch.randn(70, RANK, generator=shared),
-        "vera_lambda_b": 0.2 * torch.randn(len(weight), generator=generator),
-        "vera_lambda_d": 0.2 * torch.randn(RANK, generator=generator),
-    }
-
-
-def _vera(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
-    """VeRA, equation 2, with the leading rows of B and columns of A."""
-    b, a = of["vera_B"].double()[: len(weight)], of["vera_A"].double()[:, : weight.shape[1]]
-    return weight.double() + of["vera_lambda_b"].double().diag() @ b @ of["vera_lambda_d"].double().diag() @ a
-
-
-def _projected_mean(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    found = {f"p{name}": each for name, each in _projected(weight, generator).items()}
-    for name in ("pvera_lambda_d", "pvera_A"):
-        found[name] = torch.cat([found[name], 7 + found[name]])
-    return found
-
-
-def _pvera(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
-    """PVeRA at its mean: VeRA by the first halves of A and lambda_d."""
-    mean = {name[1:]: each[:RANK] if name in ("pvera_lambda_d", "pvera_A") else each for name, each in of.items()}
-    return _vera(weight, mean)
-
-
-def _chosen(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Vectors of one number, chosen from a bank of eight."""
-    outputs, inputs = weight.shape
-    return {
-        "vblora_vector_bank": 0.6 * torch.randn(8, 1, generator=torch.Generator().manual_seed(9)),
-        "vblora_logits_A": torch.randn(RANK, inputs, 8, generator=generator),
-        "vblora_logits_B": torch.randn(outputs, RANK, 8, generator=generator),
-    }
-
-
-def _vblora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
-    """VB-LoRA, equation 3: means of the two vectors with the largest logits."""
-    bank, found = of["vblora_vector_bank"].double()[:, 0], []
-    for letter in "AB":
-        largest = of[f"vblora_logits_{letter}"].double().topk(2)
-        found.append((largest.values.softmax(-1) * bank[largest.indices]).sum(-1))
-    return weight.double() + found[1] @ found[0]
-
-
-def _random_products(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The shared projections are those of a larger module, too."""
-    shared, least = torch.Generator().manual_seed(9), min(weight.shape)
-    count = -(-least // RANK)
-    return {
-        "randlora_A": torch.randn(RANK, 1, 70, generator=shared),
-        "randlora_B": torch.randn(130, 24, RANK, generator=shared),
-        "randlora_lambda": 0.2 * torch.randn(RANK, count, generator=generator),
-        "randlora_gamma": 0.2 * torch.randn(count, least, generator=generator),
-    }
-
-
-def _randlora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
-    """RandLoRA, section 4.1, on the smaller side, in the order in which PEFT takes the ranks of both projections."""
-    scales, gamma = of["randlora_lambda"].double(), of["randlora_gamma"].double()
-    small = (scales[:, :, None] * of["randlora_A"].double()[:, :, : gamma.shape[1]] * gamma).flatten(0, 1)
-    large = of["randlora_B"].double()[: max(weight.shape), : len(gamma)].flatten(1)
-    product = large @ small
-    return weight.double() + ALPHA / RANK * (product.T if weight.shape[0] < weight.shape[1] else product)
-
-
 def _granular(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One block, which any matrix has; configurations in ``test_other_kinds.py`` have more."""
     outputs, inputs = weight.shape
@@ -254,22 +194,6 @@ def _gralora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     """GraLoRA of one block, and the LoRA of its hybrid."""
     a, b, left, right = (of[f"gralora_{name}"].double() for name in ("A", "B", "A_general.weight", "B_general.weight"))
     return weight.double() + ALPHA / (RANK + 2) * (b[0].T @ a[0].T + right @ left)
-
-
-def _shared_numbers(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    outputs, inputs = weight.shape
-    found = {"unilora_theta_d": torch.randn(11, generator=torch.Generator().manual_seed(9))}
-    for letter, shape in {"A": (RANK, inputs), "B": (outputs, RANK)}.items():
-        found[f"unilora_indices_{letter}"] = torch.randint(0, 11, shape, generator=generator)
-        found[f"unilora_scales_{letter}"] = 0.2 + 0.2 * torch.rand(shape, generator=generator)
-    return found
-
-
-def _unilora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
-    """Uni-LoRA: both factors are scaled numbers of one vector."""
-    theta = of["unilora_theta_d"].double()
-    a, b = (theta[of[f"unilora_indices_{letter}"]] * of[f"unilora_scales_{letter}"].double() for letter in "AB")
-    return weight.double() + b @ a
 
 
 def _output_factors(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -479,17 +403,19 @@ CASES: Mapping[str, Case] = {
         Case("waveft", _coefficients, _waveft, {
             "peft_type": "WAVEFT", "n_frequency": 10, "proportional_parameters": True, "random_loc_seed": 3, "scaling": 0.5,
         }, alpha=None),
-        Case("vera", _projected, _vera, {"peft_type": "VERA", "r": RANK}, alpha=None, shared=frozenset({"vera_A", "vera_B"})),
-        Case("randlora", _random_products, _randlora, {"peft_type": "RANDLORA", "r": RANK, "randlora_alpha": ALPHA},
+        Case("vera", projected, vera, {"peft_type": "VERA", "r": RANK}, alpha=None, shared=frozenset({"vera_A", "vera_B"})),
+        Case("randlora", random_products, randlora, {"peft_type": "RANDLORA", "r": RANK, "randlora_alpha": ALPHA},
              shared=frozenset({"randlora_A", "randlora_B"})),
         Case("gralora", _granular, _gralora, {
             "peft_type": "GRALORA", "r": RANK, "alpha": ALPHA, "gralora_k": 1, "hybrid_r": 2,
         }),
-        Case("unilora", _shared_numbers, _unilora, {"peft_type": "UNILORA", "r": RANK, "save_indices": True}, alpha=None,
+        Case("unilora", shared_numbers, unilora, {"peft_type": "UNILORA", "r": RANK, "save_indices": True}, alpha=None,
              shared=frozenset({"unilora_theta_d"})),
-        Case("pvera", _projected_mean, _pvera, {"peft_type": "PVERA", "r": RANK}, alpha=None,
+        Case("tinylora", tiny, tinylora, {"peft_type": "TINYLORA", "r": RANK, "u": 4, "weight_tying": 1.0}, alpha=None,
+             shared=frozenset({"tinylora_v.0"})),
+        Case("pvera", projected_mean, pvera, {"peft_type": "PVERA", "r": RANK}, alpha=None,
              shared=frozenset({"pvera_A", "pvera_B"})),
-        Case("vblora", _chosen, _vblora, {
+        Case("vblora", chosen, vblora, {
             "peft_type": "VBLORA", "r": RANK, "num_vectors": 8, "vector_length": 1, "topk": 2,
         }, alpha=None, shared=frozenset({"vblora_vector_bank"})),
         Case("supertuning", _numbers_and_product, _supertuning, {"peft_type": "SUPERTUNING", "r": RANK}),

@@ -50,6 +50,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "gralora": peft.GraloraConfig(r=4, alpha=3, gralora_k=2, target_modules=TARGETS),
     "gralora-hybrid": peft.GraloraConfig(r=8, alpha=3, gralora_k=4, hybrid_r=3, target_modules=TARGETS),
     "unilora": peft.UniLoraConfig(r=3, theta_d_length=40, target_modules=TARGETS, save_indices=True),
+    "tinylora": peft.TinyLoraConfig(r=3, u=5, weight_tying=1.0, target_modules=TARGETS),
     "pvera": peft.PveraConfig(r=3, target_modules=TARGETS),
     "pvera-drawn": peft.PveraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
     "vera-drawn": peft.VeraConfig(r=3, target_modules=TARGETS, save_projection=False, projection_prng_key=7),
@@ -303,6 +304,29 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     ),
     "Uni-LoRA of another rank": ("unilora", saying(r=4), "has rank 3 and the configuration says 4"),
     "NaN in the shared vector": ("unilora", with_nan("theta_d"), "NaN"),
+    "no vector of TinyLoRA": (
+        "tinylora",
+        lambda t, c: t.pop("base_model.tinylora_v.0"),
+        r"has no base_model\.tinylora_v\.0; the",
+    ),
+    "several vectors of TinyLoRA": (
+        "tinylora",
+        lambda t, c: t.update({"base_model.tinylora_v.1": torch.ones(5)}),
+        "with 2 vectors, .* merge it with PEFT",
+    ),
+    "TinyLoRA without projections": (
+        "tinylora",
+        saying(save_projection=False),
+        "without its projections .* save it again with",
+    ),
+    "no projection of TinyLoRA": ("tinylora", without("tinylora_P"), "has no tinylora_P; the file is incomplete"),
+    "a vector of another length": (
+        "tinylora",
+        lambda t, c: t.update({"base_model.tinylora_v.0": torch.ones(4)}),
+        r"P' of shape .* must be \[4, 3, 3\]",
+    ),
+    "TinyLoRA of a greater rank": ("tinylora", saying(r=2), "has rank 3 and the configuration says 2"),
+    "NaN in a factor of TinyLoRA": ("tinylora", with_nan("tinylora_A"), "NaN"),
     "no seed": ("vera-drawn", saying(projection_prng_key=None), "'projection_prng_key' is 'None'; it must be"),
     "a seed that is no number": (
         "vera-drawn",
