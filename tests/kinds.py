@@ -205,7 +205,7 @@ def _ia3(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return of["ia3_l"].double() * weight.double()
 
 
-TOKENS = (6, 1)
+TOKENS = (7, 1)
 """The rows that are trained."""
 
 
@@ -376,6 +376,21 @@ def _glora(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
     return weight.double() + weight.double() * factors + of["glora_B.X"].double()
 
 
+def _angles(weight: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        "road_theta": 0.1 * torch.randn(len(weight), generator=generator),
+        "road_alpha": 0.95 + 0.05 * torch.randn(len(weight), generator=generator),
+    }
+
+
+def _road(weight: torch.Tensor, of: Tensors) -> torch.Tensor:
+    """RoAd, equation 4, variant 2, in pairs of neighbours."""
+    f, s = (of["road_alpha"].double() * turn(of["road_theta"].double()) for turn in (torch.cos, torch.sin))
+    x = weight.double().unflatten(0, (-1, 2))
+    turned = torch.stack([-x[:, 1], x[:, 0]], 1).flatten(0, 1)
+    return f[:, None] * weight.double() + s[:, None] * turned
+
+
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
@@ -396,7 +411,7 @@ CASES: Mapping[str, Case] = {
         Case("boft", _blocks_and_factors, _boft, {"peft_type": "BOFT"}, alpha=None),
         Case("hra", _reflections, _hra, {"peft_type": "HRA", "r": 2}, alpha=None),
         Case("hira", _shares, _hira, {"peft_type": "HIRA", "r": RANK}, alpha=None),
-        Case("c3a", _kernels, _c3a, {"peft_type": "C3A", "block_size": 1, "block_size_pattern": {"q_proj": 64}}, alpha=None),
+        Case("c3a", _kernels, _c3a, {"peft_type": "C3A", "block_size": 2, "block_size_pattern": {"q_proj": 64}}, alpha=None),
         Case("fourierft", _frequencies, _fourierft, {
             "peft_type": "FOURIERFT", "n_frequency": 10, "random_loc_seed": 3, "scaling": 0.5,
         }, alpha=None),
@@ -420,6 +435,7 @@ CASES: Mapping[str, Case] = {
         }, alpha=None, shared=frozenset({"vblora_vector_bank"})),
         Case("supertuning", _numbers_and_product, _supertuning, {"peft_type": "SUPERTUNING", "r": RANK}),
         Case("glora", _terms, _glora, {"peft_type": "GLORA"}, alpha=None),
+        Case("road", _angles, _road, {"peft_type": "ROAD", "variant": "road_2", "group_size": 2}, alpha=None),
         Case("ia3", _output_factors, _ia3, {"peft_type": "IA3", "feedforward_modules": []}, alpha=None),
         Case("loha", _hadamard, _loha, {"peft_type": "LOHA", "r": RANK, "alpha": ALPHA}),
         Case("trainable_tokens", _rows, _tokens, {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(TOKENS)}),

@@ -22,7 +22,7 @@ from loratool.formats.write import write_peft, write_single_file
 from loratool.updates import LoadedUpdate, Measuring, OutputwiseUpdate, RowsUpdate, Update
 from loratool.updates.shapes import fits, sized
 
-OUTPUTS, INPUTS = 7, 6
+OUTPUTS, INPUTS = 8, 6
 CLOSE = 1e-5
 
 
@@ -57,8 +57,8 @@ def only_update(adapter: Adapter, shape: tuple[int, int] = (OUTPUTS, INPUTS)) ->
 
 
 def blocks(rows: int) -> Iterator[range]:
-    """A few rows at a time, the last of them alone."""
-    return (range(start, min(start + 3, rows)) for start in range(0, rows, 3))
+    """A few rows at a time, in whole pairs."""
+    return (range(start, min(start + 4, rows)) for start in range(0, rows, 4))
 
 
 def applied(loaded: LoadedUpdate, weight: torch.Tensor) -> tuple[torch.Tensor, list[bytes]]:

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.waveft.waverec2d import waverec2d
 from safetensors.torch import load_file, save_file
 from test_other_kinds import WEIGHTS, Change, first, saying, with_last_cut, with_nan, without
 from tiny_adapters import merge_by_peft, save_peft_adapter
@@ -24,6 +25,7 @@ from loratool.formats.read import read_adapter
 from loratool.formats.write import write_peft
 from loratool.updates.oft import neumann, neumann_inverse
 from loratool.updates.rotation import Rotation, cayley, cayley_inverse, inverted
+from loratool.updates.waveft import squares
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,13 @@ CONFIGS: dict[str, Saved] = {
     "glora-numbers": Saved(
         peft.GloraConfig(target_modules=["k_proj"], config_A_B="constant", config_C="none", config_D_E="constant"),
         "qwen2", once=False,
+    ),
+    "road": Saved(peft.RoadConfig(target_modules=["q_proj", "v_proj"], group_size=16), around_1=("alpha",), once=False),
+    "road-2": Saved(
+        peft.RoadConfig(target_modules=["q_proj", "k_proj"], variant="road_2", group_size=4), "qwen2", ("alpha",), once=False
+    ),
+    "road-4": Saved(
+        peft.RoadConfig(target_modules=["q_proj", "down_proj"], variant="road_4", group_size=64), around_1=("alpha",), once=False
     ),
     "hira-conv1d": Saved(peft.HiraConfig(target_modules=["c_attn"], r=3, fan_in_fan_out=True), "gpt2", once=False),
 }  # fmt: skip
@@ -289,6 +298,12 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "glora: another rank": ("glora", with_last_cut("glora_B.Xd"), "do not fit together"),
     "glora: a bias by the weight": ("glora", renamed("glora_C.zeros", "glora_C.X"), r"config_C"),
     "glora: NaN": ("glora", with_nan("glora_B.Xd"), "NaN"),
+    "road: an angle less": ("road", with_last_cut("road_theta"), "which must be"),
+    "road: no scales": ("road", without("road_alpha"), "has no road_alpha; the file is incomplete"),
+    "road: NaN": ("road", with_nan("road_theta"), "NaN"),
+    "road: another variant": ("road", saying(variant="road_3"), "must be one of road_1"),
+    "road: large groups": ("road", saying(group_size=48), "groups of 48 outputs"),
+    "road: other outputs": ("road", saying(variant="road_2"), "fits a matrix of shape|could land|no whole groups"),
     "ia3: nothing": ("ia3", lambda tensors, config: tensors.clear(), "holds no IA3 tensors"),
 }
 
@@ -364,3 +379,18 @@ def test_inverses_of_rotations_are_exact_to_fp64() -> None:
     assert torch.allclose(cayley(q).double() @ cayley_inverse(q), identity, atol=1e-6)
     assert torch.allclose(neumann(q, 5).double() @ neumann_inverse(q, 5), identity, atol=1e-5)
     assert torch.allclose(inverted(identity + q.double()) @ (identity + q.double()), identity, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(5, 8), (6, 7), (64, 172)])
+def test_haars_transform_has_the_bits_of_pefts(size: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    places = torch.randperm(size[0] * size[1], generator=generator)[: size[0] * size[1] * 2 // 3]
+    rows, columns, c = places // size[1], places % size[1], torch.randn(len(places), generator=generator)
+    quarters = torch.zeros(size[0] + size[0] % 2, size[1] + size[1] % 2)
+    quarters[rows, columns] = c
+    (mean, across), (along, both) = ((each for each in half.chunk(2, 1)) for half in quarters.chunk(2))
+    theirs = waverec2d((mean, (across, along, both)), "db1")[: size[0], : size[1]]
+    ours = torch.zeros(size)
+    down, right, numbers = squares(rows, columns, c, size)
+    ours[down, right] = numbers
+    assert torch.equal(ours, theirs)

@@ -171,7 +171,7 @@ _ROWS: Final = (
                          "init_weights"})),
     Kind("hra", "HRA", "HRA", parts=("hra_",), ranks=(("hra_u", 1),), article="an",
          keys=frozenset({"r", "apply_GS", "init_weights", "bias"})),
-    Kind("road", "RoAd", "ROAD", parts=("road_",), why_not=NOT_YET),
+    Kind("road", "RoAd", "ROAD", parts=("road_",), keys=frozenset({"variant", "group_size", "init_weights"})),
     # Parts of the base itself
     Kind("ln_tuning", "tuned layer norms", "LN_TUNING", parts=("ln_tuning_",), accompanies=True),
     Kind("beft", "BEFT", "BEFT", parts=("beft_",), keys=frozenset({"init_weights"})),

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from loratool.updates.additive import Delta
 from loratool.updates.low_rank import fixed_product
 from loratool.updates.spectral import Spectral
+from loratool.updates.turns import TWO_PI, of_angle
 
 if TYPE_CHECKING:
     import torch
-
-BITS: Final = 96
-TWO_PI: Final = 0x6487ED5110B4611A62633145C
-"""2 pi in units of 2**-96."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +68,6 @@ class Waves:
 
 @lru_cache(4)
 def circle(size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return cos and sin of ``2 pi t / size`` for t below `size`, with the same bits on every machine.
-
-    These are sums of Taylor's series in integers of 96 bits and more, rounded once.
-    """
-    cos, sin = [], []
-    for place in range(size):
-        angle = TWO_PI * place // size
-        total, term, power = [1 << BITS, 0], 1 << BITS, 0
-        while term:
-            power += 1
-            term = term * angle // power >> BITS
-            total[power % 2] += -term if power % 4 in (2, 3) else term
-        cos.append(total[0] / (1 << BITS))
-        sin.append(total[1] / (1 << BITS))
-    return tuple(cos), tuple(sin)
+    """Return cos and sin of ``2 pi t / size`` for t below `size`, with the same bits on every machine."""
+    cos, sin = zip(*(of_angle(TWO_PI * place // size) for place in range(size)), strict=True)
+    return cos, sin
