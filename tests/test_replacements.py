@@ -455,13 +455,45 @@ def test_a_grown_vocabulary_is_called_that_and_merges_into_a_base_that_was_grown
     assert_same_tensors(stored_tensors(merged.out), theirs)
 
 
-def test_a_vocabulary_that_shrank_is_called_that(tiny_models: TinyModels, tmp_path: Path) -> None:
+def test_a_vocabulary_that_shrank_is_called_that_and_merges_into_a_base_that_was_cut(
+    tiny_models: TinyModels, tmp_path: Path
+) -> None:
     base = tiny_models.folder("llama", "fp32")
     adapter = grown(base, tmp_path / "adapter", 100)
     with pytest.raises(
-        LoratoolError, match=r"of 100 tokens and the base has .* grown or padded since: merge into the base"
+        LoratoolError, match=r"of 100 tokens and the base has .* cut the base's first .*_embeddings\(100\)"
     ):
         loratool.merge(adapter, into=base, out=tmp_path / "merged")
+    smaller = resized(base, tmp_path / "smaller", 100)
+    merged = loratool.merge(adapter, into=smaller, out=tmp_path / "merged")
+    assert_same_tensors(stored_tensors(merged.out), merge_by_peft(load(smaller, "llama"), adapter, tmp_path / "peft"))
+
+
+def resized(base: Path, folder: Path, tokens: int, architecture: str = "llama") -> Path:
+    """The base with another number of tokens, as the messages advise."""
+    model = load(base, architecture)
+    model.resize_token_embeddings(tokens)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", [192, 139, 100])
+def test_a_tied_pair_that_was_saved_whole_with_another_vocabulary_stays_tied(
+    tokens: int, dtype: str, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """192 is the base's vocabulary padded to a multiple of 64."""
+    base = tiny_models.folder("llama-tied", dtype)
+    adapter = grown(tiny_models.folder("llama-tied", "fp32"), tmp_path / "adapter", tokens, "llama-tied")
+    assert set(read_adapter(adapter).replacements) == {"lm_head.weight", "model.embed_tokens.weight"}
+    refuses(rf"vocabulary of {tokens} tokens .*_embeddings\({tokens}\)", [adapter], base, tmp_path / "none")
+    other = resized(base, tmp_path / "resized", tokens, "llama-tied")
+    merged = loratool.merge(adapter, into=other, out=tmp_path / "merged", undo=True)
+    ours = stored_tensors(merged.out)
+    assert "lm_head.weight" not in ours
+    theirs = merge_by_peft(load(other, "llama-tied"), adapter, tmp_path / "peft")
+    assert_same_tensors(ours, theirs)
+    assert_same_tensors(stored_tensors(loratool.unmerge(merged.out, out=tmp_path / "back").out), stored_tensors(other))
 
 
 def test_inner_copies_that_differ_are_refused(tiny_models: TinyModels, tmp_path: Path) -> None:

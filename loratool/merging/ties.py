@@ -76,15 +76,27 @@ def tied_copies(name: str, base: Checkpoint) -> tuple[str, ...]:
 
 
 def keeps_tie(adapter: Adapter, parameter: str) -> bool:
-    """Return whether an adapter replaces an embedding together with the head that is tied to it (``ensure_weight_tying``)."""
-    asked = bool(adapter.config.get("ensure_weight_tying"))
-    return asked and adapter.changes[parameter].replaces and any_model().role(parameter) is Role.TOKENS
+    """Return whether an adapter replaces an embedding together with the head that is tied to it.
+
+    Its configuration says so (``ensure_weight_tying``), or it holds equal numbers for both. PEFT saves both of a tied pair if the
+    vocabulary was resized (``save_embedding_layers``).
+    """
+    update = adapter.changes[parameter]
+    if not update.replaces or any_model().role(parameter) is not Role.TOKENS:
+        return False
+    return bool(adapter.config.get("ensure_weight_tying")) or any(
+        other.replaces
+        and other.shape == update.shape
+        and any_model().role(name) is Role.HEAD
+        and _digests(other) == _digests(update)
+        for name, other in adapter.changes.items()
+    )
 
 
 def goes_with_embedding(adapter: Adapter, parameter: str, base: Checkpoint) -> bool:
     """Return whether a head that an adapter replaces is the embedding's own, since both are tied in `base`.
 
-    PEFT saves such a head again beside the embedding (``ensure_weight_tying``).
+    PEFT saves such a head again beside the embedding.
     """
     update = adapter.changes[parameter]
     if not update.replaces or any_model().role(parameter) is not Role.HEAD:

@@ -36,12 +36,9 @@ def misfit_advice(name: str, trained: Sequence[int], found: Sequence[int], archi
     is_vocabulary = architecture.role(name) in ROLES and trained[1:] == found[1:] and trained[0] != found[0]
     if not is_vocabulary:
         return "is it the right base?"
-    if trained[0] > found[0]:
-        return (
-            f"it was trained with a vocabulary of {trained[0]:,} tokens and the base has {found[0]:,}: grow the base's first (in "
-            f"transformers, model.resize_token_embeddings({trained[0]}), then save_pretrained), and merge into that"
-        )
+    is_grown = trained[0] > found[0]
     return (
-        f"it was trained with a vocabulary of {trained[0]:,} tokens and the base has {found[0]:,}, grown or padded since: merge "
-        "into the base that it was trained on"
+        f"it was trained with a vocabulary of {trained[0]:,} tokens and the base has {found[0]:,}: "
+        f"{'grow' if is_grown else 'cut'} the base's first (in transformers, model.resize_token_embeddings({trained[0]}), then "
+        f"save_pretrained), and merge into that{'' if is_grown else ', or into the base that it was trained on'}"
     )
