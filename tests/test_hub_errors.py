@@ -118,7 +118,7 @@ def test_a_mistyped_path_is_not_only_called_a_hub_id(words: str, monkeypatch: py
     def look(*arguments: object, **options: object) -> None:
         raise HubUnreachableError("the Hub cannot be reached")
 
-    for module in ("hub.bases", "hub.pull", "library.hub_bases"):
+    for module in ("hub.bases", "hub.pull", "library.resolving.hub_bases"):
         monkeypatch.setattr(f"loratool.{module}.look", look)
     result = CliRunner().invoke(cli, words.split())
     assert result.exit_code == 1
