@@ -229,6 +229,16 @@ def with_shape(part: str, *shape: int) -> Change:
     return lambda tensors, config: tensors.update({first(tensors, part): torch.zeros(shape)})
 
 
+def filled(part: str, number: float) -> Change:
+    """All numbers of every such tensor are the same."""
+    return lambda tensors, config: [each.fill_(number) for name, each in tensors.items() if part in name]
+
+
+def singular(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Only three inputs turn, so far that elimination in fp32 leaves no pivot: (0, 1), (0, 2), (1, 2) of a triangle of 32."""
+    tensors[first(tensors, "oft_R")].zero_()[:, [0, 1, 31]] = 1e20
+
+
 def with_first_index(index: int) -> Change:
     return lambda tensors, config: tensors[first(tensors, "q_proj.supertuning_indices")][:1].fill_(index)
 
@@ -304,8 +314,24 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "road: another variant": ("road", saying(variant="road_3"), "must be one of road_1"),
     "road: large groups": ("road", saying(group_size=48), "groups of 48 outputs"),
     "road: other outputs": ("road", saying(variant="road_2"), "fits a matrix of shape|could land|no whole groups"),
+    "oft: too large": ("oft-cayley", singular, "'base_model.*oft_R.weight' in .* cannot be computed in fp32"),
+    "hira: too large": ("hira", filled("hira_", 1e25), "cannot hold; its numbers are too large"),
+    "oft: no rotation": ("oft", filled("oft_R", 0), "higher precision, or give --allow-no-op"),
+    "c3a: many sizes": (
+        "c3a",
+        saying(block_size=3, block_size_pattern={f"n{size}": size for size in range(10**4, 10**5)}),
+        r"the configuration says '\[3, 1.{1,60}…'; save it again$",
+    ),
     "ia3: nothing": ("ia3", lambda tensors, config: tensors.clear(), "holds no IA3 tensors"),
 }
+
+
+@pytest.mark.parametrize("stray", ["text", ["q_proj"], {"a": 1}, True])
+def test_an_alpha_of_a_kind_that_has_none_is_ignored_whatever_it_is(
+    stray: object, adapters: Adapters, tmp_path: Path
+) -> None:
+    found = identify(broken(adapters, "ia3", saying(lora_alpha=stray), tmp_path / "stray"))
+    assert found.alpha is None
 
 
 def broken(adapters: Adapters, name: str, change: Change, out: Path) -> Path:

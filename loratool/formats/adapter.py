@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,9 +86,9 @@ class Adapter:
 
     @property
     def alpha(self) -> float | None:
-        """Alpha of the configuration; None if it has none."""
-        stated = self.config.get(kind_named(self.kind).alpha_key)
-        return None if stated is None else float(stated)
+        """Alpha of the configuration; None if it has none. A kind that has no alpha does not check what is there."""
+        stated: Any = self.config.get(kind_named(self.kind).alpha_key)
+        return float(stated) if type(stated) in (int, float) and abs(stated) <= sys.float_info.max else None
 
     @property
     def scaling(self) -> float | dict[str, float] | None:

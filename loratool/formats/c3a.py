@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from loratool.errors import quoted
 from loratool.formats.config_reader import ConfigReader
 from loratool.formats.kinds import KINDS
 from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of
@@ -41,7 +42,9 @@ def c3a_update(module: str, parts: Parts, config: C3aConfig) -> Update:
     """
     kernel = letter_of(parts, "kernel", axes=3)
     if kernel.shape[2] not in config.sizes:
-        raise UnfitError(f"has blocks of {kernel.shape[2]}, and the configuration says {sorted(config.sizes)}")
+        raise UnfitError(
+            f"has blocks of {kernel.shape[2]}, and the configuration says {quoted(sorted(config.sizes), 60)}"
+        )
     return C3a(parts)
 
 

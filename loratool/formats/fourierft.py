@@ -61,7 +61,9 @@ def fourierft_update(module: str, parts: Parts, config: FrequencyConfig) -> Upda
     """
     c = letter_of(parts, "c", axes=1)
     if c.shape[0] not in config.counts:
-        raise UnfitError(f"has {c.shape[0]} frequencies, and the configuration says {sorted(config.counts)}")
+        raise UnfitError(
+            f"has {c.shape[0]} frequencies, and the configuration says {quoted(sorted(config.counts), 60)}"
+        )
     return FourierFt(parts, config.scaling, config.seed)
 
 

@@ -52,7 +52,9 @@ def waveft_update(module: str, parts: Parts, config: WaveFtConfig) -> Update:
     """
     c = letter_of(parts, "c", axes=1)
     if not config.proportional and c.shape[0] not in config.counts:
-        raise UnfitError(f"has {c.shape[0]} coefficients, and the configuration says {sorted(config.counts)}")
+        raise UnfitError(
+            f"has {c.shape[0]} coefficients, and the configuration says {quoted(sorted(config.counts), 60)}"
+        )
     return WaveFt(parts, config.scaling, config.seed, transforms=config.transforms)
 
 

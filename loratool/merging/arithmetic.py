@@ -88,7 +88,7 @@ class BlockArithmetic:
         with self._on_stream():
             loaded = target if isinstance(target, LoadedTarget) else LoadedTarget.of(target, device)
             self.stored, self._updates, self._adds = loaded.stored, loaded.updates, loaded.adds
-            self._plain = loaded.rounding
+            self._plain, self.scalable = loaded.rounding, loaded.scalable
             regions = [update.region for update in self._updates]
             self._segments = segments(regions, self.weight)
             self._blocks = list(blocks_of(self._segments, regions, self.weight.columns, block_bytes))
@@ -209,7 +209,7 @@ class BlockArithmetic:
             return
         self.stored.decode(rows, originals, scratch)
         if scratch.isfinite().all():
-            raise overflow(self.weight.name, rows, self.weight.storage)
+            raise overflow(self.weight.name, rows, self.weight.storage, scalable=self.scalable)
 
     def revert(self, rows: range, parts: tuple[torch.Tensor, ...], hint: bytes | None) -> None:
         """Take the updates out, last one first, using what `apply` kept for these rows.
@@ -256,11 +256,15 @@ class BlockArithmetic:
             self._stream.synchronize()
 
 
-def overflow(name: str, rows: range, storage: str) -> AdapterError:
-    """Return the error for sums in `rows` of a matrix that its storage cannot hold."""
+def overflow(name: str, rows: range, storage: str, *, scalable: bool) -> AdapterError:
+    """Return the error for sums in `rows` of a matrix that its storage cannot hold; `scalable` updates take a weight."""
+    advice = (
+        "give the adapter a smaller weight, as in ADAPTER=0.5"
+        if scalable
+        else "its numbers are too large, so its training may have failed; train it again, or merge it with an earlier version"
+    )
     return AdapterError(
-        f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(name)} that {storage} cannot hold; give the "
-        "adapter a smaller weight, as in ADAPTER=0.5"
+        f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(name)} that {storage} cannot hold; {advice}"
     )
 
 

@@ -320,7 +320,7 @@ class _Stream:
             numbers = originals.clone()
             merge.change(block.rows, (numbers.view(torch.uint8),))
             if numbers.abs().amax() >= dense.limit and originals.isfinite().all():
-                raise overflow(dense.name, block.rows, dense.storage)
+                raise overflow(dense.name, block.rows, dense.storage, scalable=merge.scalable)
             yield _Stretch(numbers, originals)
 
     def _stretches(self, parts: Iterable[_Stretch], blocksize: int) -> Iterator[_Stretch]:

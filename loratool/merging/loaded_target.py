@@ -20,6 +20,7 @@ class LoadedTarget:
         stored: the same, able to decode and encode its blocks.
         adds: whether no update depends on the weights.
         rounding: how to round: seeded, and error-compensated if there are calibration inputs.
+        scalable: whether all updates take a weight other than 1.
     """
 
     weight: StoredWeight
@@ -27,6 +28,7 @@ class LoadedTarget:
     updates: tuple[RegionalUpdate, ...]
     adds: bool
     rounding: Rounding
+    scalable: bool = True
 
     @classmethod
     def of(cls, target: Target, device: str) -> LoadedTarget:
@@ -42,7 +44,8 @@ class LoadedTarget:
             updates.append(RegionalUpdate(loaded, region))
         adds = all(not planned.update.needs_weight for planned in target.updates)
         rounding = Rounding(target.seed, all_carry=not adds)
-        return cls(target.weight, stored, tuple(updates), adds, _calibrated(rounding, target, device))
+        scalable = all(planned.update.scalable for planned in target.updates)
+        return cls(target.weight, stored, tuple(updates), adds, _calibrated(rounding, target, device), scalable)
 
 
 def _calibrated(rounding: Rounding, target: Target, device: str) -> Rounding:

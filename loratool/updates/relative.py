@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import torch
 
 
+class SingularError(Exception):
+    """A matrix has no inverse in fp32."""
+
+
 class Changer(Protocol):
     """The numbers of an update in memory. Blocks are fp32, on its device; `rows` are those of W that a block holds."""
 
@@ -50,7 +54,12 @@ class Relative(ABC):
 
     @abstractmethod
     def changer(self, numbers: Mapping[str, torch.Tensor], *, transposed: bool) -> Changer:
-        """Return its tensors, fp32 and by their letters, in the form that changes blocks of W, or of its transpose."""
+        """Return its tensors, fp32 and by their letters, in the form that changes blocks of W, or of its transpose.
+
+        Raises:
+            SingularError: a matrix made from them has no inverse in fp32.
+            AdapterError: they cannot change W or its transpose.
+        """
 
     def vanishes(self) -> bool:
         """Return False: most of these change W even if their numbers are all zeros."""
@@ -60,11 +69,18 @@ class Relative(ABC):
         """Read the tensors as fp32.
 
         Raises:
-            AdapterError: a number is NaN or infinite.
+            AdapterError: a number is NaN or infinite, or so large that its update cannot be computed.
         """
         assert weight == 1
         numbers = {letter: read_factor(info).to(device) for letter, info in self.tensors.items()}
-        return LoadedRelative(self.changer(numbers, transposed=transposed))
+        try:
+            return LoadedRelative(self.changer(numbers, transposed=transposed))
+        except SingularError:
+            info = next(iter(self.tensors.values()))
+            raise AdapterError(
+                f"{quoted(info.name)} in {quoted(info.file)} holds numbers so large that their rotation cannot be computed in "
+                "fp32; the training of this adapter failed"
+            ) from None
 
 
 def refuse_transposed(update: Relative, *, transposed: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from loratool.errors import AdapterError
 from loratool.updates.low_rank import FIXED_ROWS, fixed_product
+from loratool.updates.relative import SingularError
 
 if TYPE_CHECKING:
     import torch
@@ -105,12 +106,19 @@ def whole_of(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def cayley(q: torch.Tensor) -> torch.Tensor:
-    """Return ``(I - Q)(I + Q)^-1`` of skew-symmetric matrices, (blocks, n, n) fp32, as PEFT computes it."""
+    """Return ``(I - Q)(I + Q)^-1`` of skew-symmetric matrices, (blocks, n, n) fp32, as PEFT computes it.
+
+    Raises:
+        SingularError: numbers are so large that ``I + Q`` has no inverse in fp32.
+    """
     import torch
 
     identity = torch.eye(q.shape[-1], device=q.device).expand_as(q)
-    solved: torch.Tensor = torch.linalg.solve(identity + q, identity - q, left=False)
-    return solved
+    solved, problems = torch.linalg.solve_ex(identity + q, identity - q, left=False)
+    if bool(problems.any()):
+        raise SingularError
+    found: torch.Tensor = solved
+    return found
 
 
 def cayley_inverse(q: torch.Tensor) -> torch.Tensor:

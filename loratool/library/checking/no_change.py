@@ -47,9 +47,11 @@ def refuse_unchanged(manifest: Manifest, plan: MergePlan, *, allow: bool) -> Non
     if allow or len(manifest.unchanged) < len(plan.targets):
         return
     storages = ", ".join(sorted({target.weight.storage for target in plan.targets}))
+    larger = all(planned.update.scalable for target in plan.targets for planned in target.updates)
+    weight = " give the adapter a larger weight," if larger else ""
     raise NoChangeError(
         f"the merge would change nothing: the update is smaller than the last digit of every {storages} number; merge into "
-        f"a base of higher precision, give the adapter a larger weight, or give {ALLOW_NO_OP}"
+        f"a base of higher precision,{weight} or give {ALLOW_NO_OP}"
     )
 
 
