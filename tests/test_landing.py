@@ -188,6 +188,31 @@ def test_a_vector_over_inputs_or_outputs_of_a_fused_layer_reaches_its_parts(
     assert stored_tensors(theirs) != stored_tensors(split)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.ShiraConfig(r=2, target_modules=["qkv_proj"], random_seed=1),
+        peft.FourierFTConfig(n_frequency=9, target_modules=["qkv_proj"], init_weights=False),
+        peft.MissConfig(r=2, target_modules=["qkv_proj"], init_weights="mini", mini_r=8),
+    ],
+    ids=["shira", "fourierft", "miss mini"],
+)
+def test_an_update_that_has_no_parts_is_refused_where_a_layer_is_stored_in_parts(
+    config: peft.PeftConfig, tmp_path: Path
+) -> None:
+    """The file does not tell the outputs of the whole layer, which decide what each of them adds."""
+    fused = tmp_path / "fused"
+    save_base("Phi3ForCausalLM", "Phi3Config", PHI, fused, torch.float32)
+    adapter = save_peft_adapter(load_base("Phi3ForCausalLM", fused, torch.float32), config, tmp_path / "adapter")
+    split = divided(fused, tmp_path / "split")
+    with pytest.raises(
+        LoratoolError, match=r"qkv_proj\.weight.* has no parts, and the base stores them apart, as in '.*q_proj"
+    ):
+        loratool.merge([adapter], into=split, out=tmp_path / "out")
+    loratool.merge([adapter], into=fused, out=tmp_path / "whole")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_layers_that_a_checkpoint_fuses_get_their_updates_side_by_side(use_dora: bool, tmp_path: Path) -> None:
     """The reverse: an adapter of the parts, in a checkpoint that fuses them. Its undo restores the base."""

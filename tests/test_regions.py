@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -71,6 +71,7 @@ class Product:
     a: torch.Tensor
     b: torch.Tensor
     m: torch.Tensor | None = None
+    replaces: ClassVar[bool] = False
 
     @property
     def needs_weight(self) -> bool:
@@ -92,6 +93,7 @@ class Undirected:
 
     of: Product
     needs_weight = False
+    replaces = False
 
     def load(self, **options: Any) -> Any:
         product = self.of.load(**options)

@@ -11,7 +11,7 @@ from loratool.formats.adapter import Adapter
 from loratool.formats.names import SUFFIX
 from loratool.updates import Update
 from loratool.updates.based import Based
-from loratool.updates.part import part_of
+from loratool.updates.part import is_divisible, part_of
 from loratool.weights.stored import StoredWeight
 
 
@@ -20,11 +20,19 @@ def part_on_own_base(parameter: str, update: Update, adapter: Adapter, place: Pl
 
     Raises:
         PlacementError: the copy is of a weight, which training does not change, and has other numbers.
-        UnsupportedError: an adapter with such a copy lands on a part of a stored parameter.
+        UnsupportedError: an adapter with such a copy lands on a part of a stored parameter, or an update that has no parts
+            does.
     """
     own, stored = adapter.own_base.get(parameter), base.tensors.get(place.name)
     if own is None or stored is None:
-        return update if place.own == WHOLE else part_of(update, place.own)
+        if place.own == WHOLE:
+            return update
+        if not is_divisible(update):
+            raise UnsupportedError(
+                f"{quoted(parameter)} of {quoted(adapter.name)} is {update.kind}, which has no parts, and the base "
+                f"stores them apart, as in {quoted(place.name)}; merge it with PEFT into a base that stores them as one"
+            )
+        return part_of(update, place.own)
     if place.own != WHOLE or not place.view.is_whole:
         raise UnsupportedError(
             f"{quoted(adapter.name)} holds {quoted(own.name)}, a copy of its base's, which packs it into "

@@ -46,8 +46,8 @@ from loratool.merging.vocabulary import how_to_add_classifier, misfit_advice
 from loratool.updates import BiasUpdate, DrawnUpdate, OutputwiseUpdate, Places, RowsUpdate, Update
 from loratool.updates.based import Based
 from loratool.updates.expert_factors import Stacked
-from loratool.updates.places import among, whole_of
 from loratool.updates.shapes import ANY, fits, sized, words
+from loratool.updates.wrapper import whole_of
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
 
@@ -345,7 +345,9 @@ def _drawn(index: int, adapter: Adapter, targets: tuple[Target, ...], without: S
         PlacementError: the adapter lacks tensors of some of the modules `without`, so that these are unknown.
     """
     all_of = [(target, planned) for target in targets for planned in target.updates if planned.adapter == index]
-    drawn = [whole_of(planned.update) for _, planned in all_of if isinstance(whole_of(planned.update), DrawnUpdate)]
+    drawn = [
+        update for update in (whole_of(planned.update) for _, planned in all_of) if isinstance(update, DrawnUpdate)
+    ]
     if not drawn:
         return targets
     if without:
@@ -357,7 +359,9 @@ def _drawn(index: int, adapter: Adapter, targets: tuple[Target, ...], without: S
     places = Places(outputs, inputs, frozenset(target.weight.dtype for target, _ in all_of))
     return tuple(
         replace(target, updates=tuple(
-            replace(each, update=among(each.update, places)) if each.adapter == index else each for each in target.updates
+            replace(each, update=each.update.among(places))
+            if each.adapter == index and isinstance(each.update, DrawnUpdate) else each
+            for each in target.updates
         ))
         for target in targets
     )  # fmt: skip

@@ -121,6 +121,15 @@ class OutputwiseUpdate(Update, Protocol):
 
 
 @runtime_checkable
+class UndividedUpdate(Update, Protocol):
+    """An update that may have no parts."""
+
+    @property
+    def undivided(self) -> bool:
+        """Whether an output of W' depends on other outputs of W, or on which outputs of how many there are."""
+
+
+@runtime_checkable
 class Ranked(Update, Protocol):
     """An update that has a rank."""
 

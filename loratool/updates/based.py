@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from loratool.checkpoint.header import TensorInfo
 from loratool.updates import Keeping, LoadedUpdate, Measuring, Update
 from loratool.updates.replacement import LoadedReplacement
-from loratool.updates.shapes import sized
+from loratool.updates.wrapper import Wrapper
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Based:
+class Based(Wrapper):
     """Replaces W by `tensor`, fp32, fp16 or bf16, and then applies `update`."""
 
     tensor: TensorInfo
@@ -29,20 +29,16 @@ class Based:
         return f"{self.update.kind} on a copy of the base's own in its file"
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.update.shape
+    def inner(self) -> Update:
+        return self.update
+
+    def around(self, inner: Update) -> Self:
+        """Return another update on the same copy."""
+        return replace(self, update=inner)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {**self.update.tensors, "R": self.tensor}
-
-    @property
-    def scalable(self) -> bool:
-        return self.update.scalable
-
-    def sized(self, shape: tuple[int, ...]) -> Self:
-        """Return it with an update of a parameter of this shape."""
-        return replace(self, update=sized(self.update, shape))
 
     def vanishes(self) -> bool:
         """Return False: it replaces all of W."""

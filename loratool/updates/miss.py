@@ -43,6 +43,10 @@ class Miss(Additive):
     def shape(self) -> tuple[int, int]:
         return (self.size[0] if self.mini else self.tensors["B"].shape[1]), self.size[1]
 
+    @property
+    def undivided(self) -> bool:
+        return self.mini
+
     def sized(self, shape: tuple[int, ...]) -> Self:
         """Return the update of a matrix of this shape; raise AdapterError if B cannot be repeated over it."""
         outputs, inputs = shape

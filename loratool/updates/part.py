@@ -5,13 +5,12 @@ An update of one matrix need not know of its parts. It sees the rows that belong
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
-from loratool.checkpoint.header import TensorInfo
-from loratool.updates import Keeping, LoadedUpdate, Measuring, Update
-from loratool.updates.shapes import ANY, sized
+from loratool.updates import Keeping, LoadedUpdate, Measuring, UndividedUpdate, Update
+from loratool.updates.shapes import ANY
+from loratool.updates.wrapper import Wrapper
 
 if TYPE_CHECKING:
     import torch
@@ -42,55 +41,45 @@ class Divisible(Update, Protocol):
 
 
 def part_of(update: Update, part: Part) -> Update:
-    """Return the update of a part of the parameter that `update` changes."""
+    """Return the update of a part of the parameter that `update` changes, which must be divisible."""
     if isinstance(update, Divisible):
         return update.part(part)
     assert part.expert is None
     assert not part.transposed
+    assert is_divisible(update)
     if part.outputs == slice(None) or update.shape[0] == ANY:  # it does the same to all outputs
         return update
     return SomeOutputs(update, part.outputs)
 
 
+def is_divisible(update: Update) -> bool:
+    """Return whether an update has parts."""
+    return not (isinstance(update, UndividedUpdate) and update.undivided)
+
+
 @dataclass(frozen=True)
-class SomeOutputs:
-    """An update of some `outputs` of a matrix that `whole` changes. `whole` must change each output by itself."""
+class SomeOutputs(Wrapper):
+    """An update of some `outputs` of a matrix that `whole` changes. `whole` must be divisible."""
 
     whole: Update
     outputs: slice
 
     @property
-    def kind(self) -> str:
-        return self.whole.kind
+    def inner(self) -> Update:
+        return self.whole
+
+    def around(self, inner: Update) -> Self:
+        """Return the same outputs of another update."""
+        return replace(self, whole=inner)
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows, *others = self.whole.shape
         return len(range(rows)[self.outputs]), *others
 
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return self.whole.tensors
-
-    @property
-    def needs_weight(self) -> bool:
-        return self.whole.needs_weight
-
-    @property
-    def replaces(self) -> bool:
-        return self.whole.replaces
-
-    @property
-    def scalable(self) -> bool:
-        return self.whole.scalable
-
-    def sized(self, shape: tuple[int, ...]) -> Self:
-        """Return it for a part of this shape."""
-        return replace(self, whole=sized(self.whole, (self.whole.shape[0], *shape[1:])))
-
-    def vanishes(self) -> bool:
-        """Return whether the update of the whole matrix is zero."""
-        return self.whole.vanishes()
+    def inner_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the whole matrix."""
+        return self.whole.shape[0], *shape[1:]
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedOutputs:
         """Read the numbers of the whole update."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
@@ -26,6 +26,7 @@ class RandLora(Additive):
     """With lambda (r, n), gamma (n, least side), A and B. `size` is the shape of W, if known."""
 
     size: tuple[int, int] = (ANY, ANY)
+    undivided: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:

@@ -31,6 +31,7 @@ class Road(Relative):
     group: int
     size: tuple[int, ...]
     only_if_present: ClassVar[bool] = True
+    undivided: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:

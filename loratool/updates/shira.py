@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
@@ -21,6 +21,7 @@ class Shira(Additive):
     """Adds each of the n values at its index, (2, n): output and input. `size` is the shape of W, if known."""
 
     size: tuple[int, int] = (ANY, ANY)
+    undivided: ClassVar[bool] = True
 
     @property
     def kind(self) -> str:

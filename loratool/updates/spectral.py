@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from loratool.updates.additive import Additive, Delta
 from loratool.updates.shapes import ANY
@@ -22,6 +22,7 @@ class Spectral(Additive):
 
     seed: int = 0
     size: tuple[int, int] = (ANY, ANY)
+    undivided: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, int]:
