@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from other_machine import assert_taken_out_alike
 from safetensors.torch import load_file, save_file
 from test_layers import Net, by_peft, save_base
 from tiny_adapters import merge_by_peft, save_peft_adapter
@@ -96,6 +97,20 @@ def test_a_merge_has_pefts_bytes_and_is_taken_out_bit_for_bit(
     assert changed == set(read_adapter(adapter).changes)
     loratool.verify(merged)
     assert_same_tensors(stored_tensors(loratool.unmerge(merged, out=tmp_path / "back").out), before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_taken_out_with_the_same_bits_on_every_machine(name: str, saved: Saved, tiny_models: TinyModels) -> None:
+    assert_taken_out_alike(saved.folder(name), tiny_models.folder("llama", "fp32"))
+
+
+def test_vectors_with_equal_logits_are_taken_out_with_the_same_bits_on_every_machine(
+    saved: Saved, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(saved.folder("vblora"), tmp_path / "adapter")
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({key: each.round() if "logits" in key else each for key, each in tensors.items()}, adapter / WEIGHTS)
+    assert_taken_out_alike(adapter, tiny_models.folder("llama", "fp32"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from other_machine import assert_taken_out_alike
 from peft.tuners.waveft.waverec2d import waverec2d
 from safetensors.torch import load_file, save_file
 from test_other_kinds import WEIGHTS, Change, first, saying, with_last_cut, with_nan, without
@@ -158,6 +159,13 @@ def test_a_merge_has_pefts_bytes_and_is_taken_out_bit_for_bit(
     assert sum(after[each].data != before[each].data for each in before) >= len(weights)
     loratool.verify(result.out)
     assert_same_tensors(stored_tensors(loratool.unmerge(result.out, out=tmp_path / "back").out), before)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_taken_out_with_the_same_bits_on_every_machine(
+    name: str, adapters: Adapters, tiny_models: TinyModels
+) -> None:
+    assert_taken_out_alike(adapters.folder(name), tiny_models.folder(CONFIGS[name].model, "fp32"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

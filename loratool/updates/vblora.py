@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Final
 
 from loratool.errors import AdapterError, quoted
@@ -78,38 +80,36 @@ class VbLora(Additive):
         """Return D from the bank and what chooses from it."""
 
         def factors(fixed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-            mean = _fixed_mean if fixed else _mean
-            a, b = (mean(*self._largest(numbers, letter), numbers[BANK]) for letter in "AB")
+            mean = self._fixed_mean if fixed else self._mean
+            a, b = (mean(numbers, letter) for letter in "AB")
             return b.transpose(1, 2).reshape(-1, self.rank), a.reshape(self.rank, -1)
 
         return Product(factors)
 
-    def _largest(self, numbers: Mapping[str, torch.Tensor], letter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the largest logits, (..., k), and the indices of their vectors."""
+    def _mean(self, numbers: Mapping[str, torch.Tensor], letter: str) -> torch.Tensor:
+        """Return the weighted means of vectors, (..., b), in PEFT's order."""
         import torch
 
-        if f"logits_{letter}" in numbers:
-            found = numbers[f"logits_{letter}"].topk(self.topk, dim=-1)
-            return found.values, found.indices
-        weights, indices = numbers[f"weights_{letter}"], numbers[f"{INDICES}_{letter}"]
-        logits = torch.log(torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1))
-        order = logits.topk(self.topk, dim=-1)
-        return order.values, indices.gather(-1, order.indices)
+        logits, indices = numbers.get(f"logits_{letter}"), numbers.get(f"{INDICES}_{letter}")
+        if logits is None:
+            weights = numbers[f"weights_{letter}"]
+            logits = torch.log(torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1))
+        largest = logits.topk(self.topk, dim=-1)
+        chosen = largest.indices if indices is None else indices.gather(-1, largest.indices)
+        mean: torch.Tensor = (torch.softmax(largest.values, -1).unsqueeze(-1) * numbers[BANK][chosen]).sum(-2)
+        return mean
 
-
-def _mean(logits: torch.Tensor, indices: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """Return the weighted means of vectors, (..., b), in PEFT's order."""
-    import torch
-
-    mean: torch.Tensor = (torch.softmax(logits, -1).unsqueeze(-1) * bank[indices]).sum(-2)
-    return mean
-
-
-def _fixed_mean(logits: torch.Tensor, indices: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """Return them with the same bits on every machine."""
-    shares = fixed_exp(logits.double() - logits.double().amax(-1, keepdim=True)).unbind(-1)
-    total, mean = shares[0].clone(), shares[0][..., None] * bank[indices[..., 0]].double()
-    for place, share in enumerate(shares[1:], 1):
-        total = total + share
-        mean = mean + share[..., None] * bank[indices[..., place]].double()
-    return (mean / total[..., None]).float()
+    def _fixed_mean(self, numbers: Mapping[str, torch.Tensor], letter: str) -> torch.Tensor:
+        """Return them with the same bits on every machine. Of equal logits, the first ones are the largest."""
+        logits, indices = numbers.get(f"logits_{letter}"), numbers.get(f"{INDICES}_{letter}")
+        if indices is None:
+            assert logits is not None
+            order = logits.double().sort(dim=-1, descending=True, stable=True)
+            largest, indices = order.values[..., : self.topk], order.indices[..., : self.topk]
+            shares = list(fixed_exp(largest - largest[..., :1]).unbind(-1))
+        else:
+            shares = list(numbers[f"weights_{letter}"].double().unbind(-1))
+            shares.append(1 - reduce(add, shares))
+        bank = numbers[BANK].double()
+        parts = (share[..., None] * bank[each] for share, each in zip(shares, indices.unbind(-1), strict=True))
+        return (reduce(add, parts) / reduce(add, shares)[..., None]).float()
