@@ -79,7 +79,11 @@ def is_linear(module: Module) -> bool:
 
 
 def is_conv1d(module: Module) -> bool:
-    """Return whether the module is transformers' Conv1D. Its name decides, so transformers need not be installed."""
+    """Return whether the module is transformers' Conv1D, which keeps its weight as (in_features, out_features).
+
+    The class is the only source for a module in memory, which need not belong to a model that `loratool.architecture` knows; that
+    is asked about tensors on disk. The class's name decides, so transformers need not be installed.
+    """
     return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
