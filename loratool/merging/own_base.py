@@ -5,17 +5,17 @@ from __future__ import annotations
 from loratool.architecture import WHOLE, Place
 from loratool.checkpoint.dtypes import DENSE
 from loratool.checkpoint.fingerprint import hash_tensor
-from loratool.checkpoint.model import Checkpoint
 from loratool.errors import PlacementError, UnsupportedError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.formats.names import SUFFIX
 from loratool.updates import Update
 from loratool.updates.based import Based
 from loratool.updates.part import is_divisible, part_of
+from loratool.weights.storage import Model
 from loratool.weights.stored import StoredWeight
 
 
-def part_on_own_base(parameter: str, update: Update, adapter: Adapter, place: Place, base: Checkpoint) -> Update:
+def part_on_own_base(parameter: str, update: Update, adapter: Adapter, place: Place, base: Model) -> Update:
     """Return the part of an update that lands on a place, on the adapter's own copy of the base's parameter if it holds another.
 
     Raises:

@@ -12,15 +12,15 @@ from typing import Final
 from loratool.architecture import Architecture, Role, any_model, architecture_of
 from loratool.checkpoint.fingerprint import hash_tensor
 from loratool.checkpoint.header import TensorInfo
-from loratool.checkpoint.model import Checkpoint
 from loratool.errors import PlacementError, quoted
 from loratool.formats.adapter import Adapter
 from loratool.updates import Update
+from loratool.weights.storage import Model
 
 UNTIE: Final = "--untie"
 
 
-def refuse_tied(targets: Iterable[str], base: Checkpoint, architecture: Architecture | None = None) -> None:
+def refuse_tied(targets: Iterable[str], base: Model, architecture: Architecture | None = None) -> None:
     """Raise PlacementError if one of the tensors named in `targets` shares its values with an input embedding."""
     for name, embedding in tied(targets, base, architecture).items():
         raise PlacementError(
@@ -29,7 +29,7 @@ def refuse_tied(targets: Iterable[str], base: Checkpoint, architecture: Architec
         )
 
 
-def how_to_untie(base: Checkpoint) -> str:
+def how_to_untie(base: Model) -> str:
     """Return advice on how to give the input embedding and the output head of `base` separate tensors."""
     if can_untie(base):
         return f"merge with {UNTIE}, which gives each a tensor of its own in the new model"
@@ -39,7 +39,7 @@ def how_to_untie(base: Checkpoint) -> str:
     )
 
 
-def can_untie(base: Checkpoint) -> bool:
+def can_untie(base: Model) -> bool:
     """Return whether a merge can untie `base`: a causal language model with one embedding and one head."""
     architecture = architecture_of(base.config, base.tensors)
     classes = str(base.config.get("architectures"))
@@ -48,7 +48,7 @@ def can_untie(base: Checkpoint) -> bool:
     return is_decoder and one_each
 
 
-def tied(names: Iterable[str], base: Checkpoint, architecture: Architecture | None = None) -> dict[str, str]:
+def tied(names: Iterable[str], base: Model, architecture: Architecture | None = None) -> dict[str, str]:
     """Return the tensors among `names` that are tied to an input embedding, with the name of the embedding.
 
     Two tensors are tied if they have the same dtype, shape and bytes. For an output head the configuration decides, if it says
@@ -66,7 +66,7 @@ def tied(names: Iterable[str], base: Checkpoint, architecture: Architecture | No
     return found
 
 
-def tied_copies(name: str, base: Checkpoint) -> tuple[str, ...]:
+def tied_copies(name: str, base: Model) -> tuple[str, ...]:
     """Return the output heads that are tied to the input embedding `name` and are stored as tensors of their own."""
     architecture = architecture_of(base.config, base.tensors)
     if architecture.role(name) is not Role.TOKENS:
@@ -93,7 +93,7 @@ def keeps_tie(adapter: Adapter, parameter: str) -> bool:
     )
 
 
-def goes_with_embedding(adapter: Adapter, parameter: str, base: Checkpoint) -> bool:
+def goes_with_embedding(adapter: Adapter, parameter: str, base: Model) -> bool:
     """Return whether a head that an adapter replaces is the embedding's own, since both are tied in `base`.
 
     PEFT saves such a head again beside the embedding.
@@ -112,7 +112,7 @@ def _digests(update: Update) -> list[str]:
     return [hash_tensor(info) for info in update.tensors.values()]
 
 
-def stored_twin(name: str, base: Checkpoint, architecture: Architecture) -> str | None:
+def stored_twin(name: str, base: Model, architecture: Architecture) -> str | None:
     """Return the stored tensor that has the values of a parameter which the base lacks, as of the second name of a head's bias.
 
     None if there is none, or if it is an embedding, which has another use.
@@ -124,7 +124,7 @@ def stored_twin(name: str, base: Checkpoint, architecture: Architecture) -> str 
     ), None) if twins else None  # fmt: skip
 
 
-def is_tied_embedding(name: str, base: Checkpoint) -> bool:
+def is_tied_embedding(name: str, base: Model) -> bool:
     """Return whether `name` is an input embedding that the model also uses as its output head.
 
     A generating model without a stored head always does, whatever its configuration says.
