@@ -41,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "POLY": Q | {"r": 2, "n_tasks": 2, "n_skills": 2, "n_splits": 1},
     "VBLORA": Q | {"r": 2, "num_vectors": 4, "vector_length": 16, "topk": 2},
     "ROAD": Q | {"group_size": 8},
+    "UNILORA": Q | {"save_indices": True},
     "LOHA": Q | {"r": 3, "alpha": 5},
     "LOKR": Q | {"r": 2, "alpha": 5, "decompose_both": True},
     "LORA": Q | {"r": 3, "lora_alpha": 5},

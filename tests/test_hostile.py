@@ -799,9 +799,10 @@ def test_a_layers_pattern_that_finds_no_number_is_a_clear_error(
     ]
     + [("r", -1), ("r", 4.5), ("use_rslora", "yes"), ("use_rslora", 2), ("rank_pattern", [1]), ("rank_pattern", {"q": 0}),
        ("rank_pattern", {"q_proj": None}), ("alpha_pattern", {"q_proj": "1"}), ("target_modules", 5),
-       ("target_modules", [1]), ("target_modules", {"q_proj": 1}), ("exclude_modules", [None]), ("bias", "all"),
-       ("layers_to_transform", "all"), ("layers_to_transform", [True]), ("layers_pattern", 3), ("fan_in_fan_out", "x"),
-       ("peft_type", 1), ("peft_type", ["LORA"]), ("init_lora_weights", {"x": 1}), ("init_lora_weights", "pissa")],
+       ("target_modules", [1]), ("target_modules", {"q_proj": 1}), ("exclude_modules", [None]), ("bias", "some"),
+       ("bias", ["all"]), ("layers_to_transform", "all"), ("layers_to_transform", [True]), ("layers_pattern", 3),
+       ("fan_in_fan_out", "x"), ("peft_type", 1), ("peft_type", ["LORA"]), ("init_lora_weights", {"x": 1}),
+       ("init_lora_weights", "pissa")],
 )  # fmt: skip
 def test_a_configuration_value_that_cannot_be_is_refused_with_its_key(
     key: str, value: Any, base: Path, adapter: Path, tmp_path: Path

@@ -166,11 +166,13 @@ def test_a_kind_whose_tensors_lycoris_names_as_peft_does_is_read(name: str, rank
     assert found.modules == ("lycoris_block_conv", "lycoris_block_q_proj")
 
 
-def test_convolutions_of_plain_layers_are_refused() -> None:
+def test_convolutions_of_plain_layers_are_read() -> None:
     found = identify(DATA / "lycoris" / "locon.safetensors")
     assert kind_and_all(found) == ("lycoris", "lora", 2, 1.0, None)
-    with pytest.raises(UnsupportedError, match="convolutions"):
-        read_adapter(DATA / "lycoris" / "locon.safetensors")
+    assert found.adapter is not None
+    assert found.modules == ("lycoris_block_conv", "lycoris_block_q_proj")
+    shapes = {name: update.shape for name, update in found.adapter.changes.items()}
+    assert shapes == {"lycoris_block_conv.weight": (4, 4, 3, 3), "lycoris_block_q_proj.weight": (4, 6)}
 
 
 def test_diffusers_own_file_is_read_with_the_alphas_of_its_metadata() -> None:

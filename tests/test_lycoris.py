@@ -93,6 +93,33 @@ def test_plain_layers_under_its_prefix_are_a_lora(tmp_path: Path) -> None:
     assert (adapter.kind, adapter.rank, adapter.scaling) == ("lora", 2, 0.5)
 
 
+def test_a_locon_with_a_convolution_is_its_formula_and_is_taken_out_bit_for_bit(tmp_path: Path) -> None:
+    tensors = load_file(DATA / "locon.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    weights = {
+        "block.conv.weight": torch.randn(4, 4, 3, 3, generator=generator),
+        PLACE: torch.randn(4, 6, generator=generator),
+    }
+    base = save_plain_model(tmp_path / "base", weights)
+    merged = loratool.merge(DATA / "locon.safetensors", base, out=tmp_path / "out", undo=True).out
+    for name, weight in weights.items():
+        module = "lycoris_" + name.removesuffix(".weight").replace(".", "_")
+        down, up = (tensors[f"{module}.lora_{part}.weight"].double() for part in ("down", "up"))
+        delta = 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+        found = as_torch(stored_tensors(merged)[name])
+        assert torch.allclose(found.double(), weight.double() + delta, rtol=0, atol=3e-7)
+        assert not torch.allclose(found, weight, rtol=0, atol=3e-5)
+    assert stored_tensors(loratool.unmerge(merged, out=tmp_path / "back").out) == stored_tensors(base)
+
+
+def test_a_kernel_in_three_factors_is_refused(tmp_path: Path) -> None:
+    tensors = load_file(DATA / "locon.safetensors")
+    tensors["lycoris_block_conv.lora_down.weight"] = torch.ones(2, 4, 1, 1)
+    tensors["lycoris_block_conv.lora_mid.weight"] = torch.ones(2, 2, 3, 3)
+    with pytest.raises(LoratoolError, match="lora_mid"):
+        read_adapter(saved(tensors, tmp_path / "x.safetensors"))
+
+
 def test_a_module_without_alpha_has_its_rank_and_the_users_alpha_decides(tmp_path: Path) -> None:
     tensors = {name: each for name, each in linear("loha").items() if not name.endswith("alpha")}
     file = saved(tensors, tmp_path / "x.safetensors")

@@ -208,7 +208,7 @@ def _triplets(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, dict[
     """Return the tensors A, E, B and, if present, ranknum of each module, sorted by module name."""
     found: dict[str, dict[str, TensorInfo]] = {}
     adapters = set()
-    refuse_other_features(tensors, source, lambda name: _TENSOR.fullmatch(name) is not None)
+    refuse_other_features(tensors, source, "AdaLoRA", lambda name: _TENSOR.fullmatch(name) is not None)
     for name, info in sorted(tensors.items()):
         match = _TENSOR.fullmatch(name)
         if match is None:

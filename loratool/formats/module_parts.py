@@ -132,7 +132,9 @@ class ModuleParts(Generic[Settings]):
         """
         found: dict[str, dict[str, TensorInfo]] = {}
         adapters = set()
-        refuse_other_features(files.tensors, files.source, lambda name: self._place(name) is not None)
+        refuse_other_features(
+            files.tensors, files.source, KINDS[self.kind].title, lambda name: self._place(name) is not None
+        )
         for name, info in sorted(files.tensors.items()):
             place = self._place(name)
             if place is None:

@@ -78,7 +78,9 @@ def pair_factors(tensors: Mapping[str, TensorInfo], source: str) -> dict[str, di
         UnsupportedError: tensors belong to features that loratool does not compute; the message names all of these.
         AdapterError: a factor has the wrong shape or no partner, or there are no factors.
     """
-    refuse_other_features(tensors, source, lambda name: name.endswith(ALPHA) or _FACTOR.fullmatch(name) is not None)
+    refuse_other_features(
+        tensors, source, "LoRA", lambda name: name.endswith(ALPHA) or _FACTOR.fullmatch(name) is not None
+    )
     factors: dict[str, dict[str, TensorInfo]] = {}
     adapters = set()
     for name, info in sorted(tensors.items()):
@@ -112,8 +114,13 @@ def alpha_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     }
 
 
-def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[[str], bool]) -> None:
-    """Raise UnsupportedError if tensors belong to features that loratool does not compute; the message names all of them."""
+def refuse_other_features(tensors: Iterable[str], source: str, title: str, is_own: Callable[[str], bool]) -> None:
+    """Raise UnsupportedError if tensors belong to features that loratool does not compute; the message names all of them.
+
+    Args:
+        title: the kind of the adapter, for messages.
+        is_own: tells the tensors of that kind by their names.
+    """
     found: dict[str, tuple[str, str]] = {}
     strange, own = "", False
     for name in sorted(tensors):
@@ -131,7 +138,7 @@ def refuse_other_features(tensors: Iterable[str], source: str, is_own: Callable[
         raise UnsupportedError(f"{quoted(source)} uses {' and '.join(said[:3])}: {found[titles[0]][1]}")
     if strange and own:
         raise UnsupportedError(
-            f"{quoted(source)} holds {quoted(strange)}, which is no tensor of its kind that loratool knows; merge it with the "
+            f"{quoted(source)} holds {quoted(strange)}, which is no {title} tensor that loratool knows; merge it with the "
             "program that trained it"
         )
 
