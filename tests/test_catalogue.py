@@ -304,7 +304,13 @@ def test_a_version_is_merged_as_it_was(llama: Path, pirate: Path, tiny_adapters:
 
 @pytest.mark.parametrize(
     ("path", "name"),
-    [("my adapter (v2)", "my-adapter-v2"), ("..x", "x"), ("é-pirate", "pirate"), ("-" * 4 + "a" * 120, "a" * 96)],
+    [
+        ("my adapter (v2)", "my-adapter-v2"),
+        ("..x", "x"),
+        ("é-pirate", "e-pirate"),
+        ("海-pirate", "pirate"),
+        ("-" * 4 + "a" * 120, "a" * 96),
+    ],
 )
 def test_a_name_is_made_of_the_folders(path: str, name: str, pirate: Path, tmp_path: Path) -> None:
     assert loratool.add(shutil.copytree(pirate, tmp_path / path)).record.name == name
