@@ -323,7 +323,8 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "road: large groups": ("road", saying(group_size=48), "groups of 48 outputs"),
     "road: other outputs": ("road", saying(variant="road_2"), "fits a matrix of shape|could land|no whole groups"),
     "oft: too large": ("oft-cayley", singular, "'base_model.*oft_R.weight' in .* cannot be computed in fp32"),
-    "hira: too large": ("hira", filled("hira_", 1e25), "cannot hold; its numbers are too large"),
+    "hra: no direction": ("hra", filled("hra_u", 0), "cannot hold; its training may have failed"),
+    "hira: too large": ("hira", filled("hira_", 1e25), "cannot hold; its training may have failed"),
     "oft: no rotation": ("oft", filled("oft_R", 0), "higher precision, or give --allow-no-op"),
     "c3a: many sizes": (
         "c3a",

@@ -261,7 +261,7 @@ def overflow(name: str, rows: range, storage: str, *, scalable: bool) -> Adapter
     advice = (
         "give the adapter a smaller weight, as in ADAPTER=0.5"
         if scalable
-        else "its numbers are too large, so its training may have failed; train it again, or merge it with an earlier version"
+        else "its training may have failed; train it again, or merge an earlier version of it"
     )
     return AdapterError(
         f"the merge gives numbers in rows {rows.start} to {rows.stop - 1} of {quoted(name)} that {storage} cannot hold; {advice}"
