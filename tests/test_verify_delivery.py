@@ -15,7 +15,7 @@ from tiny_models import load
 
 import loratool
 from loratool.cli import cli
-from loratool.errors import LoratoolError, NotFoundError, PlacementError
+from loratool.errors import CheckpointError, LoratoolError, NotFoundError, PlacementError
 
 if TYPE_CHECKING:
     from tiny_adapters import TinyAdapters
@@ -108,6 +108,10 @@ def test_what_cannot_be_measured_is_refused(
     with pytest.raises(LoratoolError):
         loratool.verify_delivery(tiny_models.folder("mistral", "bf16"), adapter, base)
     tensors = load_file(theirs / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][1, 2] = float("nan")
+    save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.weight' in .* holds NaN or infinity"):
+        loratool.verify_delivery(theirs, adapter, base)
     del tensors["model.layers.1.self_attn.q_proj.weight"]
     save_file(tensors, theirs / "model.safetensors", {"format": "pt"})
     with pytest.raises(PlacementError, match=r"has no 'model\.layers\.1\.self_attn\.q_proj\.weight'"):

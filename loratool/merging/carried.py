@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from loratool.checkpoint.blocks import BLOCK_ROWS, read_exactly, row_blocks
 from loratool.checkpoint.model import Checkpoint
-from loratool.errors import PlacementError, UnsupportedError, quoted
+from loratool.errors import CheckpointError, PlacementError, UnsupportedError, quoted
 from loratool.merging.arithmetic import BlockArithmetic
 from loratool.merging.delivery import Delivery, DeliveryCount
 from loratool.merging.plan import Target, WeightedAdapter, plan_merge
@@ -132,6 +132,12 @@ class _Comparison(BlockArithmetic):
         self.stored.decode(rows, parts, before)
         after = torch.empty_like(before)
         self._loaded.decode(rows, self._read(rows), after)
+        if not torch.isfinite(after).all() and torch.isfinite(before).all():
+            info = self._model.tensors[0]
+            raise CheckpointError(
+                f"{quoted(info.name)} in {quoted(info.file)} holds NaN or infinity where the base holds numbers, so nothing can "
+                "be measured; merge it again"
+            )
         change, present = after - before, sorted(set(self._adapters))
         deltas = {adapter: self._updated(before, rows, adapter).sub_(before) for adapter in present}
         for one, delta in deltas.items():
