@@ -63,3 +63,13 @@ def test_readers_and_writers_name_no_kind_and_no_format() -> None:
     for name in ("read", "write", "adapter_draft", "lora_config"):
         words = {token.strip("\"'").lower() for token in code_of(ROOT / "loratool" / "formats" / f"{name}.py")}
         assert not words & named, name
+
+
+def test_no_room_but_those_of_updates_and_formats_names_a_kind_that_nothing_trains() -> None:
+    from loratool.formats.kinds import COMPUTED, LORA
+
+    named = COMPUTED - {LORA, "dylora", "adalora", "full"}
+    for file in sorted((ROOT / "loratool").rglob("*.py")):
+        if file.parent.name not in ("updates", "formats"):
+            words = {token.strip("\"'").lower() for token in code_of(file)}
+            assert not words & named, file
