@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     import torch
 
 
+SHRUNK: Final = 1.1
+"""A scale that shrinks by more than this cuts off numbers from before the merge."""
+
 STRETCH: Final = 1 << 18
 """Elements quantized at a time: few enough to stay in a cache, and a multiple of every block size."""
 
@@ -212,9 +215,17 @@ class _Stream:
 
     def _count(self, delivery: DeliveryCount, quantizer: Quantizer, stretch: _Stretch, codes: torch.Tensor,
                scales: torch.Tensor) -> None:  # fmt: skip
-        """Compare the codes of a stretch with those that it would have without the merge, under the same scales."""
+        """Compare the codes of a stretch with those that it would have without the merge.
+
+        Both have the same scales, so that only the update makes a difference. Numbers that shrink far have their own scales
+        before the merge, because those of the merged numbers would cut them off.
+        """
+        import torch
+
         count = len(stretch.originals)
-        image = quantizer.decode(quantizer.codes(stretch.originals, scales), scales, count)
+        own = quantizer.measure(stretch.originals)
+        before = torch.where(own > SHRUNK * quantizer.measure(stretch.numbers), own, scales)
+        image = quantizer.decode(quantizer.codes(stretch.originals, before), before, count)
         wanted = stretch.numbers.sub(stretch.originals).add_(image)
         delivery.add(image[None], wanted[None], quantizer.decode(codes, scales, count)[None])
 
