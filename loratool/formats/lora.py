@@ -40,6 +40,8 @@ def read_lora(files: AdapterFiles, given: Alpha | None) -> Adapter:
 
 def _of_updates(files: AdapterFiles, config: Mapping[str, Any], lora: LoraConfig, notes: tuple[str, ...]) -> Adapter:
     found = pair_factors(files.tensors, files.source)
+    for module in found:
+        _refuse_attention(module, files.source)
     pairs, parameters = split_parameters(found, lora, config, files.source)
     for module, pair in pairs.items():
         _refuse_unfit(module, rank_of(pair), lora, files.source)
@@ -69,14 +71,18 @@ def _with_alpha(files: AdapterFiles, given: Alpha | None) -> tuple[Mapping[str, 
     return lora_config(modules, config, use_rslora=lora.use_rslora), lora.for_modules(modules), notes
 
 
-def _refuse_unfit(module: str, rank: int, lora: LoraConfig, source: str) -> None:
-    """Raise an error if the tensors are those of an unknown kind of module, or the configuration contradicts them."""
+def _refuse_attention(module: str, source: str) -> None:
+    """Raise UnsupportedError if the factors are those of an nn.MultiheadAttention."""
     if module.endswith(OUTPUT_OF_ATTENTION):
         raise UnsupportedError(
             f"{quoted(source)} holds a LoRA of {quoted(module.removesuffix(OUTPUT_OF_ATTENTION))}, an nn.MultiheadAttention, "
             "which loratool does not compute yet; PEFT's merge_and_unload adds the update of its output projection twice, so "
             "keep the adapter unmerged, or train one on a model with separate projections"
         )
+
+
+def _refuse_unfit(module: str, rank: int, lora: LoraConfig, source: str) -> None:
+    """Raise AdapterError if the configuration contradicts the factors of a module."""
     if not lora.targets(module):
         raise AdapterError(
             f"{quoted(source)} holds tensors for {quoted(module)}, which its configuration does not target, so "
