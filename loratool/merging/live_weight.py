@@ -1,4 +1,4 @@
-"""A dense weight of a model in memory that an update is merged into, in place, and that gets its bits back.
+"""A model in memory whose dense weights take updates, in place, and get their bits back.
 
 The arithmetic is that of a merge of files: fp32 and one rounding. Arithmetic also gives most numbers back, and the bits of the
 others are kept: of a trained LoRA some hundredths of the weight. If an update is as large as the weight, whole blocks are kept.
@@ -6,15 +6,18 @@ others are kept: of a trained LoRA some hundredths of the weight. If an update i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratool.architecture import View
 from loratool.checkpoint.dtypes import of_torch
 from loratool.checkpoint.header import TensorInfo
 from loratool.merging.arithmetic import BlockArithmetic
 from loratool.merging.loaded_target import LoadedTarget
+from loratool.merging.plan import Target
 from loratool.merging.region import Region, RegionalUpdate
 from loratool.updates import LoadedUpdate
 from loratool.weights.dense import DenseWeight
@@ -25,6 +28,39 @@ if TYPE_CHECKING:
 
 NOWHERE: Final = Path()
 """The file of a tensor that is in none."""
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model in memory, as a plan sees it: the parameters by their names in the module, and the configuration.
+
+    Attributes:
+        parameters: the tensors that may change, in place.
+        config: what ``config.json`` would hold.
+    """
+
+    parameters: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The dtype and shape of each parameter. They are in no file."""
+        return {name: live_tensor(name, parameter) for name, parameter in self.parameters.items()}
+
+    def merge(self, target: Target) -> LiveWeight:
+        """Change a parameter of a plan for this model in place.
+
+        Raises:
+            AdapterError: a tensor of the adapter is damaged, or the parameter cannot hold the result.
+        """
+        parameter = self.parameters[target.name]
+        return LiveWeight(parameter, LoadedTarget.of(target, str(parameter.device)))
+
+
+def live_tensor(name: str, tensor: torch.Tensor) -> TensorInfo:
+    """Return the header that a tensor in memory would have in a file."""
+    dtype = of_torch(str(tensor.dtype).removeprefix("torch."))
+    return TensorInfo(name, dtype.name, tuple(tensor.shape), NOWHERE, 0, tensor.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +74,23 @@ class _Difference:
 
 
 class LiveWeight(BlockArithmetic):
-    """A dense weight, (rows, columns), with an update merged in. `transposed`: its rows are in_features."""
+    """A dense weight, contiguous or (rows, columns), with updates merged in."""
 
-    def __init__(self, weight: torch.Tensor, update: LoadedUpdate, *, transposed: bool = False) -> None:
+    def __init__(self, weight: torch.Tensor, target: LoadedTarget) -> None:
         self._tensor = weight.detach()
-        dtype = of_torch(str(weight.dtype).removeprefix("torch."))
-        stored = DenseWeight(TensorInfo("weight", dtype.name, tuple(weight.shape), NOWHERE, 0, weight.nbytes))
-        updates = (RegionalUpdate(update, Region.of(View(transposed=transposed), stored)),)
-        super().__init__(
-            LoadedTarget(stored, stored, updates, adds=True, rounding=Rounding(0)), str(weight.device), beside=False
-        )
+        if self._tensor.dim() != 2:
+            self._tensor = self._tensor.view(target.weight.rows, target.weight.columns)
+        super().__init__(target, str(weight.device), beside=False)
         for rows in self.blocks() if self.measures else ():
             self.measure(rows, (self._bytes(rows),))
         self._differences = [self._merge(rows) for rows in self.blocks()]
+
+    @classmethod
+    def updated(cls, weight: torch.Tensor, update: LoadedUpdate, *, transposed: bool = False) -> LiveWeight:
+        """Merge one update into a weight, (rows, columns). If it is `transposed`, its rows are in_features."""
+        stored = DenseWeight(live_tensor("weight", weight))
+        updates = (RegionalUpdate(update, Region.of(View(transposed=transposed), stored)),)
+        return cls(weight, LoadedTarget(stored, stored, updates, adds=True, rounding=Rounding(0)))
 
     @property
     def measures(self) -> bool:

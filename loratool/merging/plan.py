@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-
-from blake3 import blake3
 
 from loratool.architecture import (
     WHOLE,
@@ -33,6 +30,7 @@ from loratool.formats.replacements import lost_biases, refuse_incomplete
 from loratool.merging.changed_files import FileChanges
 from loratool.merging.landing_notes import landing_notes, left_out, other_weights
 from loratool.merging.own_base import part_on_own_base, refuse_copy
+from loratool.merging.seeds import seed_of, seed_of_adapters
 from loratool.merging.ties import (
     goes_with_embedding,
     how_to_untie,
@@ -48,6 +46,7 @@ from loratool.updates.based import Based
 from loratool.updates.expert_factors import Stacked
 from loratool.updates.shapes import ANY, fits, sized, words
 from loratool.updates.wrapper import whole_of
+from loratool.weights.storage import Model
 from loratool.weights.storages import quantize_hint, refuse_other_storage, stored_weight, titles
 from loratool.weights.stored import StoredWeight
 
@@ -147,17 +146,32 @@ class MergePlan:
 
 
 def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str | None = None) -> MergePlan:
-    """Find the stored parameter that each update of each adapter lands on in `base`.
+    """Plan a merge into the model on disk `base`: `plan_targets`, with what concerns its files.
 
     `seed` is the seed of an earlier merge to repeat; by default it is derived from the adapters.
 
     Raises:
-        PlacementError: a module lands nowhere, on a matrix of another shape, or on a tied one.
-        UnsupportedError: it lands on a matrix whose storage loratool cannot write.
-        LoratoolError: there is no adapter, or one of them is given twice.
+        UnsupportedError: the base has a storage that loratool cannot write.
+        PlacementError, LoratoolError: see `plan_targets`.
     """
     _refuse_repeats(adapters)
     refuse_other_storage(base, base.path)
+    seed = seed or seed_of_adapters([(each.adapter.sha256, each.weight) for each in adapters])
+    targets, landed = plan_targets(adapters, base, seed)
+    notes = [note for weighted in adapters for note in weighted.adapter.notes] + other_weights(base)
+    return MergePlan(base, tuple(adapters), targets, (*notes, *landed), seed)
+
+
+def plan_targets(adapters: Sequence[WeightedAdapter], base: Model, seed: str) -> tuple[tuple[Target, ...], list[str]]:
+    """Find the stored parameter that each update of each adapter lands on in `base`, on disk or in memory.
+
+    Returns the parameters that change, and notes on where the adapters landed. `seed` seeds all stochastic rounding.
+
+    Raises:
+        PlacementError: a module lands nowhere, on a matrix of another shape, or on a tied one.
+        UnsupportedError: it lands on a matrix whose storage loratool cannot write.
+        LoratoolError: an update does not support its weight.
+    """
     architecture = architecture_of(base.config, base.tensors)
     landings = [_landing(weighted.adapter, architecture) for weighted in adapters]
     arriving: dict[str, list[PlannedUpdate]] = {}
@@ -188,9 +202,8 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         if all(planned.view.is_whole and _leads(planned.update) for planned in updates)
     }
     orientation = Orientation(architecture, outputs)
-    seed = seed or _seed(adapters)
     targets = tuple(
-        replace(_target(name, tuple(updates), adapters, base, orientation), seed=_seed_of(seed, name))
+        replace(_target(name, tuple(updates), adapters, base, orientation), seed=seed_of(seed, name))
         for name, updates in sorted(arriving.items(), key=_in_order)
     )
     for index, (weighted, landing) in enumerate(zip(adapters, landings, strict=True)):
@@ -199,14 +212,14 @@ def plan_merge(adapters: Sequence[WeightedAdapter], base: Checkpoint, seed: str 
         )
         refuse_incomplete(weighted.adapter, landing.names, base.tensors)
     refuse_tied([target.name for target in targets if target.name not in both], base, orientation.architecture)
-    notes = [note for weighted in adapters for note in weighted.adapter.notes] + other_weights(base)
+    notes: list[str] = []
     for weighted, landing in zip(adapters, landings, strict=True):
         notes += lost_biases(weighted.adapter, landing.names, base.tensors)
         notes += landing_notes(weighted.adapter, landing, orientation.architecture)
-    return MergePlan(base, tuple(adapters), targets, tuple(notes), seed)
+    return targets, notes
 
 
-def _twin(place: Place, update: Update, base: Checkpoint, architecture: Architecture) -> str | None:
+def _twin(place: Place, update: Update, base: Model, architecture: Architecture) -> str | None:
     """Return the tensor that a whole parameter lands on which the base stores under another name only."""
     return stored_twin(place.name, base, architecture) if update.replaces and place.name not in base.tensors else None
 
@@ -253,17 +266,6 @@ def refuse_partial(place: Place, parameter: str, adapter: Adapter) -> None:
         )
 
 
-def _seed(adapters: Sequence[WeightedAdapter]) -> str:
-    """Return 64 hexadecimal digits derived from the adapters in order, so that equal merges round alike."""
-    content = [[weighted.adapter.sha256, float(weighted.weight).hex()] for weighted in adapters]
-    return str(blake3(json.dumps(content).encode()).hexdigest())
-
-
-def _seed_of(seed: str, name: str) -> int:
-    """Return the seed, below 2**64, of the matrix `name`."""
-    return int.from_bytes(blake3(f"{seed} {name}".encode()).digest(8), "little")
-
-
 def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
     if not adapters:
         raise LoratoolError("there is nothing to merge; name at least one adapter")
@@ -278,7 +280,7 @@ def _refuse_repeats(adapters: Sequence[WeightedAdapter]) -> None:
 
 
 def _target(name: str, updates: tuple[PlannedUpdate, ...], adapters: Sequence[WeightedAdapter],
-            base: Checkpoint, orientation: Orientation) -> Target:  # fmt: skip
+            base: Model, orientation: Orientation) -> Target:  # fmt: skip
     """Check the updates that land on the stored tensor `name`, and return them as a target."""
     for planned in updates:
         _refuse_weight(planned, adapters[planned.adapter].adapter)
@@ -441,7 +443,7 @@ def _refuse_weight(planned: PlannedUpdate, adapter: Adapter) -> None:
 
 
 def _replaced(name: str, replacing: PlannedUpdate, updates: Sequence[PlannedUpdate],
-              adapters: Sequence[WeightedAdapter], base: Checkpoint) -> Target:  # fmt: skip
+              adapters: Sequence[WeightedAdapter], base: Model) -> Target:  # fmt: skip
     """Return the target of an update that replaces the whole stored tensor `name`, whatever its shape."""
     adapter, own, found = adapters[replacing.adapter].adapter, replacing.parameter, base.tensors.get(name)
     shape, (tensor,) = replacing.update.shape, replacing.update.tensors.values()

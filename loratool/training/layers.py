@@ -65,7 +65,7 @@ class AdaptedLinear(nn.Module):
     def merge(self) -> None:
         """Add the current update to the base's weight, rounded once. From then on only the base computes."""
         if self._live_weight is None:
-            self._live_weight = LiveWeight(self.weight, self.loaded_update(), transposed=is_conv1d(self.base))
+            self._live_weight = LiveWeight.updated(self.weight, self.loaded_update(), transposed=is_conv1d(self.base))
 
     def unmerge(self) -> None:
         """Restore the base's weight bit for bit."""

@@ -11,7 +11,7 @@ from loratool.weights.stored import StoredWeight
 
 
 class Model(Protocol):
-    """A model as storages see it: its tensors by name, and its ``config.json``."""
+    """A model as storages and plans see it, on disk or in memory: its tensors by name, and its ``config.json``."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
