@@ -870,19 +870,20 @@ def commands(group: click.Group = cli, words: tuple[str, ...] = ()) -> dict[str,
     return found
 
 
-PART_OF_SHOW = "spectrum"
-"""The one public function that is an option of another's command: `show --spectrum`."""
+OPTIONS = {"show": ("with_spectrum", "spectrum"), "verify": ("delivery", "verify_delivery")}
+"""Options of commands that call public functions of their own, as `show --spectrum` does: each with its function."""
 
 
 def test_every_command_is_one_function_with_the_same_name_and_the_same_words() -> None:
     known = commands()
-    assert sorted([*known, PART_OF_SHOW]) == FUNCTIONS
+    assert sorted([*known, *(function for _, function in OPTIONS.values())]) == FUNCTIONS
     for name, command in known.items():
         words = {str(parameter.name) for parameter in command.params} - {"as_json", "help", "verbose"}
         parameters = set(inspect.signature(getattr(loratool, name)).parameters)
-        if name == "show":
-            words -= {"with_spectrum"}
-            parameters |= set(inspect.signature(loratool.spectrum).parameters)
+        if name in OPTIONS:
+            option, function = OPTIONS[name]
+            words -= {option}
+            parameters |= set(inspect.signature(getattr(loratool, function)).parameters)
         if name == "train":
             parameters = parameters - {"choices"} | set(Choices.__annotations__)
         if name == "push":  # who is asked on a terminal, and is not with --yes

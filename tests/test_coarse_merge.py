@@ -24,7 +24,8 @@ class Adds:
 
     b: torch.Tensor
     a: torch.Tensor
-    needs_weight = False
+    needs_weight = replaces = False
+    scalable = True
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedLowRank:
         return LoadedLowRank(self.a, self.b, weight, transposed)
@@ -37,7 +38,8 @@ class Scales:
     b: torch.Tensor
     a: torch.Tensor
     m: torch.Tensor
-    needs_weight = True
+    needs_weight = scalable = True
+    replaces = False
 
     def load(self, *, transposed: bool, weight: float, device: str) -> LoadedScales:
         return LoadedScales(LoadedLowRank(self.a, self.b, weight, transposed), self.m, transposed)

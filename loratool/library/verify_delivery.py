@@ -65,7 +65,7 @@ class DeliveryResult:
 
 
 def verify_delivery(
-    model: PathLike,
+    merged: PathLike,
     adapters: Sequence[AdapterSpec] | PathLike = (),
     base: PathLike | None = None,
     *,
@@ -75,7 +75,7 @@ def verify_delivery(
     """Measure what a model carries of adapters, whichever tool merged them and in whichever storage.
 
     Args:
-        model: a folder, a safetensors file, a catalogued name or a Hub id.
+        merged: the model: a folder, a safetensors file, a catalogued name or a Hub id.
         adapters: each alone or as (adapter, weight); by default those that the manifest of a merge by loratool records.
         base: the model that they were merged into; by default the one that the manifest records.
         registry: SQLAlchemy URL of the catalogue, instead of the one in the home folder.
@@ -87,7 +87,7 @@ def verify_delivery(
     watcher = progress or Silent()
     specs = [with_weight(spec) for spec in ([adapters] if isinstance(adapters, str | os.PathLike) else adapters)]
     with open_registry(registry, read_only=True) as catalogue:
-        path = resolve_base(model, catalogue, watcher).path
+        path = resolve_base(merged, catalogue, watcher).path
         with hold(path, exclusive=False):
             checkpoint = Checkpoint.open(path)
             manifest = None if specs and base is not None else _manifest(checkpoint)
