@@ -72,6 +72,7 @@ class Product:
     b: torch.Tensor
     m: torch.Tensor | None = None
     replaces: ClassVar[bool] = False
+    scalable: ClassVar[bool] = True
 
     @property
     def needs_weight(self) -> bool:
@@ -94,6 +95,7 @@ class Undirected:
     of: Product
     needs_weight = False
     replaces = False
+    scalable = True
 
     def load(self, **options: Any) -> Any:
         product = self.of.load(**options)
