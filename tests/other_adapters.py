@@ -42,6 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "VBLORA": Q | {"r": 2, "num_vectors": 4, "vector_length": 16, "topk": 2},
     "ROAD": Q | {"group_size": 8},
     "UNILORA": Q | {"save_indices": True},
+    "TINYLORA": Q | {"weight_tying": 1.0},
     "LOHA": Q | {"r": 3, "alpha": 5},
     "LOKR": Q | {"r": 2, "alpha": 5, "decompose_both": True},
     "LORA": Q | {"r": 3, "lora_alpha": 5},

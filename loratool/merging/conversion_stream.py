@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import torch
 
 
-SHRUNK: Final = 1.1
+SHRUNK: Final = 2.0
 """A scale that shrinks by more than this cuts off numbers from before the merge."""
 
 STRETCH: Final = 1 << 18
