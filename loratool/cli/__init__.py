@@ -157,7 +157,8 @@ def main() -> None:
         status = cli.main(prog_name="loratool", standalone_mode=False) or 0
         interrupts.finish()
         late = interrupts.received()
-        sys.exit(status if late is None else _end_interrupted(late, "what was to be done is done"))
+        has_said_so = status in _STATUSES_OF_SIGNALS  # the command ended by a signal, and another one followed
+        sys.exit(status if late is None or has_said_so else _end_interrupted(late, "what was to be done is done"))
     except click.ClickException as error:
         usage = io.StringIO()
         error.show(usage)
