@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from loratool.errors import quoted
 from loratool.formats.kinds import KINDS
 from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of
-from loratool.formats.module_targets import ModuleTargets, target_fields
+from loratool.formats.module_targets import ModuleTargets, targets_parser
 from loratool.updates import Update
 from loratool.updates.vector import Vector
 
 NAME: Final = "beft"
-
-
-def _parse(config: Mapping[str, Any], source: str) -> ModuleTargets:
-    return ModuleTargets(**target_fields(config, source, KINDS[NAME].keys))
 
 
 def beft_update(module: str, parts: Parts, config: ModuleTargets) -> Update:
@@ -32,4 +27,6 @@ def beft_update(module: str, parts: Parts, config: ModuleTargets) -> Update:
     return Vector(NAME, info)
 
 
-BUILDER: Final = ModuleParts(NAME, {"beft_bias": "v"}, _parse, beft_update, leaf="bias").builder()
+BUILDER: Final = ModuleParts(
+    NAME, {"beft_bias": "v"}, targets_parser(KINDS[NAME].keys), beft_update, leaf="bias"
+).builder()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from loratool.errors import UnsupportedError, quoted
 from loratool.formats.kinds import KINDS
 from loratool.formats.module_parts import ModuleParts, Parts, letter_of, refuse_shape
-from loratool.formats.module_targets import ModuleTargets, target_fields
+from loratool.formats.module_targets import ModuleTargets, targets_parser
 from loratool.updates import Update
 from loratool.updates.boft import Boft
 
 NAME: Final = "boft"
-
-
-def _parse(config: Mapping[str, Any], source: str) -> ModuleTargets:
-    return ModuleTargets(**target_fields(config, source, KINDS[NAME].keys))
 
 
 def boft_update(module: str, parts: Parts, config: ModuleTargets) -> Update:
@@ -40,4 +35,6 @@ def boft_update(module: str, parts: Parts, config: ModuleTargets) -> Update:
     return Boft(parts, NAME)
 
 
-BUILDER: Final = ModuleParts(NAME, {"boft_R": "R", "boft_s": "s"}, _parse, boft_update).builder()
+BUILDER: Final = ModuleParts(
+    NAME, {"boft_R": "R", "boft_s": "s"}, targets_parser(KINDS[NAME].keys), boft_update
+).builder()

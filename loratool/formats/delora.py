@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from loratool.formats.kinds import KINDS
-from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
-from loratool.formats.rank_config import ModuleRanks, module_rank_fields
+from loratool.formats.module_parts import ModuleParts, Parts, letter_of, refuse_rank, refuse_shape
+from loratool.formats.rank_config import ModuleRanks, module_ranks_parser
 from loratool.updates import Update
 from loratool.updates.delora import Delora
 
 NAME: Final = "delora"
-
-
-def _parse(config: Mapping[str, Any], source: str) -> ModuleRanks:
-    return ModuleRanks(**module_rank_fields(config, source, KINDS[NAME].keys))
 
 
 def delora_update(module: str, parts: Parts, config: ModuleRanks) -> Update:
@@ -28,14 +23,13 @@ def delora_update(module: str, parts: Parts, config: ModuleRanks) -> Update:
     refuse_shape(b, (b.shape[0], a.shape[0]))
     refuse_shape(letter_of(parts, "lambda"), (1,))
     refuse_shape(letter_of(parts, "w_norm"), (a.shape[1],))
-    if a.shape[0] != config.rank_of(module):
-        raise UnfitError(f"has rank {a.shape[0]} and the configuration says {config.rank_of(module)}")
+    refuse_rank(a.shape[0], config.rank_of(module))
     return Delora(dict(parts))
 
 
 BUILDER: Final = ModuleParts(
     NAME,
     {"delora_A": "A", "delora_B": "B", "delora_lambda": "lambda", "delora_w_norm": "w_norm"},
-    _parse,
+    module_ranks_parser(KINDS[NAME].keys),
     delora_update,
 ).builder()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from loratool.errors import UnsupportedError, quoted
 from loratool.formats.kinds import KINDS
 from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, refuse_shape
-from loratool.formats.module_targets import ModuleTargets, target_fields
+from loratool.formats.module_targets import ModuleTargets, targets_parser
 from loratool.updates import Update
 from loratool.updates.glora import Glora, GloraBias
 from loratool.updates.shapes import ANY
@@ -16,10 +15,6 @@ from loratool.updates.shapes import ANY
 NAME: Final = "glora"
 FORMS: Final = ("X", "Xd", "Xu", "zeros")
 LETTERS: Final = {f"glora_{term}.{form}": f"{term}.{form}" for term in "ABCDE" for form in FORMS}
-
-
-def _parse(config: Mapping[str, Any], source: str) -> ModuleTargets:
-    return ModuleTargets(**target_fields(config, source, KINDS[NAME].keys))
 
 
 def glora_update(module: str, parts: Parts, config: ModuleTargets) -> Update:
@@ -80,4 +75,4 @@ def _bias(update: Update) -> Update | None:
     return GloraBias(own, (update.shape[0],)) if own else None
 
 
-BUILDER: Final = ModuleParts(NAME, LETTERS, _parse, glora_update, bias=_bias).builder()
+BUILDER: Final = ModuleParts(NAME, LETTERS, targets_parser(KINDS[NAME].keys), glora_update, bias=_bias).builder()

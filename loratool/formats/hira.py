@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from loratool.formats.kinds import KINDS
 from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
-from loratool.formats.rank_config import ModuleRanks, module_rank_fields
+from loratool.formats.rank_config import ModuleRanks, module_ranks_parser
 from loratool.updates import Update
 from loratool.updates.hira import Hira
 
 NAME: Final = "hira"
-
-
-def _parse(config: Mapping[str, Any], source: str) -> ModuleRanks:
-    return ModuleRanks(**module_rank_fields(config, source, KINDS[NAME].keys))
 
 
 def hira_update(module: str, parts: Parts, config: ModuleRanks) -> Update:
@@ -31,4 +26,6 @@ def hira_update(module: str, parts: Parts, config: ModuleRanks) -> Update:
     return Hira(parts)
 
 
-BUILDER: Final = ModuleParts(NAME, {"hira_A": "A", "hira_B": "B"}, _parse, hira_update).builder()
+BUILDER: Final = ModuleParts(
+    NAME, {"hira_A": "A", "hira_B": "B"}, module_ranks_parser(KINDS[NAME].keys), hira_update
+).builder()

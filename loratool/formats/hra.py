@@ -8,7 +8,7 @@ from typing import Any, Final, Self
 
 from loratool.formats.config_reader import ConfigReader
 from loratool.formats.kinds import KINDS
-from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of
+from loratool.formats.module_parts import ModuleParts, Parts, letter_of, refuse_rank
 from loratool.formats.module_targets import ModuleTargets, target_fields
 from loratool.updates import Update
 from loratool.updates.hra import Hra
@@ -38,8 +38,7 @@ def hra_update(module: str, parts: Parts, config: HraConfig) -> Update:
         UnfitError: its vectors are missing or not as many as the configuration says.
     """
     u = letter_of(parts, "u", axes=2)
-    if u.shape[1] != config.r:
-        raise UnfitError(f"has rank {u.shape[1]} and the configuration says {config.r}")
+    refuse_rank(u.shape[1], config.r)
     return Hra(parts, config.apply_gs)
 
 

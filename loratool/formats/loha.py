@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from loratool.formats.kinds import KINDS
-from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
+from loratool.formats.module_parts import ModuleParts, Parts, letter_of, refuse_rank, refuse_shape
 from loratool.formats.rank_config import RankConfig, rank_parser
 from loratool.updates import Update
 from loratool.updates.loha import CORES, Loha
@@ -28,8 +28,7 @@ def loha_update(module: str, parts: Parts, config: RankConfig) -> Update:
         refuse_shape(core, (rank, rank, *cores[0].shape[2:]))
     for letter, shape in zip(FACTORS, (left.shape, (rank, right.shape[1])) * 2, strict=True):
         refuse_shape(parts[letter], shape)
-    if rank != config.rank_of(module):
-        raise UnfitError(f"has rank {rank} and the configuration says {config.rank_of(module)}")
+    refuse_rank(rank, config.rank_of(module))
     return Loha({letter: parts[letter] for letter in (*FACTORS, *CORES) if letter in parts}, config.scaling_of(module))
 
 

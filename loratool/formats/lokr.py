@@ -6,7 +6,7 @@ from typing import Final
 
 from loratool.errors import UnsupportedError, quoted
 from loratool.formats.kinds import KINDS
-from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
+from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_rank, refuse_shape
 from loratool.formats.rank_config import RankConfig, rank_parser
 from loratool.updates import Update
 from loratool.updates.lokr import CORE, SIDES, Lokr
@@ -51,8 +51,8 @@ def _refuse_unfit_product(parts: Parts, side: str, rank: int) -> None:
         core = letter_of(parts, CORE, axes=4)
         refuse_shape(core, (rank, rank, *core.shape[2:]))
         refuse_shape(left, (rank, left.shape[1]))
-    elif left.shape[1] != rank:
-        raise UnfitError(f"has rank {left.shape[1]} in {side} and the configuration says {rank}")
+    else:
+        refuse_rank(left.shape[1], rank, f" in {side}")
     refuse_shape(right, (rank, right.shape[1]))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 from loratool.errors import AdapterError, quoted
 from loratool.formats.config_reader import ConfigReader
 from loratool.formats.kinds import KINDS
-from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
+from loratool.formats.module_parts import ModuleParts, Parts, letter_of, refuse_rank, refuse_shape
 from loratool.formats.rank_config import ModuleRanks, module_rank_fields
 from loratool.updates import Update
 from loratool.updates.miss import Miss, MissBat
@@ -56,8 +56,7 @@ def miss_update(module: str, parts: Parts, config: MissConfig) -> Update:
     if config.mode == MINI:
         refuse_shape(info, (info.shape[0], config.mini_r))
     rank = info.shape[1 if config.mode == BAT else 0]
-    if rank != config.r:
-        raise UnfitError(f"has rank {rank} and the configuration says {config.r}")
+    refuse_rank(rank, config.r)
     return MissBat({"B": info}) if config.mode == BAT else Miss({"B": info}, mini=config.mode == MINI)
 
 

@@ -212,3 +212,9 @@ def refuse_shape(info: TensorInfo, expected: tuple[int, ...]) -> None:
     """Raise UnfitError if a tensor has another shape than the others and the settings require."""
     if info.shape != expected:
         raise UnfitError(f"has {quoted(info.name)} of shape {list(info.shape)}, which must be {list(expected)}")
+
+
+def refuse_rank(rank: int, expected: int, where: str = "") -> None:
+    """Raise UnfitError if the tensors have another rank than the configuration says; `where` names a part of them."""
+    if rank != expected:
+        raise UnfitError(f"has rank {rank}{where} and the configuration says {expected}")

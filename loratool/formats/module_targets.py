@@ -5,7 +5,7 @@ The keys and their meaning are those of PEFT 0.21. A kind's own settings extend 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -83,6 +83,11 @@ class ModuleTargets:
                     )
                 return int(index) in self.layers_to_transform
         return False
+
+
+def targets_parser(own_keys: frozenset[str]) -> Callable[[Mapping[str, Any], str], ModuleTargets]:
+    """Return the parser of a type that has targets and nothing else that changes numbers."""
+    return lambda config, source: ModuleTargets(**target_fields(config, source, own_keys))
 
 
 def target_fields(config: Mapping[str, Any], source: str, own_keys: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from loratool.errors import UnsupportedError, quoted
 from loratool.formats.config_reader import ConfigReader
 from loratool.formats.kinds import KINDS
-from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
+from loratool.formats.module_parts import ModuleParts, Parts, letter_of, refuse_rank, refuse_shape
 from loratool.formats.rank_config import RankConfig, without_patterns
 from loratool.updates import Update
 from loratool.updates.randlora import RandLora
@@ -40,8 +40,7 @@ def randlora_update(module: str, parts: Parts, config: RankConfig) -> Update:
     """
     scales, gamma = letter_of(parts, "lambda", axes=2), letter_of(parts, "gamma", axes=2)
     a, b = (letter_of(parts, letter, axes=3) for letter in SHARED)
-    if scales.shape[0] != config.rank_of(module):
-        raise UnfitError(f"has rank {scales.shape[0]} and the configuration says {config.rank_of(module)}")
+    refuse_rank(scales.shape[0], config.rank_of(module))
     rank, count = scales.shape
     refuse_shape(gamma, (count, gamma.shape[1]))
     refuse_shape(a, (rank, 1, max(a.shape[2], gamma.shape[1])))

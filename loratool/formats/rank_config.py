@@ -70,6 +70,11 @@ def rank_fields(
     }
 
 
+def module_ranks_parser(own_keys: frozenset[str]) -> Callable[[Mapping[str, Any], str], ModuleRanks]:
+    """Return the parser of a type that has ranks and no alpha."""
+    return lambda config, source: ModuleRanks(**module_rank_fields(config, source, own_keys))
+
+
 def rank_parser(alpha_key: str, own_keys: frozenset[str]) -> Callable[[Mapping[str, Any], str], RankConfig]:
     """Return the parser of a type that has ranks and alphas and nothing else that changes numbers."""
     return lambda config, source: RankConfig(**rank_fields(config, source, alpha_key, own_keys))

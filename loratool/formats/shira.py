@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from loratool.formats.kinds import KINDS
 from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
-from loratool.formats.module_targets import ModuleTargets, target_fields
+from loratool.formats.module_targets import ModuleTargets, targets_parser
 from loratool.updates import Update
 from loratool.updates.shira import Shira
 
 NAME: Final = "shira"
 DTYPES: Final = ("I32", "I64", "F32")
 """Dtypes of indices; PEFT saves fp32 on Windows."""
-
-
-def _parse(config: Mapping[str, Any], source: str) -> ModuleTargets:
-    return ModuleTargets(**target_fields(config, source, KINDS[NAME].keys))
 
 
 def shira_update(module: str, parts: Parts, config: ModuleTargets) -> Update:
@@ -34,5 +29,5 @@ def shira_update(module: str, parts: Parts, config: ModuleTargets) -> Update:
 
 
 BUILDER: Final = ModuleParts(
-    NAME, {"shira_weight": "values", "shira_indices": "indices"}, _parse, shira_update
+    NAME, {"shira_weight": "values", "shira_indices": "indices"}, targets_parser(KINDS[NAME].keys), shira_update
 ).builder()

@@ -8,7 +8,7 @@ from typing import Any, Final
 from loratool.errors import UnsupportedError, quoted
 from loratool.formats.config_reader import ConfigReader
 from loratool.formats.kinds import KINDS
-from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_shape
+from loratool.formats.module_parts import ModuleParts, Parts, UnfitError, letter_of, refuse_rank, refuse_shape
 from loratool.formats.rank_config import ModuleRanks, module_rank_fields
 from loratool.updates import Update
 from loratool.updates.unilora import INDICES, THETA, UniLora
@@ -38,8 +38,7 @@ def unilora_update(module: str, parts: Parts, config: ModuleRanks) -> Update:
         indices = letter_of(parts, f"{INDICES}_{letter}", axes=2)
         refuse_shape(letter_of(parts, f"scales_{letter}"), indices.shape)
         rank = indices.shape[0 if letter == "A" else 1]
-        if rank != config.r:
-            raise UnfitError(f"has rank {rank} and the configuration says {config.r}")
+        refuse_rank(rank, config.r)
         if indices.dtype not in DTYPES:
             raise UnfitError(f"has indices of the dtype {indices.dtype}, which must be {', '.join(DTYPES)}")
     return UniLora(dict(parts))

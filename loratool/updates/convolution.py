@@ -29,22 +29,13 @@ class Convolution:
     a: TensorInfo
     b: TensorInfo
     scaling: float
+    needs_weight: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    scalable: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
-
-    @property
-    def needs_weight(self) -> bool:
-        return False
-
-    @property
-    def replaces(self) -> bool:
-        return False
-
-    @property
-    def scalable(self) -> bool:
-        return True
 
     @property
     def kind(self) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from loratool.checkpoint.header import TensorInfo
 from loratool.updates.low_rank import LoadedLowRank, LowRank
@@ -17,6 +18,9 @@ class Embedding:
     """The low-rank update `product` of an embedding's transpose, with A (r, tokens) and B (features, r)."""
 
     product: LowRank
+    needs_weight: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    scalable: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:
@@ -25,18 +29,6 @@ class Embedding:
     @property
     def scaling(self) -> float:
         return self.product.scaling
-
-    @property
-    def needs_weight(self) -> bool:
-        return False
-
-    @property
-    def replaces(self) -> bool:
-        return False
-
-    @property
-    def scalable(self) -> bool:
-        return True
 
     @property
     def kind(self) -> str:

@@ -37,22 +37,13 @@ class LowRank:
     b: TensorInfo
     scaling: float
     leading: int | None = None
+    needs_weight: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    scalable: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:
         return self.a.shape[0] if self.leading is None else self.leading
-
-    @property
-    def needs_weight(self) -> bool:
-        return False
-
-    @property
-    def replaces(self) -> bool:
-        return False
-
-    @property
-    def scalable(self) -> bool:
-        return True
 
     @property
     def kind(self) -> str:

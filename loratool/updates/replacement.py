@@ -25,18 +25,9 @@ class Replacement:
 
     tensor: TensorInfo
     kind: str = WHOLE
-
-    @property
-    def needs_weight(self) -> bool:
-        return True
-
-    @property
-    def replaces(self) -> bool:
-        return True
-
-    @property
-    def scalable(self) -> bool:
-        return False
+    needs_weight: ClassVar[bool] = True
+    replaces: ClassVar[bool] = True
+    scalable: ClassVar[bool] = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -30,22 +30,13 @@ class SingularValue:
     b: TensorInfo
     alpha: float
     ranknum: int
+    needs_weight: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
+    scalable: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
-
-    @property
-    def needs_weight(self) -> bool:
-        return False
-
-    @property
-    def replaces(self) -> bool:
-        return False
-
-    @property
-    def scalable(self) -> bool:
-        return True
 
     @property
     def kind(self) -> str:

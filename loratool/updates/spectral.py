@@ -5,11 +5,10 @@ The adapter has the numbers only. The shape of W decides with the seed where the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from loratool.updates.additive import Additive, Delta
+from loratool.updates.additive import Additive
 from loratool.updates.shapes import ANY
 
 if TYPE_CHECKING:
@@ -40,6 +39,3 @@ class Spectral(Additive):
         outputs, inputs = self.size
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randperm(outputs * inputs, generator=generator)[: self.tensors["c"].shape[0]].clone()
-
-    def delta(self, numbers: Mapping[str, torch.Tensor]) -> Delta:
-        raise NotImplementedError

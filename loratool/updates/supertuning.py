@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from loratool.checkpoint.header import TensorInfo
 from loratool.errors import AdapterError, quoted
 from loratool.updates.low_rank import LoadedLowRank, checked_scaling, read_factor, read_tensor
-from loratool.updates.relative import Changer, LoadedRelative, Relative
+from loratool.updates.relative import LoadedRelative
 from loratool.updates.shapes import ANY
 from loratool.updates.shira import Sparse
 from loratool.updates.zeros import only_zeros
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Supertuning(Relative):
+class Supertuning:
     """Adds each of n `values` at its index, counted along the rows of W, whose shape is `size`; and a product, if it has one."""
 
+    tensors: Mapping[str, TensorInfo]
     scaling: float = 1.0
     size: tuple[int, int] = (ANY, ANY)
     needs_weight: ClassVar[bool] = False
+    replaces: ClassVar[bool] = False
     scalable: ClassVar[bool] = True
 
     @property
@@ -74,9 +77,6 @@ class Supertuning(Relative):
             what = "names a place twice" if inside else f"names places outside a matrix of shape {list(self.size)}"
             raise AdapterError(f"{quoted(info.name)} in {quoted(info.file)} {what}; is it the right base?")
         return places
-
-    def changer(self, numbers: Mapping[str, torch.Tensor], *, transposed: bool) -> Changer:
-        raise NotImplementedError  # `load` needs more than numbers
 
 
 class Sums:
